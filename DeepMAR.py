@@ -1,0 +1,238 @@
+"""DeepMAR: pedestrian attributes from a ResNet-50, and how its checkpoints are read.
+
+Li, Chen, Huang: "Multi-attribute learning for pedestrian attribute recognition in surveillance scenarios" (ACPR 2015).
+A drop-in for baseline/model/DeepMAR.py of https://github.com/dangweili/pedestrian-attribute-recognition-pytorch: the
+same classes, keyword arguments and state-dict keys, on torchvision's ResNet-50.
+
+load_model(path) returns the network of a checkpoint; nothing in the file is executed.
+"""
+import inspect
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from torchvision.models.resnet import Bottleneck, ResNet
+
+BLOCKS = [3, 4, 6, 3]  # residual blocks of ResNet-50 in layer1 ... layer4 (He et al., table 1)
+FEATURES = 2048        # channels that layer4 gives
+
+
+class ResNet50Base(ResNet):
+    """torchvision's ResNet-50 up to layer4: float32 [N,3,H,W] -> [N,2048,H/32,W/32] (H/16 with last_conv_stride=1)."""
+
+    def __init__(self, last_conv_stride=2, pretrained=False):
+        super().__init__(Bottleneck, BLOCKS)
+        del self.avgpool, self.fc
+        self.layer4[0].conv2.stride = (last_conv_stride, last_conv_stride)
+        self.layer4[0].downsample[0].stride = (last_conv_stride, last_conv_stride)
+        if pretrained:
+            # The ImageNet weights that the original starts from; torchvision 0.13 renamed the argument.
+            v1 = ({"weights": torchvision.models.ResNet50_Weights.IMAGENET1K_V1}
+                  if hasattr(torchvision.models, "ResNet50_Weights") else {"pretrained": True})
+            imagenet = torchvision.models.resnet50(**v1).state_dict()
+            self.load_state_dict({key: value for key, value in imagenet.items() if not key.startswith("fc.")})
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+class DeepMAR_ResNet50(nn.Module):
+    """The network: float32 images [N,3,H,W] (RGB, normalised; H = W = 224 in the pipeline) -> logits [N,num_att].
+
+    A logit >= 0 means that the image has the attribute; its sigmoid is the probability.
+    """
+
+    def __init__(self, num_att=35, last_conv_stride=2, drop_pool5=True, drop_pool5_rate=0.5, pretrained=False):
+        super().__init__()
+        self.num_att = num_att
+        self.drop_pool5 = drop_pool5
+        self.drop_pool5_rate = drop_pool5_rate
+        self.base = ResNet50Base(last_conv_stride, pretrained)
+        self.classifier = nn.Linear(FEATURES, num_att)
+        nn.init.normal_(self.classifier.weight, std=0.001)
+        nn.init.constant_(self.classifier.bias, 0)
+
+    def forward(self, x):
+        x = self.base(x)
+        # Plain integers: torch 1.6 cannot export a pooling window that is computed in the graph.
+        x = F.avg_pool2d(x, [int(size) for size in x.shape[2:]])
+        x = torch.flatten(x, 1)
+        if self.drop_pool5:
+            x = F.dropout(x, p=self.drop_pool5_rate, training=self.training)
+        return self.classifier(x)
+
+
+class DeepMAR_ResNet50_ExtractFeature(object):
+    """Calls a model in eval mode: images [N,3,H,W] -> numpy logits [N,num_att]; leaves the model in the mode it had."""
+
+    def __init__(self, model, **kwargs):
+        self.model = model
+
+    def __call__(self, imgs):
+        if not isinstance(imgs, torch.Tensor):
+            raise ValueError("imgs must be a torch.Tensor, not %s" % type(imgs).__name__)
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                return self.model(imgs).cpu().numpy()
+        finally:
+            self.model.train(training)
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------
+
+# All that the pickle of a checkpoint needs to name. Storage types are data, the functions build tensors from them.
+ALLOWED = {("collections", "OrderedDict"), ("torch", "Size"), ("torch._utils", "_rebuild_tensor"),
+           ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")}
+ALLOWED |= {("torch", kind + "Storage") for kind in
+            "Float Double Half BFloat16 Long Int Short Char Byte Bool".split()}
+
+
+class Unused(object):
+    """Stands for a value that inference does not need: a training run's numpy scores, its argparse.Namespace."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+class CheckpointPickle(object):
+    """The pickle_module for torch.load: a pickle names only what is allowed above, so it cannot run code."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if (module, name) in ALLOWED:
+                return super().find_class(module, name)
+            if module.split(".")[0] == "numpy" or (module, name) == ("argparse", "Namespace"):
+                return Unused
+            raise pickle.UnpicklingError("it refers to %s.%s, which no state dict needs (a whole pickled model, or "
+                                         "code); save model.state_dict()" % (module, name))
+
+    @staticmethod
+    def load(file, **kwargs):
+        return CheckpointPickle.Unpickler(file, **kwargs).load()
+
+
+def check_container(path):
+    """Raises ValueError unless path is a file of torch.save: its zip format (torch >= 1.6), or the earlier one."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+        start = f.read(4)
+    if start.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = archive.infolist()
+        except zipfile.BadZipFile as error:
+            raise ValueError("%s: damaged or cut off (%s)" % (path, error))
+        names = {member.filename.split("/", 1)[-1] for member in members}
+        if "constants.pkl" in names:
+            raise ValueError("%s: a TorchScript archive, not a checkpoint; save model.state_dict()" % path)
+        if "data.pkl" not in names:
+            raise ValueError("%s: a zip file, but no PyTorch checkpoint (it has no data.pkl)" % path)
+        # torch.save compresses nothing, so more content than file is a zip bomb.
+        if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+            raise ValueError("%s: its content is larger than the file; torch.save writes no such file" % path)
+    elif not start.startswith(b"\x80\x02"):
+        raise ValueError("%s: no PyTorch checkpoint (it begins with %r)" % (path, start))
+
+
+def load_checkpoint(path):
+    """Returns the model's state dict of a checkpoint: OrderedDict, key -> CPU tensor.
+
+    Reads a bare state dict, {'state_dict': ...} and {'state_dicts': [model, optimizer]}, with or without DataParallel's
+    'module.' prefix, in every format of torch.save, Python 2.7's included. Runs no code of the file.
+    Raises OSError if path cannot be read, ValueError if it is no such checkpoint.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError("%s: no such file; the first argument is the trained checkpoint" % path)
+    check_container(path)
+    arguments = {"weights_only": False} if "weights_only" in inspect.signature(torch.load).parameters else {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", pickle_module=CheckpointPickle, **arguments)
+    except Exception as error:  # a damaged or hostile file can raise anything here, and all of it means this:
+        raise ValueError("%s: cannot be read as a checkpoint: %s" % (path, str(error).split("\n")[0] or repr(error)))
+
+    state = content
+    if isinstance(content, dict) and "state_dict" in content:
+        state = content["state_dict"]
+    elif isinstance(content, dict) and "state_dicts" in content:
+        states = content["state_dicts"]
+        state = states[0] if isinstance(states, (list, tuple)) and states else None
+    if not isinstance(state, dict) or not state:
+        raise ValueError("%s: holds no state dict (looked for 'state_dict', 'state_dicts' and a bare one)" % path)
+    size = os.path.getsize(path)
+    result = OrderedDict()
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise ValueError("%s: holds no state dict: %r is %s, not a tensor" % (path, key, type(value).__name__))
+        if value.numel() > size:
+            raise ValueError("%s: %s has %d values, more than the file has bytes" % (path, key, value.numel()))
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError("%s: %s holds NaN or infinite values" % (path, key))
+        result[key[len("module."):] if key.startswith("module.") else key] = value
+    return result
+
+
+def some(items, most=4):
+    """The first few items as text, with the number of the others."""
+    items = list(items)
+    return ", ".join(items[:most]) + (" and %d more" % (len(items) - most) if len(items) > most else "")
+
+
+def build_model(state):
+    """Returns the DeepMAR_ResNet50 of a state dict, in eval mode; the number of attributes is the classifier's.
+
+    Raises ValueError that names what does not fit: missing and unexpected keys, wrong shapes, another backbone.
+    """
+    weight = state.get("classifier.weight")
+    if weight is None or weight.dim() != 2 or weight.shape[0] < 1:
+        raise ValueError("not a DeepMAR checkpoint: it has no classifier.weight [num_att,%d]; its keys are %s"
+                         % (FEATURES, some(state)))
+    model = DeepMAR_ResNet50(num_att=weight.shape[0])
+    expected = model.state_dict()
+    # Checkpoints of torch < 0.4.1 have no num_batches_tracked, and inference does not use it.
+    missing = [key for key in expected if key not in state and not key.endswith(".num_batches_tracked")]
+    unexpected = [key for key in state if key not in expected]
+    shapes = ["%s %s instead of %s" % (key, list(state[key].shape), list(expected[key].shape))
+              for key in expected if key in state and state[key].shape != expected[key].shape]
+    if missing or unexpected or shapes:
+        blocks = [len({key.split(".")[2] for key in state if re.match(r"base\.layer%d\.\d+\." % layer, key)})
+                  for layer in (1, 2, 3, 4)]
+        problems = []
+        if any(blocks) and (blocks != BLOCKS or "base.layer1.0.conv3.weight" not in state):
+            problems.append("another backbone (%s residual blocks%s; ResNet-50 has %s)" % (
+                blocks, "" if "base.layer1.0.conv3.weight" in state else " of two convolutions", BLOCKS))
+        if missing:
+            problems.append("missing: %s" % some(missing))
+        if unexpected:
+            problems.append("unexpected: %s" % some(unexpected))
+        if shapes:
+            problems.append("wrong shapes: %s" % some(shapes))
+        raise ValueError("not a DeepMAR ResNet-50 checkpoint: %s" % "; ".join(problems))
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def load_model(path):
+    """Returns the network of a checkpoint file, in eval mode; raises OSError or ValueError (see load_checkpoint)."""
+    state = load_checkpoint(path)
+    try:
+        return build_model(state)
+    except ValueError as error:
+        raise ValueError("%s: %s" % (path, error))

@@ -1,0 +1,110 @@
+"""Stage 1: a DeepMAR checkpoint -> an ONNX model of opset 11 that atc accepts, checked before it is written.
+
+    python3 export_onnx.py xxx/checkpoint.pth.tar deepmar_bs1.onnx 1
+    python3 export_onnx.py --input_file=xxx/checkpoint.pth.tar --output_file=deepmar_bs1.onnx --batch_size=1
+
+The model has the input actual_input_1, float32 [batch size,3,224,224] (RGB, normalised), and the output output1, float32
+[batch size, attributes] (logits). It is written only after onnx's checker accepted it and ONNX Runtime gave PyTorch's
+logits on random input. Works beside DeepMAR.py, and in the root of the open-source repository, whose
+baseline/model/DeepMAR.py is replaced by ours.
+"""
+import argparse
+import glob
+import inspect
+import os
+import re
+import sys
+import warnings
+
+OPSET = 11         # the ONNX operator set that atc supports
+SIZE = 224         # height and width of the network's input in pixels
+TOLERANCE = 1e-4   # allowed difference between the logits of ONNX Runtime and PyTorch, relative to the largest logit
+
+
+def export(model, path, batch_size):
+    """Writes the network's graph for a fixed batch size to path, constants folded."""
+    import torch
+    # torch 2.9 changed the default to an exporter that cannot emit opset 11 for this network; 1.6 has no such argument.
+    arguments = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about that exporter's age, and the pooling window becoming a constant
+        torch.onnx.export(model, torch.zeros(batch_size, 3, SIZE, SIZE), path, opset_version=OPSET,
+                          input_names=["actual_input_1"], output_names=["output1"], do_constant_folding=True,
+                          **arguments)
+
+
+def verify(model, path, batch_size):
+    """Compares the ONNX file with the network on seeded random input [batch_size,3,224,224].
+
+    Returns (largest absolute difference of the logits, largest absolute logit); raises ValueError where onnx's checker
+    refuses the file, or the logits have another shape, are not finite, or differ by more than TOLERANCE.
+    """
+    import numpy as np
+    import onnx
+    import onnxruntime
+    import torch
+    try:
+        onnx.checker.check_model(onnx.shape_inference.infer_shapes(onnx.load(path)), full_check=True)
+    except (onnx.checker.ValidationError, RuntimeError) as error:
+        raise ValueError("the exported model is not valid: %s" % error)
+    images = np.random.RandomState(0).standard_normal((batch_size, 3, SIZE, SIZE)).astype(np.float32)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    ours, = session.run(["output1"], {"actual_input_1": images})
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(images)).numpy()
+    if ours.shape != theirs.shape:
+        raise ValueError("ONNX Runtime gives logits of shape %s, PyTorch %s" % (ours.shape, theirs.shape))
+    difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
+    if not difference <= TOLERANCE * max(1.0, largest):  # so written, NaN is a mismatch too
+        raise ValueError("ONNX Runtime's logits differ from PyTorch's by %.3g (largest logit %.3g)"
+                         % (difference, largest))
+    return difference, largest
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        usage="export_onnx.py CHECKPOINT OUTPUT BATCH_SIZE\n"
+              "       export_onnx.py --input_file CHECKPOINT --output_file OUTPUT [--batch_size N]")
+    parser.add_argument("positional", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--input_file", metavar="CHECKPOINT", help="the trained checkpoint")
+    parser.add_argument("--output_file", metavar="OUTPUT", help="the ONNX file to write")
+    parser.add_argument("--batch_size", metavar="N", help="images per inference (default: 1)")
+    args = parser.parse_args(argv)
+    named = [args.input_file, args.output_file, args.batch_size]
+    if args.positional and any(value is not None for value in named):
+        parser.error("give the arguments either in their order or by name, not both")
+    values = args.positional or named
+    if len(values) != 3 or None in values[:2]:
+        parser.error("give CHECKPOINT, OUTPUT and BATCH_SIZE")
+    checkpoint, output, batch_size = values
+    if not re.fullmatch("[1-9][0-9]*", batch_size or "1"):
+        parser.error("BATCH_SIZE must be a positive whole number, not %r" % batch_size)
+    batch_size = int(batch_size or "1")
+
+    if os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), "DeepMAR.py")):
+        from DeepMAR import load_model
+    else:
+        from baseline.model.DeepMAR import load_model
+    model = load_model(checkpoint)
+    for left in glob.glob(glob.escape(output) + ".*.partial"):  # by a run that was killed
+        os.remove(left)
+    temporary = "%s.%d.partial" % (output, os.getpid())
+    try:
+        export(model, temporary, batch_size)
+        difference, largest = verify(model, temporary, batch_size)
+        os.replace(temporary, output)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    print("%s: batch size %d, %d attributes, opset %d; ONNX Runtime and PyTorch differ by at most %.3g "
+          "(largest logit %.3g)" % (output, batch_size, model.num_att, OPSET, difference, largest))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit("export_onnx.py: error: %s" % error)
+    except KeyboardInterrupt:
+        sys.exit("export_onnx.py: interrupted; nothing was written")

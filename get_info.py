@@ -1,0 +1,87 @@
+"""Stage 5: a folder of bins -> the info file that the benchmark tool reads: INDEX PATH WIDTH HEIGHT, one line a bin.
+
+    python3 get_info.py ./input_bin deepmar.info 224 224
+    python3 get_info.py bin ./input_bin deepmar.info 224 224
+
+The second form is that of the generic tool, whose first argument is the files' format. The bins come in natural order
+(2.bin before 10.bin), which does not depend on the file system.
+"""
+import argparse
+import glob
+import os
+import re
+import sys
+
+CHANNELS, BYTES = 3, 4  # a bin is float32 [3,height,width]
+
+
+def natural(name):
+    """A sort key that orders runs of digits by their value: 2.bin, 10.bin; equal values (1, 01) by their text."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split("([0-9]+)", name)], name
+
+
+def list_bins(folder, width, height):
+    """Returns the names of a folder's bins in natural order; raises OSError or ValueError, as for a bin of wrong size."""
+    if not os.path.isdir(folder):
+        raise FileNotFoundError("%s: no such folder; it is the one that preprocess_deepmar_pytorch.py writes" % folder)
+    size = CHANNELS * height * width * BYTES
+    names, wrong = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(".bin") and entry.is_file():
+                names.append(entry.name)
+                if entry.stat().st_size != size:
+                    wrong.append("%s (%d bytes)" % (entry.name, entry.stat().st_size))
+    if wrong:
+        raise ValueError("%s: %d of %d bins are not float32 [%d,%d,%d] (%d bytes): %s%s"
+                         % (folder, len(wrong), len(names), CHANNELS, height, width, size,
+                            ", ".join(sorted(wrong)[:5]), ", ..." * (len(wrong) > 5)))
+    if not names:
+        raise ValueError("%s: holds no .bin file; preprocess_deepmar_pytorch.py writes them" % folder)
+    return sorted(names, key=natural)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        usage="get_info.py [bin] BIN_DIR INFO WIDTH HEIGHT")
+    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv).arguments
+    if len(arguments) == 5 and arguments[0] == "bin":
+        arguments = arguments[1:]
+    if len(arguments) != 4:
+        parser.error("give BIN_DIR, INFO, WIDTH and HEIGHT (and, before them, no other format than bin)")
+    folder, info, width, height = arguments
+    for text in (width, height):
+        if not re.fullmatch("[1-9][0-9]*", text):
+            parser.error("WIDTH and HEIGHT must be positive whole numbers, not %r" % text)
+
+    names = list_bins(folder, int(width), int(height))
+    broken = [name for name in names if "\n" in name] + [folder] * ("\n" in folder)
+    if broken:
+        raise ValueError("%r: a line of the info file cannot hold this name" % broken[0])
+    for left in glob.glob(glob.escape(info) + ".*.partial"):  # by a run that was killed
+        os.remove(left)
+    temporary = "%s.%d.partial" % (info, os.getpid())
+    try:
+        with open(temporary, "w", encoding="utf-8") as f:
+            for index, name in enumerate(names):
+                f.write("%d %s %s %s\n" % (index, os.path.join(folder, name), width, height))
+        os.replace(temporary, info)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    print("%s: %d bins of %s, %s x %s" % (info, len(names), folder, width, height))
+    spaced = [name for name in [folder] + names if " " in name]
+    if spaced:
+        print("note: %r has a space, at which benchmark.x86_64 would cut the line; tools/benchmark.py does not"
+              % spaced[0], file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit("get_info.py: error: %s" % error)
+    except KeyboardInterrupt:
+        sys.exit("get_info.py: interrupted; nothing was written")

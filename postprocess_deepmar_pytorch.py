@@ -1,0 +1,232 @@
+"""Stage 7: the network's results and the labels -> accuracy, on the screen and in fusion_result.json.
+
+    python3 postprocess_deepmar_pytorch.py result/dumpOutput_device0/ label.json
+    python3 postprocess_deepmar_pytorch.py --npu_result=result/dumpOutput_device0 --label_file=label.json
+
+Reads NAME_1.bin (the benchmark tool's) or NAME_0.bin (ais_bench's), float32 logits, one for each attribute; a logit >= 0
+says that the image has it. label.json is {image file name: [0 or 1 for each attribute]}. Several result folders count as
+one set. The metrics are those of Li et al., "A Richly Annotated Dataset for Pedestrian Attribute Recognition"
+(arXiv:1603.07054), section 5. fusion_result.json is written into the current folder.
+"""
+import argparse
+import glob
+import json
+import os
+import re
+import sys
+
+import numpy as np
+
+RESULT = "fusion_result.json"
+MAX_DROP = 0.01  # how far below the published accuracy a converted model may be: the guide's 1 %, as percentage points
+
+# The 35 attributes of PETA in the order of the labels and logits: PETA.mat's [1], picked by its [2].
+PETA = """personalLess30 personalLess45 personalLess60 personalLarger60 carryingBackpack carryingOther lowerBodyCasual
+upperBodyCasual lowerBodyFormal upperBodyFormal accessoryHat upperBodyJacket lowerBodyJeans footwearLeatherShoes
+upperBodyLogo hairLong personalMale carryingMessengerBag accessoryMuffler accessoryNothing carryingNothing
+upperBodyPlaid carryingPlasticBags footwearSandals footwearShoes lowerBodyShorts upperBodyShortSleeve
+lowerBodyShortSkirt footwearSneaker upperBodyThinStripes accessorySunglasses lowerBodyTrousers upperBodyTshirt
+upperBodyOther upperBodyVNeck""".split()
+
+
+def some(items, most=5):
+    """The first few items as text, with the number of the others."""
+    items = list(items)
+    return ", ".join(items[:most]) + (" and %d more" % (len(items) - most) if len(items) > most else "")
+
+
+def stem(name):
+    """What a file is called in every stage: its name, without folders, up to the first dot."""
+    return os.path.basename(name).split(".")[0]
+
+
+def read_labels(path):
+    """Returns ({stem: row}, labels uint8 [images, attributes]) of a label file.
+
+    Raises OSError, or ValueError that names the row: values other than 0 and 1, a row of another length, a name twice.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            pairs = json.load(f, object_pairs_hook=list)  # a dict would keep only the last of two equal names
+    except (ValueError, RecursionError) as error:
+        raise ValueError("%s: is not JSON: %s" % (path, error))
+    if not isinstance(pairs, list) or not pairs or not all(isinstance(pair, tuple) for pair in pairs):
+        raise ValueError("%s: is not {image file name: [0 or 1 for each attribute]}" % path)
+    rows, width = {}, None
+    for row, (name, values) in enumerate(pairs):
+        try:
+            right = isinstance(values, list) and len(values) > 0 and set(values) <= {0, 1}
+        except TypeError:  # a value that is no number at all
+            right = False
+        if not right:
+            raise ValueError("%s: %r: its label is not a list of 0 and 1" % (path, name))
+        width = width or len(values)
+        if len(values) != width:
+            raise ValueError("%s: %r has %d values, the rows before it %d" % (path, name, len(values), width))
+        if stem(name) in rows:
+            raise ValueError("%s: %r and %r are one image: names count up to the first dot"
+                             % (path, pairs[rows[stem(name)]][0], name))
+        rows[stem(name)] = row
+    return rows, np.array([values for _, values in pairs], dtype=np.uint8)
+
+
+def list_results(folders):
+    """Returns {stem: path} of the result files in the folders; raises OSError or ValueError, as for two of one image."""
+    results, twice = {}, []
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise FileNotFoundError("%s: no such folder; it is the one that the benchmark tool writes" % folder)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.endswith(".bin"):
+                    continue
+                match = re.match(r"(.+)_[01]\.bin$", entry.name, re.DOTALL)
+                if not match or not entry.is_file():
+                    raise ValueError("%s: is no result file NAME_1.bin or NAME_0.bin" % entry.path)
+                if match.group(1) in results:
+                    twice.append("%s and %s" % (results[match.group(1)], entry.path))
+                results[match.group(1)] = entry.path
+    if twice:
+        raise ValueError("%d images have two results: %s" % (len(twice), some(sorted(twice))))
+    if not results:
+        raise ValueError("%s: no result file NAME_1.bin or NAME_0.bin; stage 6 writes them" % ", ".join(folders))
+    return results
+
+
+def read_logits(paths, attributes):
+    """Returns the result files' logits, float32 [files, attributes]; raises ValueError for a wrong size or NaN."""
+    size = 4 * attributes
+    data, wrong = [], []
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        data.append(os.read(file, size + 1))
+        os.close(file)
+        if len(data[-1]) != size:
+            wrong.append("%s (%d bytes)" % (path, os.path.getsize(path)))
+    if wrong:
+        raise ValueError("%d of %d results are not %d float32 logits, as many as the labels (%d bytes): %s"
+                         % (len(wrong), len(paths), attributes, size, some(wrong)))
+    logits = np.frombuffer(b"".join(data), "<f4").reshape(len(paths), attributes)
+    finite = np.isfinite(logits).all(axis=1)
+    if not finite.all():
+        raise ValueError("%d of %d results hold NaN or infinite logits: %s"
+                         % ((~finite).sum(), len(paths), some(np.array(paths)[~finite])))
+    return logits
+
+
+def ratio(part, whole):
+    """part / whole of two arrays, NaN where whole is 0."""
+    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+
+
+def evaluate(logits, labels):
+    """The metrics of Li et al. for logits [images, attributes] and labels 0/1 of the same shape.
+
+    Returns (dict of the instance metrics and mA, dict of the arrays per attribute: positives, negatives, label_pos_acc
+    = TP/P, label_neg_acc = TN/N, label_acc = their mean; NaN where an attribute has no positive or no negative image).
+    Images without a true attribute are left out of the instance metrics, undefined attributes out of mA. Raises
+    ValueError where nothing is left.
+    """
+    predicted, true = np.asarray(logits) >= 0, np.asarray(labels) == 1
+    both = (predicted & true).sum(axis=1)
+    counted = true.any(axis=1)
+    if not counted.any():
+        raise ValueError("no image has any true attribute, so the instance metrics are not defined")
+    union, predictions, truths = (array.sum(axis=1)[counted] for array in (predicted | true, predicted, true))
+    both = both[counted]
+    precision = float(np.mean(both / np.maximum(predictions, 1)))  # 0 where nothing is predicted
+    recall = float(np.mean(both / truths))
+    positives = true.sum(axis=0)
+    negatives = len(true) - positives
+    attributes = {"positives": positives, "negatives": negatives,
+                  "label_pos_acc": ratio((predicted & true).sum(axis=0), positives),
+                  "label_neg_acc": ratio((~predicted & ~true).sum(axis=0), negatives)}
+    attributes["label_acc"] = (attributes["label_pos_acc"] + attributes["label_neg_acc"]) / 2
+    defined = ~np.isnan(attributes["label_acc"])
+    metrics = {"instance_acc": float(np.mean(both / union)),
+               "instance_precision": precision,
+               "instance_recall": recall,
+               "instance_F1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
+               "mA": float(attributes["label_acc"][defined].mean()) if defined.any() else None}
+    return metrics, attributes
+
+
+def fraction(text):
+    """An accuracy given as a fraction (0.789) or in percent (78.9), as a fraction."""
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise ValueError
+    return value / 100 if value > 1 else value
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        usage="postprocess_deepmar_pytorch.py RESULT_DIR [RESULT_DIR ...] LABEL [option ...]\n"
+              "       postprocess_deepmar_pytorch.py --npu_result RESULT_DIR [RESULT_DIR ...] --label_file LABEL "
+              "[option ...]")
+    parser.add_argument("positional", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--npu_result", nargs="+", metavar="RESULT_DIR", help="the folders of the result files")
+    parser.add_argument("--label_file", metavar="LABEL", help="the labels")
+    parser.add_argument("--published", type=fraction, metavar="ACC",
+                        help="instance_acc to compare with, as 0.789 or 78.9; a drop of more than 1 %% (of percentage "
+                             "points) is an error")
+    args = parser.parse_intermixed_args(argv)
+    named = [args.npu_result, args.label_file]
+    if args.positional and any(value is not None for value in named):
+        parser.error("give the arguments either in their order or by name, not both")
+    folders, label_file = (args.positional[:-1], args.positional[-1]) if args.positional else named
+    if not folders or label_file is None:
+        parser.error("give RESULT_DIR and LABEL")
+
+    rows, labels = read_labels(label_file)
+    results = list_results(folders)
+    unlabelled = sorted(set(results) - set(rows))
+    if unlabelled:
+        raise ValueError("%d of %d results have no label in %s: %s"
+                         % (len(unlabelled), len(results), label_file, some(results[name] for name in unlabelled)))
+    names = sorted(results)
+    logits = read_logits([results[name] for name in names], labels.shape[1])
+    metrics, attributes = evaluate(logits, labels[[rows[name] for name in names]])
+
+    attribute_names = PETA if labels.shape[1] == len(PETA) else ["attribute%d" % i for i in range(labels.shape[1])]
+    without = len(rows) - len(results)
+    drop = None if args.published is None else args.published - metrics["instance_acc"]
+    report = dict(metrics, images=len(results), labelled_images_without_result=without, published_acc=args.published,
+                  drop=drop,
+                  attributes=[dict({"name": name}, **{key: None if np.isnan(values[i]) else values[i].item()
+                                                      for key, values in attributes.items()})
+                              for i, name in enumerate(attribute_names)])
+    for left in glob.glob(glob.escape(RESULT) + ".*.partial"):  # by a run that was killed
+        os.remove(left)
+    temporary = "%s.%d.partial" % (RESULT, os.getpid())
+    try:
+        with open(temporary, "w", encoding="utf-8") as f:
+            json.dump(report, f, indent=1, allow_nan=False)
+            f.write("\n")
+        os.replace(temporary, RESULT)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+    for name in ("instance_acc", "instance_precision", "instance_recall", "instance_F1", "mA"):
+        print("%s: %s" % (name, metrics[name]))
+    print("scored %d images; %d labelled images had no result" % (len(results), without))
+    undefined = [name for name, value in zip(attribute_names, attributes["label_acc"]) if np.isnan(value)]
+    if undefined:
+        print("left out of mA, as no image or every image has them: %s" % ", ".join(undefined))
+    if drop is not None:
+        print("accuracy %.2f %%, published %.2f %%, drop %.2f %%" % (100 * metrics["instance_acc"],
+                                                                   100 * args.published, 100 * drop))
+        if drop > MAX_DROP:
+            raise ValueError("instance_acc %.4f is more than 1 %% below the published %.4f"
+                             % (metrics["instance_acc"], args.published))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit("postprocess_deepmar_pytorch.py: error: %s" % error)
+    except KeyboardInterrupt:
+        sys.exit("postprocess_deepmar_pytorch.py: interrupted; nothing was written")

@@ -1,0 +1,213 @@
+"""Stage 4: the images of a list -> the network's input, one .bin file an image.
+
+    python3 preprocess_deepmar_pytorch.py /home/HwHiAiUser/dataset/peta/images input_bin image.txt
+    python3 preprocess_deepmar_pytorch.py --file_path=.../peta/images --bin_path=input_bin --image_info=image.txt
+
+NAME.bin holds float32, little endian, [3,224,224]: ((pixel / 255) - mean) / std of the image as RGB, resized to 224x224
+(bilinear, aspect ratio not kept). NAME is the file name up to its first dot. The folder of bins is replaced as a whole
+and only if every image could be read, so it holds the images of the list and no others. Runs on all cores.
+"""
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+
+import numpy as np
+from PIL import Image
+
+SIZE = 224                   # height and width of the network's input in pixels
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as DeepMAR was trained with: red, green, blue
+STD = (0.229, 0.224, 0.225)
+MAX_PIXELS = 64 * 1000 * 1000  # a larger image is no photograph of a pedestrian, but might exhaust the memory
+CHUNK = 16                   # images that a process is handed at a time
+
+# What each value 0 ... 255 of each channel becomes, float32 [3,256]: the float32 arithmetic of the formula, done once.
+TABLE = np.stack([(np.arange(256, dtype=np.float32) / np.float32(255) - np.float32(mean)) / np.float32(std)
+                  for mean, std in zip(MEAN, STD)])
+
+
+def read_list(path):
+    """Returns the image names in a list file, one a line; blank lines, CRLF and a byte order mark do not count.
+
+    Raises ValueError, with the line, for a name that leaves the images' folder, or that would write the bin of an
+    earlier line.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            lines = f.read().split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError("%s: is not UTF-8 text (byte %d)" % (path, error.start))
+    names, seen = [], {}
+    for number, line in enumerate(lines, 1):
+        name = line.strip()
+        if not name:
+            continue
+        if "\0" in name or os.path.isabs(name) or ".." in name.split("/"):
+            raise ValueError("%s: line %d: %r is not a file name inside the images' folder" % (path, number, name))
+        if not stem(name):
+            raise ValueError("%s: line %d: %r has nothing before its first dot to name a bin after"
+                             % (path, number, name))
+        if stem(name) in seen:
+            raise ValueError("%s: lines %d and %d would both write %s.bin; each image's name up to its first dot must "
+                             "be its own" % (path, seen[stem(name)], number, stem(name)))
+        seen[stem(name)] = number
+        names.append(name)
+    if not names:
+        raise ValueError("%s: names no image; it needs one file name a line" % path)
+    return names
+
+
+def stem(name):
+    """What a file is called in every later stage: its name, without folders, up to the first dot."""
+    return os.path.basename(name).split(".")[0]
+
+
+def preprocess(path):
+    """Returns an image file as the network's input, float32 [3,224,224]; raises what Pillow raises, or ValueError."""
+    if not os.path.isfile(path):
+        raise ValueError("not a regular file")  # reading a FIFO would wait for ever
+    with Image.open(path) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError("%d x %d pixels are too many" % image.size)
+        if image.mode[0] in "IF":  # convert() would clip these at 255 instead of scaling them
+            raise ValueError("more than 8 bits a channel (mode %s); save it with 8" % image.mode)
+        pixels = np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.BILINEAR)).reshape(-1, 3)
+    result = np.empty((3, SIZE, SIZE), "<f4")
+    for channel in range(3):
+        np.take(TABLE[channel], pixels[:, channel], out=result[channel].reshape(-1), mode="clip")
+    return result
+
+
+def convert(jobs):
+    """Writes the bins of [(image path, bin path)]; returns, per job, None or why the image cannot be read."""
+    reasons = []
+    for image_path, bin_path in jobs:
+        try:
+            array = preprocess(image_path)
+        except Exception as error:  # Pillow raises nearly anything on damaged files
+            reasons.append("%s: %s" % (image_path, str(error).replace("\n", " ") or repr(error)))
+            continue
+        with open(bin_path, "wb") as f:
+            f.write(array.data)
+        reasons.append(None)
+    return reasons
+
+
+def start_worker():
+    """Makes a worker process leave Ctrl-C to its parent, end when its parent is killed, and keep Pillow's warnings."""
+    import ctypes
+    import signal
+    import warnings
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
+    warnings.simplefilter("ignore")
+
+
+def convert_all(jobs):
+    """convert() on all cores; yields its results as they come. Raises OSError where a bin cannot be written."""
+    import multiprocessing
+    from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+    from concurrent.futures.process import BrokenProcessPool
+    chunks = [jobs[i:i + CHUNK] for i in range(0, len(jobs), CHUNK)][::-1]
+    workers = min(len(os.sched_getaffinity(0)), len(chunks))
+    # Processes, as threads hold each other back in Pillow. Few chunks are under way, so that Ctrl-C need not wait.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker) as pool:
+        running = set()
+        while chunks or running:
+            while chunks and len(running) < 2 * workers:
+                running.add(pool.submit(convert, chunks.pop()))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                try:
+                    yield from future.result()
+                except BrokenProcessPool:
+                    raise OSError("a worker process was killed; was the memory exhausted?")
+
+
+@contextlib.contextmanager
+def replaced_folder(path):
+    """Yields an empty folder beside path; if the block succeeds it becomes path, in place of an earlier one.
+
+    The earlier one may hold .bin files only, so that a mistyped path deletes nothing else. Raises ValueError or OSError.
+    """
+    import fcntl
+    path = os.path.realpath(path)
+    if os.path.exists(path):
+        others = sorted(name for name in os.listdir(path) if not name.endswith(".bin"))
+        if others:
+            raise ValueError("%s: holds %s, which is no .bin file; give a new folder, or one of an earlier run"
+                             % (path, others[0]))
+    partial, old = path + ".partial", path + ".old"
+    os.makedirs(partial, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(lock), os.stat(partial)):
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
+            raise ValueError("%s: another run is writing this folder" % path)
+        for name in os.listdir(partial):  # by a run that was killed
+            os.remove(os.path.join(partial, name))
+        shutil.rmtree(old, ignore_errors=True)
+        try:
+            yield partial
+            if os.path.exists(path):
+                os.rename(path, old)
+            os.rename(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        usage="preprocess_deepmar_pytorch.py IMAGES BIN_DIR IMAGE_TXT\n"
+              "       preprocess_deepmar_pytorch.py --file_path IMAGES --bin_path BIN_DIR --image_info IMAGE_TXT")
+    parser.add_argument("positional", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--file_path", metavar="IMAGES", help="the folder of the images")
+    parser.add_argument("--bin_path", metavar="BIN_DIR", help="the folder of bins to write")
+    parser.add_argument("--image_info", metavar="IMAGE_TXT", help="the list of images, one file name a line")
+    args = parser.parse_args(argv)
+    named = [args.file_path, args.bin_path, args.image_info]
+    if args.positional and any(value is not None for value in named):
+        parser.error("give the arguments either in their order or by name, not both")
+    values = args.positional or named
+    if len(values) != 3 or None in values:
+        parser.error("give IMAGES, BIN_DIR and IMAGE_TXT")
+    images, bins, image_txt = values
+
+    names = read_list(image_txt)
+    if not os.path.isdir(images):
+        raise FileNotFoundError("%s: no such folder; the first argument is the images' folder" % images)
+    missing = [name for name in names if not os.path.lexists(os.path.join(images, name))]
+    if missing:
+        raise FileNotFoundError("%d of the %d images in %s are not in %s: %s"
+                                % (len(missing), len(names), image_txt, images, ", ".join(missing)))
+    with replaced_folder(bins) as partial:
+        results = convert_all([(os.path.join(images, name), os.path.join(partial, stem(name) + ".bin"))
+                               for name in names])
+        try:
+            from tqdm import tqdm
+            results = tqdm(results, total=len(names), unit="image", disable=None, delay=2, leave=False)
+        except ImportError:
+            pass  # this script alone, in another checkout: no bar then
+        bad = [reason for reason in results if reason]
+        if bad:
+            raise ValueError("%d of %d images cannot be read, so nothing was written (the other %d are fine): %s"
+                             % (len(bad), len(names), len(names) - len(bad), "; ".join(sorted(bad))))
+    print("%s: %d images -> %d bins of float32 [3,%d,%d]" % (bins, len(names), len(names), SIZE, SIZE))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit("preprocess_deepmar_pytorch.py: error: %s" % error)
+    except KeyboardInterrupt:
+        sys.exit("preprocess_deepmar_pytorch.py: interrupted; nothing was written")

@@ -1,0 +1,242 @@
+"""Stage 2: takes the Pad nodes that pad nothing out of an ONNX model.
+
+    python3 remove_pad.py deepmar_bs1.onnx deepmar_bs1_nopad.onnx
+    python3 remove_pad.py --model_name=deepmar_bs1.onnx --output_name=deepmar_bs1_nopad.onnx
+
+F.avg_pool2d counts its padding (count_include_pad=True); exporters up to about torch 1.12 turn that into a Pad before the
+AveragePool even where all pads are 0, and the card then spends time on copying the feature map. Nodes are found by type
+and followed by tensor name, never by position. Outputs stay the same to the bit.
+"""
+import argparse
+import glob
+import os
+import sys
+
+# Operators whose output is not determined by their inputs.
+RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+
+
+def nested(graph):
+    """The graph and, below it, every graph that a node's attribute holds (the branches of an If, the body of a Loop)."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in [attribute.g] * attribute.HasField("g") + list(attribute.graphs):
+                yield from nested(inner)
+
+
+def load(path):
+    """Returns the model of an ONNX file, checked by onnx's checker.
+
+    Raises OSError if it cannot be read, ValueError if it is no valid model, or keeps its weights in other files: such a
+    model names the files that its reader opens, and a DeepMAR fits into one file many times over.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+    if not os.path.isfile(path):
+        raise FileNotFoundError("%s: no such file; the first argument is the ONNX model" % path)
+    model = onnx.ModelProto()
+    try:
+        with open(path, "rb") as f:
+            model.ParseFromString(f.read())
+        for graph in nested(model.graph):
+            tensors = list(graph.initializer)
+            tensors += [part for sparse in graph.sparse_initializer for part in (sparse.values, sparse.indices)]
+            for attribute in (attribute for node in graph.node for attribute in node.attribute):
+                tensors += [attribute.t] + list(attribute.tensors)
+            if any(tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors):
+                raise ValueError("%s: keeps its weights in other files; save it as one file" % path)
+        onnx.checker.check_model(model)
+    except (DecodeError, onnx.checker.ValidationError) as error:
+        raise ValueError("%s: no valid ONNX model: %s" % (path, " ".join(str(error).split())))
+    return model
+
+
+def constant(name, scopes, model):
+    """Returns the value of a tensor that depends on constants alone, an ndarray, or None for any other tensor.
+
+    scopes: the graphs whose tensors are visible, the innermost last.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+    initializers = {tensor.name: tensor for graph in scopes for tensor in graph.initializer}
+    nodes = [node for graph in scopes for node in graph.node]
+    producer = {output: i for i, node in enumerate(nodes) for output in node.output}
+    chain, tensors, todo = set(), {}, [name]
+    while todo:
+        needed = todo.pop()
+        if needed in initializers:
+            tensors[needed] = initializers[needed]
+        elif needed not in producer:
+            return None  # an input of the graph
+        elif producer[needed] not in chain:
+            node = nodes[producer[needed]]
+            if node.op_type in RANDOM or any(a.HasField("g") or a.graphs for a in node.attribute):
+                return None
+            chain.add(producer[needed])
+            todo += [input_ for input_ in node.input if input_]
+    if not chain:
+        return numpy_helper.to_array(tensors[name])
+    chain = [nodes[i] for i in sorted(chain)]
+    if len(chain) == 1 and chain[0].op_type == "Constant" and chain[0].attribute[0].name == "value":
+        return numpy_helper.to_array(chain[0].attribute[0].t)
+    # A longer chain: ONNX Runtime knows what every operator does.
+    import onnxruntime
+    output = helper.make_tensor_value_info(name, TensorProto.INT64, None)
+    part = helper.make_model(helper.make_graph(chain, "constant", [], [output], list(tensors.values())),
+                             opset_imports=model.opset_import)
+    part.ir_version = model.ir_version
+    session = onnxruntime.InferenceSession(part.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run([name], {})[0]
+
+
+def pads_of(node, scopes, model):
+    """Returns a Pad's pads as a list of int, or None if they are known only at run time."""
+    for attribute in node.attribute:
+        if attribute.name in ("pads", "paddings"):  # opset 2 to 10, opset 1
+            return list(attribute.ints)
+    value = constant(node.input[1], scopes, model)
+    return None if value is None else value.ravel().tolist()
+
+
+def rename(graph, old, new):
+    """Calls a tensor of the graph by another name, wherever it is made and used."""
+    for inner in nested(graph):
+        for node in inner.node:
+            for names in (node.input, node.output):
+                for i, name in enumerate(names):
+                    if name == old:
+                        names[i] = new
+
+
+def bypass(graph, pad):
+    """Takes a Pad out of its graph; whoever read its output reads its input."""
+    import onnx
+    source, output = pad.input[0], pad.output[0]
+    outputs = {value.name for value in graph.output}
+    position = list(graph.node).index(pad)
+    del graph.node[position]
+    if output not in outputs:
+        rename(graph, output, source)
+        gone = output
+    elif source not in outputs and any(source in node.output for node in graph.node):
+        rename(graph, source, output)  # the graph's output keeps its name
+        gone = source
+    else:  # an input of the graph, or another output of it, under a second name
+        graph.node.insert(position, onnx.helper.make_node("Identity", [source], [output], name=pad.name))
+        return
+    for value in [value for value in graph.value_info if value.name == gone]:
+        graph.value_info.remove(value)
+
+
+def drop_unused(graph, names):
+    """Takes the named tensors out of the graph if nothing uses them, with all that served only to make them.
+
+    Returns how many nodes and initializers went.
+    """
+    dropped, names = 0, set(names)
+    while True:
+        used = {name for inner in nested(graph) for node in inner.node for name in node.input}
+        used |= {value.name for inner in nested(graph) for value in inner.output}
+        names -= used
+        initializers = [tensor for tensor in graph.initializer if tensor.name in names]
+        nodes = [node for node in graph.node if set(node.output) & names and not set(node.output) & used]
+        if not initializers and not nodes:
+            return dropped
+        for tensor in initializers:
+            graph.initializer.remove(tensor)
+        for node in nodes:
+            names.update(name for name in node.input if name)
+            graph.node.remove(node)
+        gone = {tensor.name for tensor in initializers} | {name for node in nodes for name in node.output}
+        for values in (graph.input, graph.value_info):  # older exporters list initializers among the inputs
+            for value in [value for value in values if value.name in gone]:
+                values.remove(value)
+        dropped += len(initializers) + len(nodes)
+
+
+def remove_pads(model):
+    """Takes every Pad out of an onnx.ModelProto, in place, whose pads are constant and all 0.
+
+    Returns (names of the Pads removed, how many constants went with them, [(name, why)] of the Pads kept).
+    """
+    removed, constants, kept = [], 0, []
+
+    def clean(scopes):
+        nonlocal constants
+        graph = scopes[-1]
+        for node in list(graph.node):
+            for attribute in node.attribute:
+                for inner in [attribute.g] * attribute.HasField("g") + list(attribute.graphs):
+                    clean(scopes + [inner])
+        for pad in [node for node in graph.node if node.op_type == "Pad" and node.domain in ("", "ai.onnx")]:
+            pads = pads_of(pad, scopes, model)
+            if pads is None:
+                kept.append((pad.name, "its pads are known only at run time"))
+            elif any(pads):
+                kept.append((pad.name, "it pads by %s" % pads))
+            else:
+                inputs = list(pad.input[1:])
+                bypass(graph, pad)
+                removed.append(pad.name)
+                constants += sum(drop_unused(scope, inputs) for scope in reversed(scopes))
+
+    clean([model.graph])
+    return removed, constants, kept
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        usage="remove_pad.py MODEL OUTPUT\n"
+              "       remove_pad.py --model_name MODEL --output_name OUTPUT")
+    parser.add_argument("positional", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--model_name", metavar="MODEL", help="the ONNX model")
+    parser.add_argument("--output_name", metavar="OUTPUT", help="the ONNX file to write")
+    args = parser.parse_args(argv)
+    named = [args.model_name, args.output_name]
+    if args.positional and any(value is not None for value in named):
+        parser.error("give the arguments either in their order or by name, not both")
+    values = args.positional or named
+    if len(values) != 2 or None in values:
+        parser.error("give MODEL and OUTPUT")
+    path, output = values
+
+    model = load(path)
+    before = len(model.graph.node)
+    removed, constants, kept = remove_pads(model)
+    if removed:
+        import onnx
+        onnx.checker.check_model(model)
+        data = model.SerializeToString()
+    else:
+        with open(path, "rb") as f:
+            data = f.read()
+    for left in glob.glob(glob.escape(output) + ".*.partial"):  # by a run that was killed
+        os.remove(left)
+    temporary = "%s.%d.partial" % (output, os.getpid())
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+        os.replace(temporary, output)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    for name, reason in kept:
+        print("kept %s: %s" % (name or "a Pad without a name", reason))
+    if removed:
+        print("%s: removed %s (pads nothing) and the constants that only it used (%d); %d of %d nodes are left"
+              % (output, ", ".join(name or "a Pad without a name" for name in removed), constants,
+                 len(model.graph.node), before))
+    else:
+        print("%s: no Pad to remove; the model is unchanged" % output)
+    if not output.endswith(".onnx"):
+        print("note: %s does not end in .onnx, as the name in the guide's atc command does" % output, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit("remove_pad.py: error: %s" % error)
+    except KeyboardInterrupt:
+        sys.exit("remove_pad.py: interrupted; nothing was written")

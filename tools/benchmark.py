@@ -1,0 +1,270 @@
+"""Stage 6 without a card: stands in for benchmark.x86_64 and runs the ONNX model on ONNX Runtime.
+
+    python3 tools/benchmark.py -model_type=vision -batch_size=1 -device_id=0 -om_path=deepmar_bs1_nopad.onnx \\
+        -input_width=224 -input_height=224 -input_text_path=deepmar.info -useDvpp=false -output_binary=true
+    python3 tools/benchmark.py -round=20 -om_path=deepmar_bs1_nopad.onnx -device_id=0 -batch_size=1
+
+Takes the options of the benchmark binary and writes what it writes: result/dumpOutput_device<ID>/NAME_1.bin for each bin of
+the info file and result/perf_vision_batchsize_<N>_device_<ID>.txt; with -round, pure inference on random input,
+result/PureInfer_perf_of_<model>_in_device_<ID>.txt. Reading, inference and writing overlap. The folder of results is
+replaced as a whole, so it never holds those of an earlier run.
+"""
+import argparse
+import collections
+import os
+import re
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from preprocess_deepmar_pytorch import replaced_folder  # noqa: E402
+from remove_pad import load  # noqa: E402
+
+PROVIDERS = ["CANNExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]  # the best first
+BUFFERS = 3  # batches in memory: one in inference, the others being read ahead
+WRITE = 32   # results written at a time: where inference keeps every core busy, few wake-ups disturb it least
+
+
+def open_session(path, device_id=0, threads=None):
+    """Returns an ONNX Runtime session of a DeepMAR model on the best execution provider that this machine has.
+
+    threads: of the CPU provider; by default one a core that this process may use. Raises OSError, or ValueError if the file is no
+    such model: one input float32 [N,3,height,width], one output float32 [N,attributes].
+    """
+    import onnxruntime
+    load(path)  # for its checks: onnx's checker, and no weights outside of the file
+    options = onnxruntime.SessionOptions()
+    # ONNX Runtime 1.10 alone would take half of the cores, and every version ignores taskset's choice of them.
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.log_severity_level = 3  # errors
+    providers = [(name, {} if name.startswith("CPU") else {"device_id": str(device_id)})
+                 for name in PROVIDERS if name in onnxruntime.get_available_providers()]
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=providers)
+    except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+        raise ValueError("%s: ONNX Runtime %s cannot load it: %s"
+                         % (path, onnxruntime.__version__, str(error).replace("\n", " ")))
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) != 1 or len(outputs) != 1 or len(inputs[0].shape) != 4 or len(outputs[0].shape) != 2 \
+            or {inputs[0].type, outputs[0].type} != {"tensor(float)"}:
+        raise ValueError("%s: not a DeepMAR model (one input float32 [N,3,224,224], one output float32 [N,attributes]); "
+                         "its inputs are %s, its outputs %s"
+                         % (path, [(i.name, i.type, i.shape) for i in inputs], [(o.name, o.type, o.shape) for o in outputs]))
+    return session
+
+
+def check_shape(session, path, batch_size, height, width):
+    """Raises ValueError unless the model takes input [batch_size,3,height,width]; symbolic sizes take any."""
+    shape = session.get_inputs()[0].shape
+    for has, wanted in zip(shape, (batch_size, 3, height, width)):
+        if isinstance(has, int) and has != wanted:
+            raise ValueError("%s: its input is %s, not [%d,3,%d,%d]; export it again with this batch size and size"
+                             % (path, shape, batch_size, height, width))
+
+
+def read_info(path, height, width):
+    """Returns the bins of an info file, [(name, path)]; raises OSError or ValueError, as for a bin of the wrong size."""
+    size = 4 * 3 * height * width
+    with open(path, encoding="utf-8") as f:
+        lines = f.read().split("\n")
+    bins, seen, bad = [], set(), []
+    for line in lines:
+        if not line.strip():
+            continue
+        match = re.match(r"(\d+) (.+) (\d+) (\d+)$", line)
+        if not match or int(match.group(1)) != len(bins):
+            raise ValueError("%s: line %d is not 'INDEX PATH WIDTH HEIGHT' with INDEX %d; get_info.py writes this file: %r"
+                             % (path, len(bins) + 1, len(bins), line[:200]))
+        if (int(match.group(3)), int(match.group(4))) != (width, height):
+            raise ValueError("%s: line %d is for %s x %s, not %d x %d"
+                             % (path, len(bins) + 1, match.group(3), match.group(4), width, height))
+        name = os.path.splitext(os.path.basename(match.group(2)))[0]
+        if name in seen:
+            raise ValueError("%s: two bins are called %s, so their results would be one file" % (path, name))
+        seen.add(name)
+        bins.append((name, match.group(2)))
+        if not os.path.isfile(match.group(2)):
+            bad.append("%s (no such file)" % match.group(2))
+        elif os.path.getsize(match.group(2)) != size:
+            bad.append("%s (%d bytes)" % (match.group(2), os.path.getsize(match.group(2))))
+    if bad:
+        raise ValueError("%s: %d of %d bins are not float32 [3,%d,%d] (%d bytes): %s%s"
+                         % (path, len(bad), len(bins), height, width, size, ", ".join(bad[:5]), ", ..." * (len(bad) > 5)))
+    if not bins:
+        raise ValueError("%s: names no bin; get_info.py writes this file" % path)
+    return bins
+
+
+class Clock(object):
+    """Adds up the seconds spent in a with block."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_):
+        self.seconds += time.perf_counter() - self.start
+
+
+def run(session, bins, batch_size, height, width, folder, report):
+    """Runs the model over the bins [(name, path)] and writes folder/NAME_1.bin for each, float32 [attributes].
+
+    The last batch is filled up with zeros for the model; their outputs are dropped. Calls report(images) after every
+    batch. Returns {module: Clock}. Raises ValueError for a bin that has shrunk or holds NaN.
+    """
+    clocks = {name: Clock() for name in ("e2e", "data read", "preprocess", "infer", "interface", "post")}
+    input_name, output_name = session.get_inputs()[0].name, session.get_outputs()[0].name
+    batches = [bins[i:i + batch_size] for i in range(0, len(bins), batch_size)]
+    buffers = [np.zeros((batch_size, 3, height, width), "<f4") for _ in range(min(BUFFERS, len(batches)))]
+    session.run([output_name], {input_name: buffers[0]})  # the first run also allocates memory
+
+    def read(index):
+        batch, buffer = batches[index], buffers[index % len(buffers)]
+        with clocks["data read"]:
+            for (_, path), row in zip(batch, buffer):
+                with open(path, "rb", buffering=0) as f:
+                    if f.readinto(row) != row.nbytes:
+                        raise ValueError("%s: is shorter than %d bytes" % (path, row.nbytes))
+        with clocks["preprocess"]:
+            buffer[len(batch):] = 0
+            if not np.isfinite(buffer).all():
+                bad = [path for (_, path), row in zip(batch, buffer) if not np.isfinite(row).all()]
+                raise ValueError("NaN or infinite values in %s" % ", ".join(bad))
+
+    def write(results):
+        with clocks["post"]:
+            for name, logits in results:
+                with open(os.path.join(folder, name + "_1.bin"), "wb") as f:
+                    f.write(logits.astype("<f4").data)
+
+    with clocks["e2e"], ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        reads = collections.deque(reader.submit(read, i) for i in range(len(buffers)))
+        results, writing = [], None
+        for index, batch in enumerate(batches):
+            reads.popleft().result()
+            with clocks["infer"]:
+                with clocks["interface"]:
+                    logits, = session.run([output_name], {input_name: buffers[index % len(buffers)]})
+                if index + len(buffers) < len(batches):
+                    reads.append(reader.submit(read, index + len(buffers)))
+                results += [(name, row) for (name, _), row in zip(batch, logits)]
+                if len(results) >= WRITE or index == len(batches) - 1:
+                    if writing:
+                        writing.result()
+                    writing, results = writer.submit(write, results), []
+            report(len(batch))
+        writing.result()
+    return clocks
+
+
+def perf_lines(clocks, images):
+    """The perf file of the benchmark binary: rates in samples per second, e2e latency in ms, others in ms per sample."""
+    rate = {name: images / clock.seconds for name, clock in clocks.items()}
+    return ["[e2e] throughputRate: %.6g, latency: %.6g" % (rate["e2e"], 1000 * clocks["e2e"].seconds),
+            "[data read] throughputRate: %.6g, moduleLatency: %.6g" % (rate["data read"], 1000 / rate["data read"]),
+            "[preprocess] throughputRate: %.6g, moduleLatency: %.6g" % (rate["preprocess"], 1000 / rate["preprocess"]),
+            "[infer] throughputRate: %.6g, Interface throughputRate: %.6g, moduleLatency: %.6g"
+            % (rate["infer"], rate["interface"], 1000 / rate["infer"]),
+            "[post] throughputRate: %.6g, moduleLatency: %.6g" % (rate["post"], 1000 / rate["post"])]
+
+
+def write_text(path, text):
+    """Writes a small file whole or not at all."""
+    temporary = "%s.%d.partial" % (path, os.getpid())
+    with open(temporary, "w") as f:
+        f.write(text)
+    os.replace(temporary, path)
+
+
+def progress(total, unit):
+    """A progress bar on a terminal, once the work has taken two seconds."""
+    from tqdm import tqdm
+    return tqdm(total=total, unit=unit, disable=None, delay=2, leave=False)
+
+
+def vision(session, args):
+    """Runs the model over the info file's bins; returns what to print."""
+    bins = read_info(args.input_text_path, args.input_height, args.input_width)
+    folder = os.path.join("result", "dumpOutput_device%d" % args.device_id)
+    with replaced_folder(folder) as partial, progress(len(bins), "image") as bar:
+        clocks = run(session, bins, args.batch_size, args.input_height, args.input_width, partial, bar.update)
+    lines = perf_lines(clocks, len(bins))
+    write_text("result/perf_vision_batchsize_%d_device_%d.txt" % (args.batch_size, args.device_id),
+               "\n".join(lines) + "\n")
+    return lines + ["[INFO] %d results in %s" % (len(bins), folder)]
+
+
+def pure_inference(session, args):
+    """Runs the model on random input; returns what to print."""
+    shape = [args.batch_size, 3] + [size if isinstance(size, int) else 224 for size in session.get_inputs()[0].shape[2:]]
+    feed = {session.get_inputs()[0].name: np.random.RandomState(0).standard_normal(shape).astype(np.float32)}
+    session.run(None, feed)
+    clock = Clock()
+    with progress(args.round, "round") as bar:
+        for _ in range(args.round):
+            with clock:
+                session.run(None, feed)
+            bar.update()
+    images = args.round * args.batch_size
+    line = "ave_throughputRate = %.6gsamples/s, ave_latency = %.6gms" % (images / clock.seconds,
+                                                                        1000 * clock.seconds / images)
+    model = os.path.splitext(os.path.basename(args.om_path))[0]
+    path = "./result/PureInfer_perf_of_%s_in_device_%d.txt" % (model, args.device_id)
+    os.makedirs("result", exist_ok=True)
+    write_text(path, line + "\n")
+    return ["[INFO] PureInfer result saved in %s" % path, line]
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+
+    def option(name, **settings):
+        parser.add_argument("-" + name, "--" + name, **settings)
+
+    option("model_type", choices=["vision"], default="vision", help="(default: vision)")
+    option("batch_size", type=positive, required=True, help="images per inference; the model's own")
+    option("device_id", type=int, default=0, help="names the result files; the card, if the provider has one (default: 0)")
+    option("om_path", required=True, help="the model: the ONNX file that the OM would be made from")
+    option("input_width", type=positive, default=224, help="in pixels (default: 224)")
+    option("input_height", type=positive, default=224, help="in pixels (default: 224)")
+    option("input_text_path", help="the info file")
+    option("useDvpp", choices=["false"], default="false", help="images are decoded by stage 4 (default: false)")
+    option("output_binary", choices=["true"], default="true", help="results are .bin files (default: true)")
+    option("round", type=positive, help="pure inference on random input, so many times")
+    option("threads", type=positive, help="threads of the CPU provider (default: one a core)")
+    args = parser.parse_args(argv)
+    if (args.input_text_path is None) == (args.round is None):
+        parser.error("give -input_text_path for inference on data, or -round for pure inference")
+    if args.device_id < 0:
+        parser.error("-device_id cannot be negative")
+    if args.om_path.endswith(".om"):
+        parser.error("-om_path: %s is an OM, which only the card runs; give the ONNX model" % args.om_path)
+
+    session = open_session(args.om_path, args.device_id, args.threads)
+    check_shape(session, args.om_path, args.batch_size, args.input_height, args.input_width)
+    import onnxruntime
+    print("[INFO] ONNX Runtime %s, %s, %s" % (onnxruntime.__version__, session.get_providers()[0], args.om_path), flush=True)
+    for line in (vision if args.round is None else pure_inference)(session, args):
+        print(line)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit("benchmark.py: error: %s" % error)
+    except KeyboardInterrupt:
+        sys.exit("benchmark.py: interrupted; nothing was written")

@@ -1,0 +1,298 @@
+"""Stage 0: sample data for a machine without PETA and without a checkpoint: drawn pedestrians, and a DeepMAR for them.
+
+    python3 tools/sample.py sample
+
+Writes sample/images/*.png, image.txt and label.json (drawn test images with known PETA attributes), checkpoint.pth.tar (a
+DeepMAR that recognises them) and accuracy.txt (the instance_acc that PyTorch itself reaches on the test images, through
+torchvision's transforms). The same seed gives the same data. The checkpoint is not trained: a random ResNet-50 takes
+its BatchNorm statistics from other drawings, and the classifier is fitted to its features by ridge regression.
+It shows that the pipeline computes the right thing; it says nothing about photographs.
+"""
+import argparse
+import json
+import os
+import shutil
+import sys
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from postprocess_deepmar_pytorch import PETA, evaluate  # noqa: E402
+from preprocess_deepmar_pytorch import MEAN, SIZE, STD  # noqa: E402
+
+TRAIN = 500          # drawings that the classifier is fitted to
+STATISTICS = 128     # of these, the ones that BatchNorm takes its statistics from
+BATCH = 32
+BN3_WEIGHT = 0.2     # of each residual block's last BatchNorm: keeps a random network's features from growing
+RIDGE = 0.03         # regularisation, relative to the mean squared norm of the features
+WIDTH, HEIGHT = 160, 400  # of the canvas; drawings are scaled down from it
+
+# Each thing has a colour of its own: averaged over the picture, a random network's features tell colours and textures
+# apart far better than places.
+SKIN = [(236, 200, 170), (222, 182, 150)]
+HAIR = {"personalLess30": (20, 15, 15), "personalLess45": (150, 60, 10), "personalLess60": (105, 115, 150),
+        "personalLarger60": (250, 250, 250)}
+SHIRT = {"upperBodyFormal": (25, 25, 40), "upperBodyTshirt": (215, 45, 45), "upperBodyJacket": (40, 110, 60),
+         "upperBodyOther": (120, 60, 150)}
+
+
+def choose(random):
+    """Returns a set of PETA attributes that can be seen together in one drawing."""
+    def chance(probability):
+        return random.random_sample() < probability
+
+    def one(*names):
+        return names[random.randint(len(names))]
+
+    has = {one(*HAIR)}
+    male = chance(0.55)
+    has |= {"personalMale"} if male else set()
+    has |= {"hairLong"} if chance(0.1 if male else 0.75) else set()
+    formal = chance(0.3)
+    if formal:
+        has |= {"upperBodyFormal", "upperBodyJacket", "lowerBodyFormal", "lowerBodyTrousers", "footwearLeatherShoes"}
+    else:
+        has |= {"upperBodyCasual", "lowerBodyCasual"}
+        has |= {one("upperBodyTshirt", "upperBodyTshirt", "upperBodyJacket", "upperBodyOther")}
+        if "upperBodyTshirt" in has:
+            has |= {"upperBodyShortSleeve"}
+        if "upperBodyJacket" not in has:
+            has |= {one("upperBodyLogo", "upperBodyPlaid", "upperBodyThinStripes", "upperBodyVNeck", "upperBodyVNeck")}
+        has |= {one("lowerBodyJeans", "lowerBodyTrousers", "lowerBodyShorts", "lowerBodyShorts" if male
+                    else "lowerBodyShortSkirt")}
+        has |= {one("footwearSandals", "footwearShoes", "footwearSneaker")}
+    accessories = [name for name in ("accessoryHat", "accessoryMuffler", "accessorySunglasses") if chance(0.25)]
+    has |= set(accessories or ["accessoryNothing"])
+    has |= {one("carryingNothing", "carryingBackpack", "carryingMessengerBag", "carryingPlasticBags", "carryingOther")}
+    return has
+
+
+def draw(has, random):
+    """Returns a drawing of a pedestrian with these attributes: an RGB image of 40 to 110 pixels' width, as in PETA."""
+    def colour(base, spread=12):
+        return tuple(int(value) for value in np.clip(np.array(base) + random.randint(-spread, spread + 1, 3), 0, 255))
+
+    ground = random.randint(125, 146) + random.randint(-6, 7, 3)
+    background = np.clip(np.linspace(ground, ground + random.randint(-20, 21), HEIGHT)[:, None, :]
+                         + random.normal(0, 4, (HEIGHT, WIDTH, 3)), 0, 255)
+    image = Image.fromarray(background.astype(np.uint8))
+    pen = ImageDraw.Draw(image)
+    dx, dy = random.randint(-4, 5), random.randint(-4, 5)
+
+    def at(*points):
+        return [(x + dx, y + dy) for x, y in points]
+
+    def of(colours):  # the colour of the first of these attributes that it has
+        return colour([colours[name] for name in colours if name in has][0])
+
+    skin, shirt, hair = colour(SKIN[random.randint(len(SKIN))], 6), of(SHIRT), of(HAIR)
+    dark, light = colour((30, 30, 40)), colour((245, 245, 240), 6)
+    half = 46 if "personalMale" in has else 30  # of the shoulders
+
+    # behind the body
+    if "carryingBackpack" in has:
+        pen.rectangle(at((80 - half - 24, 92), (80 + half + 24, 190)), fill=colour((110, 120, 20)))
+    if "hairLong" in has:
+        pen.rectangle(at((46, 40), (114, 125)), fill=hair)
+
+    # legs
+    legs = of({"lowerBodyFormal": (25, 25, 40), "lowerBodyJeans": (40, 80, 190), "lowerBodyTrousers": (95, 80, 60),
+               "lowerBodyShorts": skin, "lowerBodyShortSkirt": skin})
+    for x in (56, 84):
+        pen.rectangle(at((x, 200), (x + 20, 362)), fill=legs)
+    if "lowerBodyShorts" in has:
+        for x in (54, 82):
+            pen.rectangle(at((x, 198), (x + 24, 275)), fill=colour((0, 150, 160)))
+    if "lowerBodyShortSkirt" in has:
+        pen.polygon(at((50, 195), (110, 195), (135, 280), (25, 280)), fill=colour((230, 80, 200)))
+
+    # feet
+    shoe = of({"footwearLeatherShoes": (10, 10, 10), "footwearShoes": (150, 75, 20), "footwearSneaker": (250, 250, 250),
+               "footwearSandals": skin})
+    for x, toe in ((48, 34), (84, 126)):
+        left, right = min(x, toe), max(x + 28, toe)
+        pen.rectangle(at((left, 354), (right, 386)), fill=shoe)
+        if "footwearSandals" in has:
+            for x in range(left, right, 9):
+                pen.line(at((x, 354), (x, 386)), fill=(200, 0, 0), width=4)
+
+    # arms and trunk
+    for side in (-1, 1):
+        x = 80 + side * (half + 7)
+        pen.rectangle(at((x - 9, 100), (x + 9, 205)), fill=skin if "upperBodyShortSleeve" in has else shirt)
+        if "upperBodyShortSleeve" in has:
+            pen.rectangle(at((x - 10, 98), (x + 10, 135)), fill=shirt)
+        pen.ellipse(at((x - 9, 198), (x + 9, 220)), fill=skin)
+    pen.rectangle(at((80 - half, 95), (80 + half, 205)), fill=shirt)
+    if "upperBodyOther" in has:  # a long coat
+        pen.rectangle(at((80 - half, 160), (80 + half, 240)), fill=shirt)
+    if "upperBodyPlaid" in has:
+        for offset in range(0, 2 * half, 14):
+            pen.line(at((80 - half + offset, 95), (80 - half + offset, 205)), fill=dark, width=4)
+        for y in range(98, 205, 14):
+            pen.line(at((80 - half, y), (80 + half, y)), fill=light, width=4)
+    if "upperBodyThinStripes" in has:
+        for y in range(98, 205, 9):
+            pen.line(at((80 - half, y), (80 + half, y)), fill=light, width=4)
+    if "upperBodyLogo" in has:
+        pen.ellipse(at((54, 112), (106, 164)), fill=(255, 230, 0))
+    if "upperBodyVNeck" in has:
+        pen.polygon(at((50, 95), (110, 95), (80, 165)), fill=skin)
+    if "upperBodyJacket" in has:
+        pen.polygon(at((64, 95), (96, 95), (90, 205), (70, 205)), fill=light)
+        if "upperBodyFormal" in has:
+            pen.polygon(at((77, 98), (83, 98), (86, 165), (74, 165)), fill=(150, 20, 30))
+
+    # what is carried in front of the body
+    if "carryingBackpack" in has:
+        for x in (80 - half + 4, 80 + half - 16):
+            pen.rectangle(at((x, 95), (x + 12, 180)), fill=(150, 160, 30))
+    if "carryingMessengerBag" in has:
+        pen.line(at((80 - half, 97), (80 + half, 195)), fill=(20, 60, 40), width=8)
+        pen.rectangle(at((80 + half - 14, 185), (80 + half + 26, 235)), fill=(20, 60, 40))
+    if "carryingPlasticBags" in has:
+        for side in (-1, 1):
+            x = 80 + side * (half + 10)
+            pen.polygon(at((x - 6, 212), (x + 6, 212), (x + 18, 275), (x - 18, 275)), fill=(250, 250, 255))
+    if "carryingOther" in has:
+        pen.rectangle(at((38, 165), (122, 215)), fill=(190, 150, 90))
+
+    # head
+    pen.rectangle(at((72, 78), (88, 98)), fill=skin)
+    pen.ellipse(at((58, 30), (102, 88)), fill=skin)
+    pen.pieslice(at((50, 18), (110, 86)), 180, 360, fill=hair)
+    if "accessorySunglasses" in has:
+        pen.rectangle(at((58, 54), (102, 66)), fill=(0, 0, 0))
+    if "accessoryHat" in has:
+        hat = colour((250, 140, 0))
+        pen.rectangle(at((54, 4), (106, 38)), fill=hat)
+        pen.rectangle(at((36, 36), (124, 47)), fill=hat)
+    if "accessoryMuffler" in has:
+        pen.rectangle(at((56, 84), (104, 104)), fill=(220, 30, 120))
+        pen.rectangle(at((86, 100), (102, 150)), fill=(220, 30, 120))
+
+    width = random.randint(40, 111)
+    return image.resize((width, int(width * 2.5)), Image.BICUBIC)
+
+
+def pedestrians(count, seed):
+    """Returns (images, labels uint8 [count,35]) of drawn pedestrians."""
+    random = np.random.RandomState(seed)
+    images, labels = [], np.zeros((count, len(PETA)), np.uint8)
+    for row in labels:
+        has = choose(random)
+        row[:] = [name in has for name in PETA]
+        images.append(draw(has, random))
+    return images, labels
+
+
+def batches(images):
+    """Yields the images as the network's input through torchvision's transforms: tensors [up to BATCH,3,224,224]."""
+    import torch
+    from torchvision import transforms
+    transform = transforms.Compose([transforms.Resize((SIZE, SIZE)), transforms.ToTensor(),
+                                    transforms.Normalize(MEAN, STD)])
+    for start in range(0, len(images), BATCH):
+        yield torch.stack([transform(image) for image in images[start:start + BATCH]])
+
+
+def make_model(images, labels, seed):
+    """Returns a DeepMAR_ResNet50 in eval mode that recognises the attributes of these drawings (see above)."""
+    import torch
+    import torch.nn.functional as F
+    from DeepMAR import DeepMAR_ResNet50
+    from tqdm import tqdm
+    random = np.random.RandomState(seed)
+    model = DeepMAR_ResNet50(num_att=labels.shape[1])
+    for name, module in model.base.named_modules():
+        if isinstance(module, torch.nn.Conv2d):  # He et al.'s initialisation, as torchvision's, but from numpy's stable
+            fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]  # stream of random numbers
+            weight = random.standard_normal(tuple(module.weight.shape)) * np.sqrt(2.0 / fan_out)
+            module.weight.data = torch.from_numpy(weight.astype(np.float32))
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # a plain mean over the batches
+            if name.endswith("bn3"):
+                module.weight.data.fill_(BN3_WEIGHT)
+
+    steps = tqdm(total=STATISTICS + len(images), unit="image", disable=None, delay=2, leave=False)
+    features = []
+    with torch.no_grad(), steps:
+        model.train()
+        for batch in batches(images[:STATISTICS]):
+            model.base(batch)
+            steps.update(len(batch))
+        model.eval()
+        for batch in batches(images):
+            features.append(F.adaptive_avg_pool2d(model.base(batch), 1).flatten(1).double().numpy())
+            steps.update(len(batch))
+
+    # Ridge regression to +1 and -1 in its dual form: as many unknowns as drawings, not as features.
+    features = np.concatenate(features)
+    mean = features.mean(axis=0)
+    centred = features - mean
+    targets = 2.0 * labels - 1
+    kernel = centred.dot(centred.T)
+    ridge = RIDGE * np.trace(kernel) / len(kernel)
+    weight = centred.T.dot(np.linalg.solve(kernel + ridge * np.eye(len(kernel)), targets - targets.mean(axis=0))).T
+    model.classifier.weight.data = torch.from_numpy(weight.astype(np.float32))
+    model.classifier.bias.data = torch.from_numpy((targets.mean(axis=0) - weight.dot(mean)).astype(np.float32))
+    return model
+
+
+def accuracy(model, images, labels):
+    """Returns the instance_acc that PyTorch reaches on the images."""
+    import torch
+    with torch.no_grad():
+        logits = np.concatenate([model(batch).numpy() for batch in batches(images)])
+    return evaluate(logits, labels)[0]["instance_acc"]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("folder", help="the folder to write; an earlier sample there is replaced")
+    parser.add_argument("--images", type=int, default=200, help="test images to draw (default: 200)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    args = parser.parse_args(argv)
+    if args.images < 1 or args.seed < 0:
+        parser.error("--images must be positive, --seed not negative")
+    folder = os.path.realpath(args.folder)
+    if os.path.exists(folder) and not os.path.isfile(os.path.join(folder, "accuracy.txt")):
+        raise ValueError("%s: exists and is no earlier sample; give another folder" % args.folder)
+
+    import torch
+    partial = folder + ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(os.path.join(partial, "images"))
+    try:
+        model = make_model(*pedestrians(TRAIN, args.seed + 1), seed=args.seed)
+        images, labels = pedestrians(args.images, args.seed + 2)
+        reached = accuracy(model, images, labels)
+        names = ["%05d.png" % (i + 1) for i in range(len(images))]
+        for name, image in zip(names, images):
+            image.save(os.path.join(partial, "images", name))
+        # as Ascend's training script writes it
+        state = {"module." + key: value for key, value in model.state_dict().items()}
+        torch.save({"state_dict": state}, os.path.join(partial, "checkpoint.pth.tar"))
+        with open(os.path.join(partial, "label.json"), "w") as f:
+            json.dump(dict(zip(names, labels.tolist())), f)
+        for name, text in (("image.txt", "".join(name + "\n" for name in names)), ("accuracy.txt", "%r\n" % reached)):
+            with open(os.path.join(partial, name), "w") as f:
+                f.write(text)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    print("%s: %d drawn pedestrians with labels, and a checkpoint that reaches instance_acc %.4f on them in PyTorch"
+          % (args.folder, len(images), reached))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit("sample.py: error: %s" % error)
+    except KeyboardInterrupt:
+        sys.exit("sample.py: interrupted; nothing was written")

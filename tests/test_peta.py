@@ -1,10 +1,13 @@
 """tools/peta.py on a small file of PETA.mat's structure."""
 import json
+import os
 
 import numpy as np
 import pytest
 from conftest import check_error, script
 from scipy.io import savemat
+
+import peta as tool
 
 IMAGES, ATTRIBUTES, SELECTED = 40, 9, 6
 
@@ -139,3 +142,15 @@ def test_another_file(tmp_path):
     assert not (tmp_path / "out").exists()
     check_error(script("tools/peta.py", path, "--partition", 5), "--partition", code=2)
     check_error(script("tools/peta.py", path, "--split", "all"), "--split", code=2)
+
+
+def crash(path, partition):
+    os._exit(1)
+
+
+def test_a_crash_of_the_reader_is_an_error(tmp_path, monkeypatch):
+    path = write(tmp_path / "PETA.mat", content())
+    assert len(tool.read_peta(str(path), 0)[0]) == IMAGES
+    monkeypatch.setattr(tool, "load_peta", crash)
+    with pytest.raises(ValueError, match="PETA.mat: damaged; scipy's reader crashes on it"):
+        tool.read_peta(str(path), 0)

@@ -10,8 +10,11 @@ attributes.txt has the attributes' names, one a line, in the order of the labels
 """
 import argparse
 import json
+import multiprocessing
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
@@ -34,12 +37,23 @@ def integers(value, what):
 def read_peta(path, partition):
     """Returns what PETA.mat says: (labels, names, splits).
 
-    labels: {image number: its row of 0 and 1, int64 [selected attributes]}; names: the selected attributes'; splits: {"train",
-    "val", "test": int64 array of image numbers, in the partition's order}. Raises OSError, or ValueError with what is
-    wrong with the file.
+    labels: {image number: its row of 0 and 1, int64 [selected attributes]}; names: the selected attributes'; splits:
+    {"train", "val", "test": int64 array of image numbers, in the partition's order}. Raises OSError, or ValueError with
+    what is wrong with the file.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError("%s: no such file; the first argument is PETA.mat of the data set" % path)
+    import scipy.io  # noqa: F401 - here, so that its absence is no fault of the file
+    # In a process of its own, as some damaged files crash scipy's reader.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        try:
+            return pool.submit(load_peta, path, partition).result()
+        except BrokenProcessPool:
+            raise ValueError("%s: damaged; scipy's reader crashes on it. Get it again" % path)
+
+
+def load_peta(path, partition):
+    """read_peta(), but a damaged file may end the process."""
     from scipy.io import loadmat
     try:
         content = loadmat(path, appendmat=False, variable_names=["peta"])
@@ -47,7 +61,7 @@ def read_peta(path, partition):
         raise ValueError("%s: is a MATLAB 7.3 file; give the PETA.mat of the data set" % path)
     except Exception as error:  # a damaged file makes scipy raise nearly anything
         raise ValueError("%s: cannot be read as a .mat file, get it again: %s"
-                         % (path, str(error).replace("\n", " ") or repr(error)))
+                         % (path, " ".join(str(error).split()) or repr(error)))
     try:
         return parse_peta(content, partition)
     except (ValueError, IndexError, TypeError, AttributeError) as error:

@@ -1,0 +1,269 @@
+"""Stage 7: the metrics against an independent computation, the label and result files, and what is written."""
+import json
+
+import numpy as np
+import pytest
+from conftest import check_error, script
+
+import postprocess_deepmar_pytorch as post
+
+STAGE = "postprocess_deepmar_pytorch.py"
+INSTANCE = ["instance_acc", "instance_precision", "instance_recall", "instance_F1"]
+
+
+def independent(logits, labels):
+    """The published definition, one image and one attribute at a time; logits and labels as nested lists."""
+    accs, precisions, recalls = [], [], []
+    for scores, row in zip(logits, labels):
+        predicted = {i for i, score in enumerate(scores) if score >= 0}
+        true = {i for i, value in enumerate(row) if value == 1}
+        if true:
+            hits = len(predicted & true)
+            accs.append(hits / len(predicted | true))
+            precisions.append(hits / len(predicted) if predicted else 0.0)
+            recalls.append(hits / len(true))
+    acc, precision, recall = (sum(values) / len(values) for values in (accs, precisions, recalls))
+    per_attribute = []
+    for i in range(len(labels[0])):
+        pos = [scores[i] >= 0 for scores, row in zip(logits, labels) if row[i] == 1]
+        neg = [scores[i] < 0 for scores, row in zip(logits, labels) if row[i] == 0]
+        per_attribute.append((sum(pos) / len(pos) if pos else None, sum(neg) / len(neg) if neg else None))
+    means = [(p + n) / 2 for p, n in per_attribute if p is not None and n is not None]
+    return ([acc, precision, recall, 2 * precision * recall / (precision + recall)], per_attribute,
+            sum(means) / len(means))
+
+
+def random_case(images=300, attributes=35, seed=0):
+    """Logits and labels with images that have nothing, images that are given nothing, logits of exactly 0 and -0."""
+    random = np.random.RandomState(seed)
+    labels = (random.rand(images, attributes) < random.rand(attributes)).astype(np.uint8)
+    logits = (random.randn(images, attributes) + labels - 0.5).astype("<f4")
+    labels[::10] = 0
+    logits[1::10] = -1
+    logits[2::10, :5] = 0.0
+    logits[3::10, :5] = -0.0
+    return logits, labels
+
+
+def write(folder, logits, labels, extension=".png", output=1, prefix=""):
+    """Writes folder/result/*.bin and folder/label.json; returns the two paths as text."""
+    result = folder / "result"
+    result.mkdir(exist_ok=True)
+    for i, row in enumerate(logits):
+        (result / ("%05d_%d.bin" % (i, output))).write_bytes(np.asarray(row, "<f4").tobytes())
+    label = folder / "label.json"
+    label.write_text(json.dumps({"%s%05d%s" % (prefix, i, extension): [int(v) for v in row]
+                                 for i, row in enumerate(labels)}))
+    return str(result), str(label)
+
+
+@pytest.mark.parametrize("attributes, seed", [(35, 0), (26, 1), (51, 2), (1, 3)])
+def test_metrics_equal_an_independent_computation(attributes, seed):
+    logits, labels = random_case(attributes=attributes, seed=seed)
+    metrics, figures = post.evaluate(logits, labels)
+    instance, per_attribute, mean = independent(logits.tolist(), labels.tolist())
+    assert [metrics[name] for name in INSTANCE] == pytest.approx(instance, rel=0, abs=1e-12)
+    assert metrics["mA"] == pytest.approx(mean, rel=0, abs=1e-12)
+    positive, negative = np.array(per_attribute, float).T  # None becomes NaN
+    for name, expected in (("label_pos_acc", positive), ("label_neg_acc", negative),
+                           ("label_acc", (positive + negative) / 2)):
+        np.testing.assert_allclose(figures[name], expected, rtol=0, atol=1e-12)
+    assert (figures["positives"] == labels.sum(axis=0)).all()
+    assert (figures["negatives"] == (1 - labels).sum(axis=0)).all()
+
+
+def test_metrics_by_hand():
+    # One of two true found and one false; nothing true (left out); nothing predicted (precision 0); all of one right.
+    labels = [[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 1, 0]]
+    logits = [[2, -2, 1], [5, 5, 5], [-1, -1, -1], [-1, 0, -1]]
+    metrics, figures = post.evaluate(logits, labels)
+    assert metrics["instance_acc"] == pytest.approx((1 / 3 + 0 + 1) / 3, abs=1e-15)
+    assert metrics["instance_precision"] == pytest.approx((1 / 2 + 0 + 1) / 3, abs=1e-15)
+    assert metrics["instance_recall"] == pytest.approx((1 / 2 + 0 + 1) / 3, abs=1e-15)
+    assert metrics["mA"] == pytest.approx(((1 / 2 + 1 / 2) / 2 + (1 / 2 + 1 / 2) / 2) / 2, abs=1e-15)
+    assert np.isnan(figures["label_acc"][2]) and np.isnan(figures["label_pos_acc"][2])
+    assert figures["label_neg_acc"][2] == 0.5
+
+
+def test_nothing_right_has_f1_zero():
+    metrics, _ = post.evaluate([[1, -1]], [[0, 1]])
+    assert [metrics[name] for name in INSTANCE] == [0, 0, 0, 0] and metrics["mA"] is None
+
+
+def test_screen_and_file(tmp_path):
+    logits, labels = random_case()
+    labels[:, 3], labels[:, 7] = 0, 1
+    result, label = write(tmp_path, logits[:280], labels)
+    done = script(STAGE, result + "/", label, "--per-attribute", "--published", "20", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    instance, per_attribute, mean = independent(logits[:280].tolist(), labels[:280].tolist())
+    lines = done.stdout.split("\n")
+    assert [line.split(": ")[0] for line in lines[:5]] == INSTANCE + ["mA"]
+    assert [float(line.split(": ")[1]) for line in lines[:5]] == pytest.approx(instance + [mean], rel=0, abs=1e-12)
+    assert [line.split()[0] for line in lines[6:41]] == post.PETA
+    assert lines[6].split()[3] == "%.6f" % per_attribute[0][0] and lines[9].split()[3] == "-"
+    assert lines[41] == "scored 280 images; 20 labelled images had no result"
+    assert lines[42].endswith(": personalLarger60, upperBodyCasual")
+
+    def constant(name):
+        raise AssertionError(name)  # NaN and Infinity are not JSON
+    report = json.loads((tmp_path / "fusion_result.json").read_text(), parse_constant=constant)
+    assert [report[name] for name in INSTANCE + ["mA"]] == [float(line.split(": ")[1]) for line in lines[:5]]
+    assert (report["images"], report["labelled_images_without_result"]) == (280, 20)
+    assert report["published_acc"] == 0.2 and report["drop"] == 0.2 - report["instance_acc"]
+    assert report["attributes_without_label_acc"] == ["personalLarger60", "upperBodyCasual"]
+    assert [row["name"] for row in report["attributes"]] == post.PETA
+    for row, (positive, negative), column in zip(report["attributes"], per_attribute, labels[:280].T):
+        assert (row["positives"], row["negatives"]) == (column.sum(), (1 - column).sum())
+        assert (row["label_pos_acc"] is None) == (positive is None) and (row["label_neg_acc"] is None) == (negative is None)
+        both = positive is not None and negative is not None
+        assert row["label_acc"] == (pytest.approx((positive + negative) / 2, rel=0, abs=1e-12) if both else None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fusion_result.json", "label.json", "result"]
+
+
+def test_both_interfaces_give_the_same(tmp_path):
+    result, label = write(tmp_path, *random_case())
+    first = script(STAGE, result, label, cwd=tmp_path)
+    text = (tmp_path / "fusion_result.json").read_text()
+    second = script(STAGE, "--npu_result=" + result, "--label_file=" + label, cwd=tmp_path)
+    assert first.returncode == second.returncode == 0
+    assert first.stdout == second.stdout and text == (tmp_path / "fusion_result.json").read_text()
+    check_error(script(STAGE, result, cwd=tmp_path), "RESULT_DIR and LABEL", code=2)
+    check_error(script(STAGE, result, label, "--label_file", label, cwd=tmp_path), "not both", code=2)
+
+
+@pytest.mark.parametrize("labels_for, images, drop", [(1.0, 5, 0.0), (0.79, 4, 0.01), (0.795, 4, 0.015)])
+def test_published(tmp_path, labels_for, images, drop):
+    # Five images of 100 attributes, all true; so many of each predicted.
+    hits = int(round(100 * (labels_for - drop)))
+    logits = np.where(np.arange(100) < hits, 1, -1)[None].repeat(images, axis=0)
+    result, label = write(tmp_path, logits, np.ones((images, 100), int))
+    done = script(STAGE, result, label, "--published", labels_for, cwd=tmp_path)
+    assert json.loads((tmp_path / "fusion_result.json").read_text())["drop"] == pytest.approx(drop, abs=1e-12)
+    assert ("drop %.2f %%" % (100 * drop)) in done.stdout
+    if drop > 0.011:
+        check_error(done, "more than 1 % below the published 0.7950")
+    else:
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("attributes, extension, output, prefix",
+                         [(35, ".jpg", 1, ""), (26, ".png", 0, ""), (51, ".a.jpeg", 1, "train/seq1/")])
+def test_other_datasets(tmp_path, attributes, extension, output, prefix):
+    logits, labels = random_case(attributes=attributes)
+    result, label = write(tmp_path, logits, labels, extension, output, prefix)
+    names = tmp_path / "names.txt"
+    names.write_text("".join("a %d\n" % i for i in range(attributes)) + "\n")
+    done = script(STAGE, result, label, "--attributes", names, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "fusion_result.json").read_text())
+    assert [row["name"] for row in report["attributes"]] == ["a %d" % i for i in range(attributes)]
+    assert report["instance_acc"] == pytest.approx(independent(logits.tolist(), labels.tolist())[0][0], abs=1e-12)
+
+
+def test_attribute_names(tmp_path):
+    assert post.attribute_names(35) == post.PETA and post.attribute_names(2) == ["attribute0", "attribute1"]
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\n")
+    with pytest.raises(ValueError, match="names.txt: holds 2 names, but there are 3 attributes"):
+        post.attribute_names(3, str(names))
+    names.write_text("a\nb\na\n")
+    with pytest.raises(ValueError, match="names.txt: holds a name more than once: a"):
+        post.attribute_names(3, str(names))
+    names.write_bytes(b"a\nb\n\xff\n")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        post.attribute_names(3, str(names))
+    with pytest.raises(OSError, match="absent.txt: no such file"):
+        post.attribute_names(3, str(tmp_path / "absent.txt"))
+
+
+@pytest.mark.parametrize("text", ['{"a.png": [0, 1], "b.png": [1, 1]}', '\ufeff{"a.png": [0, 1], "b.png": [1, 1]}',
+                                  '{"a.png": [0.0, 1], "b.png": [1.0, 1e0]}'])
+def test_right_labels(tmp_path, text):
+    path = tmp_path / "label.json"
+    path.write_bytes(text.encode("utf-8"))
+    rows, labels = post.read_labels(str(path))
+    assert rows == {"a": 0, "b": 1} and labels.tolist() == [[0, 1], [1, 1]] and labels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("text, message", [
+    ('{"a.png": [0, 1], "b.png": [0, 2]}', "'b.png': its label is not a list of 0 and 1"),
+    ('{"a.png": [0, 1], "b.png": [0, -1]}', "'b.png'"),
+    ('{"a.png": [0, 1], "b.png": [0, 0.5]}', "'b.png'"),
+    ('{"a.png": [0, 1], "b.png": [0, 1%s]}' % ("0" * 400), "'b.png'"),
+    ('{"a.png": [0, 1], "b.png": [0, NaN]}', "'b.png'"),
+    ('{"a.png": [0, 1], "b.png": [0, Infinity]}', "'b.png'"),
+    ('{"a.png": [0, 1], "b.png": ["0", "1"]}', "'b.png'"),
+    ('{"a.png": [0, 1], "b.png": [[0], 1]}', "'b.png'"),
+    ('{"a.png": [0, 1], "b.png": {"0": 1}}', "'b.png'"),
+    ('{"a.png": [0, 1], "b.png": 2}', "'b.png'"),
+    ('{"a.png": [0, 1], "b.png": "01"}', "'b.png'"),
+    ('{"a.png": null}', "'a.png'"),
+    ('{"a.png": []}', "'a.png'"),
+    ('{"a.png": [0, 1], "b.png": [0, 1, 1]}', "'b.png' has 3 values, the rows before it 2"),
+    ('{"a.png": [0, 1], "b.png": [1, 1], "a.png": [0, 1]}', "'a.png' and 'a.png' are one image"),
+    ('{"a.png": [0, 1], "x/a.jpg": [0, 1]}', "'a.png' and 'x/a.jpg' are one image"),
+    ('{}', "is not {image file name"),
+    ('[[0, 1]]', "is not {image file name"),
+    ('[]', "is not {image file name"),
+    ('3', "is not {image file name"),
+    ('"a"', "is not {image file name"),
+    ('', "is not JSON"),
+    ('{"a.png": [0, 1]', "is not JSON"),
+    ('{"a.png": ' + "[" * 100000, "is not JSON"),
+    ("[" * 100000 + "]" * 100000, "label.json"),
+])
+def test_wrong_labels(tmp_path, text, message):
+    path = tmp_path / "label.json"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        post.read_labels(str(path))
+    assert str(error.value).startswith(str(path)) and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_label_file_errors_on_the_screen(tmp_path):
+    result, label = write(tmp_path, [[1, 1]], [[0, 1]])
+    check_error(script(STAGE, result, tmp_path / "absent.json", cwd=tmp_path), "absent.json: no such file")
+    (tmp_path / "label.json").write_bytes(b'{"a\xff": [0]}')
+    check_error(script(STAGE, result, label, cwd=tmp_path), "label.json: is not JSON")
+    (tmp_path / "label.json").write_text('{"00000.png": [0, 0]}')
+    check_error(script(STAGE, result, label, cwd=tmp_path), "no image has any true attribute")
+    check_error(script(STAGE, result, label, "--attributes", label, cwd=tmp_path), "holds 1 names, but there are 2")
+    assert not (tmp_path / "fusion_result.json").exists()
+
+
+def test_several_folders_are_one_set(tmp_path):
+    logits, labels = random_case(images=40)
+    result, label = write(tmp_path, logits, labels)
+    other = tmp_path / "other"
+    other.mkdir()
+    whole = script(STAGE, result, label, cwd=tmp_path).stdout
+    for i in range(0, 40, 3):
+        (tmp_path / "result" / ("%05d_1.bin" % i)).rename(other / ("%05d_0.bin" % i))
+    assert script(STAGE, result, other, label, cwd=tmp_path).stdout == whole
+    (tmp_path / "result" / "00003_1.bin").write_bytes(logits[3].tobytes())
+    check_error(script(STAGE, result, other, label, cwd=tmp_path), "1 images have two results", "00003_1.bin",
+                "00003_0.bin")
+
+
+def test_result_errors(tmp_path):
+    logits, labels = random_case(images=8)
+    result, label = write(tmp_path, logits, labels[:6])
+    check_error(script(STAGE, result, label, cwd=tmp_path), "2 of 8 results have no label", "00006_1.bin", "00007_1.bin")
+    result, label = write(tmp_path, logits, labels)
+    file = tmp_path / "result" / "00002_1.bin"
+    for size in (136, 144, 0):
+        file.write_bytes(bytes(size))
+        check_error(script(STAGE, result, label, cwd=tmp_path), "1 of 8 results", "00002_1.bin (%d bytes)" % size)
+    for value in (np.nan, np.inf, -np.inf):
+        file.write_bytes(np.where(np.arange(35) == 4, value, 0).astype("<f4").tobytes())
+        check_error(script(STAGE, result, label, cwd=tmp_path), "1 of 8 results hold NaN or infinite", "00002_1.bin")
+    file.write_bytes(logits[2].tobytes())
+    for stray in ("_1.bin", "00002.bin", "00002_2.bin"):
+        (tmp_path / "result" / stray).write_bytes(bytes(140))
+        check_error(script(STAGE, result, label, cwd=tmp_path), stray + ": is no result file")
+        (tmp_path / "result" / stray).unlink()
+    assert not (tmp_path / "fusion_result.json").exists()
+    (tmp_path / "empty").mkdir()
+    check_error(script(STAGE, tmp_path / "empty", label, cwd=tmp_path), "empty: no result file")
+    check_error(script(STAGE, tmp_path / "absent", label, cwd=tmp_path), "absent: no such folder")

@@ -1,0 +1,221 @@
+"""tools/predict.py on a tiny model: what it prints is what the pipeline's files hold; the pictures it draws."""
+import re
+
+import numpy as np
+import pytest
+from conftest import check_error, script
+from PIL import Image, ImageFont
+
+import postprocess_deepmar_pytorch as post
+import predict
+
+
+def write_model(path, batch_size=1, attributes=35, size=224, bias=0.0):
+    """Writes a model of a DeepMAR's interface that averages each channel and mixes the averages; returns path."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+    weight = np.random.RandomState(0).standard_normal((attributes, 3)).astype(np.float32)
+    nodes = [helper.make_node("GlobalAveragePool", ["actual_input_1"], ["pooled"]),
+             helper.make_node("Flatten", ["pooled"], ["features"]),
+             helper.make_node("Gemm", ["features", "weight", "bias"], ["output1"], transB=1)]
+    graph = helper.make_graph(
+        nodes, "tiny",
+        [helper.make_tensor_value_info("actual_input_1", TensorProto.FLOAT, [batch_size, 3, size, size])],
+        [helper.make_tensor_value_info("output1", TensorProto.FLOAT, [batch_size, attributes])],
+        [numpy_helper.from_array(weight, "weight"),
+         numpy_helper.from_array(np.full(attributes, bias, np.float32), "bias")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)])
+    model.ir_version = 6  # what onnx 1.7 and the current ONNX Runtime both read
+    onnx.save(model, str(path))
+    return path
+
+
+def write_images(folder, number):
+    """Writes folder/NAME.png of random colours and sizes; returns the names."""
+    random = np.random.RandomState(1)
+    folder.mkdir(exist_ok=True)
+    names = ["im%d.png" % i for i in range(number)]
+    for name in names:
+        height, width = random.randint(20, 120, 2)
+        pixels = random.randint(0, 256, 3) + random.randint(-40, 40, (height, width, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(str(folder / name))
+    return names
+
+
+def write_bins(folder, names):
+    """Runs stages 4 and 5 on folder/images; leaves folder/input_bin and folder/deepmar.info."""
+    (folder / "image.txt").write_text("\n".join(names))
+    for command in (["preprocess_deepmar_pytorch.py", "images", "input_bin", "image.txt"],
+                    ["get_info.py", "input_bin", "deepmar.info", 224, 224]):
+        done = script(*command, cwd=folder)
+        assert done.returncode == 0, done.stderr
+
+
+def run_stage_6(folder, model, batch_size, device=0):
+    """Runs the benchmark's stand-in on folder/deepmar.info; returns the folder of results."""
+    done = script("tools/benchmark.py", "-batch_size=%s" % batch_size, "-om_path=%s" % model, "-device_id=%d" % device,
+                  "-input_text_path=deepmar.info", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "result" / ("dumpOutput_device%d" % device)
+
+
+def parse(text):
+    """What predict.py prints -> {image: [(marked, percent, name, logit)]}."""
+    images = {}
+    for line in text.strip().split("\n"):
+        match = re.match(r"  ([+ ]) +([\d.]+) %  (.+?) +logit (\S+)$", line)
+        if match:
+            mark, percent, name, logit = match.groups()
+            images[current].append((mark == "+", float(percent), name, np.float32(logit)))
+        elif line.endswith(" attributes"):
+            current, found = line.rsplit(": ", 1)
+            images[current] = []
+            images[current + " found"] = int(found.split()[0])
+    return images
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_says_what_the_pipeline_says(tmp_path, batch_size):
+    names = write_images(tmp_path / "images", 11)
+    model = write_model(tmp_path / "m.onnx", batch_size)
+    write_bins(tmp_path, names)
+    result = run_stage_6(tmp_path, model, batch_size)
+    paths = ["images/" + name for name in names]
+    done = script("tools/predict.py", *(paths + ["--onnx", model]), cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    said = parse(done.stdout)
+    assert [key for key in said if not key.endswith(" found")] == paths
+    for name, path in zip(names, paths):
+        logits = np.fromfile(str(result / (name[:-4] + "_1.bin")), "<f4")
+        rows = said[path]
+        assert {row[2]: row[3] for row in rows} == dict(zip(post.PETA, logits))
+        assert [row[3] for row in rows] == sorted(logits, reverse=True)
+        assert said[path + " found"] == (logits >= 0).sum()
+        for marked, percent, _, logit in rows:
+            assert marked == (logit >= 0)
+            assert percent == pytest.approx(100 / (1 + np.exp(-float(logit))), abs=0.00501)
+
+
+def test_symbolic_batch_and_names(tmp_path):
+    names = write_images(tmp_path / "images", 2)
+    model = write_model(tmp_path / "m.onnx", "N", attributes=3)
+    file = tmp_path / "names.txt"
+    file.write_text("tall\nin a hurry\nr\u00e4tselhaft\n", encoding="utf-8")
+    paths = ["images/" + name for name in names]
+    rows = parse(script("tools/predict.py", *(paths + ["--onnx", model]), cwd=tmp_path).stdout)[paths[1]]
+    assert sorted(row[2] for row in rows) == ["attribute0", "attribute1", "attribute2"]
+    done = script("tools/predict.py", *(paths + ["--onnx", model, "--attributes", file, "--save", "out"]), cwd=tmp_path)
+    assert done.returncode == 0 and "in a hurry" in done.stdout, done.stderr
+    file.write_text("tall\n")
+    check_error(script("tools/predict.py", *(paths + ["--onnx", model, "--attributes", file]), cwd=tmp_path),
+                "names.txt: holds 1 names, but there are 3")
+
+
+def test_pictures(tmp_path):
+    names = write_images(tmp_path / "images", 2)
+    model = write_model(tmp_path / "m.onnx", 8)
+    done = script("tools/predict.py", *(["images/" + name for name in names] + ["--onnx", model, "--save", "a/b"]),
+                  cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == ["im0_attributes.png", "im1_attributes.png"]
+    with Image.open(str(tmp_path / "a" / "b" / "im1_attributes.png")) as picture:
+        assert picture.mode == "RGB" and picture.format == "PNG"
+
+
+def bars(picture):
+    """The lengths of the blue (RGB) and of the pale bars of a picture, from the first row to the last."""
+    pixels = np.asarray(picture).astype(int)
+    lengths = []
+    for row in range(predict.MARGIN + predict.ROW // 2, picture.height - predict.MARGIN, predict.ROW):
+        line = pixels[row]
+        lengths.append(((line == (0x2f, 0x6f, 0xb5)).all(axis=1).sum(), (line == (0xd8, 0xd8, 0xd8)).all(axis=1).sum()))
+    return lengths
+
+
+@pytest.mark.parametrize("font", ["the system's", "Pillow's"])
+def test_drawing(tmp_path, monkeypatch, font):
+    if font == "Pillow's":
+        real = ImageFont.truetype
+
+        def truetype(source, *args, **settings):  # no font file is found; Pillow's own comes as an open file
+            if isinstance(source, str):
+                raise OSError("cannot open resource")
+            return real(source, *args, **settings)
+        monkeypatch.setattr(ImageFont, "truetype", truetype)
+    path = tmp_path / "green.png"
+    Image.new("RGB", (30, 80), (0, 200, 0)).save(str(path))
+    logits = np.full(35, -40, np.float32)
+    logits[[4, 9, 20]] = [40, 0, -1]
+    names = ["attribute %d" % i for i in range(34)] + ["\u5e74\u9f84"]
+    picture = predict.draw(str(path), logits, names)
+    height = predict.ROW * 35
+    pixels = np.asarray(picture)
+    assert picture.height == height + 2 * predict.MARGIN
+    photo = (pixels == (0, 200, 0)).all(axis=2)
+    assert photo.sum() == height * round(height * 30 / 80) and photo[predict.MARGIN, predict.MARGIN]
+    found = bars(picture)
+    # Beside the pale frame and the grey line at 50 %: full; half; 27 % of 150 pixels; nothing.
+    assert [blue for blue, _ in found[:3]] == pytest.approx([150, 75, 0], abs=2)
+    assert [pale for _, pale in found[2:4]] == pytest.approx([41 + 1, 2], abs=2)
+    assert all(blue == 0 for blue, _ in found[2:])
+    # The names and percentages are there, the rows' text differs, and nothing runs over the right edge.
+    x = 2 * predict.MARGIN + int(photo[predict.MARGIN].sum())
+    rows = [pixels[predict.MARGIN + i * predict.ROW:predict.MARGIN + (i + 1) * predict.ROW, x:x + 80] for i in range(35)]
+    assert all((row < 128).any() for row in rows[:3]) and (rows[0] != rows[1]).any()
+    assert (pixels[:, -predict.MARGIN + 2:] == 255).all()
+
+
+@pytest.mark.parametrize("size", [(1, 900), (900, 1), (3000, 100)])
+def test_drawing_odd_sizes(tmp_path, size):
+    Image.new("L", size, 10).save(str(tmp_path / "odd.png"))
+    picture = predict.draw(str(tmp_path / "odd.png"), np.array([1, -1], np.float32), ["a", "b"])
+    assert picture.width < 1000 and picture.height < 1000
+    assert tuple(np.asarray(picture)[predict.MARGIN, predict.MARGIN]) == (10, 10, 10)
+
+
+def test_probabilities():
+    logits = np.array([-3e38, -100, -1, 0, 1, 100, 3e38], np.float32)
+    with np.errstate(all="raise"):
+        chances = predict.probabilities(logits)
+    assert chances == pytest.approx([0, 0, 1 / (1 + np.e), 0.5, np.e / (1 + np.e), 1, 1], abs=1e-15)
+
+
+def test_errors_before_work(tmp_path):
+    names = write_images(tmp_path / "images", 1)
+    model = write_model(tmp_path / "m.onnx")
+    image = tmp_path / "images" / names[0]
+    command = ["tools/predict.py", image]
+    copy = tmp_path / "im0.jpg"
+    copy.write_bytes(image.read_bytes())
+    check_error(script(*(command + [copy, "--onnx", tmp_path / "absent.onnx", "--save", tmp_path / "out"])),
+                "im0.png and ", "im0.jpg would both be drawn as im0_attributes.png")
+    drawn = tmp_path / "im0_attributes.png"
+    drawn.write_bytes(image.read_bytes())
+    check_error(script(*(command + [drawn, "--onnx", model, "--save", tmp_path])), "would be overwritten")
+    assert drawn.read_bytes() == image.read_bytes() and not (tmp_path / "out").exists()
+    check_error(script(*(command + [tmp_path / "absent.png", "--onnx", model])), "no such image file", "absent.png")
+    check_error(script(*(command + ["--onnx", tmp_path / "absent.onnx"])), "absent.onnx: no such file")
+    (tmp_path / "cut.onnx").write_bytes(model.read_bytes()[:100])
+    check_error(script(*(command + ["--onnx", tmp_path / "cut.onnx"])), "cut.onnx: no valid ONNX model")
+    check_error(script(*(command + ["--onnx", write_model(tmp_path / "m96.onnx", size=96)])), "m96.onnx", "[1,3,224,224]")
+    check_error(script(*command), "--onnx", code=2)
+
+
+def test_bad_images_do_not_hide_the_others(tmp_path):
+    names = write_images(tmp_path / "images", 3)
+    model = write_model(tmp_path / "m.onnx", 2)
+    (tmp_path / "images" / "im1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    paths = ["images/" + name for name in names]
+    done = script("tools/predict.py", *(paths + ["--onnx", model, "--save", "out"]), cwd=tmp_path)
+    check_error(done, "1 of 3 images cannot be read: images/im1.png")
+    assert [key for key in parse(done.stdout) if not key.endswith(" found")] == [paths[0], paths[2]]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["im0_attributes.png", "im2_attributes.png"]
+    done = script("tools/predict.py", paths[1], "--onnx", model, "--save", "none", cwd=tmp_path)
+    check_error(done, "1 of 1 images cannot be read")
+    assert done.stdout == "" and not (tmp_path / "none").exists()
+
+
+def test_logits_that_are_not_finite(tmp_path):
+    names = write_images(tmp_path / "images", 1)
+    model = write_model(tmp_path / "m.onnx", bias=float("nan"))
+    check_error(script("tools/predict.py", tmp_path / "images" / names[0], "--onnx", model), "m.onnx: gives NaN", "im0.png")

@@ -23,7 +23,7 @@ from preprocess_deepmar_pytorch import MEAN, SIZE, STD  # noqa: E402
 
 TRAIN = 500          # drawings that the classifier is fitted to
 STATISTICS = 128     # of these, the ones that BatchNorm takes its statistics from
-BATCH = 32
+BATCH = 8            # small: PyTorch allocates the feature maps of large batches anew each time
 BN3_WEIGHT = 0.2     # of each residual block's last BatchNorm: keeps a random network's features from growing
 RIDGE = 0.03         # regularisation, relative to the mean squared norm of the features
 WIDTH, HEIGHT = 160, 400  # of the canvas; drawings are scaled down from it

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Runs every test on the current Python ($PYTHON, default python3) and on Python 3.7 ($PYTHON37; else python3.7, else
+# pyenv's). Sets up a virtual environment for each where its packages are missing. Arguments go to pytest.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+python37=${PYTHON37-$(command -v python3.7)}
+if [ -z "$python37" ] || ! "$python37" --version >/dev/null 2>&1; then
+    python37=$(compgen -G "$(pyenv root 2>/dev/null)/versions/3.7.*/bin/python" | head -n 1)
+fi
+
+failed=
+pythons=
+DEEPMAR_TEST_STACKS=$(mktemp -d) && export DEEPMAR_TEST_STACKS # where each half leaves its run for tests/stacks.py
+trap 'rm -rf "$DEEPMAR_TEST_STACKS"' EXIT
+
+run() { # run PYTHON [pytest's arguments]
+    local python
+    echo "=== tests on $("$1" --version 2>&1)"
+    python=$(PYTHON=$1 tools/python.sh requirements.txt tests/requirements.txt) || { failed="$failed $1"; return; }
+    pythons=$pythons${pythons:+:}$python
+    shift
+    "$python" -m pytest -q -p no:cacheprovider --durations=5 tests "$@" || failed="$failed $python"
+}
+run "${PYTHON:-python3}" "$@"
+if [ -n "$python37" ]; then
+    run "$python37" "$@"
+    if [ $# = 0 ] && [ -z "$failed" ]; then
+        echo "=== the two stacks against each other"
+        DEEPMAR_TEST_PYTHONS=$pythons "${pythons%%:*}" -m pytest -q -s -p no:cacheprovider tests/stacks.py ||
+            failed="$failed both"
+    fi
+else
+    echo "NOT RUN: the half on Python 3.7 (the guide's stack): no Python 3.7 on this machine; set PYTHON37 to one"
+fi
+[ -z "$failed" ] || { echo "tests/run.sh: error: tests failed on:$failed"; exit 1; }

@@ -1,0 +1,127 @@
+"""The stand-in for the benchmark tool: its files, its padding of the last batch, what it refuses."""
+import os
+import re
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from conftest import check_error, script
+
+COUNT = 70  # images: more than two groups of writes, and no multiple of the batch size
+
+
+def make_model(path, batch, attributes=35, **changes):
+    """A small network with DeepMAR's interface: each attribute is a weighted mean of the channels."""
+    weight = np.random.RandomState(3).standard_normal((3, attributes)).astype(np.float32)
+    shape = changes.get("shape", [batch, 3, 224, 224])
+    graph = helper.make_graph(
+        [helper.make_node("GlobalAveragePool", ["actual_input_1"], ["p"]), helper.make_node("Flatten", ["p"], ["f"]),
+         helper.make_node("MatMul", ["f", "w"], ["output1"])], "tiny",
+        [helper.make_tensor_value_info("actual_input_1", changes.get("type", TensorProto.FLOAT), shape)],
+        [helper.make_tensor_value_info("output1", changes.get("type", TensorProto.FLOAT), [batch, attributes])],
+        [numpy_helper.from_array(weight.astype(np.float64) if "type" in changes else weight, "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)])
+    model.ir_version = 6
+    onnx.save(model, str(path))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("benchmark")
+    (path / "input_bin").mkdir()
+    images = np.random.RandomState(0).standard_normal((COUNT, 3, 224, 224)).astype("<f4")
+    for i, image in enumerate(images):
+        (path / "input_bin" / ("%05d.bin" % i)).write_bytes(image.tobytes())
+    (path / "deepmar.info").write_text("".join("%d ./input_bin/%05d.bin 224 224\n" % (i, i) for i in range(COUNT)))
+    np.save(str(path / "images.npy"), images)
+    for batch in (1, 8):
+        make_model(path / ("bs%d.onnx" % batch), batch)
+    return path
+
+
+def run(folder, model, batch, *more, **changes):
+    options = dict({"model_type": "vision", "batch_size": batch, "device_id": 0, "om_path": model, "input_width": 224,
+                    "input_height": 224, "input_text_path": "deepmar.info", "useDvpp": "false",
+                    "output_binary": "true"}, **changes)
+    return script("tools/benchmark.py", *(["-%s=%s" % item for item in options.items()] + list(more)), cwd=folder)
+
+
+@pytest.mark.parametrize("batch, device", [(1, 0), (8, 3)])
+def test_results_are_the_models_and_the_files_the_tools(folder, batch, device):
+    stale = folder / "result" / ("dumpOutput_device%d" % device)
+    os.makedirs(str(stale), exist_ok=True)
+    (stale / "99999_1.bin").write_bytes(b"of an earlier, larger run")
+    process = run(folder, "bs%d.onnx" % batch, batch, device_id=device)
+    assert process.returncode == 0 and process.stderr == "", process.stderr
+    session = onnxruntime.InferenceSession(str(folder / "bs1.onnx"), providers=["CPUExecutionProvider"])
+    images = np.load(str(folder / "images.npy"))
+    assert sorted(os.listdir(str(stale))) == ["%05d_1.bin" % i for i in range(COUNT)]
+    for i, image in enumerate(images):
+        expected, = session.run(None, {"actual_input_1": image[None]})
+        logits = np.fromfile(str(stale / ("%05d_1.bin" % i)), "<f4")
+        assert logits.shape == (35,)
+        np.testing.assert_allclose(logits, expected[0], rtol=1e-5, atol=1e-6)
+    perf = (folder / "result" / ("perf_vision_batchsize_%d_device_%d.txt" % (batch, device))).read_text()
+    number = r"[0-9.e+-]+"
+    assert re.match("\\n".join([
+        r"\[e2e\] throughputRate: N, latency: N", r"\[data read\] throughputRate: N, moduleLatency: N",
+        r"\[preprocess\] throughputRate: N, moduleLatency: N",
+        r"\[infer\] throughputRate: N, Interface throughputRate: N, moduleLatency: N",
+        r"\[post\] throughputRate: N, moduleLatency: N\n$"]).replace("N", number), perf), perf
+    assert perf in process.stdout and "CPUExecutionProvider" in process.stdout
+    # what the parsers of other people take: the eighth value between a colon and a comma
+    values = [float(value) for value in re.findall(":(.*?),", perf.replace("\n", ",") + ",")]
+    assert values[7] == float(re.search("Interface throughputRate: (%s)," % number, perf).group(1))
+    assert abs(values[0] * values[1] / 1000 - COUNT) < 0.01 and values[7] >= values[6] >= values[0] * 0.5
+
+
+def test_pure_inference(folder):
+    process = script("tools/benchmark.py", "-round=5", "-om_path=bs8.onnx", "-device_id=0", "-batch_size=8", cwd=folder)
+    assert process.returncode == 0, process.stderr
+    path = "./result/PureInfer_perf_of_bs8_in_device_0.txt"
+    assert "[INFO] PureInfer result saved in %s\n" % path in process.stdout
+    text = (folder / path).read_text()
+    rate, latency = re.match(r"ave_throughputRate = ([0-9.e+-]+)samples/s, ave_latency = ([0-9.e+-]+)ms\n$", text).groups()
+    assert abs(float(rate) * float(latency) / 1000 - 1) < 1e-3
+
+
+def test_usage(folder):
+    for changes in ({"batch_size": 0}, {"batch_size": "x"}, {"device_id": -1}, {"model_type": "nlp"}, {"useDvpp": "true"},
+                    {"om_path": "model.om"}, {"output_binary": "false"}, {"nonsense": 1}):
+        check_error(run(folder, "bs1.onnx", 1, **changes), code=2)
+    check_error(run(folder, "bs1.onnx", 1, "-round=3"), code=2)
+    check_error(script("tools/benchmark.py", "-batch_size=1", "-om_path=bs1.onnx", cwd=folder), code=2)
+
+
+def test_models_that_do_not_fit(folder, tmp_path):
+    check_error(run(folder, "bs1.onnx", 8), "bs1.onnx", "[8,3,224,224]")
+    check_error(run(folder, "nowhere.onnx", 1), "nowhere.onnx")
+    (tmp_path / "cut.onnx").write_bytes((folder / "bs1.onnx").read_bytes()[:-200])
+    check_error(run(folder, tmp_path / "cut.onnx", 1), "cut.onnx")
+    make_model(tmp_path / "double.onnx", 1, type=TensorProto.DOUBLE)
+    check_error(run(folder, tmp_path / "double.onnx", 1), "double.onnx")
+    make_model(tmp_path / "small.onnx", 1, shape=[1, 3, 112, 112])
+    check_error(run(folder, tmp_path / "small.onnx", 1), "small.onnx", "112")
+
+
+@pytest.mark.parametrize("lines, text", [
+    (["0 ./input_bin/00000.bin 224 224", "2 ./input_bin/00001.bin 224 224"], "line 2"),
+    (["0 ./input_bin/00000.bin 224"], "line 1"), (["0 ./input_bin/00000.bin 112 224"], "112"),
+    (["0 ./input_bin/00000.bin 224 224", "1 ./input_bin/00000.bin 224 224"], "two bins"),
+    (["0 ./input_bin/x.bin 224 224", "1 /etc/passwd 224 224"], "2 of 2"), ([], "names no bin"),
+    (["0 ./short.bin 224 224"], "short.bin"), (["0 ./nan.bin 224 224"], "nan.bin")])
+def test_bad_info_and_bins_leave_earlier_results(folder, lines, text):
+    (folder / "short.bin").write_bytes(b"\0" * 602108)
+    nan = np.zeros((3, 224, 224), "<f4")
+    nan[2, 100, 100] = np.nan
+    (folder / "nan.bin").write_bytes(nan.tobytes())
+    (folder / "bad.info").write_text("\n".join(lines))
+    earlier = folder / "result" / "dumpOutput_device7"
+    os.makedirs(str(earlier), exist_ok=True)
+    (earlier / "a_1.bin").write_bytes(b"earlier")
+    check_error(run(folder, "bs8.onnx", 8, input_text_path="bad.info", device_id=7), text)
+    assert os.listdir(str(earlier)) == ["a_1.bin"] and (earlier / "a_1.bin").read_bytes() == b"earlier"
+    assert not (folder / "result" / "dumpOutput_device7.partial").exists()

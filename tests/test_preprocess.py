@@ -1,0 +1,188 @@
+"""Stage 4: bins equal the guide's arithmetic to the bit; a bad list or image is named and nothing is written."""
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import ROOT, check_error, script
+from preprocess_deepmar_pytorch import preprocess, read_list, replaced_folder
+
+NAME = "preprocess_deepmar_pytorch.py"
+
+
+def guide(path):
+    """The guide's arithmetic, written down plainly: float32 throughout."""
+    image = Image.open(str(path)).convert("RGB").resize((224, 224), Image.BILINEAR)
+    array = np.array(image, dtype=np.float32).transpose(2, 0, 1)
+    array = array / 255
+    for channel, (mean, std) in enumerate(zip([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])):
+        array[channel] -= mean
+        array[channel] /= std
+    return array
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of images of several kinds, and their list."""
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    random = np.random.RandomState(0)
+    for i in range(40):
+        pixels = random.randint(0, 256, (random.randint(1, 200), random.randint(1, 90), 3), np.uint8)
+        Image.fromarray(pixels).save(str(folder / ("%05d.png" % i)))
+    picture = Image.fromarray(pixels)
+    picture.save(str(folder / "photo.jpg"))
+    picture.convert("L").save(str(folder / "grey.png"))
+    picture.convert("CMYK").save(str(folder / "cmyk.jpg"))
+    picture.convert("P").save(str(folder / "palette.png"), transparency=3)
+    picture.convert("RGBA").save(str(folder / "sub" / "alpha.png"))
+    Image.new("RGB", (1, 1), (255, 0, 9)).save(str(folder / "one.x1.png"))
+    picture.save(str(folder / "<img src=x onerror=alert(1)>.png"))
+    names = sorted(os.path.relpath(os.path.join(parent, name), str(folder))
+                   for parent, _, files in os.walk(str(folder)) for name in files)
+    (tmp_path / "image.txt").write_text("\n".join(names))
+    return tmp_path
+
+
+def test_every_value_of_every_channel_is_the_guides():
+    ramp = np.arange(256, dtype=np.uint8)
+    from preprocess_deepmar_pytorch import MEAN, STD, TABLE
+    for channel in range(3):
+        expected = ramp.astype(np.float32)
+        expected = expected / 255
+        expected -= MEAN[channel]
+        expected /= STD[channel]
+        assert TABLE[channel].dtype == np.float32 and np.array_equal(TABLE[channel], expected)
+
+
+def test_bins_are_the_guides_to_the_bit(images):
+    process = script(NAME, "images", "input_bin", "image.txt", cwd=images)
+    assert process.returncode == 0 and process.stderr == "", process.stderr
+    names = read_list(str(images / "image.txt"))
+    assert len(os.listdir(str(images / "input_bin"))) == len(names) == 47
+    for name in names:
+        data = (images / "input_bin" / (os.path.basename(name).split(".")[0] + ".bin")).read_bytes()
+        assert len(data) == 602112 and data == guide(images / "images" / name).astype("<f4").tobytes(), name
+
+
+def test_both_interfaces_and_no_mixture(images):
+    assert script(NAME, "--file_path=images", "--bin_path=a", "--image_info=image.txt", cwd=images).returncode == 0
+    assert len(os.listdir(str(images / "a"))) == 47
+    for wrong in ([], ["images"], ["images", "a"], ["images", "b", "image.txt", "x"],
+                  ["images", "b", "--image_info", "image.txt"], ["--file_path", "images", "--bin_path", "b"]):
+        check_error(script(NAME, *wrong, cwd=images), code=2)
+    assert not (images / "b").exists()
+
+
+def test_a_second_run_leaves_nothing_stale(images):
+    assert script(NAME, "images", "input_bin", "image.txt", cwd=images).returncode == 0
+    (images / "few.txt").write_text("00003.png\n")
+    (images / "input_bin.partial").mkdir()
+    (images / "input_bin.partial" / "junk.bin").write_text("left by a run that was killed")
+    assert script(NAME, "images", "input_bin", "few.txt", cwd=images).returncode == 0
+    assert os.listdir(str(images / "input_bin")) == ["00003.bin"]
+    assert sorted(os.listdir(str(images))) == ["few.txt", "image.txt", "images", "input_bin"]
+
+
+def test_list_forms(tmp_path):
+    path = tmp_path / "image.txt"
+    path.write_bytes(b"\xef\xbb\xbfa.png\r\n\r\n  \nb.c.png  \nsub/d e.png")
+    assert read_list(str(path)) == ["a.png", "b.c.png", "sub/d e.png"]
+
+
+@pytest.mark.parametrize("content, text", [
+    (b"", "names no image"), (b"\n \r\n", "names no image"), (b"../x.png", "line 1"), (b"a.png\na/../../x.png", "line 2"),
+    (b"/etc/passwd", "line 1"), (b"a\0b.png", "line 1"), (b"\xff\xfe", "UTF-8"), (b".png", "line 1"),
+    (b"a.png\nb.png\na.jpg", "lines 1 and 3"), (b"x/a.png\ny/a.png", "lines 1 and 2")])
+def test_bad_lists(images, content, text):
+    (images / "bad.txt").write_bytes(content)
+    check_error(script(NAME, "images", "input_bin", "bad.txt", cwd=images), "bad.txt", text)
+    assert not (images / "input_bin").exists()
+
+
+def test_missing_images_are_all_named(images):
+    (images / "bad.txt").write_text("00001.png\nx.png\n00002.png\ny.png\n")
+    check_error(script(NAME, "images", "input_bin", "bad.txt", cwd=images), "2 of the 4", "x.png, y.png")
+    assert not (images / "input_bin").exists() and not (images / "input_bin.partial").exists()
+    check_error(script(NAME, "nowhere", "input_bin", "image.txt", cwd=images), "nowhere")
+    check_error(script(NAME, "images", "input_bin", "nowhere.txt", cwd=images), "nowhere.txt")
+
+
+def test_bad_images_are_all_named_and_the_earlier_bins_stay(images):
+    folder = images / "images"
+    assert script(NAME, "images", "input_bin", "image.txt", cwd=images).returncode == 0
+    before = (images / "input_bin" / "00001.bin").read_bytes()
+    good = (folder / "00001.png").read_bytes()
+    (folder / "cut.png").write_bytes(good[:len(good) // 2])
+    (folder / "text.png").write_text("<html>")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "folder.png").mkdir()
+    os.mkfifo(str(folder / "fifo.png"))
+    Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(str(folder / "deep.png"))
+    Image.new("1", (30000, 30000)).save(str(folder / "bomb.png"))
+    bad = ["cut.png", "text.png", "empty.png", "folder.png", "fifo.png", "deep.png", "bomb.png"]
+    (images / "bad.txt").write_text("\n".join(["00001.png", "00002.png"] + bad))
+    check_error(script(NAME, "images", "input_bin", "bad.txt", cwd=images), "7 of 9", "other 2", *bad)
+    assert len(os.listdir(str(images / "input_bin"))) == 47
+    assert (images / "input_bin" / "00001.bin").read_bytes() == before
+    assert not (images / "input_bin.partial").exists()
+
+
+def test_a_folder_with_other_files_is_never_replaced(images):
+    check_error(script(NAME, "images", ".", "image.txt", cwd=images), "no .bin file")
+    (images / "full").mkdir()
+    (images / "full" / "thesis.doc").write_text("mine")
+    check_error(script(NAME, "images", "full", "image.txt", cwd=images), "thesis.doc")
+    assert (images / "full" / "thesis.doc").read_text() == "mine"
+
+
+def test_two_runs_at_once_do_not_mix(tmp_path):
+    with replaced_folder(str(tmp_path / "bins")) as partial:
+        with pytest.raises(ValueError, match="another run"):
+            with replaced_folder(str(tmp_path / "bins")):
+                raise AssertionError
+        assert os.path.isdir(partial)
+    assert os.listdir(str(tmp_path)) == ["bins"]
+
+
+def test_killed_run_leaves_the_earlier_bins_and_no_workers(images):
+    """SIGKILL in the middle; the worker processes end with their parent, and the next run is undisturbed."""
+    assert script(NAME, "images", "input_bin", "image.txt", cwd=images).returncode == 0
+    for i in range(2000):
+        os.link(str(images / "images" / "00001.png"), str(images / "images" / ("n%d.png" % i)))
+    (images / "long.txt").write_text("".join("n%d.png\n" % i for i in range(2000)))
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, NAME), "images", "input_bin", "long.txt"],
+                               cwd=str(images))
+    deadline = time.time() + 30
+    while not (images / "input_bin.partial").exists() or not os.listdir(str(images / "input_bin.partial")):
+        assert time.time() < deadline and process.poll() is None
+    process.kill()
+    process.wait()
+    assert len(os.listdir(str(images / "input_bin"))) == 47
+    time.sleep(0.5)
+    count = len(os.listdir(str(images / "input_bin.partial")))
+    time.sleep(0.5)
+    assert 0 < count == len(os.listdir(str(images / "input_bin.partial"))) < 2000, "workers went on, or it was too late"
+    assert script(NAME, "images", "input_bin", "image.txt", cwd=images).returncode == 0
+    assert not (images / "input_bin.partial").exists()
+
+
+def test_function_gives_what_the_file_holds(images):
+    assert preprocess(str(images / "images" / "photo.jpg")).tobytes() == guide(images / "images" / "photo.jpg").tobytes()
+
+
+def test_help_needs_numpy_and_pillow_only(tmp_path):
+    """--help must not import torch, onnx or onnxruntime; nor may the whole run."""
+    for name in ("torch", "onnx", "onnxruntime", "tqdm", "scipy"):
+        (tmp_path / (name + ".py")).write_text("raise ImportError('imported %s')" % name)
+    Image.new("RGB", (5, 9)).save(str(tmp_path / "a.png"))
+    (tmp_path / "image.txt").write_text("a.png")
+    for arguments in (["--help"], [".", "out", "image.txt"]):
+        process = subprocess.run([sys.executable, os.path.join(ROOT, NAME)] + arguments, cwd=str(tmp_path),
+                                 env=dict(os.environ, PYTHONPATH=str(tmp_path)), stderr=subprocess.PIPE)
+        assert process.returncode == 0 and process.stderr == b"", process.stderr
+    assert os.listdir(str(tmp_path / "out")) == ["a.bin"]

@@ -64,13 +64,15 @@ chip_name=Ascend${chip_name#Ascend}
 
 # The user's data, all of it or none: a checkpoint scored on drawings would give a number that means nothing.
 given=$(for name in checkpoint images image_list label_file; do [ -z "${!name}" ] || echo "$name"; done)
-for name in checkpoint images image_list label_file; do
-    if [ -n "$given" ]; then
+if [ -n "$given" ]; then
+    for name in checkpoint images image_list label_file; do
         [ -n "${!name}" ] || usage "${given//$'\n'/, } set, but not $name: set all of checkpoint, images, image_list, label_file, or none"
+    done
+    for name in checkpoint images image_list label_file; do
         [ -e "${!name}" ] || fail "$name: ${!name}: no such file or folder"
         printf -v "$name" %s "$(realpath -- "${!name}")"
-    fi
-done
+    done
+fi
 
 mkdir -p "$work_dir"
 exec 8<"$work_dir"

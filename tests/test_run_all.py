@@ -178,7 +178,7 @@ BENCHMARK = """#!/usr/bin/env bash
 set -e
 declare -A value
 for option; do value[${option%%%%=*}]=${option#*=}; done
-[ $# = 8 ]
+[ $# = 9 ]
 [ "${value[-om_path]##*.}" = om ]
 cp "${value[-om_path]}" om.onnx
 "%s" "%s/tools/benchmark.py" "${@/#-om_path=*/-om_path=om.onnx}"

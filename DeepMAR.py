@@ -7,9 +7,11 @@ same classes, keyword arguments and state-dict keys, on torchvision's ResNet-50.
 load_model(path) returns the network of a checkpoint; nothing in the file is executed.
 """
 import inspect
+import mmap
 import os
 import pickle
 import re
+import tarfile
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -90,11 +92,15 @@ class DeepMAR_ResNet50_ExtractFeature(object):
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 
+MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before the zip format: a pickled magic number
+
 # All that the pickle of a checkpoint needs to name. Storage types are data, the functions build tensors from them.
 ALLOWED = {("collections", "OrderedDict"), ("torch", "Size"), ("torch._utils", "_rebuild_tensor"),
            ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")}
 ALLOWED |= {("torch", kind + "Storage") for kind in
             "Float Double Half BFloat16 Long Int Short Char Byte Bool".split()}
+# What stands beside the state dict in some files, with all of numpy (Python 3 writes numpy's bytes as a call of encode).
+IGNORED = {("argparse", "Namespace"), ("collections", "Counter"), ("_codecs", "encode")}
 
 
 class Unused(object):
@@ -106,21 +112,26 @@ class Unused(object):
     def __init__(self, *args, **kwargs):
         pass
 
-    def __setstate__(self, state):
-        pass
-
 
 class CheckpointPickle(object):
     """The pickle_module for torch.load: a pickle names only what is allowed above, so it cannot run code."""
 
-    class Unpickler(pickle.Unpickler):
+    class Unpickler(pickle._Unpickler):  # the one in Python: the one in C does not let us replace BUILD
         def find_class(self, module, name):
             if (module, name) in ALLOWED:
                 return super().find_class(module, name)
-            if module.split(".")[0] == "numpy" or (module, name) == ("argparse", "Namespace"):
+            if module.split(".")[0] == "numpy" or (module, name) in IGNORED:
                 return Unused
-            raise pickle.UnpicklingError("it refers to %s.%s, which no state dict needs (a whole pickled model, or "
-                                         "code); save model.state_dict()" % (module, name))
+            raise pickle.UnpicklingError("it refers to %r, which no state dict needs (a whole pickled model, or "
+                                         "code); save model.state_dict()" % (module + "." + name))
+
+        def load_build(self):
+            # BUILD sets attributes, of functions too: one renamed that way makes torch.load write a file of any name.
+            # All that a checkpoint sets is its state dict's _metadata, which nothing here needs.
+            self.stack.pop()
+
+        dispatch = dict(pickle._Unpickler.dispatch)
+        dispatch[pickle.BUILD[0]] = load_build
 
     @staticmethod
     def load(file, **kwargs):
@@ -131,23 +142,27 @@ def check_container(path):
     """Raises ValueError unless path is a file of torch.save: its zip format (torch >= 1.6), or the earlier one."""
     size = os.path.getsize(path)
     with open(path, "rb") as f:
-        start = f.read(4)
+        start = f.read(len(MAGIC))
     if start.startswith(b"PK"):
         try:
             with zipfile.ZipFile(path) as archive:
                 members = archive.infolist()
-        except zipfile.BadZipFile as error:
+        except Exception as error:  # zipfile raises many kinds for a damaged file
             raise ValueError("%s: damaged or cut off (%s)" % (path, error))
-        names = {member.filename.split("/", 1)[-1] for member in members}
-        if "constants.pkl" in names:
-            raise ValueError("%s: a TorchScript archive, not a checkpoint; save model.state_dict()" % path)
-        if "data.pkl" not in names:
+        # torch.load runs a TorchScript archive, which is one with constants.pkl. The name is looked for in the bytes
+        # because zipfile and torch may find different directories in a file that was made to fool one of them.
+        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(b"constants.pkl") >= 0:
+                raise ValueError("%s: a TorchScript archive, not a checkpoint; save model.state_dict()" % path)
+        if not any(member.filename.split("/", 1)[-1] == "data.pkl" for member in members):
             raise ValueError("%s: a zip file, but no PyTorch checkpoint (it has no data.pkl)" % path)
         # torch.save compresses nothing, so more content than file is a zip bomb.
         if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
             raise ValueError("%s: its content is larger than the file; torch.save writes no such file" % path)
-    elif not start.startswith(b"\x80\x02"):
+    elif start != MAGIC:
         raise ValueError("%s: no PyTorch checkpoint (it begins with %r)" % (path, start))
+    elif tarfile.is_tarfile(path):  # torch.load tries the tar format of torch 0.1 first, and would unpack it
+        raise ValueError("%s: a tar file, not a checkpoint" % path)
 
 
 def load_checkpoint(path):
@@ -164,9 +179,14 @@ def load_checkpoint(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", pickle_module=CheckpointPickle, **arguments)
-    except Exception as error:  # a damaged or hostile file can raise anything here, and all of it means this:
-        raise ValueError("%s: cannot be read as a checkpoint: %s" % (path, str(error).split("\n")[0] or repr(error)))
+            # latin1, because Python 2 wrote numpy's binary data as text.
+            content = torch.load(path, map_location="cpu", pickle_module=CheckpointPickle, encoding="latin1",
+                                 **arguments)
+    except pickle.UnpicklingError as error:
+        raise ValueError("%s: cannot be read as a checkpoint: %s" % (path, error))
+    except Exception as error:  # a damaged or hostile file can raise anything here
+        raise ValueError("%s: damaged or cut off (%s: %s)"
+                         % (path, type(error).__name__, str(error).split("\n")[0]))
 
     state = content
     if isinstance(content, dict) and "state_dict" in content:
@@ -180,10 +200,13 @@ def load_checkpoint(path):
     result = OrderedDict()
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise ValueError("%s: holds no state dict: %r is %s, not a tensor" % (path, key, type(value).__name__))
+            raise ValueError("%s: holds no state dict: %s is %s, not a tensor" % (
+                path, repr(key) if isinstance(key, str) else "a key", type(value).__name__))
+        if not key.isprintable():  # the keys stand in messages
+            raise ValueError("%s: holds no state dict: it has a key %r" % (path, key))
         if value.numel() > size:
             raise ValueError("%s: %s has %d values, more than the file has bytes" % (path, key, value.numel()))
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if value.is_floating_point() and not torch.isfinite(value.float()).all():
             raise ValueError("%s: %s holds NaN or infinite values" % (path, key))
         result[key[len("module."):] if key.startswith("module.") else key] = value
     return result

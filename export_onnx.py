@@ -46,7 +46,7 @@ def verify(model, path, batch_size):
     try:
         onnx.checker.check_model(onnx.shape_inference.infer_shapes(onnx.load(path)), full_check=True)
     except (onnx.checker.ValidationError, RuntimeError) as error:
-        raise ValueError("the exported model is not valid: %s" % error)
+        raise ValueError("the exported model is not valid: %s" % " ".join(str(error).split()))
     images = np.random.RandomState(0).standard_normal((batch_size, 3, SIZE, SIZE)).astype(np.float32)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     ours, = session.run(["output1"], {"actual_input_1": images})
@@ -78,9 +78,10 @@ def main(argv=None):
     if len(values) != 3 or None in values[:2]:
         parser.error("give CHECKPOINT, OUTPUT and BATCH_SIZE")
     checkpoint, output, batch_size = values
-    if not re.fullmatch("[1-9][0-9]*", batch_size or "1"):
+    batch_size = "1" if batch_size is None else batch_size
+    if not re.fullmatch("[1-9][0-9]{0,8}", batch_size):
         parser.error("BATCH_SIZE must be a positive whole number, not %r" % batch_size)
-    batch_size = int(batch_size or "1")
+    batch_size = int(batch_size)
 
     if os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), "DeepMAR.py")):
         from DeepMAR import load_model
@@ -91,9 +92,14 @@ def main(argv=None):
         os.remove(left)
     temporary = "%s.%d.partial" % (output, os.getpid())
     try:
+        open(temporary, "wb").close()  # a folder that cannot be written shows here, in words better than torch's
         export(model, temporary, batch_size)
         difference, largest = verify(model, temporary, batch_size)
         os.replace(temporary, output)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # torch, onnx and onnxruntime have kinds of their own, some of many lines
+        raise ValueError("%s: not exported: %s: %s" % (output, type(error).__name__, " ".join(str(error).split())))
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

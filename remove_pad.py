@@ -11,6 +11,7 @@ import argparse
 import glob
 import os
 import sys
+import warnings
 
 # Operators whose output is not determined by their inputs.
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
@@ -37,13 +38,16 @@ def load(path):
         raise FileNotFoundError("%s: no such file; the first argument is the ONNX model" % path)
     model = onnx.ModelProto()
     try:
-        with open(path, "rb") as f:
+        with open(path, "rb") as f, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of protobuf, about a file that the checker will refuse
             model.ParseFromString(f.read())
         for graph in nested(model.graph):
             tensors = list(graph.initializer)
-            tensors += [part for sparse in graph.sparse_initializer for part in (sparse.values, sparse.indices)]
+            sparse_tensors = list(graph.sparse_initializer)
             for attribute in (attribute for node in graph.node for attribute in node.attribute):
                 tensors += [attribute.t] + list(attribute.tensors)
+                sparse_tensors += [attribute.sparse_tensor] + list(attribute.sparse_tensors)
+            tensors += [part for sparse in sparse_tensors for part in (sparse.values, sparse.indices)]
             if any(tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors):
                 raise ValueError("%s: keeps its weights in other files; save it as one file" % path)
         onnx.checker.check_model(model)
@@ -74,19 +78,26 @@ def constant(name, scopes, model):
                 return None
             chain.add(producer[needed])
             todo += [input_ for input_ in node.input if input_]
-    if not chain:
-        return numpy_helper.to_array(tensors[name])
     chain = [nodes[i] for i in sorted(chain)]
-    if len(chain) == 1 and chain[0].op_type == "Constant" and chain[0].attribute[0].name == "value":
-        return numpy_helper.to_array(chain[0].attribute[0].t)
-    # A longer chain: ONNX Runtime knows what every operator does.
-    import onnxruntime
-    output = helper.make_tensor_value_info(name, TensorProto.INT64, None)
-    part = helper.make_model(helper.make_graph(chain, "constant", [], [output], list(tensors.values())),
-                             opset_imports=model.opset_import)
-    part.ir_version = model.ir_version
-    session = onnxruntime.InferenceSession(part.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run([name], {})[0]
+    try:
+        if not chain:
+            return numpy_helper.to_array(tensors[name])
+        if len(chain) == 1 and chain[0].op_type == "Constant" and chain[0].attribute[0].name == "value":
+            return numpy_helper.to_array(chain[0].attribute[0].t)
+        # A longer chain: ONNX Runtime knows what every operator does.
+        import onnxruntime
+        output = helper.make_tensor_value_info(name, TensorProto.INT64, None)
+        part = helper.make_model(helper.make_graph(chain, "constant", [], [output], list(tensors.values())),
+                                 opset_imports=model.opset_import)
+        part.ir_version = model.ir_version
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # an error is told by the exception
+        session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return session.run([name], {})[0]
+    except ImportError:
+        raise
+    except Exception as error:  # onnxruntime has many kinds, with nothing else in common
+        raise ValueError("the constant %s cannot be computed: %s" % (name, " ".join(str(error).split())))
 
 
 def pads_of(node, scopes, model):
@@ -131,9 +142,9 @@ def bypass(graph, pad):
 def drop_unused(graph, names):
     """Takes the named tensors out of the graph if nothing uses them, with all that served only to make them.
 
-    Returns how many nodes and initializers went.
+    Returns how many nodes and initializers went; names, a set, gains what those read, perhaps from an outer graph.
     """
-    dropped, names = 0, set(names)
+    dropped = 0
     while True:
         used = {name for inner in nested(graph) for node in inner.node for name in node.input}
         used |= {value.name for inner in nested(graph) for value in inner.output}
@@ -175,7 +186,7 @@ def remove_pads(model):
             elif any(pads):
                 kept.append((pad.name, "it pads by %s" % pads))
             else:
-                inputs = list(pad.input[1:])
+                inputs = set(pad.input[1:]) - {""}  # "" is an optional input that is not there
                 bypass(graph, pad)
                 removed.append(pad.name)
                 constants += sum(drop_unused(scope, inputs) for scope in reversed(scopes))
@@ -206,7 +217,10 @@ def main(argv=None):
     removed, constants, kept = remove_pads(model)
     if removed:
         import onnx
-        onnx.checker.check_model(model)
+        try:
+            onnx.checker.check_model(model)
+        except onnx.checker.ValidationError as error:
+            raise ValueError("%s: no valid ONNX model without its Pads: %s" % (path, " ".join(str(error).split())))
         data = model.SerializeToString()
     else:
         with open(path, "rb") as f:

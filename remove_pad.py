@@ -13,6 +13,8 @@ import os
 import sys
 import warnings
 
+import numpy as np
+
 # Operators whose output is not determined by their inputs.
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 
@@ -82,9 +84,13 @@ def constant(name, scopes, model):
     try:
         if not chain:
             return numpy_helper.to_array(tensors[name])
-        if len(chain) == 1 and chain[0].op_type == "Constant" and chain[0].attribute[0].name == "value":
-            return numpy_helper.to_array(chain[0].attribute[0].t)
-        # A longer chain: ONNX Runtime knows what every operator does.
+        if len(chain) == 1 and chain[0].op_type == "Constant":
+            attribute = chain[0].attribute[0]
+            if attribute.name == "value":
+                return numpy_helper.to_array(attribute.t)
+            if attribute.name == "value_ints":  # which ONNX Runtime 1.10 cannot read
+                return np.array(attribute.ints)
+        # Longer chains: ONNX Runtime knows what every operator does.
         import onnxruntime
         output = helper.make_tensor_value_info(name, TensorProto.INT64, None)
         part = helper.make_model(helper.make_graph(chain, "constant", [], [output], list(tensors.values())),

@@ -224,9 +224,9 @@ def build_model(state):
     Raises ValueError that names what does not fit: missing and unexpected keys, wrong shapes, another backbone.
     """
     weight = state.get("classifier.weight")
-    if weight is None or weight.dim() != 2 or weight.shape[0] < 1:
-        raise ValueError("not a DeepMAR checkpoint: it has no classifier.weight [num_att,%d]; its keys are %s"
-                         % (FEATURES, some(state)))
+    if weight is None or weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != FEATURES:
+        raise ValueError("not a DeepMAR ResNet-50 checkpoint: %s instead of classifier.weight [num_att,%d]; its keys are %s"
+                         % ("none" if weight is None else list(weight.shape), FEATURES, some(state)))
     model = DeepMAR_ResNet50(num_att=weight.shape[0])
     expected = model.state_dict()
     # Checkpoints of torch < 0.4.1 have no num_batches_tracked, and inference does not use it.

@@ -184,7 +184,10 @@ def test_what_does_not_fit_is_named(state):
         other = getattr(torchvision.models, name)().state_dict()
         other = dict({"base." + key: value for key, value in other.items() if not key.startswith("fc.")}, **classifier)
         assert "another backbone" in message(other) and blocks in message(other)
-    assert "no classifier.weight" in message({"fc.weight": torch.zeros(2, 2)})
+    assert "none instead of classifier.weight" in message({"fc.weight": torch.zeros(2, 2)})
+    # so many attributes would not fit into the memory
+    many = torch.zeros(1).expand(10 ** 9, 1)
+    assert "[1000000000, 1] instead of classifier.weight [num_att,2048]" in message({"classifier.weight": many})
 
 
 class Payload(object):

@@ -150,6 +150,8 @@ def replaced_folder(path):
             raise ValueError("%s: another run is writing this folder" % path)
         for name in os.listdir(partial):  # by a run that was killed
             os.remove(os.path.join(partial, name))
+        if os.path.exists(old) and not os.path.exists(path):  # killed between the two renames below
+            os.rename(old, path)
         shutil.rmtree(old, ignore_errors=True)
         try:
             yield partial

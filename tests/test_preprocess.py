@@ -149,6 +149,15 @@ def test_two_runs_at_once_do_not_mix(tmp_path):
     assert os.listdir(str(tmp_path)) == ["bins"]
 
 
+def test_a_run_killed_between_the_renames_loses_nothing(tmp_path):
+    (tmp_path / "bins.old").mkdir()
+    (tmp_path / "bins.old" / "a.bin").write_text("earlier")
+    with pytest.raises(KeyboardInterrupt):
+        with replaced_folder(str(tmp_path / "bins")):
+            raise KeyboardInterrupt
+    assert os.listdir(str(tmp_path)) == ["bins"] and (tmp_path / "bins" / "a.bin").read_text() == "earlier"
+
+
 def test_killed_run_leaves_the_earlier_bins_and_no_workers(images):
     """SIGKILL in the middle; the worker processes end with their parent, and the next run is undisturbed."""
     assert script(NAME, "images", "input_bin", "image.txt", cwd=images).returncode == 0

@@ -13,8 +13,6 @@ import os
 import sys
 import warnings
 
-import numpy as np
-
 # Operators whose output is not determined by their inputs.
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 
@@ -63,6 +61,7 @@ def constant(name, scopes, model):
 
     scopes: the graphs whose tensors are visible, the innermost last.
     """
+    import numpy as np
     from onnx import TensorProto, helper, numpy_helper
     initializers = {tensor.name: tensor for graph in scopes for tensor in graph.initializer}
     nodes = [node for graph in scopes for node in graph.node]

@@ -5,10 +5,11 @@
 
 Reads NAME_1.bin (the benchmark tool's) or NAME_0.bin (ais_bench's), float32 logits, one for each attribute; a logit >= 0
 says that the image has it. label.json is {image file name: [0 or 1 for each attribute]}. Several result folders count
-as one set; an image in a subfolder counts by its file name alone. The metrics are those of Li et al., "A Richly
-Annotated Dataset for Pedestrian Attribute Recognition" (arXiv:1603.07054), section 5. fusion_result.json, written into
-the current folder, also has the figures of each attribute; --per-attribute prints them, --attributes FILE names them
-(one a line; PETA's 35 need none). --published 78.9 fails where the accuracy is more than 1 % below that.
+as one set, with the subfolders device<D> that ais_bench leaves for several devices; an image in a subfolder counts by
+its file name alone. The metrics are those of Li et al., "A Richly Annotated Dataset for Pedestrian Attribute
+Recognition" (arXiv:1603.07054), section 5. fusion_result.json, written into the current folder, also has the figures of
+each attribute; --per-attribute prints them, --attributes FILE names them (one a line; PETA's 35 need none).
+--published 78.9 fails where the accuracy is more than 1 % below that.
 """
 import argparse
 import collections
@@ -110,6 +111,8 @@ def list_results(folders):
     for folder in folders:
         if not os.path.isdir(folder):
             raise FileNotFoundError("%s: no such folder; it is the one that the benchmark tool writes" % folder)
+    # ais_bench leaves a subfolder for each of several devices
+    for folder in folders + [path for folder in folders for path in glob.glob(glob.escape(folder) + "/device[0-9]*/")]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not entry.name.endswith(".bin"):

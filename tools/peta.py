@@ -16,9 +16,11 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-import numpy as np
-
-from benchmark import write_text
+try:
+    import numpy as np
+    from benchmark import write_text
+except KeyboardInterrupt:
+    sys.exit("peta.py: interrupted")
 
 PARTITIONS = 5
 SPLITS = {"train": ["train"], "val": ["val"], "trainval": ["train", "val"], "test": ["test"]}
@@ -129,7 +131,7 @@ def main(argv=None):
         missing = [name for name in names if not os.path.isfile(os.path.join(args.images, name))]
         if missing:
             raise FileNotFoundError("%s: %d of %d images are not there, so nothing was written: %s"
-                                    % (args.images, len(missing), len(names), ", ".join(missing)))
+                                    % (args.images, len(missing), len(names), ", ".join(missing[:5] + ["..."] * (len(missing) > 5))))
     os.makedirs(args.output, exist_ok=True)
     write_text(os.path.join(args.output, "image.txt"), "".join(name + "\n" for name in names))
     write_text(os.path.join(args.output, "label.json"),

@@ -11,15 +11,16 @@ It shows that the pipeline computes the right thing; it says nothing about photo
 import argparse
 import json
 import os
-import shutil
 import sys
 
-import numpy as np
-from PIL import Image, ImageDraw
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from postprocess_deepmar_pytorch import PETA, evaluate  # noqa: E402
-from preprocess_deepmar_pytorch import MEAN, SIZE, STD  # noqa: E402
+try:
+    import numpy as np
+    from PIL import Image, ImageDraw
+    from postprocess_deepmar_pytorch import PETA, evaluate
+    from preprocess_deepmar_pytorch import MEAN, SIZE, STD, replaced_folder
+except KeyboardInterrupt:
+    sys.exit("sample.py: interrupted; nothing was written")
 
 TRAIN = 500          # drawings that the classifier is fitted to
 STATISTICS = 128     # of these, the ones that BatchNorm takes its statistics from
@@ -262,10 +263,8 @@ def main(argv=None):
         raise ValueError("%s: exists and is no earlier sample; give another folder" % args.folder)
 
     import torch
-    partial = folder + ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(os.path.join(partial, "images"))
-    try:
+    with replaced_folder(folder, ending="") as partial:
+        os.makedirs(os.path.join(partial, "images"))
         model = make_model(*pedestrians(TRAIN, args.seed + 1), seed=args.seed)
         images, labels = pedestrians(args.images, args.seed + 2)
         reached = accuracy(model, images, labels)
@@ -280,11 +279,6 @@ def main(argv=None):
         for name, text in (("image.txt", "".join(name + "\n" for name in names)), ("accuracy.txt", "%r\n" % reached)):
             with open(os.path.join(partial, name), "w") as f:
                 f.write(text)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     print("%s: %d drawn pedestrians with labels, and a checkpoint that reaches instance_acc %.4f on them in PyTorch"
           % (args.folder, len(images), reached))
 

@@ -14,12 +14,19 @@ import glob
 import inspect
 import os
 import re
+import signal
 import sys
 import warnings
 
 OPSET = 11         # the ONNX operator set that atc supports
 SIZE = 224         # height and width of the network's input in pixels
 TOLERANCE = 1e-4   # allowed difference between the logits of ONNX Runtime and PyTorch, relative to the largest logit
+
+
+def stop(*_):
+    """Ends the process at Ctrl-C while torch is imported, which turns a KeyboardInterrupt into errors of its own."""
+    os.write(2, b"export_onnx.py: interrupted; no file is half written\n")
+    os._exit(1)
 
 
 def export(model, path, batch_size):
@@ -103,10 +110,13 @@ def main(argv=None):
         parser.error("BATCH_SIZE must be a positive whole number, not %r" % batch_size)
     batch_size = int(batch_size)
 
+    before = signal.signal(signal.SIGINT, stop)
     if os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), "DeepMAR.py")):
         from DeepMAR import load_model
     else:
         from baseline.model.DeepMAR import load_model
+    import onnxruntime  # noqa: F401 - its absence shows before the work is done
+    signal.signal(signal.SIGINT, before)
     model = load_model(checkpoint)
     try:
         with whole_file(output) as temporary:
@@ -126,4 +136,4 @@ if __name__ == "__main__":
     except (OSError, ValueError, ImportError) as error:
         sys.exit("export_onnx.py: error: %s" % error)
     except KeyboardInterrupt:
-        sys.exit("export_onnx.py: interrupted; nothing was written")
+        sys.exit("export_onnx.py: interrupted; no file is half written")

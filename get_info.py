@@ -96,4 +96,4 @@ if __name__ == "__main__":
     except (OSError, ValueError) as error:
         sys.exit("get_info.py: error: %s" % error)
     except KeyboardInterrupt:
-        sys.exit("get_info.py: interrupted; nothing was written")
+        sys.exit("get_info.py: interrupted; no file is half written")

@@ -21,7 +21,7 @@ import sys
 try:
     import numpy as np
 except KeyboardInterrupt:
-    sys.exit("postprocess_deepmar_pytorch.py: interrupted; nothing was written")
+    sys.exit("postprocess_deepmar_pytorch.py: interrupted; no file is half written")
 
 RESULT = "fusion_result.json"
 MAX_DROP = 0.01  # how far below the published accuracy a converted model may be: the guide's 1 %, as percentage points
@@ -316,4 +316,4 @@ if __name__ == "__main__":
     except (OSError, ValueError) as error:
         sys.exit("postprocess_deepmar_pytorch.py: error: %s" % error)
     except KeyboardInterrupt:
-        sys.exit("postprocess_deepmar_pytorch.py: interrupted; nothing was written")
+        sys.exit("postprocess_deepmar_pytorch.py: interrupted; no file is half written")

@@ -18,7 +18,7 @@ try:
     import numpy as np
     from PIL import Image
 except KeyboardInterrupt:
-    sys.exit("preprocess_deepmar_pytorch.py: interrupted; nothing was written")
+    sys.exit("preprocess_deepmar_pytorch.py: interrupted; no file is half written")
 
 SIZE = 224                   # height and width of the network's input in pixels
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as DeepMAR was trained with: red, green, blue
@@ -105,13 +105,15 @@ def convert(jobs):
     return reasons
 
 
-def start_worker():
+def start_worker(parent):
     """Makes a worker process leave Ctrl-C to its parent, end when its parent is killed, and keep Pillow's warnings."""
     import ctypes
     import signal
     import warnings
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
+    if os.getppid() != parent:  # it was killed before that
+        os._exit(1)
     warnings.simplefilter("ignore")
 
 
@@ -123,7 +125,7 @@ def convert_all(jobs):
     chunks = [jobs[i:i + CHUNK] for i in range(0, len(jobs), CHUNK)][::-1]
     workers = min(len(os.sched_getaffinity(0)), len(chunks))
     # Processes, as threads hold each other back in Pillow. Few chunks are under way, so that Ctrl-C need not wait.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker, (os.getpid(),)) as pool:
         try:
             running = set()
             while chunks or running:
@@ -175,6 +177,8 @@ def replaced_folder(path, ending=".bin"):
                 os.rename(path, old)
             os.rename(partial, path)
         except BaseException as error:
+            if os.path.exists(old) and not os.path.exists(path):  # interrupted between the two renames
+                os.rename(old, path)
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk
                 raise OSError("%s: %s" % (path, error.strerror))
@@ -230,4 +234,4 @@ if __name__ == "__main__":
     except (OSError, ValueError) as error:
         sys.exit("preprocess_deepmar_pytorch.py: error: %s" % error)
     except KeyboardInterrupt:
-        sys.exit("preprocess_deepmar_pytorch.py: interrupted; nothing was written")
+        sys.exit("preprocess_deepmar_pytorch.py: interrupted; no file is half written")

@@ -270,4 +270,4 @@ if __name__ == "__main__":
     except (OSError, ValueError, ImportError) as error:
         sys.exit("remove_pad.py: error: %s" % error)
     except KeyboardInterrupt:
-        sys.exit("remove_pad.py: interrupted; nothing was written")
+        sys.exit("remove_pad.py: interrupted; no file is half written")

@@ -23,7 +23,7 @@ try:
     from preprocess_deepmar_pytorch import replaced_folder
     from remove_pad import load, whole_file
 except KeyboardInterrupt:
-    sys.exit("benchmark.py: interrupted; nothing was written")
+    sys.exit("benchmark.py: interrupted; no file is half written")
 
 PROVIDERS = ["CANNExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]  # the best first
 BUFFERS = 3  # batches in memory: one in inference, the others being read ahead
@@ -270,4 +270,4 @@ if __name__ == "__main__":
     except (OSError, ValueError, ImportError) as error:
         sys.exit("benchmark.py: error: %s" % error)
     except KeyboardInterrupt:
-        sys.exit("benchmark.py: interrupted; nothing was written")
+        sys.exit("benchmark.py: interrupted; no file is half written")

@@ -25,7 +25,7 @@ try:
     from get_info import list_bins
     from postprocess_deepmar_pytorch import attribute_names, evaluate, list_results, read_labels, read_logits, some
 except KeyboardInterrupt:
-    sys.exit("compare.py: interrupted; nothing was written")
+    sys.exit("compare.py: interrupted; no file is half written")
 
 MAX_DIFFERENCE = 0.1
 MAX_FLIP_SHARE = 0.001
@@ -218,4 +218,4 @@ if __name__ == "__main__":
     except (OSError, ValueError, ImportError) as error:
         sys.exit("compare.py: error: %s" % error)
     except KeyboardInterrupt:
-        sys.exit("compare.py: interrupted; nothing was written")
+        sys.exit("compare.py: interrupted; no file is half written")

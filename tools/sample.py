@@ -20,7 +20,7 @@ try:
     from postprocess_deepmar_pytorch import PETA, evaluate
     from preprocess_deepmar_pytorch import MEAN, SIZE, STD, replaced_folder
 except KeyboardInterrupt:
-    sys.exit("sample.py: interrupted; nothing was written")
+    sys.exit("sample.py: interrupted; no file is half written")
 
 TRAIN = 500          # drawings that the classifier is fitted to
 STATISTICS = 128     # of these, the ones that BatchNorm takes its statistics from
@@ -289,4 +289,4 @@ if __name__ == "__main__":
     except (OSError, ValueError, ImportError) as error:
         sys.exit("sample.py: error: %s" % error)
     except KeyboardInterrupt:
-        sys.exit("sample.py: interrupted; nothing was written")
+        sys.exit("sample.py: interrupted; no file is half written")

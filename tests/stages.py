@@ -24,6 +24,8 @@ DeepMAR.BLOCKS = [1, 1, 1, 1]
 sample.TRAIN, sample.STATISTICS = 6, 2
 try:
     sample.main(["sample", "--images=2"])
+except OSError as error:
+    sys.exit("sample.py: error: %%s" %% error)
 except KeyboardInterrupt:
     sys.exit("sample.py: interrupted")
 """ % os.path.join(ROOT, "tools")

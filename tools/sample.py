@@ -9,6 +9,7 @@ its BatchNorm statistics from other drawings, and the classifier is fitted to it
 It shows that the pipeline computes the right thing; it says nothing about photographs.
 """
 import argparse
+import io
 import json
 import os
 import sys
@@ -273,7 +274,10 @@ def main(argv=None):
             image.save(os.path.join(partial, "images", name))
         # as Ascend's training script writes it
         state = {"module." + key: value for key, value in model.state_dict().items()}
-        torch.save({"state_dict": state}, os.path.join(partial, "checkpoint.pth.tar"))
+        checkpoint = io.BytesIO()  # torch's own writing ends in a crash where the disk is full
+        torch.save({"state_dict": state}, checkpoint)
+        with open(os.path.join(partial, "checkpoint.pth.tar"), "wb") as f:
+            f.write(checkpoint.getbuffer())
         with open(os.path.join(partial, "label.json"), "w") as f:
             json.dump(dict(zip(names, labels.tolist())), f)
         for name, text in (("image.txt", "".join(name + "\n" for name in names)), ("accuracy.txt", "%r\n" % reached)):

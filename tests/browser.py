@@ -1,4 +1,4 @@
-"""Debian's chromium without a window, driven through its DevTools protocol over a pair of pipes: needs no other package."""
+"""Debian's chromium, or what $CHROMIUM names, without a window, driven through two pipes by its DevTools protocol."""
 import base64
 import fcntl
 import json
@@ -9,8 +9,8 @@ import subprocess
 import tempfile
 import time
 
-OPTIONS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-sync",
-           "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe"]
+OPTIONS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+           "--disable-sync", "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe"]
 PATIENCE = 60  # seconds for the browser to answer
 
 
@@ -25,8 +25,9 @@ class Browser(object):
         os.close(write_there)
         # chromium reads commands from 3 and writes answers to 4, each ended by a NUL
         self.process = subprocess.Popen(
-            ["bash", "-c", 'exec "$@" 3<&%d 4>&%d' % tuple(high), "bash", "chromium", "--user-data-dir=" + self.folder]
-            + OPTIONS + ["about:blank"], pass_fds=high, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            ["bash", "-c", 'exec "$@" 3<&%d 4>&%d' % tuple(high), "bash", os.environ.get("CHROMIUM", "chromium"),
+             "--user-data-dir=" + self.folder] + OPTIONS + ["about:blank"],
+            pass_fds=high, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for end in high:
             os.close(end)
         self.write, self.read = write_here, read_here
@@ -73,7 +74,7 @@ class Browser(object):
 
     def happened(self, method):
         """The parameters of the events of a kind since the page was opened."""
-        return [event["params"] for event in self.events if event["method"] == method]
+        return [event["params"] for event in self.events if event.get("method") == method]
 
     def open(self, path):
         """Opens a file and waits until it is loaded."""
@@ -113,9 +114,10 @@ class Browser(object):
 
     def problems(self):
         """What the browser's console has to complain of."""
+        bad = ("error", "warning")
         return (self.happened("Runtime.exceptionThrown")
-                + [entry for entry in self.happened("Runtime.consoleAPICalled") if entry["type"] in ("error", "warning")]
-                + [entry for entry in self.happened("Log.entryAdded") if entry["entry"]["level"] in ("error", "warning")])
+                + [call for call in self.happened("Runtime.consoleAPICalled") if call["type"] in bad]
+                + [log for log in self.happened("Log.entryAdded") if log["entry"]["level"] in bad])
 
     def requests(self):
         """The addresses asked for, but for those that hold their own data."""

@@ -1,4 +1,4 @@
-"""A run to look at: accuracy, throughput, attributes and the worst pictures in one HTML file that opens offline anywhere.
+"""A run to look at: accuracy, throughput, attributes and the worst pictures in one HTML file that opens offline.
 
     python3 tools/report.py --images /home/HwHiAiUser/dataset/peta/images --perf result/perf_vision_*
     python3 tools/report.py --images sample/images --list sample/image.txt --labels sample/label.json \\
@@ -71,7 +71,7 @@ def fits(value, shape):
 
 
 def read_json(path, shape, writer):
-    """Returns the content of a JSON file that has the shape; raises OSError or ValueError. writer: what makes the file."""
+    """Returns the content of a JSON file that has the shape, which writer makes; raises OSError or ValueError."""
     try:
         with open(path, encoding="utf-8") as f:
             value = json.load(f)
@@ -91,7 +91,7 @@ def number(text):
 
 
 def same(a, b):
-    """Whether two figures are one, of which None and NaN stand for undefined; numpy's versions round sums differently."""
+    """Whether two figures are equal, but for rounding; None and NaN stand for undefined."""
     undefined = [value is None or math.isnan(value) for value in (a, b)]
     return all(undefined) or not any(undefined) and abs(a - b) < 1e-9
 
@@ -125,7 +125,8 @@ def read_throughput(path, images, accuracy):
         reader = csv.DictReader(f, strict=True)
         try:
             if reader.fieldnames != COLUMNS:
-                raise ValueError("%s: its first line is not %s; run_all.sh writes this file" % (path, ",".join(COLUMNS)))
+                raise ValueError("%s: its first line is not %s; run_all.sh writes this file"
+                                 % (path, ",".join(COLUMNS)))
             for row in reader:
                 try:
                     if None in row or None in row.values() or not re.match(r"\d+( \d+)*$", row["devices"]):
@@ -137,8 +138,8 @@ def read_throughput(path, images, accuracy):
                     raise ValueError("%s: line %d is not of the form %s; run_all.sh writes this file"
                                      % (path, reader.line_num, ",".join(COLUMNS)))
                 if row["images"] != images:
-                    raise ValueError("%s: line %d is of a run over %d images, the results are of %d; run all batch sizes "
-                                     "over the same list" % (path, reader.line_num, row["images"], images))
+                    raise ValueError("%s: line %d is of a run over %d images, the results are of %d; run all batch "
+                                     "sizes over the same list" % (path, reader.line_num, row["images"], images))
                 rows.append(row)
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError("%s: is not a CSV file: %s" % (path, error))
@@ -167,7 +168,7 @@ def read_perf(paths):
 
 
 def read_comparison(path, stems, attributes, accuracy):
-    """Returns what tools/compare.py wrote; raises OSError, or ValueError if it is not of these images and this accuracy."""
+    """Returns what tools/compare.py wrote; raises OSError, or ValueError if it is of other images or results."""
     report = read_json(path, COMPARISON, "tools/compare.py --json")
     metrics = report["metrics"] or {}
     if not all(fits(values, CHANGE) for values in metrics.values()):
@@ -182,13 +183,15 @@ def read_comparison(path, stems, attributes, accuracy):
 
 def chart(rows):
     """Returns a bar chart of the rates over the batch sizes, as SVG for an HTML page; None where no rate is known."""
-    import xml.etree.ElementTree as ElementTree
-
-    import matplotlib
-    from matplotlib.figure import Figure
-    from markupsafe import Markup
     if not any(row["e2e_images_per_s"] or row["interface_images_per_s"] for row in rows):
         return None
+    import logging
+    import xml.etree.ElementTree as ElementTree
+    # matplotlib warns when it first lists the fonts, and where it cannot write the list into the home folder.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    import matplotlib
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
     several = len({row["devices"] for row in rows}) > 1
     style = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "axes.spines.top": False,
              "axes.spines.right": False, "axes.edgecolor": "#888", "xtick.color": "#888", "ytick.color": "#888",
@@ -199,10 +202,12 @@ def chart(rows):
         for column, label, colour, shift in (("e2e_images_per_s", "end to end", "#2f74c0", -0.2),
                                              ("interface_images_per_s", "in the model (Interface)", "#c77a0a", 0.2)):
             values = [(i + shift, row[column]) for i, row in enumerate(rows) if row[column] is not None]
-            bars = axes.barh([place for place, _ in values], [value for _, value in values], 0.36, color=colour, label=label)
+            bars = axes.barh([place for place, _ in values], [value for _, value in values], 0.36, color=colour,
+                             label=label)
             axes.bar_label(bars, ["%.*f" % (value < 100, value) for _, value in values], padding=2, fontsize=8)
         axes.set_yticks(range(len(rows)))
-        axes.set_yticklabels(["%d%s" % (row["batch_size"], "\ndevice " + row["devices"] if several else "") for row in rows])
+        axes.set_yticklabels(["%d%s" % (row["batch_size"], "\ndevice " + row["devices"] if several else "")
+                              for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)  # the smallest batch on top
         axes.margins(x=0.1)
         axes.set_ylabel("batch size")
@@ -218,8 +223,8 @@ def chart(rows):
         root.remove(child)  # the date, and the plot library's address
     for name in ("width", "height"):
         del root.attrib[name]  # the page's style sets them
-    root.attrib.update({"role": "img", "aria-label": "Bar chart of the throughput by batch size; the table below has its "
-                                                     "numbers"})
+    root.attrib.update({"role": "img",
+                        "aria-label": "Bar chart of the throughput by batch size; the table below has its numbers"})
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
@@ -242,7 +247,7 @@ def choose(accuracy, logits, true):
 
 
 def thumbnail(path):
-    """Returns (data: URI of a JPEG, its width, its height) of an image file; raises what Pillow raises, or ValueError."""
+    """Returns an image file as a small JPEG, (data: URI, width, height); raises what Pillow raises, or ValueError."""
     if not os.path.isfile(path):
         raise ValueError("no such file")
     with Image.open(path) as image:
@@ -331,7 +336,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--images", required=True, metavar="DIR", help="the folder of the images")
-    parser.add_argument("--list", default="image.txt", metavar="FILE", help="the images of the run (default: %(default)s)")
+    parser.add_argument("--list", default="image.txt", metavar="FILE",
+                        help="the images of the run (default: %(default)s)")
     parser.add_argument("--labels", default="label.json", metavar="FILE", help="the truth (default: %(default)s)")
     parser.add_argument("--results", nargs="+", default=["result/dumpOutput_device0"], metavar="DIR",
                         help="the folders of the result files (default: result/dumpOutput_device0)")
@@ -344,7 +350,8 @@ def main(argv=None):
     parser.add_argument("--compare", metavar="FILE", help="what tools/compare.py --json wrote")
     parser.add_argument("--attributes", metavar="FILE",
                         help="the attributes' names, one a line (default: those in fusion_result.json)")
-    parser.add_argument("--output", default="report.html", metavar="FILE", help="the page to write (default: %(default)s)")
+    parser.add_argument("--output", default="report.html", metavar="FILE",
+                        help="the page to write (default: %(default)s)")
     args = parser.parse_args(argv)
 
     names = read_list(args.list)
@@ -355,14 +362,14 @@ def main(argv=None):
     for where, missing in ((folders, set(stems) - set(results)), (args.list, set(results) - set(stems)),
                            (args.labels, set(stems) - set(rows))):
         if missing:
-            raise ValueError("%s: has nothing for %d images of the run: %s; give the results, list and labels of one run"
-                             % (where, len(missing), some(sorted(missing))))
+            raise ValueError("%s: has nothing for %d images of the run: %s; give the results, list and labels of "
+                             "one run" % (where, len(missing), some(sorted(missing))))
     logits = read_logits([results[name] for name in stems], labels.shape[1])
     true = labels[[rows[name] for name in stems]] == 1
     fusion = read_fusion(args.fusion, *evaluate(logits, true))
     if fusion["images"] != len(names):
-        raise ValueError("%s: is of %d images, the results are of %d; run postprocess_deepmar_pytorch.py on these results "
-                         "again" % (args.fusion, fusion["images"], len(names)))
+        raise ValueError("%s: is of %d images, the results are of %d; run postprocess_deepmar_pytorch.py on these "
+                         "results again" % (args.fusion, fusion["images"], len(names)))
     if args.attributes is not None:
         for row, name in zip(fusion["attributes"], attribute_names(labels.shape[1], args.attributes)):
             row["name"] = name

@@ -507,6 +507,21 @@ def test_same_input_same_page(small, monkeypatch):
     assert (small / "report.html").read_bytes() == (small / "again.html").read_bytes()
 
 
+def test_a_missing_package(small, monkeypatch):
+    (small / "path").mkdir()
+    (small / "path" / "jinja2.py").write_text("raise ImportError(\"No module named 'jinja2'\")")
+    monkeypatch.setenv("PYTHONPATH", str(small / "path"))
+    check_error(make(small), "report.py: error: No module named 'jinja2'; the packages that it needs are in")
+
+
+def test_odd_pictures(small):
+    # Pillow warns of the first.
+    Image.new("P", (3000, 20)).save(str(small / "images" / "0.png"), transparency=bytes(range(16)))
+    Image.new("LA", (1, 1000)).save(str(small / "images" / "1.png"))
+    Image.new("CMYK", (50, 50)).save(str(small / "images" / "2.png"), "JPEG")
+    assert "6 images, 6 pictures" in made(small)
+
+
 def test_pictures_carry_nothing_else(tmp_path):
     picture = Image.new("RGB", (300, 100), "red")
     picture.save(str(tmp_path / "a.jpg"), exif=b"Exif\0\0" + b"E" * 999, comment=b"C" * 999, icc_profile=b"I" * 999)

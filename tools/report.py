@@ -22,6 +22,7 @@ import os
 import re
 import sys
 import time
+import warnings
 
 import numpy as np
 from PIL import Image
@@ -274,7 +275,8 @@ def gallery(folder, names, logits, true):
     chances = probabilities(logits)
     cards, bad = [], []
     chosen = choose(accuracy, logits, true)
-    with progress(len(chosen), "picture") as bar:
+    with progress(len(chosen), "picture") as bar, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of oddities in files that it reads all the same
         for image in chosen:
             bar.update()
             path = os.path.join(folder, names[image])
@@ -404,7 +406,9 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError) as error:
         sys.exit("report.py: error: %s" % error)
+    except ImportError as error:
+        sys.exit("report.py: error: %s; the packages that it needs are in requirements.txt" % error)
     except KeyboardInterrupt:
         sys.exit("report.py: interrupted; nothing was written")

@@ -23,8 +23,8 @@ sample_size=${sample_size-200}     # images of the sample
 python=${python-${PYTHON-python3}} # the Python to use, or to make a virtual environment with
 set_env=${set_env-/usr/local/Ascend/ascend-toolkit/set_env.sh} # the toolkit's settings, read where atc is not on the PATH
 stage=${stage-0}                   # the first stage to run:
-stop_stage=${stop_stage-7}         # the last stage to run: 0 sample data, 1 ONNX, 2 Pad, 3 atc, 4 bins, 5 info,
-                                   # 6 inference, 7 accuracy
+stop_stage=${stop_stage-8}         # the last stage to run: 0 sample data, 1 ONNX, 2 Pad, 3 atc, 4 bins, 5 info,
+                                   # 6 inference, 7 accuracy, 8 report
 # --------------------------------------------------------------------------------------------------------------------
 
 names="checkpoint images image_list label_file published_acc chip_name backend batch_size device_id work_dir sample_size
@@ -70,7 +70,7 @@ numbers batch_size '[1-9][0-9]{0,5}' "a positive whole number, or several"
 numbers device_id '(0|[1-9][0-9]{0,5})' "a whole number, or several"
 [[ $sample_size =~ ^[1-9][0-9]*$ ]] || usage "sample_size must be a positive whole number, not '$sample_size'"
 for name in stage stop_stage; do
-    [[ ${!name} =~ ^[0-7]$ ]] || usage "$name must be one of 0 to 7, not '${!name}'"
+    [[ ${!name} =~ ^[0-8]$ ]] || usage "$name must be one of 0 to 8, not '${!name}'"
 done
 [[ $chip_name =~ ^((Ascend)?[0-9]+[A-Za-z0-9]*)?$ ]] || usage "chip_name must be as in Ascend310 or 310P3, not '$chip_name'"
 case $backend in auto | benchmark | ais_bench | onnxruntime) ;; *)
@@ -310,15 +310,17 @@ if begin 6 "inference on backend $backend, device $device_id"; then
     finish
 fi
 
+# What stages 7 and 8 write is written by one run at a time, so that it belongs together.
+exec {lock}>>.scoring.lock
+[ "$stop_stage" -lt 7 ] || flock "$lock"
+dropped=
 if begin 7 "accuracy and throughput"; then
     need "$image_list" 0
     if [ -z "$published_acc" ] && [ -z "$given" ]; then
         published_acc=$(cat sample/accuracy.txt)
         say "no card's or paper's accuracy applies to the sample: compared with PyTorch's own on the same images"
     fi
-    exec {lock}>>.scoring.lock
-    flock "$lock" # what follows is written by one run at a time, so that it belongs together
-    rows=() dropped=''
+    rows=()
     for size in $batch_size; do
         names_of "$size"
         for folder in "${folders[@]}"; do need "$folder" 6; done
@@ -331,9 +333,11 @@ if begin 7 "accuracy and throughput"; then
         for folder in "${folders[@]}"; do fresh "$folder" 6 deepmar.info "$model"; done
         [ "$batch_size" = "$size" ] || say "batch size $size"
         new_scratch "$result"
-        (cd "$scratch" && "$python" "$here/postprocess_deepmar_pytorch.py" "${folders[@]/#/$work_dir/}" "$label_file" \
-            --image_list "$image_list" ${published_acc:+--published "$published_acc"}) ||
-            { [ -e "$scratch/fusion_result.json" ] && dropped=$dropped${dropped:+, }$size; } # scored, but a drop beyond 1 %
+        if ! (cd "$scratch" && "$python" "$here/postprocess_deepmar_pytorch.py" "${folders[@]/#/$work_dir/}" "$label_file" \
+            --image_list "$image_list" ${published_acc:+--published "$published_acc"}); then
+            [ -e "$scratch/fusion_result.json" ] || exit 1
+            dropped=$dropped${dropped:+, }$size # scored, but more than 1 % below: the table and the report show it
+        fi
         mv "$scratch/fusion_result.json" "$result/"
         cp "$result/fusion_result.json" "$scratch/"
         mv "$scratch/fusion_result.json" fusion_result.json
@@ -342,6 +346,15 @@ if begin 7 "accuracy and throughput"; then
     case $chip_name in '') chips=0 ;; Ascend310) chips=4 ;; *) chips=1 ;; esac
     "$python" "$here/tools/table.py" throughput "${rows[@]}" --devices "${devices[@]}" --chips "$chips"
     finish
-    [ -z "$dropped" ] || fail "the accuracy at batch size $dropped is more than 1 % below the published one"
+fi
+
+if begin 8 "report -> report.html"; then
+    for size in $batch_size; do names_of "$size"; done # fusion_result.json is of the last batch size
+    need throughput.csv 7
+    "$python" "$here/tools/report.py" --images "$images" --list "$image_list" --labels "$label_file" \
+        --results "${folders[@]}" --fusion "$result/fusion_result.json" --throughput throughput.csv --output report.html
+    finish
+    say "open $work_dir/report.html in a browser"
 fi
 current=
+[ -z "$dropped" ] || fail "the accuracy at batch size $dropped is more than 1 % below the published one"

@@ -25,7 +25,7 @@ def test_sample_from_end_to_end(first):
     work, process = first
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
-    for stage in range(8):
+    for stage in range(9):
         assert "[run_all] stage %d: " % stage in process.stdout
         assert "[run_all] stage %d done in " % stage in process.stdout
     assert "backend onnxruntime: no atc and no OM on this machine" in process.stdout
@@ -42,6 +42,8 @@ def test_sample_from_end_to_end(first):
     assert results(work) == [name + "_1.bin" for name in names]
     assert sorted(os.listdir(os.path.join(work, "input_bin"))) == [name + ".bin" for name in names]
     assert re.search(r"\n\| +1 \| +\S+ \| +\S+ \| +- \| %s \|\n" % found["instance_acc"], process.stdout), process.stdout
+    with open(os.path.join(work, "report.html")) as f:
+        assert str(found["instance_acc"]) in f.read()
     assert not [name for name in os.listdir(work) if "partial" in name or name.endswith(".old")]
 
 
@@ -85,8 +87,10 @@ def test_a_drop_beyond_one_percent_fails_and_says_which_stage(first):
     work, _ = first
     process = run_all("--work-dir", work, "--published-acc", "100", "--stage", 7)
     assert process.returncode == 1
-    assert "published" in process.stderr and "stage 7 failed" in process.stderr
+    assert "published" in process.stderr and "the accuracy at batch size 1 is" in process.stderr
     assert "published 100.00 %" in process.stdout
+    with open(os.path.join(work, "report.html")) as f:  # is made all the same, to see why
+        assert "FAIL" in f.read()
 
 
 def test_a_failing_stage_stops_the_run(first, tmp_path):
@@ -102,7 +106,7 @@ def test_a_failing_stage_stops_the_run(first, tmp_path):
 def test_bad_variables(tmp_path):
     for wrong, text in ((["--batch-size", "0"], "batch_size"), (["--batch-size", "x"], "batch_size"),
                         (["--nonsense", "1"], "nonsense"), (["--stage"], "value"), (["8"], "no option"),
-                        (["--stage", "8"], "stage"), (["--device-id", "-1"], "device_id"),
+                        (["--stage", "9"], "stage"), (["--device-id", "-1"], "device_id"),
                         (["--chip-name", "a b"], "chip_name"), (["--checkpoint", "x"], "images")):
         process = run_all("--work-dir", tmp_path / "work", *wrong)
         assert process.returncode == 2 and text in process.stderr, (wrong, process.stderr)

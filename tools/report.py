@@ -12,7 +12,6 @@ together are an error. A few hundred pictures are shown: the worst of all, and t
 import argparse
 import base64
 import csv
-import glob
 import hashlib
 import io
 import itertools
@@ -30,7 +29,7 @@ from PIL import Image
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmark import progress  # noqa: E402
 from postprocess_deepmar_pytorch import (MAX_DROP, attribute_names, evaluate, list_results, read_labels,  # noqa: E402
-                                         read_logits, some)
+                                         read_logits, some, whole_file)
 from predict import probabilities  # noqa: E402
 from preprocess_deepmar_pytorch import MAX_PIXELS, read_list, stem  # noqa: E402
 
@@ -318,22 +317,6 @@ def render(values):
     return environment.get_template("report_template.html").render(values)
 
 
-def write(path, page):
-    """Writes the page whole or not at all, returns its size in bytes."""
-    data = page.encode("utf-8", "replace")  # names in JSON may hold half a surrogate pair
-    for left in glob.glob(glob.escape(path) + ".*.partial"):  # by a run that was killed
-        os.remove(left)
-    temporary = "%s.%d.partial" % (path, os.getpid())
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-    return len(data)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
@@ -399,8 +382,10 @@ def main(argv=None):
         "rows": speeds, "chart": chart(speeds), "attributes": by_accuracy,
         "weakest": [row for row in by_accuracy if row["label_acc"] is not None][:WEAKEST], "comparison": comparison,
         "cards": cards, "kinds": KINDS})
-    size = write(args.output, page)
-    print("%s: %d images, %d pictures, %.1f MB" % (args.output, len(names), len(cards), size / 1e6))
+    data = page.encode("utf-8", "replace")  # names in JSON may hold half a surrogate pair
+    with whole_file(args.output) as temporary, open(temporary, "wb") as f:
+        f.write(data)
+    print("%s: %d images, %d pictures, %.1f MB" % (args.output, len(names), len(cards), len(data) / 1e6))
 
 
 if __name__ == "__main__":

@@ -11,12 +11,14 @@ devices reached at the same time; with one, the card's rate is the Interface thr
 """
 import argparse
 import csv
-import glob
 import io
 import json
 import os
 import re
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from postprocess_deepmar_pytorch import whole_file  # noqa: E402
 
 COLUMNS = ("batch_size", "devices", "backend", "model", "images", "e2e_images_per_s", "interface_images_per_s",
            "card_images_per_s", "instance_acc")
@@ -85,18 +87,6 @@ def markdown(rows, devices, chips):
     return lines[:1] + ["|%s|" % "|".join("-" * (width + 1) + ":" for width in widths)] + lines[1:]
 
 
-def write_text(path, text):
-    """Writes a small file whole or not at all."""
-    temporary = "%s.%d.partial" % (path, os.getpid())
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="") as f:
-            f.write(text)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
@@ -117,9 +107,8 @@ def main(argv=None):
     writer.writerows(rows)
     lines = markdown(rows, args.devices, args.chips)
     for path, content in ((args.output + ".csv", text.getvalue()), (args.output + ".md", "\n".join(lines) + "\n")):
-        for left in glob.glob(glob.escape(path) + ".*.partial"):  # by a run that was killed
-            os.remove(left)
-        write_text(path, content)
+        with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as f:
+            f.write(content)
 
     print("images per second at each batch size, %d images, device %s, %s"
           % (rows[0]["images"], " ".join(args.devices), ", ".join(sorted({r["backend"] for r in rows}))))

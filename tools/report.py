@@ -380,7 +380,7 @@ def main(argv=None):
                 ("Images scored", len(names)), ("Results", folders),
                 ("Scored", time.strftime("%Y-%m-%d %H:%M", time.localtime(os.path.getmtime(args.fusion))))],
         "rows": speeds, "chart": chart(speeds), "attributes": by_accuracy,
-        "weakest": [row for row in by_accuracy if row["label_acc"] is not None][:WEAKEST], "comparison": comparison,
+        "weakest": [row for row in by_accuracy if row["label_acc"] not in (None, 1)][:WEAKEST], "comparison": comparison,
         "cards": cards, "kinds": KINDS})
     data = page.encode("utf-8", "replace")  # names in JSON may hold half a surrogate pair
     with whole_file(args.output) as temporary, open(temporary, "wb") as f:

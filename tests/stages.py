@@ -24,7 +24,7 @@ DeepMAR.BLOCKS = [1, 1, 1, 1]
 sample.TRAIN, sample.STATISTICS = 6, 2
 try:
     sample.main(["sample", "--images=2"])
-except OSError as error:
+except (OSError, ValueError) as error:
     sys.exit("sample.py: error: %%s" %% error)
 except KeyboardInterrupt:
     sys.exit("sample.py: interrupted")
@@ -49,11 +49,11 @@ STAGES = {
 }
 
 
-def start(folder, stage, before=(), **more):
-    """Starts a stage in its folder, in a process group of its own."""
-    return subprocess.Popen([sys.executable, "-B"] + list(before) + STAGES[stage][0], cwd=str(folder),
+def start(folder, stage, before=(), more=(), **settings):
+    """Starts a stage in its folder, in a process group of its own, with arguments of Python before and the stage's after."""
+    return subprocess.Popen([sys.executable, "-B"] + list(before) + STAGES[stage][0] + list(more), cwd=str(folder),
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
-                            start_new_session=True, **more)
+                            start_new_session=True, **settings)
 
 
 def run(folder, stage):

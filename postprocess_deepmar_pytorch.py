@@ -87,7 +87,7 @@ def read_labels(path):
 
 
 def check_images(path, results):
-    """Raises ValueError unless the results {stem: path} are those of the images in a list file, no fewer and no others."""
+    """Raises ValueError unless the results {stem: path} are those of a list file's images, no fewer and no others."""
     try:
         with open(path, encoding="utf-8-sig") as f:
             listed = {stem(line.strip()) for line in f if line.strip()}

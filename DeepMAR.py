@@ -132,7 +132,7 @@ class CheckpointPickle(object):
     """The pickle_module for torch.load: a pickle names only what is allowed above, so it cannot run code."""
 
     class Unpickler(pickle._Unpickler):  # the one in Python: the one in C does not let us replace BUILD
-        archive = None  # torch's reader of the zip format; the earlier one has none
+        archive, sizes = None, {}  # torch's reader of the zip format (the earlier one has none); bytes of its records
 
         def find_class(self, module, name):
             if (module, name) in ALLOWED:
@@ -152,9 +152,10 @@ class CheckpointPickle(object):
             if self.archive:
                 _, kind, key, _, count = self.stack[-1]
                 dtype = kind.dtype if isinstance(getattr(kind, "dtype", None), torch.dtype) else kind(0).dtype
-                size = len(self.archive.get_record("data/%s" % key))
-                if not 0 <= count * torch.empty(0, dtype=dtype).element_size() <= size:
-                    raise pickle.UnpicklingError("it claims %d values in a record of %d bytes" % (count, size))
+                if key not in self.sizes:
+                    self.sizes[key] = len(self.archive.get_record("data/%s" % key))
+                if not 0 <= count * torch.empty(0, dtype=dtype).element_size() <= self.sizes[key]:
+                    raise pickle.UnpicklingError("it claims %d values in a record of %d bytes" % (count, self.sizes[key]))
             super().load_binpersid()
 
         dispatch = dict(pickle._Unpickler.dispatch)
@@ -166,7 +167,7 @@ class CheckpointPickle(object):
     __name__ = "CheckpointPickle"  # torch.load asks every pickle_module for its name
 
     def __init__(self, archive):
-        self.Unpickler = type("Unpickler", (self.Unpickler,), {"archive": archive})
+        self.Unpickler = type("Unpickler", (self.Unpickler,), {"archive": archive, "sizes": {}})
 
     def load(self, file, **kwargs):
         return self.Unpickler(file, **kwargs).load()

@@ -88,16 +88,18 @@ def read_labels(path):
 
 
 def check_images(path, results):
-    """Raises ValueError unless the results {stem: path} are those of the images in a list file, no fewer and no others."""
+    """Raises ValueError unless the results {stem: path} are those of a list file's images, no fewer and no others."""
     try:
         with open(path, encoding="utf-8-sig") as f:
             listed = {stem(line.strip()) for line in f if line.strip()}
     except UnicodeDecodeError as error:
         raise ValueError("%s: is not UTF-8 text (byte %d)" % (path, error.start))
-    problems = ["%d of its %d images have no result (%s)" % (len(missing), len(listed), some(missing))
-                for missing in [sorted(listed - set(results))] if missing]
-    problems += ["%d of %d results are of other images (%s)" % (len(others), len(results), some(others))
-                 for others in [sorted(set(results) - listed)] if others]
+    missing, others = sorted(listed - set(results)), sorted(set(results) - listed)
+    problems = []
+    if missing:
+        problems.append("%d of its %d images have no result (%s)" % (len(missing), len(listed), some(missing)))
+    if others:
+        problems.append("%d of %d results are of other images (%s)" % (len(others), len(results), some(others)))
     if problems:
         raise ValueError("%s: %s; run stages 4 to 6 again" % (path, ", and ".join(problems)))
 

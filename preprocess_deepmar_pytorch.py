@@ -146,8 +146,8 @@ def convert_all(jobs):
 def replaced_folder(path, ending=".bin"):
     """Yields an empty folder beside path; if the block succeeds it becomes path, in place of an earlier one.
 
-    The earlier one may hold names of this ending only, so that a mistyped path deletes nothing else. Raises ValueError or
-    OSError.
+    The earlier one may hold names of this ending only, so that a mistyped path deletes nothing else. Raises ValueError
+    or OSError.
     """
     import fcntl
     path = os.path.realpath(path)

@@ -24,7 +24,7 @@ DeepMAR.BLOCKS = [1, 1, 1, 1]
 sample.TRAIN, sample.STATISTICS = 6, 2
 try:
     sample.main(["sample", "--images=2"])
-except OSError as error:
+except (OSError, ValueError) as error:
     sys.exit("sample.py: error: %%s" %% error)
 except KeyboardInterrupt:
     sys.exit("sample.py: interrupted")
@@ -36,24 +36,24 @@ STAGES = {
     "remove_pad": ([ROOT + "/remove_pad.py", "pad.onnx", "nopad.onnx"], ["nopad.onnx"]),
     "preprocess": ([ROOT + "/preprocess_deepmar_pytorch.py", "images", "bins", "image.txt"], ["bins"]),
     "get_info": ([ROOT + "/get_info.py", "input_bin", "new.info", "224", "224"], ["new.info"]),
-    "benchmark": ([ROOT + "/tools/benchmark.py", "-batch_size=4", "-om_path=model.onnx", "-input_text_path=deepmar.info"],
-                  ["result/dumpOutput_device0"]),
+    "benchmark": ([ROOT + "/tools/benchmark.py", "-batch_size=4", "-om_path=model.onnx",
+                   "-input_text_path=deepmar.info"], ["result/dumpOutput_device0"]),
     "postprocess": ([ROOT + "/postprocess_deepmar_pytorch.py", "logits", "label.json", "--image_list=image.txt"],
                     ["fusion_result.json"]),
     "peta": ([ROOT + "/tools/peta.py", "PETA.mat", "--output=lists"],
              ["lists/image.txt", "lists/label.json", "lists/attributes.txt"]),
-    "predict": ([ROOT + "/tools/predict.py", "images/im0.png", "images/im1.png", "--onnx=model.onnx", "--save=pictures"],
-                ["pictures/im0_attributes.png", "pictures/im1_attributes.png"]),
+    "predict": ([ROOT + "/tools/predict.py", "images/im0.png", "images/im1.png", "--onnx=model.onnx",
+                 "--save=pictures"], ["pictures/im0_attributes.png", "pictures/im1_attributes.png"]),
     "compare": ([ROOT + "/tools/compare.py", "logits", "logits", "--json=compare.json"], ["compare.json"]),
     "sample": (["small_sample.py"], ["sample"]),
 }
 
 
-def start(folder, stage, before=(), **more):
-    """Starts a stage in its folder, in a process group of its own."""
-    return subprocess.Popen([sys.executable, "-B"] + list(before) + STAGES[stage][0], cwd=str(folder),
+def start(folder, stage, before=(), more=(), **settings):
+    """Starts a stage in its folder, in a process group of its own; before: Python's arguments, more: the stage's."""
+    return subprocess.Popen([sys.executable, "-B"] + list(before) + STAGES[stage][0] + list(more), cwd=str(folder),
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
-                            start_new_session=True, **more)
+                            start_new_session=True, **settings)
 
 
 def run(folder, stage):
@@ -104,12 +104,13 @@ def contents(folder):
 
 def output(folder, stage):
     """What a stage has written, in parts of which each must be whole: [{path: bytes}]."""
-    return [contents(folder / name) if os.path.isdir(str(folder / name)) else
-            {name: (folder / name).read_bytes()} if os.path.exists(str(folder / name)) else {} for name in STAGES[stage][1]]
+    paths = [folder / name for name in STAGES[stage][1]]
+    return [contents(path) if path.is_dir() else {path.name: path.read_bytes()} if path.exists() else {}
+            for path in paths]
 
 
 def put_earlier(folder, stage):
-    """Puts an earlier output of a stage, which its new one differs from, in place of what is there; returns output()."""
+    """Puts an earlier output of a stage, unlike its new one, in place of what is there; returns output()."""
     for name in STAGES[stage][1]:
         path = folder / name
         if os.path.isdir(str(path)):

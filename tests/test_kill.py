@@ -1,16 +1,20 @@
-"""Every script killed at any moment: no torn file under a final name, the earlier result whole, a re-run as if nothing was.
+"""Every script killed at any moment: nothing torn under a final name, the earlier result whole, a re-run undisturbed.
 
-DEEPMAR_TEST_CAMPAIGN=50 kills each script 50 times at random moments, at every operation on files, and also tools/sample.py;
-pytest's -s shows the figures.
+DEEPMAR_TEST_CAMPAIGN=50 kills each script, tools/sample.py too, 50 times at random moments and at every operation on
+files; pytest's -s shows the figures.
 """
 import collections
 import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
+from conftest import ROOT
+from PIL import Image
 from stages import STAGES, contents, output, prepare, put_earlier, run, start
 
 CAMPAIGN = int(os.environ.get("DEEPMAR_TEST_CAMPAIGN", "0"))
@@ -118,12 +122,14 @@ def test_at_random_moments(folder, stage):
             earlier = put_earlier(folder, stage)
             process = start(folder, stage)
             time.sleep(duration * (i + random.random()) / kills)
-            (os.killpg if kind == "interrupted" else os.kill)(process.pid, number)  # a terminal interrupts the whole group
+            # A terminal interrupts the whole group.
+            (os.killpg if kind == "interrupted" else os.kill)(process.pid, number)
             result, answered = check_killed(folder, stage, process, number, earlier, new)
             became[result], longest = became[result] + 1, max(longest, answered)
             if i % 5 == 4:
                 check_rerun(folder, stage, clean, new)
-        print("%s: %s %d times in %.2f s: %s; gone within %.2f s" % (stage, kind, kills, duration, dict(became), longest))
+        print("%s: %s %d times in %.2f s: %s; gone within %.2f s"
+              % (stage, kind, kills, duration, dict(became), longest))
     check_rerun(folder, stage, clean, new)
 
 
@@ -147,3 +153,23 @@ def test_at_an_operation_on_files(folder, stage):
                 check_rerun(folder, stage, clean, new)
         print("%s: %s at %d of %d operations on files: %s" % (stage, kind, len(chosen), operations, dict(became)))
     check_rerun(folder, stage, clean, new)
+
+
+def test_slow_images_do_not_hold_up_ctrl_c(folder):
+    """Reading one of these takes a good part of a second, and each worker is handed many at a time."""
+    (folder / "slow").mkdir()
+    Image.new("L", (7900, 7900)).save(str(folder / "slow" / "0.png"))
+    for i in range(1, 100):
+        os.link(str(folder / "slow" / "0.png"), str(folder / "slow" / ("%d.png" % i)))
+    (folder / "slow.txt").write_text("".join("%d.png\n" % i for i in range(100)))
+    process = subprocess.Popen([sys.executable, ROOT + "/preprocess_deepmar_pytorch.py", "slow", "slow_bins", "slow.txt"],
+                               cwd=str(folder), stderr=subprocess.PIPE, start_new_session=True)
+    while not os.path.exists(str(folder / "slow_bins.partial")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(1)
+    began = time.time()
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate()
+    assert time.time() - began < ANSWER and errors.count(b"\n") == 1 and b"interrupted" in errors, errors
+    assert not living(process.pid) and not (folder / "slow_bins.partial").exists()

@@ -1,4 +1,4 @@
-"""A full disk, a folder that cannot be written, few open files, no temporary folder: a clear error, and nothing torn."""
+"""A full disk, a folder that cannot be written, few open files, no temporary folder: clear errors, nothing torn."""
 import ctypes
 import os
 import resource

@@ -1,0 +1,214 @@
+"""Random and damaged input for every parser: a clean error that names the file, or the right answer; never a crash.
+
+DEEPMAR_TEST_CAMPAIGN=50 tries 50 times as many examples, other ones each time.
+"""
+import io
+import json
+import os
+import sys
+import zipfile
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import helper, numpy_helper
+from test_remove_pad import ZEROS, between, clean, constant, graphs, model_of, node, run
+
+import benchmark
+import postprocess_deepmar_pytorch as post
+import preprocess_deepmar_pytorch as stage4
+import remove_pad
+from DeepMAR import load_checkpoint
+
+CAMPAIGN = int(os.environ.get("DEEPMAR_TEST_CAMPAIGN", "0"))
+
+
+def fuzz(examples, *strategies):
+    """@given, the same examples each time unless in a campaign."""
+    def decorate(test):
+        return settings(max_examples=examples * (CAMPAIGN or 1), derandomize=not CAMPAIGN, deadline=None, database=None,
+                        suppress_health_check=list(HealthCheck))(given(*strategies)(test))
+    return decorate
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Returns a function that writes bytes to a file, and its path."""
+    path = tmp_path_factory.mktemp("fuzz") / "file"
+
+    def write(data):
+        path.write_bytes(data)
+        return str(path)
+    return write
+
+
+def refused(function, path, *arguments):
+    """What a parser returns, or None if it refuses the file as it should."""
+    try:
+        return function(path, *arguments)
+    except (ValueError, OSError) as error:
+        message = str(error)
+        assert message.startswith(path + ": ") and "\n" not in message and len(message) < 3000, message
+        assert type(error) in (ValueError, OSError), repr(error)  # and not UnicodeDecodeError, say
+
+
+@st.composite
+def damaged(draw, whole):
+    """One of the whole contents with some bytes changed, cut out, doubled or put in."""
+    data = bytearray(draw(st.sampled_from(whole)))
+    for _ in range(draw(st.integers(0, 4))):
+        at = draw(st.integers(0, max(0, len(data) - 1)))
+        kind = draw(st.sampled_from(["change", "cut", "put in", "double", "end"]))
+        if kind == "change" and data:
+            data[at] = draw(st.integers(0, 255))
+        elif kind == "cut":
+            del data[at:at + draw(st.integers(1, 40))]
+        elif kind == "put in":
+            data[at:at] = draw(st.one_of(st.binary(max_size=9),
+                                         st.sampled_from([b"\n", b"\0", b"..", b"/", b"9" * 30, b"["])))
+        elif kind == "double":
+            data[at:at] = data[at:at + draw(st.integers(1, 40))]
+        else:
+            del data[at:]
+    return bytes(data)
+
+
+LISTS = ["00001.png\n00002.png\r\n\n sub/3.b.png", "\ufeffa.png\nü x.jpg\n", "a.png\nb.png\na.jpg\n"]
+
+
+@fuzz(150, st.one_of(damaged([text.encode("utf-8") for text in LISTS]), st.binary(max_size=60)))
+def test_lists(file, data):
+    path = file(data)
+    names = refused(stage4.read_list, path)
+    if names is not None:
+        lines = [line.strip() for line in data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+        assert names == [line for line in lines if line]
+        bins = [os.path.normpath(os.path.join("/bins", stage4.stem(name) + ".bin")) for name in names]
+        assert len(set(bins)) == len(bins) and all(os.path.dirname(path) == "/bins" for path in bins)
+        assert all(os.path.normpath(os.path.join("/images", name)).startswith("/images/") for name in names)
+        post.check_images(path, {post.stem(name): "" for name in names})  # stage 7 reads the list as stage 4 does
+
+
+INFO = "".join("%d ./bins/%05d.bin 224 224\n" % (i, i) for i in range(3)).encode()
+
+
+@fuzz(150, st.one_of(damaged([INFO]), st.binary(max_size=60)))
+def test_info(file, data):
+    bins = refused(benchmark.read_info, file(data), 224, 224)
+    assert bins is None, "none of the bins is there"
+
+
+LABELS = [b'{"a.png": [0, 1, 1], "b.png": [1, 0, 0]}', '\ufeff{"x/ü.png": [0.0, 1e0], "b": [true, 0]}'.encode("utf-8")]
+
+
+@fuzz(200, st.one_of(damaged(LABELS), st.binary(max_size=60)))
+def test_labels(file, data):
+    found = refused(post.read_labels, file(data))
+    if found is not None:
+        rows, labels = found
+        expected = json.loads(data.decode("utf-8-sig"))
+        assert rows == {post.stem(name): i for i, name in enumerate(expected)}
+        assert labels.tolist() == [[int(value) for value in row] for row in expected.values()]
+
+
+STATE = {"weight": torch.arange(6.).reshape(2, 3), "bias": torch.ones(2, dtype=torch.float16)}
+
+
+def checkpoint(zipped, content):
+    data = io.BytesIO()
+    torch.save(content, data, _use_new_zipfile_serialization=zipped)
+    return data.getvalue()
+
+
+CHECKPOINTS = [checkpoint(zipped, content) for zipped in (True, False) for content in
+               (STATE, {"state_dict": STATE, "epoch": 3}, {"state_dicts": [STATE, {"state": {0: STATE}}], "ep": 1})]
+
+
+def zipped(pickle):
+    """The first checkpoint with another pickle, its checksum right."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(CHECKPOINTS[0])) as archive, zipfile.ZipFile(data, "w") as changed:
+        for member in archive.infolist():
+            changed.writestr(member.filename, pickle if member.filename.endswith("data.pkl") else archive.read(member))
+    return data.getvalue()
+
+
+PICKLES = [zipfile.ZipFile(io.BytesIO(data)).read("archive/data.pkl") for data in CHECKPOINTS[:3]]
+
+
+def in_a_child(function, *arguments):
+    """Calls a function in a forked process, as a crash of C++ code would end this one; it must not fail either."""
+    child = os.fork()
+    if not child:
+        try:
+            function(*arguments)
+        except BaseException as error:
+            sys.__stderr__.write("%r\n" % error)
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert status == 0, "it crashed" if os.WIFSIGNALED(status) else "see above"
+
+
+@fuzz(100, st.one_of(damaged(CHECKPOINTS), damaged(PICKLES).map(zipped)))
+def test_checkpoints(file, data):
+    def load(path):
+        state = refused(load_checkpoint, path)
+        assert state is None or all(isinstance(value, torch.Tensor) and value.numel() <= len(data)
+                                    and torch.isfinite(value.float()).all() for value in state.values())
+        if data in CHECKPOINTS:
+            assert all(torch.equal(state[key], STATE[key]) for key in STATE) and len(state) == 2
+    in_a_child(load, file(data))
+
+
+MODELS = [model_of(between(node("Pad", "r c", "p")), [("c", ZEROS)]),
+          model_of([constant("c", ZEROS)] + between(node("Pad", "r c", "p"))),
+          model_of([constant("c", ZEROS), node("Identity", "c", "d")] + between(node("Pad", "r d", "p"))),
+          model_of(between(node("Pad", "r", "p", pads=[0] * 8)), opset=10)]
+
+
+@fuzz(100, damaged([model.SerializeToString() for model in MODELS]))
+def test_damaged_models(file, data):
+    """The Pads go, and the model is still one, if it was."""
+    def load(path):
+        model = refused(remove_pad.load, path)
+        if model is None:
+            return
+        try:
+            run(model)
+        except Exception:  # ONNX Runtime's have no base class: what it refuses before, it may refuse after
+            model = None
+        refused(benchmark.open_session, path)
+        if model is not None:
+            before = run(model)
+            removed = remove_pad.remove_pads(model)[0]
+            onnx.checker.check_model(model)
+            assert not removed or all(a.tobytes() == b.tobytes() for a, b in zip(before, run(model)))
+    in_a_child(load, file(data))
+
+
+@fuzz(60, graphs(), st.booleans())
+def test_random_graphs_in_the_branches_of_an_if(case, constants_outside):
+    """Pads in a branch, of constants in the branch or around it."""
+    model, removable, pads = case
+    branch = model.graph
+    outside = []
+    if constants_outside:
+        outside = [(tensor.name, numpy_helper.to_array(tensor)) for tensor in branch.initializer]
+        del branch.initializer[:]
+    del branch.input[:]  # x is the outer graph's
+    other = onnx.GraphProto()
+    other.name = "other"
+    other.node.extend(helper.make_node("Identity", ["x"], ["else_%s" % value.name]) for value in branch.output)
+    for value in branch.output:
+        other.output.add().CopyFrom(value)
+        other.output[-1].name = "else_" + value.name
+    outputs = ["if_" + value.name for value in branch.output]
+    nodes = [helper.make_node("If", ["condition"], outputs, then_branch=branch, else_branch=other)]
+    whole = model_of(nodes, [("condition", np.array(True))] + outside, outputs)
+    result = clean(whole, removable, pads - removable)
+    branches = {attribute.name: attribute.g for attribute in result.graph.node[0].attribute}
+    assert [item.op_type for item in branches["then_branch"].node].count("Pad") == pads - removable

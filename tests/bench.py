@@ -38,17 +38,14 @@ FLOP = 2 * 4.09e9  # of a ResNet-50 at 224x224: two for each multiplication and 
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 def in_child(function, *arguments, **settings):
-    """Runs a function in a process of its own, on cores=N cores; returns (its result, the process' peak memory in MB)."""
+    """Runs a function in a process of its own, on cores=N cores; returns its result."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
     def work():
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:settings.get("cores", CORES)])
         with contextlib.redirect_stdout(io.StringIO()):
-            result = function(*arguments)
-        with open("/proc/self/status") as f:
-            peak = [int(line.split()[1]) * 1024 / 1e6 for line in f if line.startswith("VmHWM")]
-        sender.send((result, peak[0]))
+            sender.send(function(*arguments))
 
     process = context.Process(target=work)
     process.start()
@@ -204,12 +201,12 @@ def row_preprocess(scene):
 
     def theirs(_):
         written.append(scene.new_folder())
-        return in_child(clock, guides_preprocess, images, written[-1], names)[0]
+        return in_child(clock, guides_preprocess, images, written[-1], names)
 
     def ours(cores):
         def measure(_):
             written.append(os.path.join(scene.new_folder(), "input_bin"))
-            return in_child(clock, preprocess.main, [images, written[-1], image_txt], cores=cores)[0]
+            return in_child(clock, preprocess.main, [images, written[-1], image_txt], cores=cores)
         return measure
 
     def recycled(side):
@@ -236,7 +233,7 @@ def row_preprocess(scene):
     sides = {"theirs": recycled(theirs)}
     for n in cores:
         sides["ours%d" % n] = recycled(ours(n))
-        sides["limit%d" % n] = lambda _, n=n: in_child(clock, decode_all, paths, n, cores=n)[0]
+        sides["limit%d" % n] = lambda _, n=n: in_child(clock, decode_all, paths, n, cores=n)
     times = take_turns(2 if scene.quick else 7, **sides)
     for n in cores:
         stage, mine, limit = "preprocess, %d core%s" % (n, "s" * (n > 1)), times["ours%d" % n], times["limit%d" % n]
@@ -293,7 +290,7 @@ def row_standin(scene):
     for batch in (1,) if scene.quick else (1, 8, 64):
         bins = scene.bins()
         bins = bins[:len(bins) // batch * batch]
-        times = in_child(measure_standin, scene.model(batch), batch, bins, 1 if scene.quick else 3, scene.new_folder)[0]
+        times = in_child(measure_standin, scene.model(batch), batch, bins, 1 if scene.quick else 3, scene.new_folder)
         for state in ("warm", "cold"):
             yield compared("stand-in, batch %d, %s bins" % (batch, state), "bare session", 0.97, times[state],
                            times["bare"], times["bare"], "bare session", len(bins))
@@ -332,7 +329,7 @@ def row_inference(scene):
     for batch in (1,) if scene.quick else (1, 8, 64):
         runs = 2 if scene.quick else max(1, 64 // batch)
         times = in_child(measure_inference, scene.sample() + "/sample/checkpoint.pth.tar", scene.model(batch), batch, runs,
-                         2 if scene.quick else 5)[0]
+                         2 if scene.quick else 5)
         yield compared("inference, batch %d" % batch, "PyTorch eager", 1.6, times["ours"], times["theirs"],
                        times["limit"], "float32 matrix rate", batch * runs)
 
@@ -357,7 +354,7 @@ def row_int8(scene):
                    work + "/sample/label.json", "--allow-drop")
     float32, accuracy = [float(word.rstrip(",")) for word in text.split("float32 ")[1].split()[:3:2]]
     runs = 2 if scene.quick else 64
-    times = in_child(measure_int8, (model, int8), runs, 2 if scene.quick else 5)[0]
+    times = in_child(measure_int8, (model, int8), runs, 2 if scene.quick else 5)
     yield compared("INT8, batch 1", "float32", 3, times["ours"], times["theirs"], count=runs)
     yield {"stage": "INT8, drop of instance_acc", "against": "float32", "unit": "%", "theirs": 100 * float32,
            "ours": 100 * accuracy, "limit": None, "limit_is": "", "ratio": 100 * (float32 - accuracy),
@@ -373,9 +370,9 @@ def guides_postprocess(folder, label_file):
     predicted, true = [], []
     for name in os.listdir(folder):
         logits = np.fromfile(os.path.join(folder, name), dtype=np.float32)
-        predicted.append([1 if value >= 0 else 0 for value in logits.tolist()])
+        predicted.append(logits >= 0)
         true.append(labels[name.replace("_1.bin", ".png")])
-    return postprocess.evaluate(np.array(predicted) - 0.5, np.array(true))
+    return postprocess.evaluate(np.array(predicted, np.float32) - 0.5, np.array(true))
 
 
 def read_all(folder):
@@ -383,6 +380,15 @@ def read_all(folder):
         file = os.open(os.path.join(folder, name), os.O_RDONLY)
         os.read(file, 200)
         os.close(file)
+
+
+PEAK = """import sys
+sys.path.insert(0, sys.argv[1] + "/tests")
+import bench
+_, _, folder, labels, call = sys.argv
+eval(call)
+print([int(line.split()[1]) * 1024 / 1e6 for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+"""
 
 
 def row_postprocess(scene):
@@ -397,23 +403,19 @@ def row_postprocess(scene):
         with open(label_file, "w") as f:
             json.dump({name + ".png": label for name, label in zip(names, labels)}, f)
         del labels
-        peaks = {"theirs": [], "ours": []}
 
-        def ours():
+        def ours(_):
             os.chdir(scene.folder)  # where it writes fusion_result.json
-            postprocess.main([folder, label_file])
+            return clock(postprocess.main, [folder, label_file])
 
-        def measure(side, function, *arguments):
-            seconds, peak = in_child(clock, function, *arguments)
-            peaks[side].append(peak)
-            return seconds
-
-        times = take_turns(2 if scene.quick else 5, theirs=lambda _: measure("theirs", guides_postprocess, folder, label_file),
-                           ours=lambda _: measure("ours", ours), limit=lambda _: clock(read_all, folder))
+        times = take_turns(2 if scene.quick else 5, ours=lambda i: in_child(ours, i), theirs=lambda _: in_child(
+            clock, guides_postprocess, folder, label_file), limit=lambda _: in_child(clock, read_all, folder))
         stage = "postprocess, {:,}".format(count)
         yield compared(stage, "the guide's way", 2, times["ours"], times["theirs"], times["limit"],
                        "open, read, close", count)
-    theirs, mine = (statistics.median(peaks[side]) for side in ("theirs", "ours"))
+    # A program of its own each: the memory of a forked process would begin with that of its parent.
+    theirs, mine = (float(command(sys.executable, "-c", PEAK, ROOT, folder, label_file, call, cwd=scene.folder).split()[-1])
+                    for call in ("bench.guides_postprocess(folder, labels)", "bench.postprocess.main([folder, labels])"))
     yield {"stage": stage + ", memory", "against": "the guide's way", "unit": "MB", "theirs": theirs, "ours": mine,
            "limit": None, "limit_is": "", "ratio": mine / theirs, "reach": "300 MB", "met": mine < 300}
 
@@ -434,8 +436,8 @@ def row_get_info(scene):
         else:
             os.link(first, os.path.join(folder, "%06d.bin" % i))
     scan(folder)
-    times = take_turns(3 if scene.quick else 7, theirs=lambda _: in_child(clock, scan, folder)[0], ours=lambda _: in_child(
-        clock, get_info.main, [folder, scene.path("deepmar.info"), "224", "224"])[0])
+    times = take_turns(3 if scene.quick else 7, theirs=lambda _: in_child(clock, scan, folder), ours=lambda _: in_child(
+        clock, get_info.main, [folder, scene.path("deepmar.info"), "224", "224"]))
     yield compared("get_info, {:,}".format(count), "scandir + stat alone", 3, times["ours"], times["theirs"], times["theirs"],
                    "scandir + stat", count, slower=True)
 
@@ -505,7 +507,7 @@ def machine():
         return {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
     return dict({"platform": platform.platform(), "processor": model, "cores": CORES,
                  "load": os.getloadavg()[0], "python": platform.python_version(), "numpy": np.__version__,
-                 "pillow": Image.__version__}, **in_child(versions)[0])
+                 "pillow": Image.__version__}, **in_child(versions))
 
 
 def table(rows):

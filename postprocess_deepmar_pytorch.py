@@ -43,7 +43,7 @@ def stem(name):
 
 
 def label_row(values):
-    """Returns one image's label as bytes; raises TypeError or ValueError if it is no list of 0 and 1, or of other bytes."""
+    """Returns one image's label as bytes, not yet known to be 0 and 1; raises TypeError or ValueError for no such list."""
     if not isinstance(values, list) or not values:
         raise ValueError
     try:

@@ -4,9 +4,10 @@
     python3 tests/bench.py --only preprocess startup   some of it
     python3 tests/bench.py --quick                     a small run, which shows that the benchmark works and no more
 
-Makes what it needs (drawn images, a checkpoint, models, bins) in a scratch folder below TMPDIR. The sides of a comparison take turns,
-several rounds; a figure is the median of the rounds, a ratio the median of the rounds' ratios. "limit" is what the
-work cannot do without, measured alone. Exits with 0 whether or not a figure is within reach; run it on an idle machine.
+Makes what it needs (drawn images, a checkpoint, models, bins) in a scratch folder below TMPDIR. The sides of a
+comparison take turns, several rounds; a figure is the median of the rounds, a ratio the median of the rounds' ratios.
+"limit" is what the work cannot do without, measured alone. Exits with 0 whether or not a figure is within reach; run it
+on an idle machine.
 """
 import argparse
 import contextlib
@@ -90,8 +91,8 @@ def take_turns(rounds, **sides):
 def compared(stage, against, reach, ours, theirs, limit=None, bound="", count=None, slower=False):
     """A row of the result from the seconds that each side took in each round.
 
-    Its figures are rates where there is a count of images, else seconds. reach is the least ratio of the speeds, or with
-    slower=True the largest ratio of the times.
+    Its figures are rates where there is a count of images, else seconds. reach is the least ratio of the speeds, or
+    with slower=True the largest ratio of the times.
     """
     def figure(times):
         return times and (count / statistics.median(times) if count else statistics.median(times))
@@ -115,7 +116,7 @@ class Scene(object):
         return os.path.join(self.folder, name)
 
     def new_folder(self):
-        """An empty folder. Nothing is deleted between rounds: ext4 creates files ten times slower for a while after that."""
+        """An empty folder. Nothing is deleted between rounds: ext4 then creates files ten times slower for a while."""
         return tempfile.mkdtemp(dir=self.folder)
 
     def sample(self):
@@ -329,8 +330,8 @@ def measure_inference(checkpoint, model, batch, runs, rounds):
 def row_inference(scene):
     for batch in (1,) if scene.quick else (1, 8, 64):
         runs = 2 if scene.quick else max(1, 64 // batch)
-        times = in_child(measure_inference, scene.sample() + "/sample/checkpoint.pth.tar", scene.model(batch), batch, runs,
-                         2 if scene.quick else 5)
+        times = in_child(measure_inference, scene.sample() + "/sample/checkpoint.pth.tar", scene.model(batch), batch,
+                         runs, 2 if scene.quick else 5)
         yield compared("inference, batch %d" % batch, "PyTorch eager", 1.6, times["ours"], times["theirs"],
                        times["limit"], "float32 matrix rate", batch * runs)
 
@@ -416,8 +417,9 @@ def row_postprocess(scene):
         yield compared(stage, "the guide's way", 2, times["ours"], times["theirs"], times["limit"],
                        "open, read, close", count)
     # A program of its own each: the memory of a forked process would begin with that of its parent.
-    theirs, mine = (float(command(sys.executable, "-c", PEAK, ROOT, folder, label_file, call, cwd=scene.folder).split()[-1])
-                    for call in ("bench.guides_postprocess(folder, labels)", "bench.postprocess.main([folder, labels])"))
+    theirs, mine = (
+        float(command(sys.executable, "-c", PEAK, ROOT, folder, label_file, call, cwd=scene.folder).split()[-1])
+        for call in ("bench.guides_postprocess(folder, labels)", "bench.postprocess.main([folder, labels])"))
     yield {"stage": stage + ", memory", "against": "the guide's way", "unit": "MB", "theirs": theirs, "ours": mine,
            "limit": None, "limit_is": "", "ratio": mine / theirs, "reach": "300 MB", "met": mine < 300}
 
@@ -438,17 +440,19 @@ def row_get_info(scene):
         else:
             os.link(first, os.path.join(folder, "%06d.bin" % i))
     scan(folder)
-    times = take_turns(3 if scene.quick else 7, theirs=lambda _: in_child(clock, scan, folder), ours=lambda _: in_child(
-        clock, get_info.main, [folder, scene.path("deepmar.info"), "224", "224"]))
-    yield compared("get_info, {:,}".format(count), "scandir + stat alone", 3, times["ours"], times["theirs"], times["theirs"],
-                   "scandir + stat", count, slower=True)
+    arguments = [folder, scene.path("deepmar.info"), "224", "224"]
+    times = take_turns(3 if scene.quick else 7, theirs=lambda _: in_child(clock, scan, folder),
+                       ours=lambda _: in_child(clock, get_info.main, arguments))
+    yield compared("get_info, {:,}".format(count), "scandir + stat alone", 3, times["ours"], times["theirs"],
+                   times["theirs"], "scandir + stat", count, slower=True)
 
 
 # --- whole programs ---------------------------------------------------------------------------------------------------
 
 def row_startup(scene):
-    scripts = sorted(name for folder in (".", "tools") for name in (os.path.normpath(os.path.join(folder, name))
-                     for name in os.listdir(os.path.join(ROOT, folder))) if name.endswith(".py") and name != "DeepMAR.py")
+    scripts = [os.path.normpath(os.path.join(folder, name)) for folder in (".", "tools")
+               for name in sorted(os.listdir(os.path.join(ROOT, folder)))
+               if name.endswith(".py") and name != "DeepMAR.py"]
 
     def side(*arguments):
         return lambda _: clock(lambda: command(sys.executable, *arguments))
@@ -486,8 +490,8 @@ def row_run(scene):
                                      12 if scene.quick else 200, "--stage", 1, "--stop-stage", 7,
                                      env=dict(os.environ, python=sys.executable)))
     times = take_turns(1 if scene.quick else 3, theirs=stages, ours=whole)
-    yield compared("run_all.sh, stages 1 to 7", "its stages alone", 1.05, times["ours"], times["theirs"], times["theirs"],
-                   "its stages", slower=True)
+    yield compared("run_all.sh, stages 1 to 7", "its stages alone", 1.05, times["ours"], times["theirs"],
+                   times["theirs"], "its stages", slower=True)
 
 
 ROWS = {name[len("row_"):]: function for name, function in list(globals().items()) if name.startswith("row_")}
@@ -518,8 +522,9 @@ def table(rows):
         return "-" if value is None else "{:,.0f}".format(value) if value >= 1000 else "%.4g" % value
 
     cells = [("stage", "against", "theirs", "ours", "limit", "", "ratio", "reach", "met", "limit is")]
-    cells += [(row["stage"], row["against"], number(row["theirs"]), number(row["ours"]), number(row["limit"]), row["unit"],
-               "%.3f" % row["ratio"], row["reach"], "yes" if row["met"] else "NO", row["limit_is"]) for row in rows]
+    cells += [(row["stage"], row["against"], number(row["theirs"]), number(row["ours"]), number(row["limit"]),
+               row["unit"], "%.3f" % row["ratio"], row["reach"], "yes" if row["met"] else "NO", row["limit_is"])
+              for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells:
         yield "  ".join(cell.rjust(width) if 2 <= i <= 4 else cell.ljust(width)

@@ -3,10 +3,10 @@
     python3 tools/quantize.py deepmar_bs1_nopad.onnx input_bin deepmar_bs1_int8.onnx --labels label.json
 
 Static post-training quantization with ONNX Runtime's own quantizer: weights int8 per output channel, activations uint8
-with the ranges that they take over a sample of the bins, spread evenly over the folder. BatchNormalization is folded into
-the convolutions first. The model keeps its inputs and outputs, so that stages 6 and 7 take it as they take the other. With
---labels, both models are scored on all bins, and nothing is written where instance_acc drops by more than 1 % (percentage
-points). An INT8 ONNX is for ONNX Runtime only: atc takes the float32 one.
+with the ranges that they take over a sample of the bins, spread evenly over the folder. BatchNormalization is folded
+into the convolutions first. The model keeps its inputs and outputs, so that stages 6 and 7 take it as they take the
+other. With --labels, both models are scored on all bins, and nothing is written where instance_acc drops by more than
+1 % (percentage points). An INT8 ONNX is for ONNX Runtime only: atc takes the float32 one.
 """
 import argparse
 import glob
@@ -27,7 +27,7 @@ IMAGES = 32  # calibration images; more move the ranges, and with them the logit
 
 
 def batches(paths, count, batch_size):
-    """Yields count of the bins, spread evenly, as float32 [batch_size,3,224,224]; the last batch is filled up from the first.
+    """Yields count of the bins, evenly spread, as float32 [batch_size,3,224,224]; the last is filled up from the first.
 
     Raises ValueError for a bin that holds NaN or infinite values, which would become a range.
     """

@@ -113,10 +113,27 @@ class Unused(object):
         pass
 
 
+class Tuple(tuple):
+    """A tuple of a pickle, which is no key of a dict: to hash deeply nested ones crashes Python, or takes for ever."""
+
+    def __hash__(self):
+        raise pickle.UnpicklingError("it has a tuple for a key, which no state dict has")
+
+
+def load_as_tuple(load):
+    """One of Unpickler's methods that make a tuple, making a Tuple."""
+    def load_tuple(self):
+        load(self)
+        self.stack[-1] = Tuple(self.stack[-1])
+    return load_tuple
+
+
 class CheckpointPickle(object):
     """The pickle_module for torch.load: a pickle names only what is allowed above, so it cannot run code."""
 
     class Unpickler(pickle._Unpickler):  # the one in Python: the one in C does not let us replace BUILD
+        archive = None  # torch's reader of the zip format; the earlier one has none
+
         def find_class(self, module, name):
             if (module, name) in ALLOWED:
                 return super().find_class(module, name)
@@ -130,16 +147,33 @@ class CheckpointPickle(object):
             # All that a checkpoint sets is its state dict's _metadata, which nothing here needs.
             self.stack.pop()
 
+        def load_binpersid(self):
+            # torch 1.6 believes what the pickle claims of a storage's size, and would read beyond its record's end.
+            if self.archive:
+                _, kind, key, _, count = self.stack[-1]
+                dtype = kind.dtype if isinstance(getattr(kind, "dtype", None), torch.dtype) else kind(0).dtype
+                size = len(self.archive.get_record("data/%s" % key))
+                if not 0 <= count * torch.empty(0, dtype=dtype).element_size() <= size:
+                    raise pickle.UnpicklingError("it claims %d values in a record of %d bytes" % (count, size))
+            super().load_binpersid()
+
         dispatch = dict(pickle._Unpickler.dispatch)
         dispatch[pickle.BUILD[0]] = load_build
+        dispatch[pickle.BINPERSID[0]] = load_binpersid
+        for opcode in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+            dispatch[opcode[0]] = load_as_tuple(dispatch[opcode[0]])
 
-    @staticmethod
-    def load(file, **kwargs):
-        return CheckpointPickle.Unpickler(file, **kwargs).load()
+    __name__ = "CheckpointPickle"  # torch.load asks every pickle_module for its name
+
+    def __init__(self, archive):
+        self.Unpickler = type("Unpickler", (self.Unpickler,), {"archive": archive})
+
+    def load(self, file, **kwargs):
+        return self.Unpickler(file, **kwargs).load()
 
 
 def check_container(path):
-    """Raises ValueError unless path is a file of torch.save: its zip format (torch >= 1.6), or the earlier one."""
+    """Raises ValueError unless path is a file of torch.save; returns whether it is its zip format (torch >= 1.6)."""
     size = os.path.getsize(path)
     with open(path, "rb") as f:
         start = f.read(len(MAGIC))
@@ -163,6 +197,7 @@ def check_container(path):
         raise ValueError("%s: no PyTorch checkpoint (it begins with %r)" % (path, start))
     elif tarfile.is_tarfile(path):  # torch.load tries the tar format of torch 0.1 first, and would unpack it
         raise ValueError("%s: a tar file, not a checkpoint" % path)
+    return start != MAGIC
 
 
 def load_checkpoint(path):
@@ -174,13 +209,14 @@ def load_checkpoint(path):
     """
     if not os.path.isfile(path):
         raise FileNotFoundError("%s: no such file; the first argument is the trained checkpoint" % path)
-    check_container(path)
+    zipped = check_container(path)
     arguments = {"weights_only": False} if "weights_only" in inspect.signature(torch.load).parameters else {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            module = CheckpointPickle(torch._C.PyTorchFileReader(path) if zipped else None)
             # latin1, because Python 2 wrote numpy's binary data as text.
-            content = torch.load(path, map_location="cpu", pickle_module=CheckpointPickle, encoding="latin1",
+            content = torch.load(path, map_location="cpu", pickle_module=module, encoding="latin1",
                                  **arguments)
     except pickle.UnpicklingError as error:
         raise ValueError("%s: cannot be read as a checkpoint: %s" % (path, error))
@@ -196,7 +232,7 @@ def load_checkpoint(path):
         state = states[0] if isinstance(states, (list, tuple)) and states else None
     if not isinstance(state, dict) or not state:
         raise ValueError("%s: holds no state dict (looked for 'state_dict', 'state_dicts' and a bare one)" % path)
-    size = os.path.getsize(path)
+    size, total = os.path.getsize(path), 0
     result = OrderedDict()
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
@@ -204,8 +240,10 @@ def load_checkpoint(path):
                 path, repr(key) if isinstance(key, str) else "a key", type(value).__name__))
         if not key.isprintable():  # the keys stand in messages
             raise ValueError("%s: holds no state dict: it has a key %r" % (path, key))
-        if value.numel() > size:
-            raise ValueError("%s: %s has %d values, more than the file has bytes" % (path, key, value.numel()))
+        total += value.numel()
+        # The strides, because where they overflow torch 1.6 lets a tensor reach beyond its storage.
+        if max([total] + list(value.shape + value.stride())) > size:
+            raise ValueError("%s: its tensors up to %s have more values than the file has bytes" % (path, key))
         if value.is_floating_point() and not torch.isfinite(value.float()).all():
             raise ValueError("%s: %s holds NaN or infinite values" % (path, key))
         result[key[len("module."):] if key.startswith("module.") else key] = value

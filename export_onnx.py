@@ -9,16 +9,24 @@ logits on random input. Works beside DeepMAR.py, and in the root of the open-sou
 baseline/model/DeepMAR.py is replaced by ours.
 """
 import argparse
+import contextlib
 import glob
 import inspect
 import os
 import re
+import signal
 import sys
 import warnings
 
 OPSET = 11         # the ONNX operator set that atc supports
 SIZE = 224         # height and width of the network's input in pixels
 TOLERANCE = 1e-4   # allowed difference between the logits of ONNX Runtime and PyTorch, relative to the largest logit
+
+
+def stop(*_):
+    """Ends the process at Ctrl-C while torch is imported, which turns a KeyboardInterrupt into errors of its own."""
+    os.write(2, b"export_onnx.py: interrupted; no file is half written\n")
+    os._exit(1)
 
 
 def export(model, path, batch_size):
@@ -61,6 +69,25 @@ def verify(model, path, batch_size):
     return difference, largest
 
 
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields the name of a new file beside path, which becomes path if the block succeeds, and goes if it fails."""
+    for left in glob.glob(glob.escape(path) + ".[0-9]*.partial"):
+        if not os.path.exists("/proc/" + left.split(".")[-2]):  # by a run that was killed
+            with contextlib.suppress(FileNotFoundError):  # another run took it away
+                os.remove(left)
+    temporary = "%s.%d.partial" % (path, os.getpid())
+    try:
+        open(temporary, "wb").close()
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError("%s: cannot be written: %s" % (path, error.strerror or error))
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -83,26 +110,22 @@ def main(argv=None):
         parser.error("BATCH_SIZE must be a positive whole number, not %r" % batch_size)
     batch_size = int(batch_size)
 
+    before = signal.signal(signal.SIGINT, stop)
     if os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), "DeepMAR.py")):
         from DeepMAR import load_model
     else:
         from baseline.model.DeepMAR import load_model
+    import onnxruntime  # noqa: F401 - its absence shows before the work is done
+    signal.signal(signal.SIGINT, before)
     model = load_model(checkpoint)
-    for left in glob.glob(glob.escape(output) + ".*.partial"):  # by a run that was killed
-        os.remove(left)
-    temporary = "%s.%d.partial" % (output, os.getpid())
     try:
-        open(temporary, "wb").close()  # a folder that cannot be written shows here, in words better than torch's
-        export(model, temporary, batch_size)
-        difference, largest = verify(model, temporary, batch_size)
-        os.replace(temporary, output)
+        with whole_file(output) as temporary:
+            export(model, temporary, batch_size)
+            difference, largest = verify(model, temporary, batch_size)
     except (OSError, ValueError):
         raise
     except Exception as error:  # torch, onnx and onnxruntime have kinds of their own, some of many lines
         raise ValueError("%s: not exported: %s: %s" % (output, type(error).__name__, " ".join(str(error).split())))
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
     print("%s: batch size %d, %d attributes, opset %d; ONNX Runtime and PyTorch differ by at most %.3g "
           "(largest logit %.3g)" % (output, batch_size, model.num_att, OPSET, difference, largest))
 
@@ -113,4 +136,4 @@ if __name__ == "__main__":
     except (OSError, ValueError, ImportError) as error:
         sys.exit("export_onnx.py: error: %s" % error)
     except KeyboardInterrupt:
-        sys.exit("export_onnx.py: interrupted; nothing was written")
+        sys.exit("export_onnx.py: interrupted; no file is half written")

@@ -7,6 +7,7 @@ The second form is that of the generic tool, whose first argument is the files' 
 (2.bin before 10.bin), which does not depend on the file system.
 """
 import argparse
+import contextlib
 import glob
 import os
 import re
@@ -42,6 +43,25 @@ def list_bins(folder, width, height):
     return sorted(sorted(names), key=natural)  # equal values (1, 01) by their text
 
 
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields the name of a new file beside path, which becomes path if the block succeeds, and goes if it fails."""
+    for left in glob.glob(glob.escape(path) + ".[0-9]*.partial"):
+        if not os.path.exists("/proc/" + left.split(".")[-2]):  # by a run that was killed
+            with contextlib.suppress(FileNotFoundError):  # another run took it away
+                os.remove(left)
+    temporary = "%s.%d.partial" % (path, os.getpid())
+    try:
+        open(temporary, "wb").close()
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError("%s: cannot be written: %s" % (path, error.strerror or error))
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -58,20 +78,12 @@ def main(argv=None):
             parser.error("WIDTH and HEIGHT must be positive whole numbers, not %r" % text)
 
     names = list_bins(folder, int(width), int(height))
-    broken = [name for name in names if "\n" in name] + [folder] * ("\n" in folder)
+    broken = [name for name in names + [folder] if re.search("[\n\ud800-\udfff]", name)]  # the latter: not UTF-8
     if broken:
         raise ValueError("%r: a line of the info file cannot hold this name" % broken[0])
-    for left in glob.glob(glob.escape(info) + ".*.partial"):  # by a run that was killed
-        os.remove(left)
-    temporary = "%s.%d.partial" % (info, os.getpid())
-    try:
-        with open(temporary, "w", encoding="utf-8") as f:
-            start, end = os.path.join(folder, ""), " %s %s\n" % (width, height)
-            f.writelines("%d %s%s%s" % (index, start, name, end) for index, name in enumerate(names))
-        os.replace(temporary, info)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    start, end = os.path.join(folder, ""), " %s %s\n" % (width, height)
+    with whole_file(info) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        f.writelines("%d %s%s%s" % (index, start, name, end) for index, name in enumerate(names))
     print("%s: %d bins of %s, %s x %s" % (info, len(names), folder, width, height))
     spaced = [name for name in [folder] + names if " " in name]
     if spaced:
@@ -85,4 +97,4 @@ if __name__ == "__main__":
     except (OSError, ValueError) as error:
         sys.exit("get_info.py: error: %s" % error)
     except KeyboardInterrupt:
-        sys.exit("get_info.py: interrupted; nothing was written")
+        sys.exit("get_info.py: interrupted; no file is half written")

@@ -5,19 +5,24 @@
 
 Reads NAME_1.bin (the benchmark tool's) or NAME_0.bin (ais_bench's), float32 logits, one for each attribute; a logit >= 0
 says that the image has it. label.json is {image file name: [0 or 1 for each attribute]}. Several result folders count
-as one set; an image in a subfolder counts by its file name alone. The metrics are those of Li et al., "A Richly
-Annotated Dataset for Pedestrian Attribute Recognition" (arXiv:1603.07054), section 5. fusion_result.json, written into
-the current folder, also has the figures of each attribute; --per-attribute prints them, --attributes FILE names them
-(one a line; PETA's 35 need none). --published 78.9 fails where the accuracy is more than 1 % below that.
+as one set, with the subfolders device<D> that ais_bench leaves for several devices; an image in a subfolder counts by
+its file name alone. The metrics are those of Li et al., "A Richly Annotated Dataset for Pedestrian Attribute
+Recognition" (arXiv:1603.07054), section 5. fusion_result.json, written into the current folder, also has the figures of
+each attribute; --per-attribute prints them, --attributes FILE names them (one a line; PETA's 35 need none).
+--published 78.9 fails where the accuracy is more than 1 % below that.
 """
 import argparse
 import collections
+import contextlib
 import glob
 import json
 import os
 import sys
 
-import numpy as np
+try:
+    import numpy as np
+except KeyboardInterrupt:
+    sys.exit("postprocess_deepmar_pytorch.py: interrupted; no file is half written")
 
 RESULT = "fusion_result.json"
 MAX_DROP = 0.01  # how far below the published accuracy a converted model may be: the guide's 1 %, as percentage points
@@ -43,7 +48,7 @@ def stem(name):
 
 
 def label_row(values):
-    """Returns one image's label as bytes, not yet known to be 0 and 1; raises TypeError or ValueError for no such list."""
+    """Returns one image's label as bytes, which may be beyond 1; raises TypeError or ValueError for no such list."""
     if not isinstance(values, list) or not values:
         raise ValueError
     try:
@@ -88,6 +93,21 @@ def read_labels(path):
     return rows, labels
 
 
+def check_images(path, results):
+    """Raises ValueError unless the results {stem: path} are those of the images in a list file, no fewer and no others."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            listed = {stem(line.strip()) for line in f if line.strip()}
+    except UnicodeDecodeError as error:
+        raise ValueError("%s: is not UTF-8 text (byte %d)" % (path, error.start))
+    problems = ["%d of its %d images have no result (%s)" % (len(missing), len(listed), some(missing))
+                for missing in [sorted(listed - set(results))] if missing]
+    problems += ["%d of %d results are of other images (%s)" % (len(others), len(results), some(others))
+                 for others in [sorted(set(results) - listed)] if others]
+    if problems:
+        raise ValueError("%s: %s; run stages 4 to 6 again" % (path, ", and ".join(problems)))
+
+
 def attribute_names(count, path=None):
     """Returns the attributes' names: those in a file, one a line; without one PETA's if there are 35, else attribute0 ...
 
@@ -116,6 +136,8 @@ def list_results(folders):
     for folder in folders:
         if not os.path.isdir(folder):
             raise FileNotFoundError("%s: no such folder; it is the one that the benchmark tool writes" % folder)
+    # ais_bench leaves a subfolder for each of several devices
+    for folder in folders + [path for folder in folders for path in glob.glob(glob.escape(folder) + "/device[0-9]*/")]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not entry.name.endswith(".bin"):
@@ -211,6 +233,25 @@ def fraction(text):
     return value / 100 if value > 1 else value
 
 
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields the name of a new file beside path, which becomes path if the block succeeds, and goes if it fails."""
+    for left in glob.glob(glob.escape(path) + ".[0-9]*.partial"):
+        if not os.path.exists("/proc/" + left.split(".")[-2]):  # by a run that was killed
+            with contextlib.suppress(FileNotFoundError):  # another run took it away
+                os.remove(left)
+    temporary = "%s.%d.partial" % (path, os.getpid())
+    try:
+        open(temporary, "wb").close()
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError("%s: cannot be written: %s" % (path, error.strerror or error))
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -220,6 +261,8 @@ def main(argv=None):
     parser.add_argument("positional", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--npu_result", nargs="+", metavar="RESULT_DIR", help="the folders of the result files")
     parser.add_argument("--label_file", metavar="LABEL", help="the labels")
+    parser.add_argument("--image_list", metavar="IMAGE_TXT",
+                        help="stage 4's list of images: results of fewer or of other images are an error")
     parser.add_argument("--attributes", metavar="FILE",
                         help="the attributes' names, one a line (default: PETA's, if there are 35)")
     parser.add_argument("--per-attribute", action="store_true",
@@ -238,6 +281,8 @@ def main(argv=None):
     rows, labels = read_labels(label_file)
     attributes = attribute_names(labels.shape[1], args.attributes)
     results = list_results(folders)
+    if args.image_list is not None:
+        check_images(args.image_list, results)
     unlabelled = sorted(set(results) - set(rows))
     if unlabelled:
         raise ValueError("%d of %d results have no label in %s: %s"
@@ -254,17 +299,9 @@ def main(argv=None):
     drop = None if args.published is None else args.published - metrics["instance_acc"]
     report = dict(metrics, images=len(results), labelled_images_without_result=without, published_acc=args.published,
                   drop=drop, attributes_without_label_acc=undefined, attributes=table)
-    for left in glob.glob(glob.escape(RESULT) + ".*.partial"):  # by a run that was killed
-        os.remove(left)
-    temporary = "%s.%d.partial" % (RESULT, os.getpid())
-    try:
-        with open(temporary, "w", encoding="utf-8") as f:
-            json.dump(report, f, indent=1, allow_nan=False)
-            f.write("\n")
-        os.replace(temporary, RESULT)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with whole_file(RESULT) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        json.dump(report, f, indent=1, allow_nan=False)
+        f.write("\n")
 
     for name in ("instance_acc", "instance_precision", "instance_recall", "instance_F1", "mA"):
         print("%s: %s" % (name, "undefined" if metrics[name] is None else metrics[name]))
@@ -288,4 +325,4 @@ if __name__ == "__main__":
     except (OSError, ValueError) as error:
         sys.exit("postprocess_deepmar_pytorch.py: error: %s" % error)
     except KeyboardInterrupt:
-        sys.exit("postprocess_deepmar_pytorch.py: interrupted; nothing was written")
+        sys.exit("postprocess_deepmar_pytorch.py: interrupted; no file is half written")

@@ -10,11 +10,15 @@ and only if every image could be read, so it holds the images of the list and no
 import argparse
 import contextlib
 import os
+import re
 import shutil
 import sys
 
-import numpy as np
-from PIL import Image
+try:
+    import numpy as np
+    from PIL import Image
+except KeyboardInterrupt:
+    sys.exit("preprocess_deepmar_pytorch.py: interrupted; no file is half written")
 
 SIZE = 224                   # height and width of the network's input in pixels
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as DeepMAR was trained with: red, green, blue
@@ -39,8 +43,8 @@ def read_list(path):
         name = line.strip()
         if not name:
             continue
-        if "\0" in name or os.path.isabs(name) or ".." in name.split("/"):
-            raise ValueError("%s: line %d: %r is not a file name inside the images' folder" % (path, number, name))
+        if len(name) > 1000 or os.path.isabs(name) or ".." in name.split("/") or re.search("[\0-\x1f\x7f-\x9f]", name):
+            raise ValueError("%s: line %d: %r is not a file name inside the images' folder" % (path, number, name[:200]))
         if not stem(name):
             raise ValueError("%s: line %d: %r has nothing before its first dot to name a bin after"
                              % (path, number, name))
@@ -59,6 +63,11 @@ def stem(name):
     return os.path.basename(name).split(".")[0]
 
 
+def some(items, separator=", "):
+    """The first few items as text."""
+    return separator.join(items[:5] + ["..."] * (len(items) > 5))
+
+
 def preprocess(path):
     """Returns an image file as the network's input, float32 [3,224,224]; raises what Pillow raises, or ValueError."""
     if not os.path.isfile(path):
@@ -66,6 +75,8 @@ def preprocess(path):
     with Image.open(path) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError("%d x %d pixels are too many" % image.size)
+        if image.format == "EPS":  # Pillow would let Ghostscript run it
+            raise ValueError("PostScript is a program; save it as a picture")
         if image.mode[0] in "IF":  # convert() would clip these at 255 instead of scaling them
             raise ValueError("more than 8 bits a channel (mode %s); save it with 8" % image.mode)
         resized = image.convert("RGB").resize((SIZE, SIZE), Image.BILINEAR)
@@ -94,13 +105,15 @@ def convert(jobs):
     return reasons
 
 
-def start_worker():
+def start_worker(parent):
     """Makes a worker process leave Ctrl-C to its parent, end when its parent is killed, and keep Pillow's warnings."""
     import ctypes
     import signal
     import warnings
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
+    if os.getppid() != parent:  # it was killed before that
+        os._exit(1)
     warnings.simplefilter("ignore")
 
 
@@ -112,29 +125,34 @@ def convert_all(jobs):
     chunks = [jobs[i:i + CHUNK] for i in range(0, len(jobs), CHUNK)][::-1]
     workers = min(len(os.sched_getaffinity(0)), len(chunks))
     # Processes, as threads hold each other back in Pillow. Few chunks are under way, so that Ctrl-C need not wait.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker) as pool:
-        running = set()
-        while chunks or running:
-            while chunks and len(running) < 2 * workers:
-                running.add(pool.submit(convert, chunks.pop()))
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                try:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker, (os.getpid(),)) as pool:
+        try:
+            running = set()
+            while chunks or running:
+                while chunks and len(running) < 2 * workers:
+                    running.add(pool.submit(convert, chunks.pop()))
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
                     yield from future.result()
-                except BrokenProcessPool:
-                    raise OSError("a worker process was killed; was the memory exhausted?")
+        except BrokenProcessPool:
+            raise OSError("a worker process was killed; was the memory exhausted?")
+        except BaseException:  # above all Ctrl-C: the pool would wait for the images under way
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
 
 
 @contextlib.contextmanager
-def replaced_folder(path):
+def replaced_folder(path, ending=".bin"):
     """Yields an empty folder beside path; if the block succeeds it becomes path, in place of an earlier one.
 
-    The earlier one may hold .bin files only, so that a mistyped path deletes nothing else. Raises ValueError or OSError.
+    The earlier one may hold names of this ending only, so that a mistyped path deletes nothing else. Raises ValueError or
+    OSError.
     """
     import fcntl
     path = os.path.realpath(path)
     if os.path.exists(path):
-        others = sorted(name for name in os.listdir(path) if not name.endswith(".bin"))
+        others = sorted(name for name in os.listdir(path) if not name.endswith(ending))
         if others:
             raise ValueError("%s: holds %s, which is no .bin file; give a new folder, or one of an earlier run"
                              % (path, others[0]))
@@ -148,8 +166,8 @@ def replaced_folder(path):
                 raise BlockingIOError
         except (BlockingIOError, FileNotFoundError):
             raise ValueError("%s: another run is writing this folder" % path)
-        for name in os.listdir(partial):  # by a run that was killed
-            os.remove(os.path.join(partial, name))
+        for entry in list(os.scandir(partial)):  # by a run that was killed
+            (shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.remove)(entry.path)
         if os.path.exists(old) and not os.path.exists(path):  # killed between the two renames below
             os.rename(old, path)
         shutil.rmtree(old, ignore_errors=True)
@@ -158,8 +176,12 @@ def replaced_folder(path):
             if os.path.exists(path):
                 os.rename(path, old)
             os.rename(partial, path)
-        except BaseException:
+        except BaseException as error:
+            if os.path.exists(old) and not os.path.exists(path):  # interrupted between the two renames
+                os.rename(old, path)
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk
+                raise OSError("%s: %s" % (path, error.strerror))
             raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
@@ -190,7 +212,7 @@ def main(argv=None):
     missing = [name for name in names if not os.path.lexists(os.path.join(images, name))]
     if missing:
         raise FileNotFoundError("%d of the %d images in %s are not in %s: %s"
-                                % (len(missing), len(names), image_txt, images, ", ".join(missing)))
+                                % (len(missing), len(names), image_txt, images, some(missing)))
     with replaced_folder(bins) as partial:
         results = convert_all([(os.path.join(images, name), os.path.join(partial, stem(name) + ".bin"))
                                for name in names])
@@ -202,7 +224,7 @@ def main(argv=None):
         bad = [reason for reason in results if reason]
         if bad:
             raise ValueError("%d of %d images cannot be read, so nothing was written (the other %d are fine): %s"
-                             % (len(bad), len(names), len(names) - len(bad), "; ".join(sorted(bad))))
+                             % (len(bad), len(names), len(names) - len(bad), some(sorted(bad), "; ")))
     print("%s: %d images -> %d bins of float32 [3,%d,%d]" % (bins, len(names), len(names), SIZE, SIZE))
 
 
@@ -212,4 +234,4 @@ if __name__ == "__main__":
     except (OSError, ValueError) as error:
         sys.exit("preprocess_deepmar_pytorch.py: error: %s" % error)
     except KeyboardInterrupt:
-        sys.exit("preprocess_deepmar_pytorch.py: interrupted; nothing was written")
+        sys.exit("preprocess_deepmar_pytorch.py: interrupted; no file is half written")

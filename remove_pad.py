@@ -8,6 +8,7 @@ AveragePool even where all pads are 0, and the card then spends time on copying 
 and followed by tensor name, never by position. Outputs stay the same to the bit.
 """
 import argparse
+import contextlib
 import glob
 import os
 import sys
@@ -200,6 +201,25 @@ def remove_pads(model):
     return removed, constants, kept
 
 
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields the name of a new file beside path, which becomes path if the block succeeds, and goes if it fails."""
+    for left in glob.glob(glob.escape(path) + ".[0-9]*.partial"):
+        if not os.path.exists("/proc/" + left.split(".")[-2]):  # by a run that was killed
+            with contextlib.suppress(FileNotFoundError):  # another run took it away
+                os.remove(left)
+    temporary = "%s.%d.partial" % (path, os.getpid())
+    try:
+        open(temporary, "wb").close()
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError("%s: cannot be written: %s" % (path, error.strerror or error))
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -230,16 +250,8 @@ def main(argv=None):
     else:
         with open(path, "rb") as f:
             data = f.read()
-    for left in glob.glob(glob.escape(output) + ".*.partial"):  # by a run that was killed
-        os.remove(left)
-    temporary = "%s.%d.partial" % (output, os.getpid())
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-        os.replace(temporary, output)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with whole_file(output) as temporary, open(temporary, "wb") as f:
+        f.write(data)
     for name, reason in kept:
         print("kept %s: %s" % (name or "a Pad without a name", reason))
     if removed:
@@ -258,4 +270,4 @@ if __name__ == "__main__":
     except (OSError, ValueError, ImportError) as error:
         sys.exit("remove_pad.py: error: %s" % error)
     except KeyboardInterrupt:
-        sys.exit("remove_pad.py: interrupted; nothing was written")
+        sys.exit("remove_pad.py: interrupted; no file is half written")

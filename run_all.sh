@@ -3,6 +3,7 @@
 #
 #   bash run_all.sh                              on sample data, with ONNX Runtime where there is no card
 #   bash run_all.sh --batch-size 8 --stage 6     inference and accuracy only, at another batch size
+#   bash run_all.sh --batch-size "1 4 8 16 32 64" --device-id "0 1 2 3"
 #
 # Edit the variables below, set them in the environment, or give them as options: batch_size is --batch-size.
 set -euo pipefail
@@ -13,20 +14,21 @@ images=${images-}                  # the folder of the test images; empty: the s
 image_list=${image_list-}          # image.txt, one file name a line; empty: the sample's
 label_file=${label_file-}          # label.json; empty: the sample's
 published_acc=${published_acc-}    # instance_acc to compare with, as 0.789 or 78.9; empty: the sample's in PyTorch, else none
-chip_name=${chip_name-Ascend310}   # the card's chip, for atc's --soc_version; npu-smi info shows it
-batch_size=${batch_size-1}         # images per inference
-device_id=${device_id-0}           # the card's device
+chip_name=${chip_name-}            # the card's chip for atc, Ascend310 or 310P3; empty: what npu-smi info says
+backend=${backend-auto}            # what runs the model: benchmark (the binary), ais_bench, onnxruntime; auto: the first at hand
+batch_size=${batch_size-1}         # images per inference, one or several: "1 4 8 16 32 64"
+device_id=${device_id-0}           # the card's device, or several that share the images: "0 1 2 3"
 work_dir=${work_dir-work}          # where everything is written
 sample_size=${sample_size-200}     # images of the sample
 python=${python-${PYTHON-python3}} # the Python to use, or to make a virtual environment with
 set_env=${set_env-/usr/local/Ascend/ascend-toolkit/set_env.sh} # the toolkit's settings, read where atc is not on the PATH
 stage=${stage-0}                   # the first stage to run:
-stop_stage=${stop_stage-7}         # the last stage to run: 0 sample data, 1 ONNX, 2 Pad, 3 atc, 4 bins, 5 info,
-                                   # 6 inference, 7 accuracy
+stop_stage=${stop_stage-8}         # the last stage to run: 0 sample data, 1 ONNX, 2 Pad, 3 atc, 4 bins, 5 info,
+                                   # 6 inference, 7 accuracy, 8 report
 # --------------------------------------------------------------------------------------------------------------------
 
-names="checkpoint images image_list label_file published_acc chip_name batch_size device_id work_dir sample_size python
-set_env stage stop_stage"
+names="checkpoint images image_list label_file published_acc chip_name backend batch_size device_id work_dir sample_size
+python set_env stage stop_stage"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 say() { printf '[run_all] %s\n' "$*"; }
@@ -52,15 +54,29 @@ while [ $# -gt 0 ]; do
     case " ${names//$'\n'/ } " in *" $name "*) printf -v "$name" %s "$value" ;; *) usage "--${name//_/-} is no option" ;; esac
 done
 
-for name in batch_size sample_size; do
-    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || usage "$name must be a positive whole number, not '${!name}'"
-done
-[[ $device_id =~ ^[0-9]+$ ]] || usage "device_id must be a whole number, not '$device_id'"
+# --- checks, before any work ----------------------------------------------------------------------------------------
+
+# numbers NAME PATTERN TEXT: the variable must hold one or several different numbers
+numbers() {
+    local list=${!1//,/ } number
+    read -ra list <<<"${list//$'\n'/ }"
+    [ ${#list[@]} -gt 0 ] || usage "$1 must be $3, not '${!1}'"
+    for number in "${list[@]}"; do [[ $number =~ ^$2$ ]] || usage "$1 must be $3, not '$number'"; done
+    number=$(printf '%s\n' "${list[@]}" | sort | uniq -d | head -n 1)
+    [ -z "$number" ] || usage "$1 names $number twice"
+    printf -v "$1" %s "${list[*]}"
+}
+numbers batch_size '[1-9][0-9]{0,5}' "a positive whole number, or several"
+numbers device_id '(0|[1-9][0-9]{0,5})' "a whole number, or several"
+[[ $sample_size =~ ^[1-9][0-9]*$ ]] || usage "sample_size must be a positive whole number, not '$sample_size'"
 for name in stage stop_stage; do
-    [[ ${!name} =~ ^[0-7]$ ]] || usage "$name must be one of 0 to 7, not '${!name}'"
+    [[ ${!name} =~ ^[0-8]$ ]] || usage "$name must be one of 0 to 8, not '${!name}'"
 done
-[[ $chip_name =~ ^(Ascend)?[0-9]+[A-Za-z0-9]*$ ]] || usage "chip_name must be as in Ascend310 or 310P3, not '$chip_name'"
-chip_name=Ascend${chip_name#Ascend}
+[[ $chip_name =~ ^((Ascend)?[0-9]+[A-Za-z0-9]*)?$ ]] || usage "chip_name must be as in Ascend310 or 310P3, not '$chip_name'"
+case $backend in auto | benchmark | ais_bench | onnxruntime) ;; *)
+    usage "backend must be auto, benchmark, ais_bench or onnxruntime, not '$backend'" ;;
+esac
+read -ra devices <<<"$device_id"
 
 # The user's data, all of it or none: a checkpoint scored on drawings would give a number that means nothing.
 given=$(for name in checkpoint images image_list label_file; do [ -z "${!name}" ] || echo "$name"; done)
@@ -74,17 +90,8 @@ if [ -n "$given" ]; then
     done
 fi
 
-mkdir -p "$work_dir"
-exec 8<"$work_dir"
-flock -n 8 || fail "$work_dir: another run is at work in this folder; wait, or choose another --work-dir"
-python=$(PYTHON=$python "$here/tools/python.sh" requirements.txt) || fail "no Python with the packages; see above"
-cd "$work_dir"
-work_dir=$PWD
-if [ -z "$given" ]; then
-    checkpoint=sample/checkpoint.pth.tar images=sample/images image_list=sample/image.txt label_file=sample/label.json
-fi
+runs() { [ "$stage" -le "$1" ] && [ "$1" -le "$stop_stage" ]; } # runs N: whether stage N is asked for
 
-export PATH
 if ! command -v atc >/dev/null && [ -f "$set_env" ]; then
     set +eu # the toolkit's script is not written for them
     # shellcheck disable=SC1090
@@ -92,28 +99,97 @@ if ! command -v atc >/dev/null && [ -f "$set_env" ]; then
     set -eu
     say "read $set_env"
 fi
-benchmark=$here/benchmark.$(uname -m)
+export PATH
+# shellcheck source=tools/backend.sh
+source "$here/tools/backend.sh"
+choose_backend
+choose_chip
+
+# --- the work folder ------------------------------------------------------------------------------------------------
+
+mkdir -p "$work_dir"
+# Whoever makes files has the folder alone; runs that only infer and score (--stage 6) share it, each with devices of its own.
+exec 8<"$work_dir"
+for device in "${devices[@]}"; do
+    exec {lock}>>"$work_dir/.device$device.lock"
+    flock -n "$lock" || fail "$work_dir: another run is at work on device $device in this folder; wait, or choose another --work-dir"
+done
+mode=-x
+[ "$stage" -lt 6 ] || mode=-s
+flock -n $mode 8 || {
+    say "waiting for the run on another device in $work_dir"
+    flock $mode 8
+}
+requested=$python
+python=$(PYTHON=$python "$here/tools/python.sh" requirements.txt) || fail "no Python with the packages; see above"
+cd "$work_dir"
+work_dir=$PWD
+if [ -z "$given" ]; then
+    checkpoint=$work_dir/sample/checkpoint.pth.tar images=$work_dir/sample/images
+    image_list=$work_dir/sample/image.txt label_file=$work_dir/sample/label.json
+fi
 
 # begin N TEXT: whether stage N is asked for; says so, and remembers it for the message of a failure
 begin() {
-    [ "$stage" -le "$1" ] && [ "$1" -le "$stop_stage" ] || return 1
+    runs "$1" || return 1
     current=$1
     started=$SECONDS
     say "stage $1: $2"
 }
 finish() { say "stage $current done in $((SECONDS - started)) s"; }
-current=
-trap '[ $? = 0 ] || [ -z "$current" ] || printf "run_all.sh: error: stage %s failed\n" "$current" >&2' EXIT
+current='' scratch=''
+ended() {
+    local status=$?
+    trap - EXIT
+    # shellcheck disable=SC2046 # one number each
+    kill $(jobs -p) 2>/dev/null && wait
+    [ -z "$scratch" ] || rm -rf "$scratch"
+    [ "$status" = 0 ] || [ -z "$current" ] || printf 'run_all.sh: error: stage %s failed\n' "$current" >&2
+    exit "$status"
+}
+trap ended EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
 # need FILE STAGE: stops where an earlier stage's output is missing
-need() { [ -e "$1" ] || fail "$work_dir/$1 is missing; run stage $2 first"; }
+need() { [ -e "$1" ] || fail "$work_dir/${1#"$work_dir"/} is missing; run stage $2 first"; }
 
-onnx=deepmar_bs$batch_size.onnx
-nopad=deepmar_bs${batch_size}_nopad.onnx
-om=deepmar_bs$batch_size.om
-result=result/dumpOutput_device$device_id
+# What a file or folder is: its content's checksum; a folder, which a stage replaces as a whole, by its inode and time.
+identity() {
+    if [ -d "$1" ]; then stat -Lc '%i %y' -- "$1"; else cksum <"$1"; fi
+}
+# record PRODUCT INPUT ...: notes what a stage made its product from
+record() {
+    mkdir -p .made_from
+    local product=$1 input
+    shift
+    for input; do identity "$input"; done >".made_from/${product//\//_}"
+}
+# fresh PRODUCT STAGE INPUT ...: stops where the product is missing, or was made from other inputs than these. A product
+# without a record, as an OM converted elsewhere, is the user's own.
+fresh() {
+    local product=$1 number=$2 input
+    shift 2
+    need "$product" "$number"
+    [ -e ".made_from/${product//\//_}" ] || return 0
+    for input; do
+        [ ! -e "$input" ] || grep -qxF -- "$(identity "$input")" ".made_from/${product//\//_}" ||
+            fail "$work_dir/$product was made from another ${input##*/}; run stage $number again"
+    done
+}
+
+mkdir -p logs
+
+# The model's names at a batch size. Several batch sizes have a folder of results each.
+names_of() {
+    onnx=deepmar_bs$1.onnx nopad=deepmar_bs${1}_nopad.onnx om=deepmar_bs$1.om result=result
+    [ "$batch_size" = "$1" ] || result=result_bs$1
+    model=$om
+    [ "$backend" != onnxruntime ] || model=$nopad
+    folders=("${devices[@]/#/$result/dumpOutput_device}")
+}
+
+# --- the stages -----------------------------------------------------------------------------------------------------
 
 if [ -z "$given" ] && begin 0 "sample data (no checkpoint and images are set)"; then
     if [ -e sample/image.txt ] && [ "$(wc -l <sample/image.txt)" = "$sample_size" ]; then
@@ -124,91 +200,161 @@ if [ -z "$given" ] && begin 0 "sample data (no checkpoint and images are set)"; 
     finish
 fi
 
-if begin 1 "checkpoint -> $onnx"; then
+if begin 1 "checkpoint -> ONNX"; then
     need "$checkpoint" 0
-    "$python" "$here/export_onnx.py" "$checkpoint" "$onnx" "$batch_size"
-    rm -f "$nopad" "$om" # made from an earlier one
+    for size in $batch_size; do
+        names_of "$size"
+        "$python" "$here/export_onnx.py" "$checkpoint" "$onnx" "$size"
+        record "$onnx" "$checkpoint"
+    done
     finish
 fi
 
-if begin 2 "Pad removed -> $nopad"; then
-    need "$onnx" 1
-    "$python" "$here/remove_pad.py" "$onnx" "$nopad"
-    rm -f "$om"
+if begin 2 "Pad removed from ONNX"; then
+    for size in $batch_size; do
+        names_of "$size"
+        fresh "$onnx" 1 "$checkpoint"
+        "$python" "$here/remove_pad.py" "$onnx" "$nopad"
+        record "$nopad" "$onnx"
+    done
     finish
 fi
 
-if begin 3 "atc -> $om"; then
-    need "$nopad" 2
-    if command -v atc >/dev/null; then
-        atc --model="$nopad" --framework=5 --output="${om%.om}" --input_format=NCHW \
-            --input_shape="actual_input_1:$batch_size,3,224,224" --log=error --soc_version="$chip_name"
-        need "$om" 3
-    else
-        say "no atc on this machine: no OM is made, the ONNX model runs on ONNX Runtime instead"
-    fi
+if begin 3 "ONNX -> OM with atc"; then
+    for size in $batch_size; do
+        names_of "$size"
+        fresh "$nopad" 2 "$onnx"
+        if [ -n "$make_om" ]; then
+            # in a folder of its own, as it also leaves a fusion_result.json, which is not that of stage 7
+            new_scratch atc
+            cd "$scratch"
+            tool "atc_bs$size.log" atc --model="../$nopad" --framework=5 --output="${om%.om}" --input_format=NCHW \
+                --input_shape="actual_input_1:$size,3,224,224" --log=error --soc_version="$chip_name"
+            [ -e "$om" ] || broken "atc left no $om" "atc_bs$size.log"
+            cd "$work_dir"
+            mv "$scratch/$om" "$om"
+            record "$om" "$nopad"
+        elif [ -e "$om" ] && [ "$backend" != onnxruntime ]; then
+            say "no atc on this machine: $om is taken as it is"
+        fi
+    done
+    [ -n "$make_om" ] || [ "$backend" != onnxruntime ] || say "no OM is made, as the ONNX model runs on ONNX Runtime"
     finish
 fi
 
 if begin 4 "images -> input_bin"; then
     need "$image_list" 0
     "$python" "$here/preprocess_deepmar_pytorch.py" "$images" input_bin "$image_list"
+    record input_bin "$image_list"
     finish
 fi
 
 if begin 5 "input_bin -> deepmar.info"; then
-    need input_bin 4
+    fresh input_bin 4 "$image_list"
     "$python" "$here/get_info.py" ./input_bin deepmar.info 224 224
+    record deepmar.info input_bin
     finish
 fi
 
-if begin 6 "inference -> $result"; then
-    need deepmar.info 5
-    mkdir -p result
-    if [ -x "$benchmark" ] && [ -e "$om" ]; then
-        # The binary writes into result/ of the folder it runs in, over what is there: it runs in one of its own.
-        rm -rf result.partial
-        mkdir result.partial
-        ln -s ../input_bin ../deepmar.info "../$om" result.partial
-        (cd result.partial && "$benchmark" -model_type=vision -batch_size="$batch_size" -device_id="$device_id" \
-            -om_path="$om" -input_width=224 -input_height=224 -input_text_path=deepmar.info -useDvpp=false \
-            -output_binary=true)
-        made=$(find "result.partial/$result" -name '*_1.bin' 2>/dev/null | wc -l)
+# belongs: stops unless everything that stages 6 and 7 take was made from what they are given now
+belongs() {
+    fresh input_bin 4 "$image_list"
+    fresh deepmar.info 5 input_bin
+    [ ! -e "$onnx" ] || fresh "$onnx" 1 "$checkpoint"
+    [ "$model" = "$nopad" ] || [ ! -e "$nopad" ] || fresh "$nopad" 2 "$onnx"
+    if [ "$model" = "$om" ]; then fresh "$om" 3 "$nopad"; else fresh "$nopad" 2 "$onnx"; fi
+}
+
+if begin 6 "inference on backend $backend, device $device_id"; then
+    [ "$backend" != onnxruntime ] || [ ${#devices[@]} = 1 ] ||
+        say "these devices are not cards: ${#devices[@]} processes on ONNX Runtime share this machine's $(nproc) cores"
+    for size in $batch_size; do
+        names_of "$size"
+        belongs
         wanted=$(wc -l <deepmar.info)
-        [ "$made" = "$wanted" ] || fail "$(basename "$benchmark") left $made results for $wanted images in $work_dir/result.partial"
-        rm -rf "$result"
-        mv "result.partial/$result" result/
-        mv result.partial/result/perf_vision_* result/
-        rm -rf result.partial
-    else
-        need "$nopad" 2
-        [ ! -e "$om" ] || say "no $(basename "$benchmark") beside the scripts: the ONNX model runs on ONNX Runtime instead"
-        "$python" "$here/tools/benchmark.py" -model_type=vision -batch_size="$batch_size" -device_id="$device_id" \
-            -om_path="$nopad" -input_width=224 -input_height=224 -input_text_path=deepmar.info -useDvpp=false \
-            -output_binary=true
-    fi
+        say "batch size $size: $model, $wanted images -> $result"
+        new_scratch "$result" # the tools write into result/ of the folder that they run in, over what is there
+        ln -s ../input_bin ../deepmar.info "../$model" "$scratch"
+        cd "$scratch"
+        if [ "$backend" = ais_bench ]; then
+            run_ais_bench
+        elif [ ${#devices[@]} -gt 1 ]; then
+            run_devices
+        elif [ "$backend" = benchmark ]; then
+            tool "benchmark_bs${size}_device$device_id.log" run_device "$device_id" deepmar.info
+        else # its progress bar goes to the terminal
+            run_device "$device_id" deepmar.info | tee "$work_dir/logs/onnxruntime_bs${size}_device$device_id.log"
+        fi
+        made=0
+        for device in "${devices[@]}"; do
+            count=$(find "result/dumpOutput_device$device" -name '*_[01].bin' 2>/dev/null | wc -l)
+            made=$((made + count))
+        done
+        logs=("$work_dir/logs/${backend}_bs$size"*.log)
+        [ "$made" = "$wanted" ] || broken "$backend left $made results for $wanted images" "${logs[0]##*/}"
+        cd "$work_dir"
+        ran=$backend
+        [ "$backend" != benchmark ] || ran=$binary
+        [ "$backend" != onnxruntime ] || ran=$(sed -n 's/^\[INFO\] \(ONNX Runtime .*\), .*/\1/p' "${logs[0]}" | head -n 1)
+        [ "$backend" != ais_bench ] || cp "${logs[0]}" "$scratch/result/ais_bench_batchsize_${size}_device_${device_id// /_}.log"
+        mkdir -p "$result"
+        for folder in "${folders[@]}"; do record "$folder" /dev/null; done # of nothing, should this be interrupted here
+        rm -rf "${folders[@]}"
+        mv "${folders[@]/#$result/$scratch/result}" "$result/"
+        find "$scratch/result" -maxdepth 1 -type f -exec mv -t "$result" {} + # perf files, ais_bench's summary
+        for folder in "${folders[@]}"; do
+            record "$folder" deepmar.info "$model"
+            printf 'backend %s\nmodel %s\n' "$ran" "$model" >>".made_from/${folder//\//_}"
+        done
+    done
     finish
 fi
 
-if begin 7 "accuracy"; then
-    need "$result" 6
+# What stages 7 and 8 write is written by one run at a time, so that it belongs together.
+exec {lock}>>.scoring.lock
+[ "$stop_stage" -lt 7 ] || flock "$lock"
+dropped=
+if begin 7 "accuracy and throughput"; then
     need "$image_list" 0
-    # The results must be those of the list's images, no fewer and no others: a partial result is no result.
-    stems() { sed -e 's#\r$##; s#^\xEF\xBB\xBF##; s#^[[:space:]]*##; s#[[:space:]]*$##; s#.*/##; s#\..*##; /^$/d' | LC_ALL=C sort; }
-    different=$(LC_ALL=C comm -3 <(stems <"$image_list") \
-        <(find "$result" -name '*_[01].bin' -printf '%f\n' | sed 's/_[01]\.bin$//' | LC_ALL=C sort) | tr -d '\t')
-    [ -z "$different" ] || fail "$result is not of the images in $image_list: $(wc -l <<<"$different") names are in one of them" \
-        "only, as $(head -n 1 <<<"$different"); run stages 4 to 6 again"
     if [ -z "$published_acc" ] && [ -z "$given" ]; then
         published_acc=$(cat sample/accuracy.txt)
         say "no card's or paper's accuracy applies to the sample: compared with PyTorch's own on the same images"
     fi
-    "$python" "$here/postprocess_deepmar_pytorch.py" "$result" "$label_file" ${published_acc:+--published "$published_acc"}
-    perf=result/perf_vision_batchsize_${batch_size}_device_$device_id.txt
-    need "$perf" 6
+    rows=()
+    for size in $batch_size; do
+        names_of "$size"
+        for folder in "${folders[@]}"; do need "$folder" 6; done
+        made=.made_from/${folders[0]//\//_}
+        ran=unknown
+        if [ -e "$made" ]; then
+            ran=$(sed -n 's/^backend //p' "$made") model=$(sed -n 's/^model //p' "$made")
+        fi
+        belongs
+        for folder in "${folders[@]}"; do fresh "$folder" 6 deepmar.info "$model"; done
+        [ "$batch_size" = "$size" ] || say "batch size $size"
+        new_scratch "$result"
+        if ! (cd "$scratch" && "$python" "$here/postprocess_deepmar_pytorch.py" "${folders[@]/#/$work_dir/}" "$label_file" \
+            --image_list "$image_list" ${published_acc:+--published "$published_acc"}); then
+            [ -e "$scratch/fusion_result.json" ] || exit 1
+            dropped=$dropped${dropped:+, }$size # scored, but more than 1 % below: the table and the report show it
+        fi
+        mv "$scratch/fusion_result.json" "$result/"
+        cp "$result/fusion_result.json" "$scratch/"
+        mv "$scratch/fusion_result.json" fusion_result.json
+        rows+=(--run "$size" "$result" "$model" "$ran")
+    done
+    case $chip_name in '') chips=0 ;; Ascend310) chips=4 ;; *) chips=1 ;; esac
+    "$python" "$here/tools/table.py" throughput "${rows[@]}" --devices "${devices[@]}" --chips "$chips"
     finish
-    say "throughput at batch size $batch_size:" \
-        "$(sed -n 's/^\[e2e\] throughputRate: \([^,]*\),.*/\1/p' "$perf") images/s end to end," \
-        "$(sed -n 's/.*Interface throughputRate: \([^,]*\),.*/\1/p' "$perf") images/s in the model (Interface throughputRate)"
+fi
+
+if begin 8 "report -> report.html"; then
+    for size in $batch_size; do names_of "$size"; done # fusion_result.json is of the last batch size
+    need throughput.csv 7
+    "$python" "$here/tools/report.py" --images "$images" --list "$image_list" --labels "$label_file" \
+        --results "${folders[@]}" --fusion "$result/fusion_result.json" --throughput throughput.csv --output report.html
+    finish
+    say "open $work_dir/report.html in a browser"
 fi
 current=
+[ -z "$dropped" ] || fail "the accuracy at batch size $dropped is more than 1 % below the published one"

@@ -549,11 +549,9 @@ def main(argv=None):
     for line in table(result["rows"]):
         print(line)
     if args.json is not None:
-        temporary = "%s.%d.partial" % (args.json, os.getpid())
-        with open(temporary, "w") as f:
+        with get_info.whole_file(args.json) as temporary, open(temporary, "w") as f:
             json.dump(result, f, indent=1)
             f.write("\n")
-        os.replace(temporary, args.json)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tools"), os.path.join(ROOT, "tests")]
+SIZE = 12  # images of run_all.sh's sample
 
 
 def script(name, *arguments, cwd=None):
@@ -24,3 +27,30 @@ def check_error(process, *texts, code=1):
         assert len(lines) == 1, process.stderr
     for text in texts:
         assert text in process.stderr, process.stderr
+
+
+def run_all(*arguments, root=ROOT, cwd=None, path=None, **variables):
+    """Runs run_all.sh with this Python; returns the finished process."""
+    environment = dict(os.environ, PYTHON=sys.executable, sample_size=str(SIZE), set_env="/nonexistent", **variables)
+    if path:
+        environment["PATH"] = "%s:%s" % (path, environment["PATH"])
+    return subprocess.run(["bash", os.path.join(str(root), "run_all.sh")] + [str(argument) for argument in arguments],
+                          cwd=str(cwd or root), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          universal_newlines=True)
+
+
+@pytest.fixture(scope="session")
+def first(tmp_path_factory):
+    """The first run, on sample data; (its work folder, the process). tests/run.sh keeps it for tests/stacks.py."""
+    work = os.path.join(os.environ.get("DEEPMAR_TEST_STACKS", str(tmp_path_factory.mktemp("run_all"))),
+                        "work-%d.%d" % sys.version_info[:2])
+    return work, run_all("--work-dir", work)
+
+
+def own_data(work, **changes):
+    """The options that make the sample the user's own data, by absolute paths."""
+    options = {"checkpoint": "checkpoint.pth.tar", "images": "images", "image-list": "image.txt",
+               "label-file": "label.json"}
+    options = {name: os.path.join(work, "sample", value) for name, value in options.items()}
+    options.update(changes)
+    return [text for name, value in options.items() for text in ("--" + name, value)]

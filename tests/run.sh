@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs every test on the current Python ($PYTHON, default python3) and on Python 3.7 ($PYTHON37; else python3.7, else
-# pyenv's). Sets up a virtual environment for each where its packages are missing. Arguments go to pytest.
+# pyenv's). Sets up a virtual environment for each where its packages are missing. Arguments go to pytest. The report is
+# looked at in chromium, which is installed where it is missing and this is root; $CHROMIUM names another Chrome.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -8,6 +9,20 @@ python37=${PYTHON37-$(command -v python3.7)}
 if [ -z "$python37" ] || ! "$python37" --version >/dev/null 2>&1; then
     python37=$(compgen -G "$(pyenv root 2>/dev/null)/versions/3.7.*/bin/python" | head -n 1)
 fi
+
+if ! command -v "${CHROMIUM:=chromium}" >/dev/null; then
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && [ "$CHROMIUM" = chromium ]; then
+        echo "tests/run.sh: installing chromium and a font for it"
+        { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends \
+            chromium fonts-dejavu-core >/dev/null; } ||
+            { echo "tests/run.sh: error: chromium cannot be installed, see above"; exit 1; }
+    else
+        echo "tests/run.sh: error: no $CHROMIUM, the browser that the report's tests need; run as root:" \
+            "apt-get install chromium fonts-dejavu-core, or set CHROMIUM to a Chrome"
+        exit 1
+    fi
+fi
+export CHROMIUM
 
 failed=
 pythons=

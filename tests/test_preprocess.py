@@ -110,7 +110,7 @@ def test_missing_images_are_all_named(images):
     check_error(script(NAME, "images", "input_bin", "nowhere.txt", cwd=images), "nowhere.txt")
 
 
-def test_bad_images_are_all_named_and_the_earlier_bins_stay(images):
+def test_bad_images_are_named_and_the_earlier_bins_stay(images):
     folder = images / "images"
     assert script(NAME, "images", "input_bin", "image.txt", cwd=images).returncode == 0
     before = (images / "input_bin" / "00001.bin").read_bytes()
@@ -124,7 +124,9 @@ def test_bad_images_are_all_named_and_the_earlier_bins_stay(images):
     Image.new("1", (30000, 30000)).save(str(folder / "bomb.png"))
     bad = ["cut.png", "text.png", "empty.png", "folder.png", "fifo.png", "deep.png", "bomb.png"]
     (images / "bad.txt").write_text("\n".join(["00001.png", "00002.png"] + bad))
-    check_error(script(NAME, "images", "input_bin", "bad.txt", cwd=images), "7 of 9", "other 2", *bad)
+    process = script(NAME, "images", "input_bin", "bad.txt", cwd=images)
+    check_error(process, "7 of 9", "other 2", *sorted(bad)[:5])
+    assert process.stderr.endswith("; ...\n") and not any(name in process.stderr for name in sorted(bad)[5:])
     assert len(os.listdir(str(images / "input_bin"))) == 47
     assert (images / "input_bin" / "00001.bin").read_bytes() == before
     assert not (images / "input_bin.partial").exists()

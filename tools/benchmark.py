@@ -17,11 +17,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from preprocess_deepmar_pytorch import replaced_folder  # noqa: E402
-from remove_pad import load  # noqa: E402
+try:
+    import numpy as np
+    from preprocess_deepmar_pytorch import replaced_folder
+    from remove_pad import load, whole_file
+except KeyboardInterrupt:
+    sys.exit("benchmark.py: interrupted; no file is half written")
 
 PROVIDERS = ["CANNExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]  # the best first
 BUFFERS = 3  # batches in memory: one in inference, the others being read ahead
@@ -68,13 +70,16 @@ def check_shape(session, path, batch_size, height, width):
 def read_info(path, height, width):
     """Returns the bins of an info file, [(name, path)]; raises OSError or ValueError, as for a bin of the wrong size."""
     size = 4 * 3 * height * width
-    with open(path, encoding="utf-8") as f:
-        lines = f.read().split("\n")
+    try:
+        with open(path, encoding="utf-8") as f:
+            lines = f.read().split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError("%s: is not UTF-8 text (byte %d)" % (path, error.start))
     bins, seen, bad = [], set(), []
     for line in lines:
         if not line.strip():
             continue
-        match = re.match(r"(\d+) (.+) (\d+) (\d+)$", line)
+        match = re.match(r"(\d{1,9}) ([^\0]+) (\d{1,9}) (\d{1,9})$", line)
         if not match or int(match.group(1)) != len(bins):
             raise ValueError("%s: line %d is not 'INDEX PATH WIDTH HEIGHT' with INDEX %d; get_info.py writes this file: %r"
                              % (path, len(bins) + 1, len(bins), line[:200]))
@@ -134,7 +139,7 @@ def run(session, bins, batch_size, height, width, folder, report):
             buffer[len(batch):] = 0
             if not np.isfinite(buffer).all():
                 bad = [path for (_, path), row in zip(batch, buffer) if not np.isfinite(row).all()]
-                raise ValueError("NaN or infinite values in %s" % ", ".join(bad))
+                raise ValueError("NaN or infinite values in %s%s" % (", ".join(bad[:5]), ", ..." * (len(bad) > 5)))
 
     def write(results):
         with clocks["post"]:
@@ -175,10 +180,8 @@ def perf_lines(clocks, images):
 
 def write_text(path, text):
     """Writes a small file whole or not at all."""
-    temporary = "%s.%d.partial" % (path, os.getpid())
-    with open(temporary, "w") as f:
+    with whole_file(path) as temporary, open(temporary, "w") as f:
         f.write(text)
-    os.replace(temporary, path)
 
 
 def progress(total, unit):
@@ -267,4 +270,4 @@ if __name__ == "__main__":
     except (OSError, ValueError, ImportError) as error:
         sys.exit("benchmark.py: error: %s" % error)
     except KeyboardInterrupt:
-        sys.exit("benchmark.py: interrupted; nothing was written")
+        sys.exit("benchmark.py: interrupted; no file is half written")

@@ -18,13 +18,14 @@ import os
 import sys
 import tempfile
 
-import numpy as np
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from benchmark import check_shape, open_session, progress, run, write_text  # noqa: E402
-from get_info import list_bins  # noqa: E402
-from postprocess_deepmar_pytorch import (attribute_names, evaluate, list_results, read_labels, read_logits,  # noqa: E402
-                                         some)
+try:
+    import numpy as np
+    from benchmark import check_shape, open_session, progress, run, write_text
+    from get_info import list_bins
+    from postprocess_deepmar_pytorch import attribute_names, evaluate, list_results, read_labels, read_logits, some
+except KeyboardInterrupt:
+    sys.exit("compare.py: interrupted; no file is half written")
 
 MAX_DIFFERENCE = 0.1
 MAX_FLIP_SHARE = 0.001
@@ -217,4 +218,4 @@ if __name__ == "__main__":
     except (OSError, ValueError, ImportError) as error:
         sys.exit("compare.py: error: %s" % error)
     except KeyboardInterrupt:
-        sys.exit("compare.py: interrupted; nothing was written")
+        sys.exit("compare.py: interrupted; no file is half written")

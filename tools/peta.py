@@ -16,9 +16,13 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-import numpy as np
-
-from benchmark import write_text
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+try:
+    import numpy as np
+    from benchmark import write_text
+    from preprocess_deepmar_pytorch import start_worker
+except KeyboardInterrupt:
+    sys.exit("peta.py: interrupted")
 
 PARTITIONS = 5
 SPLITS = {"train": ["train"], "val": ["val"], "trainval": ["train", "val"], "test": ["test"]}
@@ -45,11 +49,15 @@ def read_peta(path, partition):
         raise FileNotFoundError("%s: no such file; the first argument is PETA.mat of the data set" % path)
     import scipy.io  # noqa: F401 - here, so that its absence is no fault of the file
     # In a process of its own, as some damaged files crash scipy's reader.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), start_worker, (os.getpid(),)) as pool:
         try:
             return pool.submit(load_peta, path, partition).result()
         except BrokenProcessPool:
             raise ValueError("%s: damaged; scipy's reader crashes on it. Get it again" % path)
+        except KeyboardInterrupt:  # the pool would wait for the reader
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
 
 
 def load_peta(path, partition):
@@ -129,7 +137,7 @@ def main(argv=None):
         missing = [name for name in names if not os.path.isfile(os.path.join(args.images, name))]
         if missing:
             raise FileNotFoundError("%s: %d of %d images are not there, so nothing was written: %s"
-                                    % (args.images, len(missing), len(names), ", ".join(missing)))
+                                    % (args.images, len(missing), len(names), ", ".join(missing[:5] + ["..."] * (len(missing) > 5))))
     os.makedirs(args.output, exist_ok=True)
     write_text(os.path.join(args.output, "image.txt"), "".join(name + "\n" for name in names))
     write_text(os.path.join(args.output, "label.json"),

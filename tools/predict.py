@@ -12,12 +12,15 @@ import argparse
 import os
 import sys
 
-import numpy as np
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from benchmark import check_shape, open_session, progress  # noqa: E402
-from postprocess_deepmar_pytorch import attribute_names, some  # noqa: E402
-from preprocess_deepmar_pytorch import SIZE, preprocess, stem  # noqa: E402
+try:
+    import numpy as np
+    from benchmark import check_shape, open_session, progress
+    from postprocess_deepmar_pytorch import attribute_names, some
+    from preprocess_deepmar_pytorch import SIZE, preprocess, stem
+    from remove_pad import whole_file
+except KeyboardInterrupt:
+    sys.exit("predict.py: interrupted")
 
 # The picture that --save draws, in pixels, and its colours.
 MARGIN, ROW, BAR, TEXT = 16, 19, 150, 14
@@ -154,7 +157,7 @@ def main(argv=None):
     pictures = {} if args.save is None else targets(args.images, args.save)
     missing = [path for path in args.images if not os.path.isfile(path)]
     if missing:
-        raise FileNotFoundError("no such image file: %s" % ", ".join(missing))
+        raise FileNotFoundError("no such image file: %s" % some(missing))
     session = open_session(args.onnx)
     batch_size = session.get_inputs()[0].shape[0]
     batch_size = batch_size if isinstance(batch_size, int) else 1
@@ -169,15 +172,14 @@ def main(argv=None):
     if pictures and read:
         os.makedirs(args.save, exist_ok=True)
         for path, row in zip(read, logits):
-            temporary = "%s.%d.partial" % (pictures[path], os.getpid())
-            draw(path, row, names).save(temporary, format="PNG")
-            os.replace(temporary, pictures[path])
+            with whole_file(pictures[path]) as temporary:
+                draw(path, row, names).save(temporary, format="PNG")
         print("%s: %d pictures" % (args.save, len(read)))
     for path, row in zip(read, logits if read else []):
         for line in describe(path, row, names):
             print(line)
     if bad:
-        raise ValueError("%d of %d images cannot be read: %s" % (len(bad), len(args.images), "; ".join(bad)))
+        raise ValueError("%d of %d images cannot be read: %s" % (len(bad), len(args.images), some(bad)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ other. With --labels, both models are scored on all bins, and nothing is written
 1 % (percentage points). An INT8 ONNX is for ONNX Runtime only: atc takes the float32 one.
 """
 import argparse
-import glob
 import os
 import shutil
 import sys
@@ -20,7 +19,7 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmark import check_shape, open_session  # noqa: E402
 from compare import SIZE, compute, effect  # noqa: E402
-from get_info import list_bins  # noqa: E402
+from get_info import list_bins, whole_file  # noqa: E402
 from postprocess_deepmar_pytorch import MAX_DROP, read_labels, some  # noqa: E402
 
 IMAGES = 32  # calibration images; more move the ranges, and with them the logits, by little
@@ -112,11 +111,7 @@ def main(argv=None):
     if args.labels is not None and session.get_outputs()[0].shape[1] != labels.shape[1]:
         raise ValueError("%s: gives %s attributes, the rows of %s have %d"
                          % (args.model, session.get_outputs()[0].shape[1], args.labels, labels.shape[1]))
-    for left in glob.glob(glob.escape(args.output) + ".*.partial"):  # by a run that was killed
-        os.remove(left)
-    temporary = "%s.%d.partial" % (args.output, os.getpid())
-    try:
-        open(temporary, "wb").close()  # a folder that cannot be written shows before the work
+    with whole_file(args.output) as temporary:
         with tempfile.TemporaryDirectory() as folder:
             feeds = [{node.name: batch} for batch in batches(paths, args.images, batch_size)]
             shutil.copyfile(quantize(args.model, feeds, folder), temporary)
@@ -133,10 +128,6 @@ def main(argv=None):
             if drop > MAX_DROP + 1e-9 and not args.allow_drop:
                 raise ValueError("%s: not written, as instance_acc drops by more than 1 %%; calibrate on more bins "
                                  "(--images), or accept it (--allow-drop)" % args.output)
-        os.replace(temporary, args.output)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
     print("next: python3 tools/benchmark.py -batch_size=%d -om_path=%s -input_text_path=deepmar.info\n"
           "      python3 postprocess_deepmar_pytorch.py result/dumpOutput_device0 %s --published %s"
           % (batch_size, args.output, args.labels or "label.json",

@@ -9,17 +9,19 @@ its BatchNorm statistics from other drawings, and the classifier is fitted to it
 It shows that the pipeline computes the right thing; it says nothing about photographs.
 """
 import argparse
+import io
 import json
 import os
-import shutil
 import sys
 
-import numpy as np
-from PIL import Image, ImageDraw
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from postprocess_deepmar_pytorch import PETA, evaluate  # noqa: E402
-from preprocess_deepmar_pytorch import MEAN, SIZE, STD  # noqa: E402
+try:
+    import numpy as np
+    from PIL import Image, ImageDraw
+    from postprocess_deepmar_pytorch import PETA, evaluate
+    from preprocess_deepmar_pytorch import MEAN, SIZE, STD, replaced_folder
+except KeyboardInterrupt:
+    sys.exit("sample.py: interrupted; no file is half written")
 
 TRAIN = 500          # drawings that the classifier is fitted to
 STATISTICS = 128     # of these, the ones that BatchNorm takes its statistics from
@@ -262,10 +264,8 @@ def main(argv=None):
         raise ValueError("%s: exists and is no earlier sample; give another folder" % args.folder)
 
     import torch
-    partial = folder + ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(os.path.join(partial, "images"))
-    try:
+    with replaced_folder(folder, ending="") as partial:
+        os.makedirs(os.path.join(partial, "images"))
         model = make_model(*pedestrians(TRAIN, args.seed + 1), seed=args.seed)
         images, labels = pedestrians(args.images, args.seed + 2)
         reached = accuracy(model, images, labels)
@@ -274,17 +274,15 @@ def main(argv=None):
             image.save(os.path.join(partial, "images", name))
         # as Ascend's training script writes it
         state = {"module." + key: value for key, value in model.state_dict().items()}
-        torch.save({"state_dict": state}, os.path.join(partial, "checkpoint.pth.tar"))
+        checkpoint = io.BytesIO()  # torch's own writing ends in a crash where the disk is full
+        torch.save({"state_dict": state}, checkpoint)
+        with open(os.path.join(partial, "checkpoint.pth.tar"), "wb") as f:
+            f.write(checkpoint.getbuffer())
         with open(os.path.join(partial, "label.json"), "w") as f:
             json.dump(dict(zip(names, labels.tolist())), f)
         for name, text in (("image.txt", "".join(name + "\n" for name in names)), ("accuracy.txt", "%r\n" % reached)):
             with open(os.path.join(partial, name), "w") as f:
                 f.write(text)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     print("%s: %d drawn pedestrians with labels, and a checkpoint that reaches instance_acc %.4f on them in PyTorch"
           % (args.folder, len(images), reached))
 
@@ -295,4 +293,4 @@ if __name__ == "__main__":
     except (OSError, ValueError, ImportError) as error:
         sys.exit("sample.py: error: %s" % error)
     except KeyboardInterrupt:
-        sys.exit("sample.py: interrupted; nothing was written")
+        sys.exit("sample.py: interrupted; no file is half written")

@@ -1,0 +1,46 @@
+"""What the stand-ins of the toolkit's tools share. Their "OM" is the ONNX model behind a magic number, so that stages which
+were handed the ONNX model instead, or no model at all, are found out. FAIL in the environment names what is to go wrong."""
+import os
+import sys
+
+import numpy as np
+
+MAGIC = b"IMOD"
+FAIL = os.environ.get("FAIL", "")
+
+
+def die(*lines, **settings):
+    """Ends as a tool does that has failed: its lines on its output, a status other than 0."""
+    print("\n".join(lines), flush=True)
+    sys.exit(settings.get("status", 255))
+
+
+def devices():
+    """The devices of the machine: as many as DEVICES says."""
+    return range(int(os.environ.get("DEVICES", 1)))
+
+
+class Model(object):
+    """An "OM" on the CPU: batch_size, shape and run()."""
+
+    def __init__(self, path):
+        import onnxruntime
+        with open(path, "rb") as f:
+            content = f.read()
+        if not content.startswith(MAGIC):
+            die("[ERROR] load model from file failed, model file is %s" % path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(content[len(MAGIC):], options, providers=["CPUExecutionProvider"])
+        self.shape = self.session.get_inputs()[0].shape
+        self.batch_size = self.shape[0]
+
+    def run(self, paths):
+        """Returns the outputs, float32 [len(paths), attributes], for at most batch_size bins."""
+        array = np.zeros(self.shape, np.float32)
+        for path, row in zip(paths, array):
+            data = np.fromfile(path, "<f4")
+            if data.size != row.size:
+                die("[ERROR] size of %s is %d, the model's input needs %d" % (path, data.nbytes, row.nbytes))
+            row[...] = data.reshape(row.shape)
+        return self.session.run(None, {self.session.get_inputs()[0].name: array})[0][:len(paths)]

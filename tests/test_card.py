@@ -1,0 +1,270 @@
+"""run_all.sh on a card: atc, npu-smi, the benchmark binary and ais_bench, by strict stand-ins (tests/standins)."""
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT, SIZE, check_error, own_data, run_all, script
+
+STANDINS = os.path.join(ROOT, "tests", "standins")
+MACHINE = os.uname().machine
+BINARY = "benchmark." + MACHINE
+
+
+def standin(path, name):
+    """Makes a command of a stand-in."""
+    path.write_text('#!/bin/sh\nexec "%s" "%s" "$@"\n' % (sys.executable, os.path.join(STANDINS, name)))
+    path.chmod(0o755)
+
+
+class Card(object):
+    """A checkout of its own, with the toolkit's stand-ins in bin/ and the benchmark binary's beside the scripts."""
+
+    def __init__(self, folder, sample):
+        self.root, self.bin, self.work, self.sample = folder / "checkout", folder / "bin", folder / "work", sample
+        shutil.copytree(ROOT, str(self.root), ignore=lambda _, names: [
+            name for name in names if name.startswith((".", "work")) or name == "tests"])
+        self.bin.mkdir()
+        standin(self.bin / "atc", "atc.py")
+        standin(self.bin / "npu-smi", "npu_smi.py")
+        standin(self.root / BINARY, "benchmark.py")
+
+    def run(self, *arguments, ais_bench=False, path=None, **variables):
+        if ais_bench:
+            variables["PYTHONPATH"] = os.path.join(STANDINS, "packages")
+        arguments = list(arguments) + own_data(self.sample)
+        if "--work-dir" not in arguments:
+            arguments += ["--work-dir", self.work]
+        return run_all(*arguments, root=self.root, path=str(path or self.bin), **variables)
+
+    def table(self):
+        with open(str(self.work / "throughput.csv"), newline="") as f:
+            return list(csv.DictReader(f))
+
+    def results(self, folder="result", device=0):
+        return sorted(os.listdir(str(self.work / folder / ("dumpOutput_device%d" % device))))
+
+
+@pytest.fixture(scope="module")
+def card(first, tmp_path_factory):
+    """A card after a run with the binary at two batch sizes on a 310; (the card, the process)."""
+    made = Card(tmp_path_factory.mktemp("card"), first[0])
+    return made, made.run("--batch-size", "1 5", CHIP="310")
+
+
+def names(ending):
+    return ["%05d_%d.bin" % (i + 1, ending) for i in range(SIZE)]
+
+
+def check_stopped(process, *texts):
+    """A run that a tool's failure stopped: the last lines of the tool, its log, the stage."""
+    assert process.returncode == 1, process.stdout + process.stderr
+    assert "Traceback" not in process.stderr.replace("    Traceback", "")  # a tool's own may be shown
+    for text in texts:
+        assert text in process.stderr, process.stderr
+    log = re.search(r"above are the last lines of (\S+)", process.stderr)
+    assert log and os.path.getsize(log.group(1)), process.stderr
+
+
+def test_benchmark_at_several_batch_sizes(card):
+    made, process = card
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "npu-smi info names the chip 310" in process.stdout
+    assert "backend benchmark: %s lies beside the scripts" % BINARY in process.stdout
+    assert process.stdout.count("ATC run success") == 2
+    assert process.stdout.count("stage 4: ") == 1  # the bins are made once
+    rows = made.table()
+    assert [row["batch_size"] for row in rows] == ["1", "5"] and {row["backend"] for row in rows} == {BINARY}
+    assert [row["model"] for row in rows] == ["deepmar_bs1.om", "deepmar_bs5.om"]
+    for row in rows:
+        folder = "result_bs" + row["batch_size"]
+        assert made.results(folder) == names(1)
+        perf = (made.work / folder / ("perf_vision_batchsize_%s_device_0.txt" % row["batch_size"])).read_text()
+        e2e, interface = re.search(r"\[e2e\] throughputRate: (\S+),", perf), re.search(r"Interface throughputRate: (\S+),", perf)
+        assert float(row["e2e_images_per_s"]) == float(e2e.group(1))
+        assert float(row["interface_images_per_s"]) == float(interface.group(1))
+        assert float(row["card_images_per_s"]) == 4 * float(interface.group(1))
+        with open(str(made.work / folder / "fusion_result.json")) as f:
+            assert json.load(f)["instance_acc"] == float(row["instance_acc"])
+    assert "card (x 4)" in process.stdout and "instance_acc is the same at all batch sizes" in process.stdout
+    with open(str(made.work / "throughput.md")) as f:
+        assert f.read() in process.stdout
+    with open(str(made.work / "fusion_result.json")) as f:  # stage 7's, not the one that atc leaves
+        assert json.load(f)["images"] == SIZE
+    assert not [name for name in os.listdir(str(made.work)) if "partial" in name]
+
+
+def test_several_devices_share_the_images(card):
+    made, _ = card
+    process = made.run("--stage", 6, "--device-id", "0 3", DEVICES="4")
+    assert process.returncode == 0, process.stderr
+    both = made.results(device=0), made.results(device=3)
+    assert sorted(both[0] + both[1]) == names(1) and len(both[0]) == len(both[1])
+    row, = made.table()
+    perf = [(made.work / "result" / ("perf_vision_batchsize_1_device_%d.txt" % device)).read_text() for device in (0, 3)]
+    rate = sum(float(re.search(r"Interface throughputRate: (\S+),", text).group(1)) for text in perf)
+    assert row["devices"] == "0 3" and float(row["interface_images_per_s"]) == pytest.approx(rate)
+    assert row["card_images_per_s"] == row["interface_images_per_s"]  # measured, not multiplied
+    assert "scored %d images" % SIZE in process.stdout
+    # a device that there is not
+    process = made.run("--stage", 6, "--device-id", "0 4", DEVICES="4")
+    check_stopped(process, "benchmark failed on device 4", "errorCode 107001", "stage 6 failed")
+    assert made.results(device=0) == both[0]
+    # one device's results are not the list's; neither are those of two runs together
+    process = made.run("--stage", 7, "--device-id", "3")
+    assert process.returncode == 1 and "%d of" % (SIZE // 2) in process.stderr, process.stderr
+    assert made.run("--stage", 6).returncode == 0
+    process = made.run("--stage", 7, "--device-id", "0 3")
+    assert process.returncode == 1 and "%d images have two results" % (SIZE // 2) in process.stderr, process.stderr
+
+
+@pytest.mark.parametrize("numbered", ["", "1"])
+def test_ais_bench(card, numbered):
+    made, _ = card
+    process = made.run("--stage", 6, "--backend", "ais_bench", "--batch-size", 5, "--chip-name", "310P3", ais_bench=True)
+    assert process.returncode == 0, process.stderr
+    assert made.results() == names(0)
+    assert (made.work / "result" / "dumpOutput_device0_summary.json").exists()
+    row, = made.table()
+    with open(str(made.work / "result" / "dumpOutput_device0_summary.json")) as f:
+        assert float(row["interface_images_per_s"]) == json.load(f)["throughput"]
+    assert row["e2e_images_per_s"] == "" and row["card_images_per_s"] == row["interface_images_per_s"]
+    assert row["backend"] == "ais_bench" and "card (x 1)" in process.stdout
+
+    process = made.run("--stage", 6, "--backend", "ais_bench", "--batch-size", 5, "--device-id", "0,1", ais_bench=True,
+                       DEVICES="2", NUMBERED=numbered)
+    assert process.returncode == 0, process.stderr
+    assert sorted(made.results(device=0) + made.results(device=1)) == names(0)
+    row, = made.table()
+    assert row["devices"] == "0 1"
+    log = (made.work / "logs" / "ais_bench_bs5.log").read_text()
+    assert float(re.search(r"summary throughput:(\S+)", log).group(1)) == float(row["interface_images_per_s"])
+
+
+def test_stage_7_reads_ais_benchs_own_subfolders(card, tmp_path):
+    """As it leaves them where it is run by hand."""
+    made, _ = card
+    (tmp_path / "result").mkdir()
+    subprocess.check_call(
+        [sys.executable, "-m", "ais_bench", "--model", str(made.work / "deepmar_bs5.om"), "--input",
+         str(made.work / "input_bin"), "--output", "result", "--output_dirname", "dumpOutput_device0", "--outfmt", "BIN",
+         "--batchsize", "5", "--device", "0,1"], cwd=str(tmp_path), stderr=subprocess.DEVNULL,
+        env=dict(os.environ, DEVICES="2", PYTHONPATH=os.path.join(STANDINS, "packages")))
+    assert sorted(os.listdir(str(tmp_path / "result" / "dumpOutput_device0"))) == [
+        "device0", "device0_summary.json", "device1", "device1_summary.json"]
+    process = script("postprocess_deepmar_pytorch.py", "result/dumpOutput_device0",
+                     os.path.join(made.sample, "sample", "label.json"), cwd=tmp_path)
+    assert process.returncode == 0 and "scored %d images" % SIZE in process.stdout, process.stderr
+
+
+@pytest.mark.parametrize("fail, backend, text", [
+    ("benchmark", "benchmark", "benchmark ended with status 255"),
+    ("benchmark leaves fewer", "benchmark", "benchmark left %d results for %d images" % (SIZE - 1, SIZE)),
+    ("ais_bench", "ais_bench", "ais_bench ended with status 1"),
+    ("ais_bench leaves fewer", "ais_bench", "ais_bench left %d results for %d images" % (SIZE - 1, SIZE)),
+    ("ais_bench reports an error", "ais_bench", "ais_bench reports an error")])
+def test_a_failing_inference_tool(card, fail, backend, text):
+    made, _ = card
+    before = made.run("--stage", 6, "--batch-size", 5)
+    assert before.returncode == 0, before.stderr
+    process = made.run("--stage", 6, "--batch-size", 5, "--backend", backend, ais_bench=True, FAIL=fail)
+    check_stopped(process, text, "stage 6 failed")
+    assert made.results() == names(1)  # the earlier ones
+    assert made.run("--stage", 7, "--batch-size", 5).returncode == 0
+
+
+@pytest.mark.parametrize("fail, texts", [
+    ("atc", ("atc ended with status 1", "E40000: the compiler is out of memory")),
+    ("atc leaves nothing", ("atc left no deepmar_bs5.om",))])
+def test_a_failing_atc(card, fail, texts):
+    made, _ = card
+    before = (made.work / "deepmar_bs5.om").stat()
+    process = made.run("--stage", 3, "--batch-size", 5, FAIL=fail)
+    check_stopped(process, "stage 3 failed", *texts)
+    assert "stage 4" not in process.stdout and (made.work / "deepmar_bs5.om").stat() == before
+
+
+def test_the_chips_name(card, tmp_path):
+    made, _ = card
+    for name in ("310P3", "Ascend310P3"):
+        process = made.run("--stage", 3, "--stop-stage", 3, "--chip-name", name, "--batch-size", 5)
+        assert process.returncode == 0 and "npu-smi" not in process.stdout, process.stderr
+    process = made.run("--stage", 3, "--chip-name", "310Q9", "--batch-size", 5)
+    check_stopped(process, "Value [Ascend310Q9] for parameter [--soc_version] is invalid")
+    for text, variables in (("names several chips, 310 and 310P3", {"CHIP": "310,310P3", "DEVICES": "2"}),
+                            ("npu-smi info failed", {"FAIL": "npu-smi"})):
+        process = made.run("--stage", 3, **variables)
+        check_error(process, text, "set chip_name")
+        assert "stage 3" not in process.stdout
+    (tmp_path / "atc").write_text("")
+    (tmp_path / "atc").chmod(0o755)
+    process = made.run("--stage", 3, path=tmp_path)
+    check_error(process, "chip_name is empty, and there is no npu-smi to ask", "--chip-name 310P3")
+
+
+def test_missing_pieces_are_named_before_any_work(card, tmp_path):
+    made, _ = card
+    arguments = ["--work-dir", tmp_path / "work", "--backend"]
+    binary = made.root / BINARY
+    binary.chmod(0o644)
+    check_error(made.run(*arguments + ["benchmark"]), "chmod u+x %s" % binary)
+    binary.rename(made.root / "away")
+    check_error(made.run(*arguments + ["benchmark"]), "cp %s " % BINARY)
+    check_error(made.run(*arguments + ["ais_bench"]), "-m pip install aclruntime")
+    (made.root / "away").rename(binary)
+    binary.chmod(0o755)
+    check_error(made.run(*arguments + ["benchmark"], path=tmp_path), "no atc", "/nonexistent", "toolkit")
+    assert not (tmp_path / "work").exists()
+    assert made.run(*arguments + ["npu"]).returncode == 2
+
+
+def test_auto_takes_what_the_machine_has(card, tmp_path):
+    made, _ = card
+    stage6 = ["--stage", 6, "--batch-size", 5]
+    (made.root / BINARY).rename(made.root / "away")
+    process = made.run(*stage6, ais_bench=True)
+    assert process.returncode == 0 and "backend ais_bench: no %s beside" % BINARY in process.stdout, process.stderr
+    process = made.run(*stage6)
+    assert process.returncode == 0 and "backend onnxruntime: no %s beside" % BINARY in process.stdout, process.stderr
+    assert made.table()[0]["backend"].startswith("ONNX Runtime") and made.table()[0]["card_images_per_s"] == ""
+    (made.root / "away").rename(made.root / BINARY)
+    process = made.run("--stage", 7, "--batch-size", 5)  # what was scored is told, not what would be taken now
+    assert process.returncode == 0 and made.table()[0]["backend"].startswith("ONNX Runtime"), process.stderr
+    # the toolkit's settings are read where atc is not on the PATH
+    (tmp_path / "set_env.sh").write_text('PATH="%s:$PATH"\n' % made.bin)
+    process = made.run("--stage", 3, "--batch-size", 5, "--set-env", tmp_path / "set_env.sh", path=tmp_path)
+    assert process.returncode == 0 and "read %s" % (tmp_path / "set_env.sh") in process.stdout, process.stderr
+    assert "ATC run success" in process.stdout and "backend benchmark" in process.stdout
+
+
+def test_an_om_converted_elsewhere(card, tmp_path):
+    """Without atc, an OM that was put into the work folder is taken."""
+    made, _ = card
+    work = tmp_path / "work"
+    work.mkdir()
+    shutil.copy(str(made.work / "deepmar_bs5.om"), str(work))
+    process = made.run("--stage", 4, "--batch-size", 5, "--work-dir", work, path=tmp_path)
+    assert process.returncode == 0 and "backend benchmark" in process.stdout, process.stderr
+
+
+@pytest.mark.parametrize("wrong", [{"accuracy": 0.9}, {"images": 11}])
+def test_accuracy_must_not_differ_between_batch_sizes(tmp_path, wrong):
+    perf = ("[e2e] throughputRate: 10, latency: 1\n[infer] throughputRate: 1, Interface throughputRate: 2, "
+            "moduleLatency: 1\n")
+    for size, report in ((1, {}), (8, wrong)):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        (folder / ("perf_vision_batchsize_%d_device_0.txt" % size)).write_text(perf)
+        (folder / "fusion_result.json").write_text(json.dumps({"images": report.get("images", 12),
+                                                               "instance_acc": report.get("accuracy", 0.8)}))
+    runs = [["--run", str(size), str(size), "m.om", "b"] for size in (8, 1)]
+    process = script("tools/table.py", "t", *sum(runs, []), cwd=tmp_path)
+    check_error(process, "instance_acc differs")
+    assert (tmp_path / "t.md").read_text().splitlines()[2].split() == "| 1 | 10.00 | 2.00 | - | 0.8 |".split()
+    (tmp_path / "8" / "perf_vision_batchsize_8_device_0.txt").write_text("torn")
+    check_error(script("tools/table.py", "t", *sum(runs, []), cwd=tmp_path), "perf_vision_batchsize_8", "stage 6")

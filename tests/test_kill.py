@@ -1,0 +1,149 @@
+"""Every script killed at any moment: no torn file under a final name, the earlier result whole, a re-run as if nothing was.
+
+DEEPMAR_TEST_CAMPAIGN=50 kills each script 50 times at random moments, at every operation on files, and also tools/sample.py;
+pytest's -s shows the figures.
+"""
+import collections
+import os
+import random
+import re
+import signal
+import time
+
+import pytest
+from stages import STAGES, contents, output, prepare, put_earlier, run, start
+
+CAMPAIGN = int(os.environ.get("DEEPMAR_TEST_CAMPAIGN", "0"))
+SLOW = {"export_onnx", "sample"}  # they import torch
+ANSWER = 2.0  # seconds until Ctrl-C is answered; a machine that does nothing else needs less than 1
+
+# Runs a script, and kills it at its n-th change of a file's name or opening of a file to write.
+AT_OPERATION = """
+import builtins, os, runpy, sys
+sys.argv, at, number = sys.argv[3:], int(sys.argv[1]), int(sys.argv[2])
+main, operations = os.getpid(), 0
+def killing(function, counts):
+    def call(*arguments, **named):
+        global operations
+        if counts(*arguments, **named) and os.getpid() == main:
+            operations += 1
+            if operations == at:
+                os.kill(main, number)
+        return function(*arguments, **named)
+    return call
+for name in "mkdir rename replace remove unlink rmdir".split():
+    setattr(os, name, killing(getattr(os, name), lambda *a, **k: True))
+builtins.open = killing(open, lambda *a, **k: "w" in str(list(a[1:2]) or k.get("mode", "")))
+sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("operations:", operations)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("kill")
+    prepare(path)
+    (path / "at_operation.py").write_text(AT_OPERATION)
+    return path
+
+
+def living(group):
+    """Whether a process group has a process that is no zombie."""
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open("/proc/%s/stat" % process) as f:
+                state, _, group_ = f.read().rpartition(")")[2].split()[:3]
+        except OSError:  # it has just gone
+            continue
+        if int(group_) == group and state not in "ZX":
+            return True
+    return False
+
+
+def check_killed(folder, stage, process, number, earlier, new):
+    """Waits for a process that was sent a signal; checks what it says and leaves. Returns what became of the output."""
+    sent = time.time()
+    _, errors = process.communicate(timeout=60)
+    answered = time.time() - sent
+    parts = output(folder, stage)
+    for name, part, old, whole in zip(STAGES[stage][1], parts, earlier, new):
+        if not part and number == signal.SIGKILL:  # between the two renames of a folder; the next run takes it back
+            assert contents(folder / (name + ".old")) == old
+        else:
+            assert part in (old, whole), (stage, name, sorted(part))
+    for _ in range(100):  # the workers go as well
+        if not living(process.pid):
+            break
+        time.sleep(0.01)
+    else:
+        raise AssertionError("%s: left processes behind" % stage)
+    if number == signal.SIGINT:
+        assert answered < ANSWER, (stage, answered, errors)
+        if "Traceback" in errors:  # while Python itself starts, or before the script's first function
+            script = os.path.basename(STAGES[stage][0][0])
+            assert not re.search(script + r'", line \d+, in (?!<module>)', errors), (stage, errors)
+            return "before its own code", answered
+        lines = errors.strip().split("\n")
+        assert process.returncode == 0 and lines == [""] or len(lines) == 1 and "interrupted" in errors or \
+            process.returncode == -signal.SIGINT and lines == [""], (stage, process.returncode, errors)
+    return ("earlier" if parts == earlier else "new" if parts == new else "between"), answered
+
+
+def check_rerun(folder, stage, clean, new):
+    """The next undisturbed run gives what it would have given, and leaves nothing else in the folder."""
+    run(folder, stage)
+    assert output(folder, stage) == new
+    assert set(contents(folder)) == clean, sorted(set(contents(folder)) ^ clean)
+
+
+def undisturbed(folder, stage):
+    """Returns a stage's output, the names in the folder after it, and its duration in seconds."""
+    put_earlier(folder, stage)
+    began = time.time()
+    run(folder, stage)
+    return output(folder, stage), set(contents(folder)), time.time() - began
+
+
+KINDS = {"killed": signal.SIGKILL, "interrupted": signal.SIGINT}
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if CAMPAIGN or stage != "sample"])
+def test_at_random_moments(folder, stage):
+    new, clean, duration = undisturbed(folder, stage)
+    kills = CAMPAIGN or 2 - (stage in SLOW)
+    for kind, number in KINDS.items():
+        became, longest = collections.Counter(), 0
+        for i in range(kills):
+            earlier = put_earlier(folder, stage)
+            process = start(folder, stage)
+            time.sleep(duration * (i + random.random()) / kills)
+            (os.killpg if kind == "interrupted" else os.kill)(process.pid, number)  # a terminal interrupts the whole group
+            result, answered = check_killed(folder, stage, process, number, earlier, new)
+            became[result], longest = became[result] + 1, max(longest, answered)
+            if i % 5 == 4:
+                check_rerun(folder, stage, clean, new)
+        print("%s: %s %d times in %.2f s: %s; gone within %.2f s" % (stage, kind, kills, duration, dict(became), longest))
+    check_rerun(folder, stage, clean, new)
+
+
+@pytest.mark.parametrize("stage", sorted(set(STAGES) - SLOW))
+def test_at_an_operation_on_files(folder, stage):
+    """Where it matters: before each renaming, removal and opening; unless in a campaign, the last 4 and one more."""
+    new, clean, _ = undisturbed(folder, stage)
+    put_earlier(folder, stage)
+    said, _ = start(folder, stage, ["at_operation.py", "0", "0"]).communicate()
+    operations = int(said.split("operations: ")[1])
+    assert operations > 1 and output(folder, stage) == new
+    chosen = range(1, operations + 1)
+    chosen = chosen if CAMPAIGN else sorted(set(chosen[-4:]) | {random.choice(chosen)})
+    for kind, number in KINDS.items():
+        became = collections.Counter()
+        for operation in chosen:
+            earlier = put_earlier(folder, stage)
+            process = start(folder, stage, ["at_operation.py", str(operation), str(int(number))])
+            became[check_killed(folder, stage, process, number, earlier, new)[0]] += 1
+            if CAMPAIGN:
+                check_rerun(folder, stage, clean, new)
+        print("%s: %s at %d of %d operations on files: %s" % (stage, kind, len(chosen), operations, dict(became)))
+    check_rerun(folder, stage, clean, new)

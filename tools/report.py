@@ -1,0 +1,399 @@
+"""A run to look at: accuracy, throughput, attributes and the worst pictures in one HTML file that opens offline.
+
+    python3 tools/report.py --images /home/HwHiAiUser/dataset/peta/images --perf result/perf_vision_*
+    python3 tools/report.py --images sample/images --list sample/image.txt --labels sample/label.json \\
+        --results result/dumpOutput_device0 --throughput throughput.csv --compare compare.json
+
+Reads what the stages left: the images, image.txt, label.json, the result files of stage 6 and stage 7's
+fusion_result.json. Throughput comes from run_all.sh's throughput.csv or the benchmark tool's perf files, --compare from
+tools/compare.py --json. The metrics are computed again from the results and labels, and files that do not belong
+together are an error. A few hundred pictures are shown: the worst of all, and the worst of each attribute.
+"""
+import argparse
+import base64
+import csv
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+import warnings
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from benchmark import progress  # noqa: E402
+from postprocess_deepmar_pytorch import (MAX_DROP, attribute_names, evaluate, list_results, read_labels,  # noqa: E402
+                                         read_logits, some, whole_file)
+from predict import probabilities  # noqa: E402
+from preprocess_deepmar_pytorch import MAX_PIXELS, read_list, stem  # noqa: E402
+
+PICTURES = 300     # shown at most
+WORST = 150        # of these, the ones with the lowest accuracy; the others are the worst of each attribute
+THUMB = (128, 256)  # width and height of a picture at most, in pixels; PETA's images are not much larger
+WEAKEST = 5        # attributes to mark
+KINDS = [("missed", "○", "Missed"), ("wrong", "✗", "Wrongly said"), ("right", "✓", "Right")]
+COLUMNS = ["batch_size", "devices", "backend", "model", "images", "e2e_images_per_s", "interface_images_per_s",
+           "card_images_per_s", "instance_acc"]
+RATES = [name for name in COLUMNS if name.endswith("images_per_s")]
+UNKNOWN = "not recorded"
+
+# What is read from the two JSON files, as fits() takes it.
+NUMBER, MAYBE = (int, float), (int, float, type(None))
+FUSION = {"instance_acc": NUMBER, "instance_precision": NUMBER, "instance_recall": NUMBER, "instance_F1": NUMBER,
+          "mA": MAYBE, "images": int, "published_acc": MAYBE,
+          "attributes": [{"name": str, "positives": int, "negatives": int, "label_pos_acc": MAYBE,
+                          "label_neg_acc": MAYBE, "label_acc": MAYBE}]}
+COMPARISON = {"a": str, "b": str, "images": int, "attributes": int, "max_difference": NUMBER, "mean_difference": NUMBER,
+              "cosine_similarity": NUMBER, "lowest_cosine_similarity": NUMBER, "lowest_cosine_similarity_image": str,
+              "flips": int, "decisions": int, "images_with_flips": int, "allowed_difference": NUMBER,
+              "allowed_flips": int, "within_tolerances": bool, "metrics": (dict, type(None)),
+              "flipped_attributes": [{"name": str, "flips": int, "gained": int, "lost": int}],
+              "worst_images": [{"name": str, "max_difference": NUMBER, "attribute": str, "flipped": [str]}]}
+CHANGE = {"a": MAYBE, "b": MAYBE, "change": MAYBE}
+
+
+def fits(value, shape):
+    """Whether a value of a JSON file is of a shape: a type or types, [the shape of each item] or {key: shape}.
+
+    Numbers must be finite, and not so large that they are no figures of a run.
+    """
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(key in value and fits(value[key], shape[key]) for key in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+    return isinstance(value, shape) and (not isinstance(value, NUMBER) or abs(value) < 1e15)
+
+
+def read_json(path, shape, writer):
+    """Returns the content of a JSON file that has the shape, which writer makes; raises OSError or ValueError."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            value = json.load(f)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("%s: is not JSON: %s; %s writes this file" % (path, error, writer))
+    if not fits(value, shape):
+        raise ValueError("%s: is not what %s writes" % (path, writer))
+    return value
+
+
+def number(text):
+    """A rate or accuracy in a text file; raises ValueError."""
+    value = float(text)
+    if not 0 <= value < 1e15:
+        raise ValueError
+    return value
+
+
+def same(a, b):
+    """Whether two figures are equal, but for rounding; None and NaN stand for undefined."""
+    undefined = [value is None or math.isnan(value) for value in (a, b)]
+    return all(undefined) or not any(undefined) and abs(a - b) < 1e-9
+
+
+def read_fusion(path, metrics, figures):
+    """Returns stage 7's figures; raises ValueError unless they are those of evaluate(), metrics and figures."""
+    fusion = read_json(path, FUSION, "postprocess_deepmar_pytorch.py")
+    if not 0 <= (fusion["published_acc"] or 0) <= 1:
+        raise ValueError("%s: published_acc %r is not between 0 and 1" % (path, fusion["published_acc"]))
+    pairs = [(name, fusion[name], value) for name, value in metrics.items()]
+    if len(fusion["attributes"]) != len(figures["positives"]):
+        pairs.append(("number of attributes", len(fusion["attributes"]), len(figures["positives"])))
+    for i, row in enumerate(fusion["attributes"]):
+        pairs += [("%s of %s" % (key, row["name"]), row[key], float(values[i])) for key, values in figures.items()
+                  if i < len(values)]
+    for name, theirs, ours in pairs:
+        if not same(theirs, ours):
+            raise ValueError("%s: its %s is %s, but the results and labels give %s; run postprocess_deepmar_pytorch.py "
+                             "on these results again" % (path, name, theirs, ours))
+    return fusion
+
+
+def read_throughput(path, images, accuracy):
+    """Returns the rows of a throughput.csv by batch size, a dict of COLUMNS each, None where a rate is unknown.
+
+    Raises OSError, or ValueError that names the line, also where the rows are not of a run over so many images with
+    this instance_acc.
+    """
+    rows = []
+    with open(path, encoding="utf-8", newline="") as f:
+        reader = csv.DictReader(f, strict=True)
+        try:
+            if reader.fieldnames != COLUMNS:
+                raise ValueError("%s: its first line is not %s; run_all.sh writes this file"
+                                 % (path, ",".join(COLUMNS)))
+            for row in reader:
+                try:
+                    if None in row or None in row.values() or not re.match(r"\d+( \d+)*$", row["devices"]):
+                        raise ValueError
+                    row.update({name: number(row[name]) if row[name] else None for name in RATES},
+                               batch_size=int(row["batch_size"]), images=int(row["images"]),
+                               instance_acc=number(row["instance_acc"]))
+                except ValueError:
+                    raise ValueError("%s: line %d is not of the form %s; run_all.sh writes this file"
+                                     % (path, reader.line_num, ",".join(COLUMNS)))
+                if row["images"] != images:
+                    raise ValueError("%s: line %d is of a run over %d images, the results are of %d; run all batch "
+                                     "sizes over the same list" % (path, reader.line_num, row["images"], images))
+                rows.append(row)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError("%s: is not a CSV file: %s" % (path, error))
+    # The file may hold few digits.
+    if not any(abs(row["instance_acc"] - accuracy) < 1e-4 for row in rows):
+        raise ValueError("%s: no line has the results' instance_acc %.6f; it is of another run" % (path, accuracy))
+    return sorted(rows, key=lambda row: (row["batch_size"], row["devices"]))
+
+
+def read_perf(paths):
+    """Returns the benchmark tool's perf files as rows like read_throughput()'s; raises OSError or ValueError."""
+    rows = []
+    for path in paths:
+        name = re.match(r"perf_vision_batchsize_(\d+)_device_(\d+)\.txt$", os.path.basename(path))
+        with open(path, encoding="utf-8", errors="replace") as f:
+            text = f.read(4096)
+        e2e = re.search(r"^\[e2e\] throughputRate: ([^,]+),", text, re.MULTILINE)
+        interface = re.search(r"\bInterface throughputRate: ([^,]+),", text)
+        try:
+            rows.append(dict(dict.fromkeys(COLUMNS), batch_size=int(name.group(1)), devices=name.group(2),
+                             backend=UNKNOWN, model=UNKNOWN, e2e_images_per_s=number(e2e.group(1)),
+                             interface_images_per_s=number(interface.group(1))))
+        except (AttributeError, ValueError):
+            raise ValueError("%s: is no perf_vision_batchsize_<N>_device_<ID>.txt of the benchmark tool" % path)
+    return sorted(rows, key=lambda row: (row["batch_size"], row["devices"]))
+
+
+def read_comparison(path, stems, attributes, accuracy):
+    """Returns what tools/compare.py wrote; raises OSError, or ValueError if it is of other images or results."""
+    report = read_json(path, COMPARISON, "tools/compare.py --json")
+    metrics = report["metrics"] or {}
+    if not all(fits(values, CHANGE) for values in metrics.values()):
+        raise ValueError("%s: is not what tools/compare.py --json writes" % path)
+    ours = metrics.get("instance_acc", {"a": accuracy, "b": accuracy})
+    if (report["images"], report["attributes"]) != (len(stems), attributes) \
+            or not {row["name"] for row in report["worst_images"]} <= set(stems) \
+            or not (same(ours["a"], accuracy) or same(ours["b"], accuracy)):
+        raise ValueError("%s: does not compare these results with others; run tools/compare.py on them again" % path)
+    return report
+
+
+def chart(rows):
+    """Returns a bar chart of the rates over the batch sizes, as SVG for an HTML page; None where no rate is known."""
+    if not any(row["e2e_images_per_s"] or row["interface_images_per_s"] for row in rows):
+        return None
+    import logging
+    import xml.etree.ElementTree as ElementTree
+    # matplotlib warns when it first lists the fonts, and where it cannot write the list into the home folder.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    import matplotlib
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
+    several = len({row["devices"] for row in rows}) > 1
+    style = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "axes.spines.top": False,
+             "axes.spines.right": False, "axes.edgecolor": "#888", "xtick.color": "#888", "ytick.color": "#888",
+             "grid.color": "#888", "grid.alpha": 0.35, "axes.axisbelow": True, "legend.frameon": False}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(4.6, 0.9 + 0.45 * len(rows)), facecolor="none")
+        axes = figure.add_subplot(facecolor="none")
+        for column, label, colour, shift in (("e2e_images_per_s", "end to end", "#2f74c0", -0.2),
+                                             ("interface_images_per_s", "in the model (Interface)", "#c77a0a", 0.2)):
+            values = [(i + shift, row[column]) for i, row in enumerate(rows) if row[column] is not None]
+            bars = axes.barh([place for place, _ in values], [value for _, value in values], 0.36, color=colour,
+                             label=label)
+            axes.bar_label(bars, ["%.*f" % (value < 100, value) for _, value in values], padding=2, fontsize=8)
+        axes.set_yticks(range(len(rows)))
+        axes.set_yticklabels(["%d%s" % (row["batch_size"], "\ndevice " + row["devices"] if several else "")
+                              for row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)  # the smallest batch on top
+        axes.margins(x=0.1)
+        axes.set_ylabel("batch size")
+        axes.set_xlabel("images per second")
+        axes.grid(axis="x")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", bbox_inches="tight")
+    for prefix, uri in (("", "http://www.w3.org/2000/svg"), ("xlink", "http://www.w3.org/1999/xlink")):
+        ElementTree.register_namespace(prefix, uri)
+    root = ElementTree.fromstring(file.getvalue())
+    for child in [child for child in root if child.tag.endswith("metadata")]:
+        root.remove(child)  # the date, and the plot library's address
+    for name in ("width", "height"):
+        del root.attrib[name]  # the page's style sets them
+    root.attrib.update({"role": "img",
+                        "aria-label": "Bar chart of the throughput by batch size; the table below has its numbers"})
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def choose(accuracy, logits, true):
+    """Returns the indexes of the images to show, at most PICTURES, the worst first.
+
+    accuracy: of each image; logits, true: [images, attributes]. The WORST images of all; then in turn, for each
+    attribute, the one where the model is surest that it is there and it is not, or the other way round; then the rest.
+    """
+    wrong = (logits >= 0) != true
+    order = np.lexsort((-np.abs(logits * wrong).max(axis=1), -wrong.sum(axis=1), accuracy)).tolist()
+    queues = []
+    for column in range(true.shape[1]):
+        for mistaken in (wrong & true, wrong & ~true):
+            images = np.flatnonzero(mistaken[:, column])
+            queues.append(images[np.argsort(-np.abs(logits[images, column]), kind="stable")][:PICTURES].tolist())
+    turns = (image for turn in itertools.zip_longest(*queues) for image in turn if image is not None)
+    chosen = set(list(dict.fromkeys(itertools.chain(order[:WORST], turns, order)))[:PICTURES])
+    return [image for image in order if image in chosen]
+
+
+def thumbnail(path):
+    """Returns an image file as a small JPEG, (data: URI, width, height); raises what Pillow raises, or ValueError."""
+    if not os.path.isfile(path):
+        raise ValueError("no such file")
+    with Image.open(path) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError("%d x %d pixels are too many" % image.size)
+        image.draft("RGB", (2 * THUMB[0], 2 * THUMB[1]))
+        picture = image.convert("RGB")
+    picture.thumbnail(THUMB, Image.BICUBIC)
+    picture.info.clear()  # a comment or colour profile would be copied
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=80)
+    return ("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode(),) + picture.size
+
+
+def gallery(folder, names, logits, true):
+    """Returns the pictures to show, as dicts for the template; raises ValueError that names the unreadable files.
+
+    names: of the images in the folder; logits, true: [images, attributes].
+    """
+    said = logits >= 0
+    either = (said | true).sum(axis=1)
+    accuracy = (said & true).sum(axis=1) / np.maximum(either, 1)
+    accuracy[either == 0] = 1  # nothing to say, and nothing said
+    chances = probabilities(logits)
+    cards, bad = [], []
+    chosen = choose(accuracy, logits, true)
+    with progress(len(chosen), "picture") as bar, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of oddities in files that it reads all the same
+        for image in chosen:
+            bar.update()
+            path = os.path.join(folder, names[image])
+            try:
+                source, width, height = thumbnail(path)
+            except Exception as error:  # Pillow raises nearly anything on damaged files
+                bad.append("%s (%s)" % (path, " ".join(str(error).split()) or repr(error)))
+                continue
+            card = {"name": names[image], "source": source, "width": width, "height": height,
+                    "accuracy": float(accuracy[image])}
+            for kind, which in (("missed", true & ~said), ("wrong", said & ~true), ("right", said & true)):
+                card[kind] = [(int(i), float(chances[image, i])) for i in np.flatnonzero(which[image])]
+            cards.append(card)
+    if bad:
+        raise ValueError("%d of %d pictures cannot be read: %s; --images is the folder that stage 4 read"
+                         % (len(bad), len(chosen), some(bad)))
+    return cards
+
+
+def percent(value, digits=2):
+    return "–" if value is None else "%.*f\N{NO-BREAK SPACE}%%" % (digits, round(100 * value, digits) + 0)
+
+
+def rate(value):
+    return "–" if value is None else "%.2f" % value
+
+
+def source_hash(text):
+    """What a content security policy calls an inline script or style."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode()
+
+
+def render(values):
+    """Returns the page, made from the template beside this file."""
+    import jinja2
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(os.path.dirname(os.path.abspath(__file__))),
+                                     autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters.update(percent=percent, rate=rate, source_hash=source_hash)
+    return environment.get_template("report_template.html").render(values)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--images", required=True, metavar="DIR", help="the folder of the images")
+    parser.add_argument("--list", default="image.txt", metavar="FILE",
+                        help="the images of the run (default: %(default)s)")
+    parser.add_argument("--labels", default="label.json", metavar="FILE", help="the truth (default: %(default)s)")
+    parser.add_argument("--results", nargs="+", default=["result/dumpOutput_device0"], metavar="DIR",
+                        help="the folders of the result files (default: result/dumpOutput_device0)")
+    parser.add_argument("--fusion", default="fusion_result.json", metavar="FILE",
+                        help="what stage 7 wrote for these results (default: %(default)s)")
+    speed = parser.add_mutually_exclusive_group()
+    speed.add_argument("--throughput", metavar="FILE", help="the throughput.csv of run_all.sh")
+    speed.add_argument("--perf", nargs="+", default=[], metavar="FILE",
+                       help="the benchmark tool's perf_vision_batchsize_<N>_device_<ID>.txt")
+    parser.add_argument("--compare", metavar="FILE", help="what tools/compare.py --json wrote")
+    parser.add_argument("--attributes", metavar="FILE",
+                        help="the attributes' names, one a line (default: those in fusion_result.json)")
+    parser.add_argument("--output", default="report.html", metavar="FILE",
+                        help="the page to write (default: %(default)s)")
+    args = parser.parse_args(argv)
+
+    names = read_list(args.list)
+    stems = [stem(name) for name in names]
+    rows, labels = read_labels(args.labels)
+    results = list_results(args.results)
+    folders = ", ".join(args.results)
+    for where, missing in ((folders, set(stems) - set(results)), (args.list, set(results) - set(stems)),
+                           (args.labels, set(stems) - set(rows))):
+        if missing:
+            raise ValueError("%s: has nothing for %d images of the run: %s; give the results, list and labels of "
+                             "one run" % (where, len(missing), some(sorted(missing))))
+    logits = read_logits([results[name] for name in stems], labels.shape[1])
+    true = labels[[rows[name] for name in stems]] == 1
+    fusion = read_fusion(args.fusion, *evaluate(logits, true))
+    if fusion["images"] != len(names):
+        raise ValueError("%s: is of %d images, the results are of %d; run postprocess_deepmar_pytorch.py on these "
+                         "results again" % (args.fusion, fusion["images"], len(names)))
+    if args.attributes is not None:
+        for row, name in zip(fusion["attributes"], attribute_names(labels.shape[1], args.attributes)):
+            row["name"] = name
+    speeds = read_perf(args.perf)
+    if args.throughput is not None:
+        speeds = read_throughput(args.throughput, len(names), fusion["instance_acc"])
+    comparison = None
+    if args.compare is not None:
+        comparison = read_comparison(args.compare, stems, labels.shape[1], fusion["instance_acc"])
+
+    def used(column):
+        return ", ".join(dict.fromkeys(row[column] for row in speeds)) or UNKNOWN
+
+    by_accuracy = sorted(fusion["attributes"], key=lambda row: 2 if row["label_acc"] is None else row["label_acc"])
+    published = fusion["published_acc"]
+    drop = None if published is None else published - fusion["instance_acc"]
+    cards = gallery(args.images, names, logits, true)
+    page = render({
+        "fusion": fusion, "drop": drop, "max_drop": MAX_DROP, "passed": drop is None or drop <= MAX_DROP + 1e-9,
+        "metrics": [(name, fusion[name]) for name in ("instance_acc", "instance_precision", "instance_recall",
+                                                      "instance_F1", "mA")],
+        "run": [("Model", used("model")), ("Backend", used("backend")), ("Device", used("devices")),
+                ("Images scored", len(names)), ("Results", folders),
+                ("Scored", time.strftime("%Y-%m-%d %H:%M", time.localtime(os.path.getmtime(args.fusion))))],
+        "rows": speeds, "chart": chart(speeds), "attributes": by_accuracy,
+        "weakest": [row for row in by_accuracy if row["label_acc"] is not None][:WEAKEST], "comparison": comparison,
+        "cards": cards, "kinds": KINDS})
+    data = page.encode("utf-8", "replace")  # names in JSON may hold half a surrogate pair
+    with whole_file(args.output) as temporary, open(temporary, "wb") as f:
+        f.write(data)
+    print("%s: %d images, %d pictures, %.1f MB" % (args.output, len(names), len(cards), len(data) / 1e6))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit("report.py: error: %s" % error)
+    except ImportError as error:
+        sys.exit("report.py: error: %s; the packages that it needs are in requirements.txt" % error)
+    except KeyboardInterrupt:
+        sys.exit("report.py: interrupted; nothing was written")

@@ -1,0 +1,132 @@
+"""The throughput and accuracy of a run at its batch sizes, as a table on the screen, OUTPUT.csv and OUTPUT.md.
+
+    python3 tools/table.py throughput --run 1 result_bs1 deepmar_bs1.om benchmark.x86_64 \\
+        --run 8 result_bs8 deepmar_bs8.om benchmark.x86_64 --devices 0 --chips 4
+
+--run BATCH_SIZE FOLDER MODEL BACKEND, once for each batch size. The folder holds fusion_result.json of stage 7 and
+perf_vision_batchsize_<N>_device_<D>.txt of each device, or, of backend ais_bench, ais_bench_batchsize_<N>_device_<D>.log, whose
+tool measures no end-to-end rate. Rates are in images per second. With several devices they are the sums of what the
+devices reached at the same time; with one, the card's rate is the Interface throughputRate times the card's chips
+(4 on a 310, 1 on a 310P). Fails if the accuracy differs between the batch sizes.
+"""
+import argparse
+import csv
+import io
+import json
+import os
+import re
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from postprocess_deepmar_pytorch import whole_file  # noqa: E402
+
+COLUMNS = ("batch_size", "devices", "backend", "model", "images", "e2e_images_per_s", "interface_images_per_s",
+           "card_images_per_s", "instance_acc")
+MAX_DIFFERENCE = 0.0001  # of instance_acc between batch sizes: a logit may round to the other side of 0 in an image or two
+
+
+def read(path):
+    """Returns a file's text; raises OSError, or ValueError where it is none."""
+    with open(path, encoding="utf-8") as f:
+        return f.read()
+
+
+def perf_rates(folder, batch_size, devices):
+    """Returns (end-to-end, Interface) rates from the perf files, summed over the devices; raises OSError or ValueError."""
+    rates = []
+    for device in devices:
+        path = os.path.join(folder, "perf_vision_batchsize_%d_device_%s.txt" % (batch_size, device))
+        text = read(path)
+        found = [re.search(pattern, text, re.MULTILINE) for pattern in
+                 (r"^\[e2e\] throughputRate: ([0-9.e+]+),", r"^\[infer\] .*Interface throughputRate: ([0-9.e+]+),")]
+        if None in found:
+            raise ValueError("%s: is no perf file of the benchmark tool; run stage 6 again" % path)
+        rates.append([float(match.group(1)) for match in found])
+    return tuple(map(sum, zip(*rates)))
+
+
+def ais_bench_rate(folder, batch_size, devices):
+    """Returns the throughput that ais_bench's log reports, of all devices; raises OSError or ValueError."""
+    path = os.path.join(folder, "ais_bench_batchsize_%d_device_%s.log" % (batch_size, "_".join(devices)))
+    pattern = r"summary throughput: ?(\S+)" if len(devices) > 1 else r"throughput 1000\*batchsize\S*: (\S+)"
+    found = re.findall(pattern, read(path))
+    try:
+        return float(found[-1])
+    except (IndexError, ValueError):
+        raise ValueError("%s: has no line of ais_bench's throughput; run stage 6 again" % path)
+
+
+def row(batch_size, folder, model, backend, devices, chips):
+    """Returns a row of the table, a dict of COLUMNS; None where a figure was not measured."""
+    if backend == "ais_bench":
+        e2e, interface = None, ais_bench_rate(folder, batch_size, devices)
+    else:
+        e2e, interface = perf_rates(folder, batch_size, devices)
+    path = os.path.join(folder, "fusion_result.json")
+    try:
+        fusion = json.loads(read(path))
+        images, accuracy = fusion["images"], float(fusion["instance_acc"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError("%s: is not what stage 7 writes; run it again" % path)
+    on_card = not backend.startswith("ONNX Runtime") and chips
+    card = None if not on_card else interface if len(devices) > 1 else chips * interface
+    return dict(zip(COLUMNS, (batch_size, " ".join(devices), backend, model, images, e2e, interface, card, accuracy)))
+
+
+def markdown(rows, devices, chips):
+    """Returns the table's lines, in the manner of the guide's chapter 7."""
+    if len(devices) > 1:
+        card = "all devices, measured"
+    else:
+        card = "card (x %d)" % chips if chips else "card"
+    head = ["batch size", "end to end", "Interface", card, "instance_acc"]
+    cells = [[str(r["batch_size"])] + ["-" if r[key] is None else "%.2f" % r[key] for key in COLUMNS[5:8]]
+             + [repr(r["instance_acc"])] for r in rows]
+    widths = [max(map(len, column)) for column in zip(head, *cells)]
+    lines = ["| %s |" % " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in [head] + cells]
+    return lines[:1] + ["|%s|" % "|".join("-" * (width + 1) + ":" for width in widths)] + lines[1:]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("output", help="writes OUTPUT.csv and OUTPUT.md")
+    parser.add_argument("--run", nargs=4, action="append", required=True,
+                        metavar=("BATCH_SIZE", "FOLDER", "MODEL", "BACKEND"), help="the results at a batch size")
+    parser.add_argument("--devices", nargs="+", default=["0"], metavar="D", help="the devices used (default: 0)")
+    parser.add_argument("--chips", type=int, default=0, help="of a card: 4 of a 310, 1 of a 310P (default: unknown)")
+    args = parser.parse_args(argv)
+    if not all(re.fullmatch("[1-9][0-9]*", run[0]) for run in args.run):
+        parser.error("--run: BATCH_SIZE must be a positive whole number")
+
+    rows = [row(int(size), folder, model, backend, args.devices, args.chips)
+            for size, folder, model, backend in sorted(args.run, key=lambda run: int(run[0]))]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    lines = markdown(rows, args.devices, args.chips)
+    for path, content in ((args.output + ".csv", text.getvalue()), (args.output + ".md", "\n".join(lines) + "\n")):
+        with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as f:
+            f.write(content)
+
+    print("images per second at each batch size, %d images, device %s, %s"
+          % (rows[0]["images"], " ".join(args.devices), ", ".join(sorted({r["backend"] for r in rows}))))
+    print("\n".join(lines))
+    accuracies = [r["instance_acc"] for r in rows]
+    difference = max(accuracies) - min(accuracies)
+    if difference > MAX_DIFFERENCE or len({r["images"] for r in rows}) > 1:
+        raise ValueError("%s.csv: instance_acc differs between the batch sizes, by %.6f; compare two of their result "
+                         "folders with tools/compare.py" % (args.output, difference))
+    if len(rows) > 1:
+        print("instance_acc is the same at all batch sizes" if not difference else
+              "note: instance_acc differs by %.2g between the batch sizes" % difference)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit("table.py: error: %s" % error)
+    except KeyboardInterrupt:
+        sys.exit("table.py: interrupted; nothing was written")

@@ -14,11 +14,12 @@ import re
 import sys
 
 CHANNELS, BYTES = 3, 4  # a bin is float32 [3,height,width]
+DIGITS = re.compile("[0-9]+")
 
 
 def natural(name):
-    """A sort key that orders runs of digits by their value: 2.bin, 10.bin; equal values (1, 01) by their text."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split("([0-9]+)", name)], name
+    """A sort key that orders runs of up to 20 digits by their value: 2.bin, 10.bin."""
+    return DIGITS.sub(lambda run: run.group().zfill(20), name)
 
 
 def list_bins(folder, width, height):
@@ -39,7 +40,7 @@ def list_bins(folder, width, height):
                             ", ".join(sorted(wrong)[:5]), ", ..." * (len(wrong) > 5)))
     if not names:
         raise ValueError("%s: holds no .bin file; preprocess_deepmar_pytorch.py writes them" % folder)
-    return sorted(names, key=natural)
+    return sorted(sorted(names), key=natural)  # equal values (1, 01) by their text
 
 
 @contextlib.contextmanager
@@ -80,9 +81,9 @@ def main(argv=None):
     broken = [name for name in names + [folder] if re.search("[\n\ud800-\udfff]", name)]  # the latter: not UTF-8
     if broken:
         raise ValueError("%r: a line of the info file cannot hold this name" % broken[0])
+    start, end = os.path.join(folder, ""), " %s %s\n" % (width, height)
     with whole_file(info) as temporary, open(temporary, "w", encoding="utf-8") as f:
-        for index, name in enumerate(names):
-            f.write("%d %s %s %s\n" % (index, os.path.join(folder, name), width, height))
+        f.writelines("%d %s%s%s" % (index, start, name, end) for index, name in enumerate(names))
     print("%s: %d bins of %s, %s x %s" % (info, len(names), folder, width, height))
     spaced = [name for name in [folder] + names if " " in name]
     if spaced:

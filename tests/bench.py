@@ -1,56 +1,563 @@
-"""Measures the benchmark tool's stand-in against the bare ONNX Runtime session, side by side in one run.
+"""Measures each stage side by side with what a user would have instead.
 
-    python3 tests/bench.py work/deepmar_bs1_nopad.onnx work/input_bin --images 200 --rounds 7
+    python3 tests/bench.py                             everything, about 12 minutes on two cores
+    python3 tests/bench.py --only preprocess startup   some of it
+    python3 tests/bench.py --quick                     a small run, which shows that the benchmark works and no more
 
-Theirs: the same session, looping over one array in memory. Ours: reading the bins, inference, writing the results. Prints
-both rates and their ratio for each round, and the medians, with the machine and the versions.
+Makes what it needs (drawn images, a checkpoint, models, bins) in a scratch folder below TMPDIR. The sides of a
+comparison take turns, several rounds; a figure is the median of the rounds, a ratio the median of the rounds' ratios.
+"limit" is what the work cannot do without, measured alone. Exits with 0 whether or not a figure is within reach; run it
+on an idle machine.
 """
 import argparse
+import contextlib
+import io
+import itertools
+import json
+import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 
 import numpy as np
+from PIL import Image
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools"))
-from benchmark import open_session, run  # noqa: E402
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tools")]
+import get_info  # noqa: E402
+import postprocess_deepmar_pytorch as postprocess  # noqa: E402
+import preprocess_deepmar_pytorch as preprocess  # noqa: E402
+
+CORES = len(os.sched_getaffinity(0))
+FLOP = 2 * 4.09e9  # of a ResNet-50 at 224x224: two for each multiplication and addition
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="an ONNX model; its batch size is the one measured")
-    parser.add_argument("bins", help="a folder of bins")
-    parser.add_argument("--images", type=int, default=200, help="images a round (default: 200)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds (default: 7)")
-    args = parser.parse_args()
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+def in_child(function, *arguments, **settings):
+    """Runs a function in a process of its own, on cores=N cores; returns its result."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def work():
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:settings.get("cores", CORES)])
+        with contextlib.redirect_stdout(io.StringIO()):
+            sender.send(function(*arguments))
+
+    process = context.Process(target=work)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise ValueError("a measurement failed, see above")
+    finally:
+        process.join()
+
+
+def clock(function, *arguments):
+    """The seconds that a call takes."""
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def command(*arguments, **settings):
+    """Runs a command, its output kept for the message of a failure; returns the output."""
+    process = subprocess.run([str(argument) for argument in arguments], stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, universal_newlines=True, **settings)
+    if process.returncode:
+        raise ValueError("%s failed: %s" % (" ".join(map(str, arguments)), process.stdout[-2000:]))
+    return process.stdout
+
+
+def take_turns(rounds, **sides):
+    """Calls each side, a function of the round's number that returns seconds, in each round, in an order that rotates.
+
+    Returns {side: [seconds]}.
+    """
+    times = {name: [] for name in sides}
+    names = list(sides)
+    for number in range(rounds):
+        for name in names[number % len(names):] + names[:number % len(names)]:
+            times[name].append(sides[name](number))
+    return times
+
+
+def compared(stage, against, reach, ours, theirs, limit=None, bound="", count=None, slower=False):
+    """A row of the result from the seconds that each side took in each round.
+
+    Its figures are rates where there is a count of images, else seconds. reach is the least ratio of the speeds, or
+    with slower=True the largest ratio of the times.
+    """
+    def figure(times):
+        return times and (count / statistics.median(times) if count else statistics.median(times))
+
+    ratio = statistics.median(a / b if slower else b / a for a, b in zip(ours, theirs))
+    return {"stage": stage, "against": against, "unit": "images/s" if count else "s", "theirs": figure(theirs),
+            "ours": figure(ours), "limit": figure(limit), "limit_is": bound, "ratio": ratio,
+            "reach": ("<= %g" if slower else ">= %g") % reach,
+            "met": ratio <= reach if slower else ratio >= reach}
+
+
+# --- what the rows share ---------------------------------------------------------------------------------------------
+
+class Scene(object):
+    """The inputs of the measurements, each made when it is first asked for, in a scratch folder."""
+
+    def __init__(self, folder, quick):
+        self.folder, self.quick = folder, quick
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def new_folder(self):
+        """An empty folder. Nothing is deleted between rounds: ext4 then creates files ten times slower for a while."""
+        return tempfile.mkdtemp(dir=self.folder)
+
+    def sample(self):
+        """A folder with run_all.sh's sample, of few images."""
+        path = self.path("work")
+        if not os.path.exists(path):
+            def make():
+                import sample
+                if self.quick:
+                    sample.TRAIN, sample.STATISTICS = 24, 16
+                sample.main([os.path.join(path, "sample"), "--images", str(12 if self.quick else 200)])
+            os.mkdir(path)
+            in_child(make)
+        return path
+
+    def model(self, batch_size):
+        """The path of the sample's ONNX model for a batch size."""
+        path = self.path("bs%d.onnx" % batch_size)
+        if not os.path.exists(path):
+            command(sys.executable, os.path.join(ROOT, "export_onnx.py"), self.sample() + "/sample/checkpoint.pth.tar",
+                    path + ".pad", batch_size)
+            command(sys.executable, os.path.join(ROOT, "remove_pad.py"), path + ".pad", path)
+        return path
+
+    def images(self):
+        """(folder of PNGs of PETA's sizes, their list, their names)."""
+        folder, image_txt, count = self.path("images"), self.path("image.txt"), 40 if self.quick else 1000
+        names = ["%05d.png" % i for i in range(count)]
+        if not os.path.exists(folder):
+            os.mkdir(folder)
+            from sample import pedestrians
+            drawn = pedestrians(min(count, 250), 3)[0]
+            for name, image in zip(names, itertools.cycle(drawn)):
+                image.save(os.path.join(folder, name))
+            with open(image_txt, "w") as f:
+                f.write("\n".join(names))
+        return folder, image_txt, names
+
+    def bins(self):
+        """[(name, path)] of up to 600 bins that are on the disk, not only in memory."""
+        images, image_txt, names = self.images()
+        folder, image_txt = self.path("input_bin"), self.path("bins.txt")
+        names = names[:16 if self.quick else 600]
+        bins = [(name[:5], os.path.join(folder, name[:5] + ".bin")) for name in names]
+        if not os.path.exists(folder):
+            with open(image_txt, "w") as f:
+                f.write("\n".join(names))
+            in_child(preprocess.main, [images, folder, image_txt])
+            for _, path in bins:
+                with open(path, "rb") as f:
+                    os.fsync(f.fileno())
+        return bins
+
+
+# --- preprocess ------------------------------------------------------------------------------------------------------
+
+def guides_preprocess(images, folder, names):
+    """The guide's way, written down plainly: one process, float32, tofile."""
+    for name in names:
+        image = Image.open(os.path.join(images, name)).convert("RGB").resize((224, 224), Image.BILINEAR)
+        array = np.array(image, dtype=np.float32).transpose(2, 0, 1)
+        array = array / 255
+        for channel, (mean, std) in enumerate(zip([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])):
+            array[channel] -= mean
+            array[channel] /= std
+        array.tofile(os.path.join(folder, name.split(".")[0] + ".bin"))
+
+
+def decode(path):
+    with Image.open(path) as image:
+        image.convert("RGB").resize((224, 224), Image.BILINEAR)
+
+
+def decode_all(paths, processes):
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        pool.map(decode, paths, chunksize=16)
+
+
+def row_preprocess(scene):
+    images, image_txt, names = scene.images()
+    paths = [os.path.join(images, name) for name in names]
+    written = []
+
+    def theirs(_):
+        written.append(scene.new_folder())
+        return in_child(clock, guides_preprocess, images, written[-1], names)
+
+    def ours(cores):
+        def measure(_):
+            written.append(os.path.join(scene.new_folder(), "input_bin"))
+            return in_child(clock, preprocess.main, [images, written[-1], image_txt], cores=cores)
+        return measure
+
+    def recycled(side):
+        """Empties the files of a measurement after it, so that the next ones' take memory that is in use already:
+        memory that a virtual machine has not touched before takes ten times as long."""
+        def measure(number):
+            seconds = side(number)
+            for name in os.listdir(written[-1]):
+                os.truncate(os.path.join(written[-1], name), 0)
+            return seconds
+        return measure
+
+    theirs(0)
+    ours(CORES)(0)
+    equal = 0
+    for name in os.listdir(written[0]):
+        with open(os.path.join(written[0], name), "rb") as a, open(os.path.join(written[1], name), "rb") as b:
+            equal += a.read() == b.read()
+    for folder, name in itertools.product(written, os.listdir(written[0])):
+        os.truncate(os.path.join(folder, name), 0)
+    yield {"stage": "preprocess", "against": "the guide's bytes", "unit": "bins", "theirs": len(names), "ours": equal,
+           "limit": None, "limit_is": "", "ratio": equal / len(names), "reach": ">= 1", "met": equal == len(names)}
+
+    cores = sorted({1, CORES}, reverse=True)
+    sides = {"theirs": recycled(theirs)}
+    for n in cores:
+        sides["ours%d" % n] = recycled(ours(n))
+        sides["limit%d" % n] = lambda _, n=n: in_child(clock, decode_all, paths, n, cores=n)
+    times = take_turns(2 if scene.quick else 7, **sides)
+    for n in cores:
+        stage, mine, limit = "preprocess, %d core%s" % (n, "s" * (n > 1)), times["ours%d" % n], times["limit%d" % n]
+        yield compared(stage, "the guide's way", 2.3 if n == 1 else 5, mine, times["theirs"], limit, "decode + resize",
+                       len(names))
+        yield compared(stage, "decode + resize alone", 0.7, mine, limit, limit, "decode + resize", len(names))
+
+
+# --- inference -------------------------------------------------------------------------------------------------------
+
+def measure_standin(model, batch, bins, rounds, new_folder):
+    """The stand-in, with bins in memory and on the disk, the bare session and, at batch size 1, a plain loop."""
     import onnxruntime
-    session = open_session(args.model)
-    batch = session.get_inputs()[0].shape[0]
-    bins = [(name[:-len(".bin")], os.path.join(args.bins, name)) for name in sorted(os.listdir(args.bins))]
-    bins = [("%d_%s" % (i, bins[i % len(bins)][0]), bins[i % len(bins)][1])
-            for i in range(args.images // batch * batch)]
-    array = np.fromfile(bins[0][1], "<f4").reshape(1, 3, 224, 224).repeat(batch, axis=0)
-    feed = {session.get_inputs()[0].name: array}
-    print("%s, %d cores, Python %s, numpy %s, ONNX Runtime %s, %s, batch size %d, %d images a round"
-          % (platform.platform(), len(os.sched_getaffinity(0)), platform.python_version(), np.__version__,
-             onnxruntime.__version__, session.get_providers()[0], batch, len(bins)))
-    rounds = []
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        for i in range(args.rounds):
+    from benchmark import open_session, run
+    session = open_session(model)
+    array = np.stack([np.fromfile(path, "<f4").reshape(3, 224, 224) for _, path in bins[:batch]])
+    feed = {"actual_input_1": array}
+    plain = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    folders = iter([new_folder() for _ in range(4 * rounds)])
+
+    def forget():
+        for _, path in bins:
+            with open(path, "rb") as f:
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def remember():
+        for _, path in bins:
+            with open(path, "rb") as f:
+                f.read()
+
+    def bare(_):
+        return clock(lambda: [session.run(None, feed) for _ in range(len(bins) // batch)])
+
+    def standin(_):
+        return run(session, bins, batch, 224, 224, next(folders), lambda done: None)["e2e"].seconds
+
+    def loop(_):
+        def work(folder):
+            for name, path in bins:
+                image = np.fromfile(path, dtype=np.float32).reshape(1, 3, 224, 224)
+                logits, = plain.run(None, {"actual_input_1": image})
+                logits.tofile(os.path.join(folder, name + "_1.bin"))
+        return clock(work, next(folders))
+
+    sides = {"bare": bare, "warm": lambda i: (remember(), standin(i))[1], "cold": lambda i: (forget(), standin(i))[1]}
+    if batch == 1:
+        sides.update(loop=lambda i: (remember(), loop(i))[1], cold_loop=lambda i: (forget(), loop(i))[1])
+    session.run(None, feed)
+    plain.run(None, {"actual_input_1": array[:1]}) if batch == 1 else None
+    return take_turns(rounds, **sides)
+
+
+def row_standin(scene):
+    for batch in (1,) if scene.quick else (1, 8, 64):
+        bins = scene.bins()
+        bins = bins[:len(bins) // batch * batch]
+        times = in_child(measure_standin, scene.model(batch), batch, bins, 1 if scene.quick else 3, scene.new_folder)
+        for state in ("warm", "cold"):
+            yield compared("stand-in, batch %d, %s bins" % (batch, state), "bare session", 0.97, times[state],
+                           times["bare"], times["bare"], "bare session", len(bins))
+        if batch == 1:
+            for state, loop in (("warm", "loop"), ("cold", "cold_loop")):
+                yield compared("stand-in, batch 1, %s bins" % state, "plain loop", 1.05, times[state], times[loop],
+                               times["bare"], "bare session", len(bins))
+
+
+def measure_inference(checkpoint, model, batch, runs, rounds):
+    """ONNX Runtime and PyTorch on one batch, and numpy's matrix product."""
+    import torch
+    from benchmark import open_session
+    from DeepMAR import load_model
+    network, session = load_model(checkpoint), open_session(model)
+    array = np.random.RandomState(0).standard_normal((batch, 3, 224, 224)).astype(np.float32)
+    tensor, matrix = torch.from_numpy(array), np.ones((2048, 2048), np.float32)
+
+    def theirs(_):
+        with torch.no_grad():
+            return clock(lambda: [network(tensor) for _ in range(runs)])
+
+    def ours(_):
+        return clock(lambda: [session.run(None, {"actual_input_1": array}) for _ in range(runs)])
+
+    def limit(_):
+        seconds = statistics.median(clock(np.dot, matrix, matrix) for _ in range(5))
+        return seconds / (2 * 2048.0 ** 3) * FLOP * batch * runs
+
+    for side in (theirs, ours, limit):
+        side(0)
+    return take_turns(rounds, theirs=theirs, ours=ours, limit=limit)
+
+
+def row_inference(scene):
+    for batch in (1,) if scene.quick else (1, 8, 64):
+        runs = 2 if scene.quick else max(1, 64 // batch)
+        times = in_child(measure_inference, scene.sample() + "/sample/checkpoint.pth.tar", scene.model(batch), batch,
+                         runs, 2 if scene.quick else 5)
+        yield compared("inference, batch %d" % batch, "PyTorch eager", 1.6, times["ours"], times["theirs"],
+                       times["limit"], "float32 matrix rate", batch * runs)
+
+
+def measure_int8(models, runs, rounds):
+    """The float32 and the INT8 model at batch size 1."""
+    from benchmark import open_session
+    feed = {"actual_input_1": np.random.RandomState(0).standard_normal((1, 3, 224, 224)).astype(np.float32)}
+
+    def side(model):
+        session = open_session(model)
+        session.run(None, feed)
+        return lambda _: clock(lambda: [session.run(None, feed) for _ in range(runs)])
+    return take_turns(rounds, theirs=side(models[0]), ours=side(models[1]))
+
+
+def row_int8(scene):
+    work, model, int8 = scene.sample(), scene.model(1), scene.path("int8.onnx")
+    bins = scene.path("sample_bin")
+    in_child(preprocess.main, [work + "/sample/images", bins, work + "/sample/image.txt"])
+    text = command(sys.executable, os.path.join(ROOT, "tools", "quantize.py"), model, bins, int8, "--labels",
+                   work + "/sample/label.json", "--allow-drop")
+    float32, accuracy = [float(word.rstrip(",")) for word in text.split("float32 ")[1].split()[:3:2]]
+    runs = 2 if scene.quick else 64
+    times = in_child(measure_int8, (model, int8), runs, 2 if scene.quick else 5)
+    yield compared("INT8, batch 1", "float32", 3, times["ours"], times["theirs"], count=runs)
+    yield {"stage": "INT8, drop of instance_acc", "against": "float32", "unit": "%", "theirs": 100 * float32,
+           "ours": 100 * accuracy, "limit": None, "limit_is": "", "ratio": 100 * (float32 - accuracy),
+           "reach": "<= 0.5", "met": float32 - accuracy <= 0.005}
+
+
+# --- lists and results ------------------------------------------------------------------------------------------------
+
+def guides_postprocess(folder, label_file):
+    """The guide's way: a loop over the folder, an array for each file; then the metrics."""
+    with open(label_file) as f:
+        labels = json.load(f)
+    predicted, true = [], []
+    for name in os.listdir(folder):
+        logits = np.fromfile(os.path.join(folder, name), dtype=np.float32)
+        predicted.append(logits >= 0)
+        true.append(labels[name.replace("_1.bin", ".png")])
+    return postprocess.evaluate(np.array(predicted, np.float32) - 0.5, np.array(true))
+
+
+def read_all(folder):
+    for name in os.listdir(folder):
+        file = os.open(os.path.join(folder, name), os.O_RDONLY)
+        os.read(file, 200)
+        os.close(file)
+
+
+PEAK = """import sys
+sys.path.insert(0, sys.argv[1] + "/tests")
+import bench
+_, _, folder, labels, call = sys.argv
+eval(call)
+print([int(line.split()[1]) * 1024 / 1e6 for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+"""
+
+
+def row_postprocess(scene):
+    for count in (100, 1000) if scene.quick else (7600, 100000):
+        folder, label_file = scene.new_folder(), scene.path("label%d.json" % count)
+        random = np.random.RandomState(0)
+        names = ["%06d" % i for i in range(count)]
+        for name, logits in zip(names, random.standard_normal((count, 35)).astype("<f4")):
+            with open(os.path.join(folder, name + "_1.bin"), "wb") as f:
+                f.write(logits.tobytes())
+        labels = random.randint(0, 2, (count, 35)).tolist()
+        with open(label_file, "w") as f:
+            json.dump({name + ".png": label for name, label in zip(names, labels)}, f)
+        del labels
+
+        def ours(_):
+            os.chdir(scene.folder)  # where it writes fusion_result.json
+            return clock(postprocess.main, [folder, label_file])
+
+        in_child(guides_postprocess, folder, label_file)  # memory that a virtual machine has not touched before is slow
+        times = take_turns(2 if scene.quick else 5, ours=lambda i: in_child(ours, i), theirs=lambda _: in_child(
+            clock, guides_postprocess, folder, label_file), limit=lambda _: in_child(clock, read_all, folder))
+        stage = "postprocess, {:,}".format(count)
+        yield compared(stage, "the guide's way", 2, times["ours"], times["theirs"], times["limit"],
+                       "open, read, close", count)
+    # A program of its own each: the memory of a forked process would begin with that of its parent.
+    theirs, mine = (
+        float(command(sys.executable, "-c", PEAK, ROOT, folder, label_file, call, cwd=scene.folder).split()[-1])
+        for call in ("bench.guides_postprocess(folder, labels)", "bench.postprocess.main([folder, labels])"))
+    yield {"stage": stage + ", memory", "against": "the guide's way", "unit": "MB", "theirs": theirs, "ours": mine,
+           "limit": None, "limit_is": "", "ratio": mine / theirs, "reach": "300 MB", "met": mine < 300}
+
+
+def scan(folder):
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            entry.stat()
+
+
+def row_get_info(scene):
+    folder, count = scene.new_folder(), 1000 if scene.quick else 100000
+    for i in range(count):
+        if i % 50000 == 0:  # ext4 links a file at most 65,000 times
+            first = os.path.join(folder, "%06d.bin" % i)
+            with open(first, "wb") as f:
+                f.truncate(602112)
+        else:
+            os.link(first, os.path.join(folder, "%06d.bin" % i))
+    scan(folder)
+    arguments = [folder, scene.path("deepmar.info"), "224", "224"]
+    times = take_turns(3 if scene.quick else 7, theirs=lambda _: in_child(clock, scan, folder),
+                       ours=lambda _: in_child(clock, get_info.main, arguments))
+    yield compared("get_info, {:,}".format(count), "scandir + stat alone", 3, times["ours"], times["theirs"],
+                   times["theirs"], "scandir + stat", count, slower=True)
+
+
+# --- whole programs ---------------------------------------------------------------------------------------------------
+
+def row_startup(scene):
+    scripts = [os.path.normpath(os.path.join(folder, name)) for folder in (".", "tools")
+               for name in sorted(os.listdir(os.path.join(ROOT, folder)))
+               if name.endswith(".py") and name != "DeepMAR.py"]
+
+    def side(*arguments):
+        return lambda _: clock(lambda: command(sys.executable, *arguments))
+    sides = {name: side(os.path.join(ROOT, name), "--help") for name in scripts}
+    times = take_turns(2 if scene.quick else 9, theirs=side("-c", "import numpy"), empty=side("-c", "pass"), **sides)
+    for name in scripts:
+        yield compared("start-up, %s --help" % name, "python3 -c 'import numpy'", 1.5, times[name], times["theirs"],
+                       times["empty"], "python3 -c pass", slower=True)
+
+
+def row_run(scene):
+    def stages(_):
+        work = scene.new_folder()
+        os.symlink(scene.sample() + "/sample", work + "/sample")
+        with open(work + "/sample/accuracy.txt") as f:
+            accuracy = f.read().strip()
+
+        def work_through():
+            for name, arguments in (
+                    ("export_onnx.py", ["sample/checkpoint.pth.tar", "deepmar_bs1.onnx", "1"]),
+                    ("remove_pad.py", ["deepmar_bs1.onnx", "deepmar_bs1_nopad.onnx"]),
+                    ("preprocess_deepmar_pytorch.py", ["sample/images", "input_bin", "sample/image.txt"]),
+                    ("get_info.py", ["./input_bin", "deepmar.info", "224", "224"]),
+                    ("tools/benchmark.py", ["-batch_size=1", "-om_path=deepmar_bs1_nopad.onnx",
+                                            "-input_text_path=deepmar.info"]),
+                    ("postprocess_deepmar_pytorch.py", ["result/dumpOutput_device0", "sample/label.json", "--published",
+                                                        accuracy])):
+                command(sys.executable, os.path.join(ROOT, name), *arguments, cwd=work)
+        return clock(work_through)
+
+    def whole(_):
+        work = scene.new_folder()
+        os.symlink(scene.sample() + "/sample", work + "/sample")
+        return clock(lambda: command("bash", os.path.join(ROOT, "run_all.sh"), "--work-dir", work, "--sample-size",
+                                     12 if scene.quick else 200, "--stage", 1, "--stop-stage", 7,
+                                     env=dict(os.environ, python=sys.executable)))
+    times = take_turns(1 if scene.quick else 3, theirs=stages, ours=whole)
+    yield compared("run_all.sh, stages 1 to 7", "its stages alone", 1.05, times["ours"], times["theirs"],
+                   times["theirs"], "its stages", slower=True)
+
+
+ROWS = {name[len("row_"):]: function for name, function in list(globals().items()) if name.startswith("row_")}
+
+
+def machine():
+    """What the figures were measured on."""
+    model = "unknown processor"
+    with open("/proc/cpuinfo") as f:
+        for line in f:
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+
+    def versions():
+        import onnx
+        import onnxruntime
+        import torch
+        return {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+    return dict({"platform": platform.platform(), "processor": model, "cores": CORES,
+                 "load": os.getloadavg()[0], "python": platform.python_version(), "numpy": np.__version__,
+                 "pillow": Image.__version__}, **in_child(versions))
+
+
+def table(rows):
+    """The lines of a table of the rows."""
+    def number(value):
+        return "-" if value is None else "{:,.0f}".format(value) if value >= 1000 else "%.4g" % value
+
+    cells = [("stage", "against", "theirs", "ours", "limit", "", "ratio", "reach", "met", "limit is")]
+    cells += [(row["stage"], row["against"], number(row["theirs"]), number(row["ours"]), number(row["limit"]),
+               row["unit"], "%.3f" % row["ratio"], row["reach"], "yes" if row["met"] else "NO", row["limit_is"])
+              for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells:
+        yield "  ".join(cell.rjust(width) if 2 <= i <= 4 else cell.ljust(width)
+                        for i, (cell, width) in enumerate(zip(line, widths))).rstrip()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--only", nargs="+", choices=sorted(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--quick", action="store_true", help="few images and rounds: the figures mean nothing")
+    parser.add_argument("--json", metavar="FILE", help="also write the result here")
+    args = parser.parse_args(argv)
+    result = {"machine": machine(), "quick": args.quick, "rows": []}
+    print(", ".join("%s %s" % item for item in result["machine"].items()), flush=True)
+    with tempfile.TemporaryDirectory(prefix="deepmar_bench") as folder:
+        scene = Scene(folder, args.quick)
+        for name in args.only or ROWS:
             start = time.perf_counter()
-            for _ in range(len(bins) // batch):
-                session.run(None, feed)
-            theirs = len(bins) / (time.perf_counter() - start)
-            os.mkdir(os.path.join(folder, str(i)))
-            clocks = run(session, bins, batch, 224, 224, os.path.join(folder, str(i)), lambda done: None)
-            ours = len(bins) / clocks["e2e"].seconds
-            rounds.append((ours, theirs, ours / theirs))
-            print("ours %.2f, bare session %.2f images/s, ratio %.4f" % rounds[-1])
-    print("median: ours %.2f, bare session %.2f images/s, ratio %.4f" % tuple(map(statistics.median, zip(*rounds))))
+            result["rows"] += list(ROWS[name](scene))
+            print("%s: measured in %.0f s" % (name, time.perf_counter() - start), file=sys.stderr, flush=True)
+    for line in table(result["rows"]):
+        print(line)
+    if args.json is not None:
+        with get_info.whole_file(args.json) as temporary, open(temporary, "w") as f:
+            json.dump(result, f, indent=1)
+            f.write("\n")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit("bench.py: error: %s" % error)
+    except KeyboardInterrupt:
+        sys.exit("bench.py: interrupted")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT, check_error, script
-from preprocess_deepmar_pytorch import preprocess, read_list, replaced_folder
+from preprocess_deepmar_pytorch import SIZE, preprocess, read_list, replaced_folder
 
 NAME = "preprocess_deepmar_pytorch.py"
 
@@ -48,15 +48,13 @@ def images(tmp_path):
     return tmp_path
 
 
-def test_every_value_of_every_channel_is_the_guides():
-    ramp = np.arange(256, dtype=np.uint8)
-    from preprocess_deepmar_pytorch import MEAN, STD, TABLE
-    for channel in range(3):
-        expected = ramp.astype(np.float32)
-        expected = expected / 255
-        expected -= MEAN[channel]
-        expected /= STD[channel]
-        assert TABLE[channel].dtype == np.float32 and np.array_equal(TABLE[channel], expected)
+def test_every_value_of_every_channel_is_the_guides(tmp_path):
+    ramp = np.arange(SIZE * SIZE).reshape(SIZE, SIZE) % 256
+    pixels = np.stack([ramp, ramp[::-1], 255 - ramp], axis=2).astype(np.uint8)  # of the network's size: not resized
+    Image.fromarray(pixels).save(str(tmp_path / "ramp.png"))
+    assert all(len(np.unique(pixels[:, :, channel])) == 256 for channel in range(3))
+    result, expected = preprocess(str(tmp_path / "ramp.png")), guide(str(tmp_path / "ramp.png"))
+    assert result.dtype == expected.dtype == np.float32 and np.array_equal(result, expected)
 
 
 def test_bins_are_the_guides_to_the_bit(images):

@@ -1,0 +1,30 @@
+"""The benchmark runs, and its result has every row; how fast anything is, is not tested."""
+import json
+
+import pytest
+
+from conftest import check_error, script
+
+FIGURES = {"theirs", "ours", "limit", "ratio"}
+
+
+@pytest.mark.parametrize("rows, stages", [
+    (["preprocess", "postprocess", "get_info", "startup"],
+     ["preprocess", "preprocess, 1 core", "postprocess, 1,000", "postprocess, 1,000, memory", "get_info, 1,000",
+      "start-up, export_onnx.py --help", "start-up, tools/benchmark.py --help"]),
+    (["standin", "inference"], ["stand-in, batch 1, warm bins", "stand-in, batch 1, cold bins", "inference, batch 1"])])
+def test_quick_run(tmp_path, rows, stages):
+    process = script("tests/bench.py", "--quick", "--json", tmp_path / "bench.json", "--only", *rows)
+    assert process.returncode == 0, process.stderr
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["quick"] and {"processor", "cores", "python", "onnxruntime", "torch"} <= set(result["machine"])
+    assert set(stages) <= {row["stage"] for row in result["rows"]}
+    for row in result["rows"]:
+        assert row["stage"] in process.stdout and isinstance(row["met"], bool)
+        assert all(row[name] is None or row[name] > 0 for name in FIGURES), row
+    if "preprocess" in rows:  # the one figure that no machine's speed changes
+        assert result["rows"][0]["against"] == "the guide's bytes" and result["rows"][0]["met"]
+
+
+def test_usage():
+    check_error(script("tests/bench.py", "--only", "nonsense"), code=2)

@@ -1,0 +1,133 @@
+"""The INT8 model: it passes through stages 6 and 7, its drop is told, and nothing is written where it is too large."""
+import json
+import os
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from conftest import check_error, script
+
+COUNT, ATTRIBUTES = 12, 5
+
+
+def make_model(path, batch, offset=0):
+    """A small network of DeepMAR's kinds of layers; offset is added to the first logit."""
+    random = np.random.RandomState(1)
+    weights = {"w": random.standard_normal((8, 3, 3, 3)) / 5, "scale": np.linspace(0.5, 2, 8),
+               "shift": np.linspace(-1, 1, 8), "mean": np.zeros(8), "variance": np.ones(8),
+               "c": random.standard_normal((ATTRIBUTES, 8)), "b": np.append(offset, np.zeros(ATTRIBUTES - 1))}
+    nodes = [helper.make_node("Conv", ["actual_input_1", "w"], ["x1"], strides=[4, 4]),
+             helper.make_node("BatchNormalization", ["x1", "scale", "shift", "mean", "variance"], ["x2"]),
+             helper.make_node("Relu", ["x2"], ["x3"]), helper.make_node("GlobalAveragePool", ["x3"], ["x4"]),
+             helper.make_node("Flatten", ["x4"], ["x5"]),
+             helper.make_node("Gemm", ["x5", "c", "b"], ["output1"], transB=1)]
+    graph = helper.make_graph(
+        nodes, "tiny", [helper.make_tensor_value_info("actual_input_1", TensorProto.FLOAT, [batch, 3, 224, 224])],
+        [helper.make_tensor_value_info("output1", TensorProto.FLOAT, [batch, ATTRIBUTES])],
+        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)])
+    model.ir_version = 6
+    onnx.save(model, str(path))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Bins of images with a brightness of their own each, a model for batch size 1 and 8, the labels that it gives."""
+    (tmp_path / "input_bin").mkdir()
+    random = np.random.RandomState(0)
+    brightness = np.linspace(-1, 1, COUNT).reshape(-1, 1, 1, 1)  # calibration always takes the first and the last
+    images = (random.standard_normal((COUNT, 3, 224, 224)) + brightness).astype("<f4")
+    for i, image in enumerate(images):
+        (tmp_path / "input_bin" / ("%05d.bin" % i)).write_bytes(image.tobytes())
+    (tmp_path / "deepmar.info").write_text("".join("%d ./input_bin/%05d.bin 224 224\n" % (i, i) for i in range(COUNT)))
+    for batch in (1, 8):
+        make_model(tmp_path / ("bs%d.onnx" % batch), batch)
+    logits = run(tmp_path / "bs1.onnx", images)
+    assert (logits >= 0).any() and (logits < 0).any()
+    np.save(str(tmp_path / "images.npy"), images)
+    (tmp_path / "label.json").write_text(json.dumps({"%05d.png" % i: [int(value >= 0) for value in row]
+                                                     for i, row in enumerate(logits)}))
+    return tmp_path
+
+
+def run(path, images):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    batch = session.get_inputs()[0].shape[0]
+    return np.concatenate([session.run(["output1"], {"actual_input_1": images[i:i + batch]})[0]
+                           for i in range(0, len(images) // batch * batch, batch)])
+
+
+def quantize(folder, *arguments):
+    return script("tools/quantize.py", *arguments, cwd=folder)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_the_int8_model_goes_through_the_stages(folder, batch):
+    before = set(os.listdir(str(folder)))
+    process = quantize(folder, "bs%d.onnx" % batch, "input_bin", "int8.onnx", "--images", 5, "--labels", "label.json",
+                       "--allow-drop")
+    assert process.returncode == 0 and process.stderr == "", process.stderr
+    assert "calibrated on 5 of 12 bins" in process.stdout and "not for atc" in process.stdout
+    assert "instance_acc: float32 1.0, int8 " in process.stdout and "--published 1.0" in process.stdout
+    assert set(os.listdir(str(folder))) - before == {"int8.onnx"}
+
+    model = onnx.load(str(folder / "int8.onnx"))
+    assert {"QLinearConv"} <= {node.op_type for node in model.graph.node}
+    assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
+    kernels = [numpy_helper.to_array(tensor) for tensor in model.graph.initializer if len(tensor.dims) == 4]
+    assert [kernel.dtype for kernel in kernels] == [np.int8]
+    assert (np.abs(kernels[0].astype(int)).reshape(8, -1).max(axis=1) >= 127).all()  # a scale for each
+    images = np.load(str(folder / "images.npy"))[:8]
+    float32, int8 = (run(folder / name, images) for name in ("bs%d.onnx" % batch, "int8.onnx"))
+    assert float32.shape == int8.shape and 0 < np.abs(int8 - float32).max() < 0.05 * np.ptp(float32)
+
+    for name, arguments in (("tools/benchmark.py", ["-batch_size=%d" % batch, "-om_path=int8.onnx",
+                                                    "-input_text_path=deepmar.info"]),
+                            ("postprocess_deepmar_pytorch.py", ["result/dumpOutput_device0", "label.json"])):
+        process = script(name, *arguments, cwd=folder)
+        assert process.returncode == 0, process.stderr
+    accuracy = json.loads((folder / "fusion_result.json").read_text())["instance_acc"]
+    assert "scored 12 images" in process.stdout and accuracy > 0.9
+
+
+def test_without_labels(folder):
+    process = quantize(folder, "bs1.onnx", "input_bin", "int8.onnx")
+    assert process.returncode == 0 and process.stderr == "", process.stderr
+    assert "calibrated on 12 of 12" in process.stdout and "instance_acc" not in process.stdout
+    assert "tools/benchmark.py" in process.stdout and "--published" in process.stdout
+
+
+def test_a_drop_beyond_one_percent_writes_nothing_unless_allowed(folder):
+    make_model(folder / "wide.onnx", 1, offset=10000)  # activations that take all of the 8 bits' range for one logit
+    images = np.load(str(folder / "images.npy"))
+    (folder / "wide.json").write_text(json.dumps({"%05d.png" % i: [int(value >= 0) for value in row]
+                                                  for i, row in enumerate(run(folder / "wide.onnx", images))}))
+    (folder / "int8.onnx").write_bytes(b"earlier")
+    process = quantize(folder, "wide.onnx", "input_bin", "int8.onnx", "--labels", "wide.json")
+    check_error(process, "int8.onnx: not written", "1 %", "--allow-drop")
+    assert "drop" in process.stdout and (folder / "int8.onnx").read_bytes() == b"earlier"
+    assert not [name for name in os.listdir(str(folder)) if name.endswith(".partial")]
+    allowed = quantize(folder, "wide.onnx", "input_bin", "int8.onnx", "--labels", "wide.json", "--allow-drop")
+    assert allowed.returncode == 0, allowed.stderr
+    onnx.checker.check_model(onnx.load(str(folder / "int8.onnx")))
+
+
+def test_bad_input(folder):
+    (folder / "int8.onnx").write_bytes(b"earlier")
+    check_error(quantize(folder, "nowhere.onnx", "input_bin", "int8.onnx"), "nowhere.onnx")
+    check_error(quantize(folder, "bs1.onnx", "nowhere", "int8.onnx"), "nowhere")
+    check_error(quantize(folder, "bs1.onnx", "input_bin", "nowhere/int8.onnx"), "nowhere/int8.onnx")
+    (folder / "few.json").write_text(json.dumps({"00000.png": [0, 1, 0, 1, 0]}))
+    check_error(quantize(folder, "bs1.onnx", "input_bin", "int8.onnx", "--labels", "few.json"), "few.json", "11 of the")
+    (folder / "narrow.json").write_text(json.dumps({"%05d.png" % i: [0, 1] for i in range(COUNT)}))
+    check_error(quantize(folder, "bs1.onnx", "input_bin", "int8.onnx", "--labels", "narrow.json"), "narrow.json", "2")
+    nan = np.zeros(3 * 224 * 224, "<f4")
+    nan[77] = np.nan
+    (folder / "input_bin" / "00011.bin").write_bytes(nan.tobytes())
+    check_error(quantize(folder, "bs8.onnx", "input_bin", "int8.onnx"), "NaN", "00011.bin")
+    check_error(quantize(folder, "bs1.onnx", "input_bin", "int8.onnx", "--images", 0), code=2)
+    assert (folder / "int8.onnx").read_bytes() == b"earlier"
+    assert not [name for name in os.listdir(str(folder)) if name.endswith(".partial")]

@@ -24,6 +24,7 @@ SIZE = 224                   # height and width of the network's input in pixels
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as DeepMAR was trained with: red, green, blue
 STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 64 * 1000 * 1000  # a larger image is no photograph of a pedestrian, but might exhaust the memory
+NAMED = 1000                 # images that an error names at most
 CHUNK = 16                   # images that a process is handed at a time
 
 
@@ -63,9 +64,9 @@ def stem(name):
     return os.path.basename(name).split(".")[0]
 
 
-def some(items, separator=", "):
-    """The first few items as text."""
-    return separator.join(items[:5] + ["..."] * (len(items) > 5))
+def joined(items, separator=", "):
+    """All items as text, so that the user can mend all at once; of more than NAMED the first ones."""
+    return separator.join(items[:NAMED] + ["..."] * (len(items) > NAMED))
 
 
 def preprocess(path):
@@ -212,7 +213,7 @@ def main(argv=None):
     missing = [name for name in names if not os.path.lexists(os.path.join(images, name))]
     if missing:
         raise FileNotFoundError("%d of the %d images in %s are not in %s: %s"
-                                % (len(missing), len(names), image_txt, images, some(missing)))
+                                % (len(missing), len(names), image_txt, images, joined(missing)))
     with replaced_folder(bins) as partial:
         results = convert_all([(os.path.join(images, name), os.path.join(partial, stem(name) + ".bin"))
                                for name in names])
@@ -224,7 +225,7 @@ def main(argv=None):
         bad = [reason for reason in results if reason]
         if bad:
             raise ValueError("%d of %d images cannot be read, so nothing was written (the other %d are fine): %s"
-                             % (len(bad), len(names), len(names) - len(bad), some(sorted(bad), "; ")))
+                             % (len(bad), len(names), len(names) - len(bad), joined(sorted(bad), "; ")))
     print("%s: %d images -> %d bins of float32 [3,%d,%d]" % (bins, len(names), len(names), SIZE, SIZE))
 
 

@@ -37,12 +37,11 @@ def test_a_long_list_takes_linear_time(tmp_path):
     assert seconds[1] < 25 * seconds[0], seconds
 
 
-def test_100000_missing_images_are_counted_and_a_few_named(tmp_path):
+def test_100000_missing_images_are_counted_and_a_thousand_named(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "image.txt").write_text("".join("%06d.png\n" % i for i in range(100000)))
     process = script(STAGE_4, "images", "input_bin", "image.txt", cwd=tmp_path)
-    check_error(process, "100000 of the 100000 images", "000000.png, 000001.png", ", ...")
-    short(process)
+    check_error(process, "100000 of the 100000 images", "000000.png, 000001.png", "000999.png, ...")
     assert not (tmp_path / "input_bin").exists()
 
 

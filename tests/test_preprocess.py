@@ -125,8 +125,7 @@ def test_bad_images_are_named_and_the_earlier_bins_stay(images):
     bad = ["cut.png", "text.png", "empty.png", "folder.png", "fifo.png", "deep.png", "bomb.png"]
     (images / "bad.txt").write_text("\n".join(["00001.png", "00002.png"] + bad))
     process = script(NAME, "images", "input_bin", "bad.txt", cwd=images)
-    check_error(process, "7 of 9", "other 2", *sorted(bad)[:5])
-    assert process.stderr.endswith("; ...\n") and not any(name in process.stderr for name in sorted(bad)[5:])
+    check_error(process, "7 of 9", "other 2", *bad)
     assert len(os.listdir(str(images / "input_bin"))) == 47
     assert (images / "input_bin" / "00001.bin").read_bytes() == before
     assert not (images / "input_bin.partial").exists()

@@ -137,8 +137,8 @@ def main(argv=None):
         missing = [name for name in names if not os.path.isfile(os.path.join(args.images, name))]
         if missing:
             raise FileNotFoundError("%s: %d of %d images are not there, so nothing was written: %s%s"
-                                    % (args.images, len(missing), len(names), ", ".join(missing[:5]),
-                                       ", ..." * (len(missing) > 5)))
+                                    % (args.images, len(missing), len(names), ", ".join(missing[:1000]),
+                                       ", ..." * (len(missing) > 1000)))
     os.makedirs(args.output, exist_ok=True)
     write_text(os.path.join(args.output, "image.txt"), "".join(name + "\n" for name in names))
     write_text(os.path.join(args.output, "label.json"),

@@ -14,13 +14,15 @@ import shutil
 import sys
 import tempfile
 
-import numpy as np
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from benchmark import check_shape, open_session  # noqa: E402
-from compare import SIZE, compute, effect  # noqa: E402
-from get_info import list_bins, whole_file  # noqa: E402
-from postprocess_deepmar_pytorch import MAX_DROP, read_labels, some  # noqa: E402
+try:
+    import numpy as np
+    from benchmark import check_shape, open_session
+    from compare import SIZE, compute, effect
+    from get_info import list_bins, whole_file
+    from postprocess_deepmar_pytorch import MAX_DROP, read_labels, some
+except KeyboardInterrupt:
+    sys.exit("quantize.py: interrupted; nothing was written")
 
 IMAGES = 32  # calibration images; more move the ranges, and with them the logits, by little
 

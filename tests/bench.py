@@ -38,13 +38,13 @@ FLOP = 2 * 4.09e9  # of a ResNet-50 at 224x224: two for each multiplication and 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
 
-def in_child(function, *arguments, **settings):
-    """Runs a function in a process of its own, on cores=N cores; returns its result."""
+def in_child(function, *arguments, cores=CORES):
+    """Runs a function in a process of its own, on the first so many cores; returns its result."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
     def work():
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:settings.get("cores", CORES)])
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
         with contextlib.redirect_stdout(io.StringIO()):
             sender.send(function(*arguments))
 
@@ -283,8 +283,8 @@ def measure_standin(model, batch, bins, rounds, new_folder):
     sides = {"bare": bare, "warm": lambda i: (remember(), standin(i))[1], "cold": lambda i: (forget(), standin(i))[1]}
     if batch == 1:
         sides.update(loop=lambda i: (remember(), loop(i))[1], cold_loop=lambda i: (forget(), loop(i))[1])
-    session.run(None, feed)
-    plain.run(None, {"actual_input_1": array[:1]}) if batch == 1 else None
+    for warmed in (session, plain):
+        warmed.run(None, feed)
     return take_turns(rounds, **sides)
 
 
@@ -516,19 +516,17 @@ def machine():
                  "pillow": Image.__version__}, **in_child(versions))
 
 
-def table(rows):
-    """The lines of a table of the rows."""
+LINE = "%-50s  %-26s  %9s  %9s  %9s  %-8s  %6s  %-7s  %-3s  %s"
+HEAD = LINE % ("stage", "against", "theirs", "ours", "limit", "", "ratio", "reach", "met", "limit is")
+
+
+def line(row):
+    """A row as a line of the table."""
     def number(value):
         return "-" if value is None else "{:,.0f}".format(value) if value >= 1000 else "%.4g" % value
-
-    cells = [("stage", "against", "theirs", "ours", "limit", "", "ratio", "reach", "met", "limit is")]
-    cells += [(row["stage"], row["against"], number(row["theirs"]), number(row["ours"]), number(row["limit"]),
-               row["unit"], "%.3f" % row["ratio"], row["reach"], "yes" if row["met"] else "NO", row["limit_is"])
-              for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for line in cells:
-        yield "  ".join(cell.rjust(width) if 2 <= i <= 4 else cell.ljust(width)
-                        for i, (cell, width) in enumerate(zip(line, widths))).rstrip()
+    return (LINE % (row["stage"], row["against"], number(row["theirs"]), number(row["ours"]), number(row["limit"]),
+                    row["unit"], "%.3f" % row["ratio"], row["reach"], "yes" if row["met"] else "NO",
+                    row["limit_is"])).rstrip()
 
 
 def main(argv=None):
@@ -539,15 +537,14 @@ def main(argv=None):
     parser.add_argument("--json", metavar="FILE", help="also write the result here")
     args = parser.parse_args(argv)
     result = {"machine": machine(), "quick": args.quick, "rows": []}
-    print(", ".join("%s %s" % item for item in result["machine"].items()), flush=True)
+    print(", ".join("%s %s" % item for item in result["machine"].items()))
+    print(HEAD, flush=True)
     with tempfile.TemporaryDirectory(prefix="deepmar_bench") as folder:
         scene = Scene(folder, args.quick)
         for name in args.only or ROWS:
-            start = time.perf_counter()
-            result["rows"] += list(ROWS[name](scene))
-            print("%s: measured in %.0f s" % (name, time.perf_counter() - start), file=sys.stderr, flush=True)
-    for line in table(result["rows"]):
-        print(line)
+            for row in ROWS[name](scene):
+                print(line(row), flush=True)
+                result["rows"].append(row)
     if args.json is not None:
         with get_info.whole_file(args.json) as temporary, open(temporary, "w") as f:
             json.dump(result, f, indent=1)

@@ -98,6 +98,8 @@ def test_without_labels(folder):
     assert process.returncode == 0 and process.stderr == "", process.stderr
     assert "calibrated on 12 of 12" in process.stdout and "instance_acc" not in process.stdout
     assert "tools/benchmark.py" in process.stdout and "--published" in process.stdout
+    check_error(quantize(folder, "int8.onnx", "input_bin", "twice.onnx"), "int8.onnx", "already")
+    assert not (folder / "twice.onnx").exists()
 
 
 def test_a_drop_beyond_one_percent_writes_nothing_unless_allowed(folder):

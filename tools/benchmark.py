@@ -15,7 +15,6 @@ import os
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 try:
@@ -122,6 +121,7 @@ def run(session, bins, batch_size, height, width, folder, report):
     The last batch is filled up with zeros for the model; their outputs are dropped. Calls report(images) after every
     batch. Returns {module: Clock}. Raises ValueError for a bin that has shrunk or holds NaN.
     """
+    from concurrent.futures import ThreadPoolExecutor
     clocks = {name: Clock() for name in ("e2e", "data read", "preprocess", "infer", "interface", "post")}
     input_name, output_name = session.get_inputs()[0].name, session.get_outputs()[0].name
     batches = [bins[i:i + batch_size] for i in range(0, len(bins), batch_size)]

@@ -13,8 +13,6 @@ import json
 import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 try:
@@ -47,6 +45,8 @@ def read_peta(path, partition):
     """
     if not os.path.isfile(path):
         raise FileNotFoundError("%s: no such file; the first argument is PETA.mat of the data set" % path)
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
     import scipy.io  # noqa: F401 - here, so that its absence is no fault of the file
     # In a process of its own, as some damaged files crash scipy's reader.
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), start_worker, (os.getpid(),)) as pool:

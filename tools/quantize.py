@@ -14,13 +14,16 @@ import shutil
 import sys
 import tempfile
 
-import numpy as np
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from benchmark import check_shape, open_session  # noqa: E402
-from compare import SIZE, compute, effect  # noqa: E402
-from get_info import list_bins, whole_file  # noqa: E402
-from postprocess_deepmar_pytorch import MAX_DROP, read_labels, some  # noqa: E402
+try:
+    import numpy as np
+    from benchmark import check_shape, open_session
+    from compare import SIZE, compute, effect
+    from get_info import list_bins, whole_file
+    from postprocess_deepmar_pytorch import MAX_DROP, read_labels, some
+    from remove_pad import load
+except KeyboardInterrupt:
+    sys.exit("quantize.py: interrupted; nothing was written")
 
 IMAGES = 32  # calibration images; more move the ranges, and with them the logits, by little
 
@@ -105,6 +108,8 @@ def main(argv=None):
                              % (args.labels, len(unlabelled), len(names), some(unlabelled)))
         labels = labels[[rows[name] for name in names]]
     session = open_session(args.model)
+    if {node.op_type for node in load(args.model).graph.node} & {"QLinearConv", "QuantizeLinear"}:
+        raise ValueError("%s: is quantized already; give the float32 model" % args.model)
     node = session.get_inputs()[0]
     batch_size = node.shape[0] if isinstance(node.shape[0], int) else 1
     check_shape(session, args.model, batch_size, SIZE, SIZE)

@@ -13,6 +13,7 @@ import argparse
 import collections
 import os
 import re
+import signal
 import sys
 import time
 
@@ -35,7 +36,10 @@ def open_session(path, device_id=0, threads=None):
     threads: of the CPU provider; by default one a core that this process may use. Raises OSError, or ValueError if the file is no
     such model: one input float32 [N,3,height,width], one output float32 [N,attributes].
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # an interrupted import ends in errors of its own
+    import onnx  # noqa: F401
     import onnxruntime
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     load(path)  # for its checks: onnx's checker, and no weights outside of the file
     options = onnxruntime.SessionOptions()
     # ONNX Runtime 1.10 alone would take half of the cores, and every version ignores taskset's choice of them.

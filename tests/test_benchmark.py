@@ -1,6 +1,9 @@
 """The stand-in for the benchmark tool: its files, its padding of the last batch, what it refuses."""
 import os
 import re
+import signal
+import threading
+import time
 
 import numpy as np
 import onnx
@@ -8,6 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import benchmark
 from conftest import check_error, script
 
 COUNT = 70  # images: more than two groups of writes, and no multiple of the batch size
@@ -125,3 +129,29 @@ def test_bad_info_and_bins_leave_earlier_results(folder, lines, text):
     check_error(run(folder, "bs8.onnx", 8, input_text_path="bad.info", device_id=7), text)
     assert os.listdir(str(earlier)) == ["a_1.bin"] and (earlier / "a_1.bin").read_bytes() == b"earlier"
     assert not (folder / "result" / "dumpOutput_device7.partial").exists()
+
+
+def test_ctrl_c_does_not_wait_for_the_batch(tmp_path):
+    nodes = [helper.make_node("GlobalAveragePool", ["x"], ["p"]), helper.make_node("Flatten", ["p"], ["f"]),
+             helper.make_node("Gemm", ["f", "w"], ["h0"])]
+    nodes += [helper.make_node("MatMul", ["h%d" % i, "s"], ["h%d" % (i + 1)]) for i in range(4000)]
+    nodes.append(helper.make_node("ReduceSum", ["h4000"], ["output1"], axes=[1]))
+    weights = [numpy_helper.from_array(np.zeros((3, 512), np.float32), "w"),
+               numpy_helper.from_array(np.zeros((512, 512), np.float32), "s")]
+    model = helper.make_model(helper.make_graph(
+        nodes, "slow", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [64, 3, 2, 2])],
+        [helper.make_tensor_value_info("output1", TensorProto.FLOAT, [64, 1])], weights),
+        opset_imports=[helper.make_opsetid("", 11)])
+    model.ir_version = 6
+    onnx.save(model, str(tmp_path / "slow.onnx"))
+    (tmp_path / "a.bin").write_bytes(bytes(48))
+    session = benchmark.open_session(str(tmp_path / "slow.onnx"))
+    began = time.time()
+    benchmark.run(session, [("a", str(tmp_path / "a.bin"))], 64, 2, 2, str(tmp_path), lambda images: None)
+    whole = time.time() - began  # two batches
+    timer = threading.Timer(whole / 20, os.kill, (os.getpid(), signal.SIGINT))
+    began = time.time()
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.run(session, [("a", str(tmp_path / "a.bin"))], 64, 2, 2, str(tmp_path), lambda images: None)
+    assert time.time() - began < whole / 3

@@ -11,6 +11,7 @@ replaced as a whole, so it never holds those of an earlier run.
 """
 import argparse
 import collections
+import contextlib
 import os
 import re
 import signal
@@ -119,6 +120,31 @@ class Clock(object):
         self.seconds += time.perf_counter() - self.start
 
 
+@contextlib.contextmanager
+def interruptible():
+    """Yields run options with which session.run() ends at Ctrl-C, instead of with its batch."""
+    import threading
+    from onnxruntime import RunOptions
+    options = RunOptions()
+    receiver, sender = os.pipe()
+    os.set_blocking(sender, False)
+
+    def watch():
+        if os.read(receiver, 1):
+            options.terminate = True
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    before = signal.set_wakeup_fd(sender)  # Python's own handler only runs once session.run() has returned
+    try:
+        yield options
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(sender)
+        watcher.join()
+        os.close(receiver)
+
+
 def run(session, bins, batch_size, height, width, folder, report):
     """Runs the model over the bins [(name, path)] and writes folder/NAME_1.bin for each, float32 [attributes].
 
@@ -130,7 +156,6 @@ def run(session, bins, batch_size, height, width, folder, report):
     input_name, output_name = session.get_inputs()[0].name, session.get_outputs()[0].name
     batches = [bins[i:i + batch_size] for i in range(0, len(bins), batch_size)]
     buffers = [np.zeros((batch_size, 3, height, width), "<f4") for _ in range(min(BUFFERS, len(batches)))]
-    session.run([output_name], {input_name: buffers[0]})  # the first run also allocates memory
 
     def read(index):
         batch, buffer = batches[index], buffers[index % len(buffers)]
@@ -151,23 +176,25 @@ def run(session, bins, batch_size, height, width, folder, report):
                 with open(os.path.join(folder, name + "_1.bin"), "wb") as f:
                     f.write(logits.astype("<f4").data)
 
-    with clocks["e2e"], ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        reads = collections.deque(reader.submit(read, i) for i in range(len(buffers)))
-        results, writing = [], None
-        for index, batch in enumerate(batches):
-            reads.popleft().result()
-            with clocks["infer"]:
-                with clocks["interface"]:
-                    logits, = session.run([output_name], {input_name: buffers[index % len(buffers)]})
-                if index + len(buffers) < len(batches):
-                    reads.append(reader.submit(read, index + len(buffers)))
-                results += [(name, row) for (name, _), row in zip(batch, logits)]
-                if len(results) >= WRITE or index == len(batches) - 1:
-                    if writing:
-                        writing.result()
-                    writing, results = writer.submit(write, results), []
-            report(len(batch))
-        writing.result()
+    with interruptible() as options, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        session.run([output_name], {input_name: buffers[0]}, options)  # the first run also allocates memory
+        with clocks["e2e"]:
+            reads = collections.deque(reader.submit(read, i) for i in range(len(buffers)))
+            results, writing = [], None
+            for index, batch in enumerate(batches):
+                reads.popleft().result()
+                with clocks["infer"]:
+                    with clocks["interface"]:
+                        logits, = session.run([output_name], {input_name: buffers[index % len(buffers)]}, options)
+                    if index + len(buffers) < len(batches):
+                        reads.append(reader.submit(read, index + len(buffers)))
+                    results += [(name, row) for (name, _), row in zip(batch, logits)]
+                    if len(results) >= WRITE or index == len(batches) - 1:
+                        if writing:
+                            writing.result()
+                        writing, results = writer.submit(write, results), []
+                report(len(batch))
+            writing.result()
     return clocks
 
 
@@ -210,12 +237,12 @@ def pure_inference(session, args):
     """Runs the model on random input; returns what to print."""
     shape = [args.batch_size, 3] + [size if isinstance(size, int) else 224 for size in session.get_inputs()[0].shape[2:]]
     feed = {session.get_inputs()[0].name: np.random.RandomState(0).standard_normal(shape).astype(np.float32)}
-    session.run(None, feed)
     clock = Clock()
-    with progress(args.round, "round") as bar:
+    with interruptible() as options, progress(args.round, "round") as bar:
+        session.run(None, feed, options)
         for _ in range(args.round):
             with clock:
-                session.run(None, feed)
+                session.run(None, feed, options)
             bar.update()
     images = args.round * args.batch_size
     line = "ave_throughputRate = %.6gsamples/s, ave_latency = %.6gms" % (images / clock.seconds,

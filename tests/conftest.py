@@ -1,5 +1,6 @@
 """What the tests share: the project's folders on the import path, and a way to run a script as a user would."""
 import os
+import signal
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tools"), os.path.join(ROOT, "tests")]
 SIZE = 12  # images of run_all.sh's sample
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C, and so would all it starts
 
 
 def script(name, *arguments, cwd=None):

@@ -35,7 +35,7 @@ run() { # run PYTHON [pytest's arguments]
     python=$(PYTHON=$1 tools/python.sh requirements.txt tests/requirements.txt) || { failed="$failed $1"; return; }
     pythons=$pythons${pythons:+:}$python
     shift
-    # A process for each file: torch 1.6 does not survive all of them in one (its heap is damaged after many exports).
+    # A process for each file: where a library crashes, the other files' tests run all the same.
     for file in tests/test_*.py; do
         "$python" -m pytest -q -p no:cacheprovider --durations=3 --durations-min=5 "$file" "$@"
         case $? in

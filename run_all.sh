@@ -290,13 +290,14 @@ if begin 6 "inference on backend $backend, device $device_id"; then
             count=$(find "result/dumpOutput_device$device" -name '*_[01].bin' 2>/dev/null | wc -l)
             made=$((made + count))
         done
-        logs=("$work_dir/logs/${backend}_bs$size"*.log)
-        [ "$made" = "$wanted" ] || broken "$backend left $made results for $wanted images" "${logs[0]##*/}"
+        log=${backend}_bs${size}_device${devices[0]}.log
+        [ "$backend" != ais_bench ] || log=ais_bench_bs$size.log
+        [ "$made" = "$wanted" ] || broken "$backend left $made results for $wanted images" "$log"
         cd "$work_dir"
         ran=$backend
         [ "$backend" != benchmark ] || ran=$binary
-        [ "$backend" != onnxruntime ] || ran=$(sed -n 's/^\[INFO\] \(ONNX Runtime .*\), .*/\1/p' "${logs[0]}" | head -n 1)
-        [ "$backend" != ais_bench ] || cp "${logs[0]}" "$scratch/result/ais_bench_batchsize_${size}_device_${device_id// /_}.log"
+        [ "$backend" != onnxruntime ] || ran=$(sed -n 's/^\[INFO\] \(ONNX Runtime .*\), .*/\1/p' "logs/$log" | head -n 1)
+        [ "$backend" != ais_bench ] || cp "logs/$log" "$scratch/result/ais_bench_batchsize_${size}_device_${device_id// /_}.log"
         mkdir -p "$result"
         for folder in "${folders[@]}"; do record "$folder" /dev/null; done # of nothing, should this be interrupted here
         rm -rf "${folders[@]}"

@@ -32,14 +32,13 @@ from postprocess_deepmar_pytorch import (MAX_DROP, attribute_names, evaluate, li
                                          read_logits, some, whole_file)
 from predict import probabilities  # noqa: E402
 from preprocess_deepmar_pytorch import MAX_PIXELS, read_list, stem  # noqa: E402
+from table import COLUMNS, read_rates  # noqa: E402
 
 PICTURES = 300     # shown at most
 WORST = 150        # of these, the ones with the lowest accuracy; the others are the worst of each attribute
 THUMB = (128, 256)  # width and height of a picture at most, in pixels; PETA's images are not much larger
 WEAKEST = 5        # attributes to mark
 KINDS = [("missed", "○", "Missed"), ("wrong", "✗", "Wrongly said"), ("right", "✓", "Right")]
-COLUMNS = ["batch_size", "devices", "backend", "model", "images", "e2e_images_per_s", "interface_images_per_s",
-           "card_images_per_s", "instance_acc"]
 RATES = [name for name in COLUMNS if name.endswith("images_per_s")]
 UNKNOWN = "not recorded"
 
@@ -154,16 +153,11 @@ def read_perf(paths):
     rows = []
     for path in paths:
         name = re.match(r"perf_vision_batchsize_(\d+)_device_(\d+)\.txt$", os.path.basename(path))
-        with open(path, encoding="utf-8", errors="replace") as f:
-            text = f.read(4096)
-        e2e = re.search(r"^\[e2e\] throughputRate: ([^,]+),", text, re.MULTILINE)
-        interface = re.search(r"\bInterface throughputRate: ([^,]+),", text)
-        try:
-            rows.append(dict(dict.fromkeys(COLUMNS), batch_size=int(name.group(1)), devices=name.group(2),
-                             backend=UNKNOWN, model=UNKNOWN, e2e_images_per_s=number(e2e.group(1)),
-                             interface_images_per_s=number(interface.group(1))))
-        except (AttributeError, ValueError):
+        e2e, interface = read_rates(path)
+        if not name:
             raise ValueError("%s: is no perf_vision_batchsize_<N>_device_<ID>.txt of the benchmark tool" % path)
+        rows.append(dict(dict.fromkeys(COLUMNS), batch_size=int(name.group(1)), devices=name.group(2), backend=UNKNOWN,
+                         model=UNKNOWN, e2e_images_per_s=e2e, interface_images_per_s=interface))
     return sorted(rows, key=lambda row: (row["batch_size"], row["devices"]))
 
 

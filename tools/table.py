@@ -20,8 +20,8 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from postprocess_deepmar_pytorch import whole_file  # noqa: E402
 
-COLUMNS = ("batch_size", "devices", "backend", "model", "images", "e2e_images_per_s", "interface_images_per_s",
-           "card_images_per_s", "instance_acc")
+COLUMNS = ["batch_size", "devices", "backend", "model", "images", "e2e_images_per_s", "interface_images_per_s",
+           "card_images_per_s", "instance_acc"]
 MAX_DIFFERENCE = 0.0001  # of instance_acc between batch sizes: a logit may round to the other side of 0 in an image or two
 
 
@@ -31,17 +31,25 @@ def read(path):
         return f.read()
 
 
+def read_rates(path):
+    """Returns the (end-to-end, Interface) rates of a perf file of the benchmark tool; raises OSError or ValueError."""
+    with open(path, encoding="utf-8", errors="replace") as f:
+        text = f.read(4096)
+    found = [re.search(pattern, text, re.MULTILINE) for pattern in
+             (r"^\[e2e\] throughputRate: ([^,]+),", r"\bInterface throughputRate: ([^,]+),")]
+    try:
+        rates = [float(match.group(1)) for match in found]
+        if not all(0 <= rate < 1e15 for rate in rates):
+            raise ValueError
+    except (AttributeError, ValueError):
+        raise ValueError("%s: is no perf_vision_batchsize_<N>_device_<ID>.txt of the benchmark tool; run stage 6 again" % path)
+    return rates
+
+
 def perf_rates(folder, batch_size, devices):
     """Returns (end-to-end, Interface) rates from the perf files, summed over the devices; raises OSError or ValueError."""
-    rates = []
-    for device in devices:
-        path = os.path.join(folder, "perf_vision_batchsize_%d_device_%s.txt" % (batch_size, device))
-        text = read(path)
-        found = [re.search(pattern, text, re.MULTILINE) for pattern in
-                 (r"^\[e2e\] throughputRate: ([0-9.e+]+),", r"^\[infer\] .*Interface throughputRate: ([0-9.e+]+),")]
-        if None in found:
-            raise ValueError("%s: is no perf file of the benchmark tool; run stage 6 again" % path)
-        rates.append([float(match.group(1)) for match in found])
+    rates = [read_rates(os.path.join(folder, "perf_vision_batchsize_%d_device_%s.txt" % (batch_size, device)))
+             for device in devices]
     return tuple(map(sum, zip(*rates)))
 
 

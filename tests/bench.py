@@ -187,7 +187,7 @@ def guides_preprocess(images, folder, names):
 
 def decode(path):
     with Image.open(path) as image:
-        image.convert("RGB").resize((224, 224), Image.BILINEAR)
+        image.resize((224, 224), Image.BILINEAR)
 
 
 def decode_all(paths, processes):

@@ -249,8 +249,9 @@ def row_preprocess(scene):
 def measure_standin(model, batch, bins, rounds, new_folder):
     """The stand-in, with bins in memory and on the disk, the bare session and, at batch size 1, a plain loop."""
     import onnxruntime
-    from benchmark import open_session, run
-    session = open_session(model)
+    from benchmark import calls_at_once, open_session, run
+    session, calls = open_session(model), calls_at_once(batch, CORES)
+    ours = open_session(model, threads=CORES // calls)
     array = np.stack([np.fromfile(path, "<f4").reshape(3, 224, 224) for _, path in bins[:batch]])
     feed = {"actual_input_1": array}
     plain = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
@@ -270,7 +271,7 @@ def measure_standin(model, batch, bins, rounds, new_folder):
         return clock(lambda: [session.run(None, feed) for _ in range(len(bins) // batch)])
 
     def standin(_):
-        return run(session, bins, batch, 224, 224, next(folders), lambda done: None)["e2e"].seconds
+        return run(ours, bins, batch, 224, 224, next(folders), lambda done: None, calls)["e2e"].seconds
 
     def loop(_):
         def work(folder):
@@ -300,6 +301,41 @@ def row_standin(scene):
             for state, loop in (("warm", "loop"), ("cold", "cold_loop")):
                 yield compared("stand-in, batch 1, %s bins" % state, "plain loop", 1.05, times[state], times[loop],
                                times["bare"], "bare session", len(bins))
+
+
+def measure_options(model, runs, rounds):
+    """Our session and others, each with one option that differs from ours, at batch size 8."""
+    import onnxruntime
+    from benchmark import open_session
+    feed = {"actual_input_1": np.random.RandomState(0).standard_normal((8, 3, 224, 224)).astype(np.float32)}
+
+    def side(change):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = CORES, 3
+        change(options)
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    levels = onnxruntime.GraphOptimizationLevel
+    sessions = {
+        "ours": open_session(model),
+        "half the threads": side(lambda o: setattr(o, "intra_op_num_threads", max(1, CORES // 2))),
+        "threads that do not spin": side(lambda o: o.add_session_config_entry("session.intra_op.allow_spinning", "0")),
+        "no memory arena": side(lambda o: setattr(o, "enable_cpu_mem_arena", False)),
+        "no memory pattern": side(lambda o: setattr(o, "enable_mem_pattern", False)),
+        "graph level extended": side(lambda o: setattr(o, "graph_optimization_level", levels.ORT_ENABLE_EXTENDED)),
+    }
+    for session in sessions.values():
+        session.run(None, feed)
+    return take_turns(rounds, **{name: lambda _, session=session: clock(
+        lambda: [session.run(None, feed) for _ in range(runs)]) for name, session in sessions.items()})
+
+
+def row_options(scene):
+    runs = 1 if scene.quick else 6
+    times = in_child(measure_options, scene.model(8), runs, 1 if scene.quick else 5)
+    mine = times.pop("ours")
+    for name, theirs in times.items():
+        yield compared("session options, batch 8", name, 0.97, mine, theirs, count=8 * runs)
 
 
 def measure_inference(checkpoint, model, batch, runs, rounds):

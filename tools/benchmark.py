@@ -16,10 +16,12 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 try:
+    from concurrent.futures import ThreadPoolExecutor
     import numpy as np
     from preprocess_deepmar_pytorch import replaced_folder
     from remove_pad import load, whole_file
@@ -27,24 +29,38 @@ except KeyboardInterrupt:
     sys.exit("benchmark.py: interrupted; no file is half written")
 
 PROVIDERS = ["CANNExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]  # the best first
-BUFFERS = 3  # batches in memory: one in inference, the others being read ahead
+AHEAD = 2    # batches that are read ahead of inference
 WRITE = 32   # results written at a time: where inference keeps every core busy, few wake-ups disturb it least
+
+
+def cores():
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def calls_at_once(batch_size, threads):
+    """How many calls of session.run() these threads serve best, an equal share each, on the CPU provider.
+
+    Threads that share a single image wait for each other at each layer; with an image each they were 4 to 10 % faster on
+    two cores (tests/bench.py: stand-in, batch 1). With larger batches that made no difference, and takes more memory.
+    """
+    return threads if batch_size == 1 else 1
 
 
 def open_session(path, device_id=0, threads=None):
     """Returns an ONNX Runtime session of a DeepMAR model on the best execution provider that this machine has.
 
-    threads: of the CPU provider; by default one a core that this process may use. Raises OSError, or ValueError if the file is no
-    such model: one input float32 [N,3,height,width], one output float32 [N,attributes].
+    threads: of a call, on the CPU provider; by default one a core that this process may use. Raises OSError, or
+    ValueError if the file is no such model: one input float32 [N,3,height,width], one output float32 [N,attributes].
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # an interrupted import ends in errors of its own
     import onnx  # noqa: F401
     import onnxruntime
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     load(path)  # for its checks: onnx's checker, and no weights outside of the file
-    options = onnxruntime.SessionOptions()
+    options = onnxruntime.SessionOptions()  # all else is best as it is (tests/bench.py: session options)
     # ONNX Runtime 1.10 alone would take half of the cores, and every version ignores taskset's choice of them.
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or cores()
     options.log_severity_level = 3  # errors
     providers = [(name, {} if name.startswith("CPU") else {"device_id": str(device_id)})
                  for name in PROVIDERS if name in onnxruntime.get_available_providers()]
@@ -108,22 +124,27 @@ def read_info(path, height, width):
 
 
 class Clock(object):
-    """Adds up the seconds spent in a with block."""
+    """Adds up the seconds in which at least one thread is in the with block."""
 
     def __init__(self):
-        self.seconds = 0.0
+        self.seconds, self.inside, self.lock = 0.0, 0, threading.Lock()
 
     def __enter__(self):
-        self.start = time.perf_counter()
+        with self.lock:
+            if self.inside == 0:
+                self.start = time.perf_counter()
+            self.inside += 1
 
     def __exit__(self, *_):
-        self.seconds += time.perf_counter() - self.start
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.seconds += time.perf_counter() - self.start
 
 
 @contextlib.contextmanager
 def interruptible():
     """Yields run options with which session.run() ends at Ctrl-C, instead of with its batch."""
-    import threading
     from onnxruntime import RunOptions
     options = RunOptions()
     receiver, sender = os.pipe()
@@ -145,17 +166,17 @@ def interruptible():
         os.close(receiver)
 
 
-def run(session, bins, batch_size, height, width, folder, report):
+def run(session, bins, batch_size, height, width, folder, report, calls=1):
     """Runs the model over the bins [(name, path)] and writes folder/NAME_1.bin for each, float32 [attributes].
 
-    The last batch is filled up with zeros for the model; their outputs are dropped. Calls report(images) after every
-    batch. Returns {module: Clock}. Raises ValueError for a bin that has shrunk or holds NaN.
+    The last batch is filled up with zeros for the model; their outputs are dropped. So many calls of session.run() are
+    under way at a time. Calls report(images) after every batch. Returns {module: Clock}. Raises ValueError for a bin that
+    has shrunk or holds NaN.
     """
-    from concurrent.futures import ThreadPoolExecutor
     clocks = {name: Clock() for name in ("e2e", "data read", "preprocess", "infer", "interface", "post")}
     input_name, output_name = session.get_inputs()[0].name, session.get_outputs()[0].name
     batches = [bins[i:i + batch_size] for i in range(0, len(bins), batch_size)]
-    buffers = [np.zeros((batch_size, 3, height, width), "<f4") for _ in range(min(BUFFERS, len(batches)))]
+    buffers = [np.zeros((batch_size, 3, height, width), "<f4") for _ in range(min(calls + AHEAD, len(batches)))]
 
     def read(index):
         batch, buffer = batches[index], buffers[index % len(buffers)]
@@ -176,23 +197,32 @@ def run(session, bins, batch_size, height, width, folder, report):
                 with open(os.path.join(folder, name + "_1.bin"), "wb") as f:
                     f.write(logits.astype("<f4").data)
 
-    with interruptible() as options, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+    def infer(index, reading):
+        reading.result()
+        with clocks["infer"], clocks["interface"]:
+            return session.run([output_name], {input_name: buffers[index % len(buffers)]}, options)[0]
+
+    with interruptible() as options, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer, \
+            ThreadPoolExecutor(calls) as runner:
         session.run([output_name], {input_name: buffers[0]}, options)  # the first run also allocates memory
         with clocks["e2e"]:
-            reads = collections.deque(reader.submit(read, i) for i in range(len(buffers)))
+            running = collections.deque()
+
+            def start(index):
+                running.append(runner.submit(infer, index, reader.submit(read, index)))
+
+            for index in range(len(buffers)):
+                start(index)
             results, writing = [], None
             for index, batch in enumerate(batches):
-                reads.popleft().result()
-                with clocks["infer"]:
-                    with clocks["interface"]:
-                        logits, = session.run([output_name], {input_name: buffers[index % len(buffers)]}, options)
-                    if index + len(buffers) < len(batches):
-                        reads.append(reader.submit(read, index + len(buffers)))
-                    results += [(name, row) for (name, _), row in zip(batch, logits)]
-                    if len(results) >= WRITE or index == len(batches) - 1:
-                        if writing:
-                            writing.result()
-                        writing, results = writer.submit(write, results), []
+                logits = running.popleft().result()
+                if index + len(buffers) < len(batches):
+                    start(index + len(buffers))
+                results += [(name, row) for (name, _), row in zip(batch, logits)]
+                if len(results) >= WRITE or index == len(batches) - 1:
+                    if writing:
+                        writing.result()
+                    writing, results = writer.submit(write, results), []
                 report(len(batch))
             writing.result()
     return clocks
@@ -221,28 +251,32 @@ def progress(total, unit):
     return tqdm(total=total, unit=unit, disable=None, delay=2, leave=False)
 
 
-def vision(session, args):
+def vision(session, calls, args):
     """Runs the model over the info file's bins; returns what to print."""
     bins = read_info(args.input_text_path, args.input_height, args.input_width)
     folder = os.path.join("result", "dumpOutput_device%d" % args.device_id)
     with replaced_folder(folder) as partial, progress(len(bins), "image") as bar:
-        clocks = run(session, bins, args.batch_size, args.input_height, args.input_width, partial, bar.update)
+        clocks = run(session, bins, args.batch_size, args.input_height, args.input_width, partial, bar.update,
+                     calls)
     lines = perf_lines(clocks, len(bins))
     write_text("result/perf_vision_batchsize_%d_device_%d.txt" % (args.batch_size, args.device_id),
                "\n".join(lines) + "\n")
     return lines + ["[INFO] %d results in %s" % (len(bins), folder)]
 
 
-def pure_inference(session, args):
+def pure_inference(session, calls, args):
     """Runs the model on random input; returns what to print."""
     shape = [args.batch_size, 3] + [size if isinstance(size, int) else 224 for size in session.get_inputs()[0].shape[2:]]
     feed = {session.get_inputs()[0].name: np.random.RandomState(0).standard_normal(shape).astype(np.float32)}
     clock = Clock()
-    with interruptible() as options, progress(args.round, "round") as bar:
+
+    def infer(_):
+        with clock:
+            session.run(None, feed, options)
+
+    with interruptible() as options, progress(args.round, "round") as bar, ThreadPoolExecutor(calls) as runner:
         session.run(None, feed, options)
-        for _ in range(args.round):
-            with clock:
-                session.run(None, feed, options)
+        for _ in runner.map(infer, range(args.round)):
             bar.update()
     images = args.round * args.batch_size
     line = "ave_throughputRate = %.6gsamples/s, ave_latency = %.6gms" % (images / clock.seconds,
@@ -278,7 +312,8 @@ def main(argv=None):
     option("useDvpp", choices=["false"], default="false", help="images are decoded by stage 4 (default: false)")
     option("output_binary", choices=["true"], default="true", help="results are .bin files (default: true)")
     option("round", type=positive, help="pure inference on random input, so many times")
-    option("threads", type=positive, help="threads of the CPU provider (default: one a core)")
+    option("threads", type=positive, help="threads of the CPU provider; at batch size 1 each has an image of its own "
+                                          "(default: one a core)")
     args = parser.parse_args(argv)
     if (args.input_text_path is None) == (args.round is None):
         parser.error("give -input_text_path for inference on data, or -round for pure inference")
@@ -287,11 +322,16 @@ def main(argv=None):
     if args.om_path.endswith(".om"):
         parser.error("-om_path: %s is an OM, which only the card runs; give the ONNX model" % args.om_path)
 
-    session = open_session(args.om_path, args.device_id, args.threads)
+    threads = args.threads or cores()
+    calls = calls_at_once(args.batch_size, threads)
+    session = open_session(args.om_path, args.device_id, threads // calls)
     check_shape(session, args.om_path, args.batch_size, args.input_height, args.input_width)
     import onnxruntime
-    print("[INFO] ONNX Runtime %s, %s, %s" % (onnxruntime.__version__, session.get_providers()[0], args.om_path), flush=True)
-    for line in (vision if args.round is None else pure_inference)(session, args):
+    provider = session.get_providers()[0]
+    print("[INFO] ONNX Runtime %s, %s, %s" % (onnxruntime.__version__, provider, args.om_path), flush=True)
+    if provider != "CPUExecutionProvider":  # a device takes one call at a time
+        calls = 1
+    for line in (vision if args.round is None else pure_inference)(session, calls, args):
         print(line)
 
 

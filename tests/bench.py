@@ -246,6 +246,14 @@ def row_preprocess(scene):
 
 # --- inference -------------------------------------------------------------------------------------------------------
 
+def infer(session, feed, runs, calls):
+    """Runs the model on the same input again and again, so many calls at a time, as the stand-in does."""
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(calls) as pool:
+        for _ in pool.map(lambda _: session.run(None, feed), range(runs)):
+            pass
+
+
 def measure_standin(model, batch, bins, rounds, new_folder):
     """The stand-in, with bins in memory and on the disk, the bare session and, at batch size 1, a plain loop."""
     import onnxruntime
@@ -341,9 +349,10 @@ def row_options(scene):
 def measure_inference(checkpoint, model, batch, runs, rounds):
     """ONNX Runtime and PyTorch on one batch, and numpy's matrix product."""
     import torch
-    from benchmark import open_session
+    from benchmark import calls_at_once, open_session
     from DeepMAR import load_model
-    network, session = load_model(checkpoint), open_session(model)
+    calls = calls_at_once(batch, CORES)
+    network, session = load_model(checkpoint), open_session(model, threads=CORES // calls)
     array = np.random.RandomState(0).standard_normal((batch, 3, 224, 224)).astype(np.float32)
     tensor, matrix = torch.from_numpy(array), np.ones((2048, 2048), np.float32)
 
@@ -352,7 +361,7 @@ def measure_inference(checkpoint, model, batch, runs, rounds):
             return clock(lambda: [network(tensor) for _ in range(runs)])
 
     def ours(_):
-        return clock(lambda: [session.run(None, {"actual_input_1": array}) for _ in range(runs)])
+        return clock(infer, session, {"actual_input_1": array}, runs, calls)
 
     def limit(_):
         seconds = statistics.median(clock(np.dot, matrix, matrix) for _ in range(5))
@@ -374,13 +383,14 @@ def row_inference(scene):
 
 def measure_int8(models, runs, rounds):
     """The float32 and the INT8 model at batch size 1."""
-    from benchmark import open_session
+    from benchmark import calls_at_once, open_session
+    calls = calls_at_once(1, CORES)
     feed = {"actual_input_1": np.random.RandomState(0).standard_normal((1, 3, 224, 224)).astype(np.float32)}
 
     def side(model):
-        session = open_session(model)
-        session.run(None, feed)
-        return lambda _: clock(lambda: [session.run(None, feed) for _ in range(runs)])
+        session = open_session(model, threads=CORES // calls)
+        infer(session, feed, calls, calls)
+        return lambda _: clock(infer, session, feed, runs, calls)
     return take_turns(rounds, theirs=side(models[0]), ours=side(models[1]))
 
 

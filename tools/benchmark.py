@@ -21,7 +21,6 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 try:
-    from concurrent.futures import ThreadPoolExecutor
     import numpy as np
     from preprocess_deepmar_pytorch import replaced_folder
     from remove_pad import load, whole_file
@@ -173,6 +172,7 @@ def run(session, bins, batch_size, height, width, folder, report, calls=1):
     under way at a time. Calls report(images) after every batch. Returns {module: Clock}. Raises ValueError for a bin that
     has shrunk or holds NaN.
     """
+    from concurrent.futures import ThreadPoolExecutor
     clocks = {name: Clock() for name in ("e2e", "data read", "preprocess", "infer", "interface", "post")}
     input_name, output_name = session.get_inputs()[0].name, session.get_outputs()[0].name
     batches = [bins[i:i + batch_size] for i in range(0, len(bins), batch_size)]
@@ -266,6 +266,7 @@ def vision(session, calls, args):
 
 def pure_inference(session, calls, args):
     """Runs the model on random input; returns what to print."""
+    from concurrent.futures import ThreadPoolExecutor
     shape = [args.batch_size, 3] + [size if isinstance(size, int) else 224 for size in session.get_inputs()[0].shape[2:]]
     feed = {session.get_inputs()[0].name: np.random.RandomState(0).standard_normal(shape).astype(np.float32)}
     clock = Clock()

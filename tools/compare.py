@@ -125,6 +125,16 @@ def lines(report):
             yield "%s: A %.6f, B %.6f, A - B %+.6f" % (name, values["a"], values["b"], values["change"])
 
 
+def labels_of(path, images):
+    """The rows of a label file for these images, [images, attributes]; raises ValueError where there is none for one."""
+    rows, labels = read_labels(path)
+    unlabelled = [image for image in images if image not in rows]
+    if unlabelled:
+        raise ValueError("%s: has no label for %d of %d images: %s"
+                         % (path, len(unlabelled), len(images), some(unlabelled)))
+    return labels[[rows[image] for image in images]]
+
+
 def tolerance(text):
     value = float(text)
     if not value >= 0:
@@ -170,15 +180,10 @@ def main(argv=None):
     attributes = attribute_names(logits.shape[1], args.attributes)
     labels = None
     if args.labels is not None:
-        rows, labels = read_labels(args.labels)
-        unlabelled = [name for name in names if name not in rows]
-        if unlabelled:
-            raise ValueError("%s: has no label for %d of %d images: %s"
-                             % (args.labels, len(unlabelled), len(names), some(unlabelled)))
+        labels = labels_of(args.labels, names)
         if labels.shape[1] != logits.shape[1]:
             raise ValueError("%s: has %d attributes, the results in %s %d"
                              % (args.labels, labels.shape[1], args.a, logits.shape[1]))
-        labels = labels[[rows[name] for name in names]]
     if args.onnx is None:
         other_logits = read_logits([others[name] for name in names], logits.shape[1])
     else:

@@ -53,12 +53,12 @@ def run(folder, model, batch, *more, **changes):
     return script("tools/benchmark.py", *(["-%s=%s" % item for item in options.items()] + list(more)), cwd=folder)
 
 
-@pytest.mark.parametrize("batch, device", [(1, 0), (8, 3)])
-def test_results_are_the_models_and_the_files_the_tools(folder, batch, device):
+@pytest.mark.parametrize("batch, device, more", [(1, 0, []), (1, 4, ["-threads=5"]), (8, 3, [])])
+def test_results_are_the_models_and_the_files_the_tools(folder, batch, device, more):
     stale = folder / "result" / ("dumpOutput_device%d" % device)
     os.makedirs(str(stale), exist_ok=True)
     (stale / "99999_1.bin").write_bytes(b"of an earlier, larger run")
-    process = run(folder, "bs%d.onnx" % batch, batch, device_id=device)
+    process = run(folder, "bs%d.onnx" % batch, batch, *more, device_id=device)
     assert process.returncode == 0 and process.stderr == "", process.stderr
     session = onnxruntime.InferenceSession(str(folder / "bs1.onnx"), providers=["CPUExecutionProvider"])
     images = np.load(str(folder / "images.npy"))
@@ -82,10 +82,21 @@ def test_results_are_the_models_and_the_files_the_tools(folder, batch, device):
     assert abs(values[0] * values[1] / 1000 - COUNT) < 0.01 and values[7] >= values[6] >= values[0] * 0.5
 
 
-def test_pure_inference(folder):
-    process = script("tools/benchmark.py", "-round=5", "-om_path=bs8.onnx", "-device_id=0", "-batch_size=8", cwd=folder)
+def test_a_clock_counts_the_time_of_overlapping_calls_once():
+    clock, began = benchmark.Clock(), time.perf_counter()
+    with clock:
+        with clock:
+            time.sleep(0.05)
+        time.sleep(0.05)
+    assert 0.1 <= clock.seconds <= time.perf_counter() - began
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_pure_inference(folder, batch):
+    process = script("tools/benchmark.py", "-round=5", "-om_path=bs%d.onnx" % batch, "-device_id=0",
+                     "-batch_size=%d" % batch, cwd=folder)
     assert process.returncode == 0, process.stderr
-    path = "./result/PureInfer_perf_of_bs8_in_device_0.txt"
+    path = "./result/PureInfer_perf_of_bs%d_in_device_0.txt" % batch
     assert "[INFO] PureInfer result saved in %s\n" % path in process.stdout
     text = (folder / path).read_text()
     rate, latency = re.match(r"ave_throughputRate = ([0-9.e+-]+)samples/s, ave_latency = ([0-9.e+-]+)ms\n$", text).groups()

@@ -18,6 +18,7 @@ import gc
 import glob
 import json
 import os
+import re
 import sys
 
 try:
@@ -139,14 +140,18 @@ def list_results(folders):
     for folder in folders:
         if not os.path.isdir(folder):
             raise FileNotFoundError("%s: no such folder; it is the one that the benchmark tool writes" % folder)
-    # ais_bench leaves a subfolder for each of several devices
-    for folder in folders + [path for folder in folders for path in glob.glob(glob.escape(folder) + "/device[0-9]*/")]:
+    pending = list(folders)
+    for folder in pending:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if not entry.name.endswith(".bin"):
+                name = entry.name
+                if not name.endswith(".bin"):
+                    # ais_bench leaves a subfolder for each of several devices
+                    if re.match("device[0-9]", name) and folder in folders and entry.is_dir():
+                        pending.append(entry.path)
                     continue
-                image = entry.name[:-len("_1.bin")]
-                if not image or not entry.name.endswith(("_1.bin", "_0.bin")) or not entry.is_file():
+                image, ending = name[:-len("_1.bin")], name[-len("_1.bin"):]
+                if not image or ending not in ("_1.bin", "_0.bin") or not entry.is_file():
                     raise ValueError("%s: is no result file NAME_1.bin or NAME_0.bin" % entry.path)
                 if image in results:
                     twice.append("%s and %s" % (results[image], entry.path))
@@ -161,13 +166,12 @@ def list_results(folders):
 def read_logits(paths, attributes):
     """Returns the result files' logits, float32 [files, attributes]; raises ValueError for a wrong size or NaN."""
     size = 4 * attributes
-    data, wrong = [], []
+    data = []
     for path in paths:
         file = os.open(path, os.O_RDONLY)  # Python's file objects would take twice as long
         data.append(os.read(file, size + 1))
         os.close(file)
-        if len(data[-1]) != size:
-            wrong.append("%s (%d bytes)" % (path, os.path.getsize(path)))
+    wrong = ["%s (%d bytes)" % (path, os.path.getsize(path)) for path, read in zip(paths, data) if len(read) != size]
     if wrong:
         raise ValueError("%d of %d results are not float32 logits of %d attributes (%d bytes): %s"
                          % (len(wrong), len(paths), attributes, size, some(wrong)))
@@ -287,7 +291,7 @@ def main(argv=None):
     results = list_results(folders)
     if args.image_list is not None:
         check_images(args.image_list, results)
-    unlabelled = sorted(set(results) - set(rows))
+    unlabelled = sorted(name for name in results if name not in rows)
     if unlabelled:
         raise ValueError("%d of %d results have no label in %s: %s"
                          % (len(unlabelled), len(results), label_file, some(results[name] for name in unlabelled)))

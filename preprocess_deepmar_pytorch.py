@@ -16,7 +16,6 @@ import sys
 
 try:
     import numpy as np
-    from PIL import Image
 except KeyboardInterrupt:
     sys.exit("preprocess_deepmar_pytorch.py: interrupted; no file is half written")
 
@@ -69,8 +68,12 @@ def joined(items, separator=", "):
     return separator.join(items[:NAMED] + ["..."] * (len(items) > NAMED))
 
 
-def preprocess(path):
-    """Returns an image file as the network's input, float32 [3,224,224]; raises what Pillow raises, or ValueError."""
+def preprocess(path, out=None):
+    """Returns an image file as the network's input, float32 [3,224,224], in the array out where there is one.
+
+    Raises what Pillow raises, or ValueError.
+    """
+    from PIL import Image
     if not os.path.isfile(path):
         raise ValueError("not a regular file")  # reading a FIFO would wait for ever
     with Image.open(path) as image:
@@ -83,7 +86,7 @@ def preprocess(path):
             raise ValueError("more than 8 bits a channel (mode %s); save it with 8" % image.mode)
         rgb = image if image.mode == "RGB" else image.convert("RGB")  # which would copy RGB, too
         resized = rgb.resize((SIZE, SIZE), Image.BILINEAR)
-    result = np.empty((3, SIZE, SIZE), "<f4")
+    result = np.empty((3, SIZE, SIZE), "<f4") if out is None else out
     for channel, name, mean, std in zip(result, "RGB", MEAN, STD):
         # One channel at a time: Pillow takes it out of the pixels, and the arithmetic stays in the processor's cache.
         pixels = np.frombuffer(resized.tobytes("raw", name), np.uint8).reshape(SIZE, SIZE)
@@ -95,10 +98,12 @@ def preprocess(path):
 
 def convert(jobs):
     """Writes the bins of [(image path, bin path)]; returns, per job, None or why the image cannot be read."""
-    reasons = []
+    from PIL import Image
+    Image.core.set_blocks_max(8)  # Pillow's and our memory serves one image after the other: new memory took a tenth
+    reasons, array = [], np.empty((3, SIZE, SIZE), "<f4")
     for image_path, bin_path in jobs:
         try:
-            array = preprocess(image_path)
+            preprocess(image_path, out=array)
         except Exception as error:  # Pillow raises nearly anything on damaged files
             reasons.append("%s: %s" % (image_path, str(error).replace("\n", " ") or repr(error)))
             continue
@@ -125,16 +130,18 @@ def convert_all(jobs):
     import multiprocessing
     from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
+    from PIL import Image  # noqa: F401 - once, for all processes
     workers = min(len(os.sched_getaffinity(0)), len(jobs))
-    size = min(CHUNK, -(-len(jobs) // (4 * workers)))  # a short list has four chunks a process, so that none idles
-    chunks = [jobs[i:i + size] for i in range(0, len(jobs), size)][::-1]
+    rest = jobs[::-1]
     # Processes, as threads hold each other back in Pillow. Few chunks are under way, so that Ctrl-C need not wait.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker, (os.getpid(),)) as pool:
         try:
             running = set()
-            while chunks or running:
-                while chunks and len(running) < 2 * workers:
-                    running.add(pool.submit(convert, chunks.pop()))
+            while rest or running:
+                while rest and len(running) < 2 * workers:
+                    size = min(CHUNK, -(-len(rest) // (2 * workers)))  # smaller and smaller, so that all end together
+                    running.add(pool.submit(convert, rest[:-size - 1:-1]))
+                    del rest[-size:]
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield from future.result()
@@ -234,7 +241,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         sys.exit("preprocess_deepmar_pytorch.py: error: %s" % error)
     except KeyboardInterrupt:
         sys.exit("preprocess_deepmar_pytorch.py: interrupted; no file is half written")

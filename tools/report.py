@@ -24,7 +24,6 @@ import time
 import warnings
 
 import numpy as np
-from PIL import Image
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmark import progress  # noqa: E402
@@ -242,6 +241,7 @@ def choose(accuracy, logits, true):
 
 def thumbnail(path):
     """Returns an image file as a small JPEG, (data: URI, width, height); raises what Pillow raises, or ValueError."""
+    from PIL import Image
     if not os.path.isfile(path):
         raise ValueError("no such file")
     with Image.open(path) as image:

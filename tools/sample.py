@@ -17,7 +17,6 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 try:
     import numpy as np
-    from PIL import Image, ImageDraw
     from postprocess_deepmar_pytorch import PETA, evaluate
     from preprocess_deepmar_pytorch import MEAN, SIZE, STD, replaced_folder
 except KeyboardInterrupt:
@@ -72,6 +71,8 @@ def choose(random):
 
 def draw(has, random):
     """Returns a drawing of a pedestrian with these attributes: an RGB image of 40 to 110 pixels' width, as in PETA."""
+    from PIL import Image, ImageDraw
+
     def colour(base, spread=12):
         return tuple(int(value) for value in np.clip(np.array(base) + random.randint(-spread, spread + 1, 3), 0, 255))
 

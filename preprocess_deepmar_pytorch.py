@@ -132,16 +132,15 @@ def convert_all(jobs):
     from concurrent.futures.process import BrokenProcessPool
     from PIL import Image  # noqa: F401 - once, for all processes
     workers = min(len(os.sched_getaffinity(0)), len(jobs))
-    rest = jobs[::-1]
     # Processes, as threads hold each other back in Pillow. Few chunks are under way, so that Ctrl-C need not wait.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker, (os.getpid(),)) as pool:
         try:
-            running = set()
-            while rest or running:
-                while rest and len(running) < 2 * workers:
-                    size = min(CHUNK, -(-len(rest) // (2 * workers)))  # smaller and smaller, so that all end together
-                    running.add(pool.submit(convert, rest[:-size - 1:-1]))
-                    del rest[-size:]
+            start, running = 0, set()
+            while start < len(jobs) or running:
+                while start < len(jobs) and len(running) < 2 * workers:
+                    size = min(CHUNK, -(-(len(jobs) - start) // (2 * workers)))  # ever smaller: all end together
+                    running.add(pool.submit(convert, jobs[start:start + size]))
+                    start += size
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield from future.result()

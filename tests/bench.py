@@ -236,9 +236,8 @@ def row_preprocess(scene):
     equal = 0
     for name in os.listdir(written[0]):
         with open(os.path.join(written[0], name), "rb") as a, open(os.path.join(written[1], name), "rb") as b:
-            equal += a.read() == b.read()
-    with open(os.path.join(written[0], os.listdir(written[0])[0]), "rb") as f:
-        content = f.read()
+            content = a.read()
+            equal += content == b.read()
     for folder in written:
         empty(folder)
     yield {"stage": "preprocess", "against": "the guide's bytes", "unit": "bins", "theirs": len(names), "ours": equal,

@@ -507,11 +507,12 @@ def test_same_input_same_page(small, monkeypatch):
     assert (small / "report.html").read_bytes() == (small / "again.html").read_bytes()
 
 
-def test_a_missing_package(small, monkeypatch):
+@pytest.mark.parametrize("package", ["jinja2", "PIL"])
+def test_a_missing_package(small, monkeypatch, package):
     (small / "path").mkdir()
-    (small / "path" / "jinja2.py").write_text("raise ImportError(\"No module named 'jinja2'\")")
+    (small / "path" / (package + ".py")).write_text("raise ImportError(\"No module named '%s'\")" % package)
     monkeypatch.setenv("PYTHONPATH", str(small / "path"))
-    check_error(make(small), "report.py: error: No module named 'jinja2'; the packages that it needs are in")
+    check_error(make(small), "report.py: error: No module named '%s'; the packages that it needs are in" % package)
 
 
 def test_odd_pictures(small):

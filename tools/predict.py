@@ -34,6 +34,7 @@ def predict(session, paths, batch_size, report):
     Returns (paths read, their logits float32 [paths read, attributes], why the others could not be read). Calls
     report(images) after every batch.
     """
+    import PIL  # noqa: F401 - here, so that its absence is no fault of the images
     name = session.get_inputs()[0].name
     read, logits, bad = [], [], []
     batch = np.zeros((batch_size, 3, SIZE, SIZE), "<f4")
@@ -43,7 +44,7 @@ def predict(session, paths, batch_size, report):
         while todo and used < batch_size:
             path = todo.pop(0)
             try:
-                batch[used] = preprocess(path)
+                preprocess(path, out=batch[used])
             except Exception as error:  # Pillow raises nearly anything on damaged files
                 bad.append("%s (%s)" % (path, " ".join(str(error).split()) or repr(error)))
                 report(1)

@@ -261,6 +261,7 @@ def gallery(folder, names, logits, true):
 
     names: of the images in the folder; logits, true: [images, attributes].
     """
+    import PIL  # noqa: F401 - here, so that its absence is no fault of the pictures
     said = logits >= 0
     either = (said | true).sum(axis=1)
     accuracy = (said & true).sum(axis=1) / np.maximum(either, 1)

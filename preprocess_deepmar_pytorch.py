@@ -96,18 +96,19 @@ def preprocess(path, out=None):
     return result
 
 
-def convert(jobs):
-    """Writes the bins of [(image path, bin path)]; returns, per job, None or why the image cannot be read."""
+def convert(images, bins, names):
+    """Writes the bins of images; returns, for each, None or why it cannot be read."""
     from PIL import Image
     Image.core.set_blocks_max(8)  # Pillow's and our memory serves one image after the other: new memory took a tenth
     reasons, array = [], np.empty((3, SIZE, SIZE), "<f4")
-    for image_path, bin_path in jobs:
+    for name in names:
+        path = os.path.join(images, name)
         try:
-            preprocess(image_path, out=array)
+            preprocess(path, out=array)
         except Exception as error:  # Pillow raises nearly anything on damaged files
-            reasons.append("%s: %s" % (image_path, str(error).replace("\n", " ") or repr(error)))
+            reasons.append("%s: %s" % (path, str(error).replace("\n", " ") or repr(error)))
             continue
-        with open(bin_path, "wb") as f:
+        with open(os.path.join(bins, stem(name) + ".bin"), "wb") as f:
             f.write(array.data)
         reasons.append(None)
     return reasons
@@ -125,31 +126,52 @@ def start_worker(parent):
     warnings.simplefilter("ignore")
 
 
-def convert_all(jobs):
+def work(parent, taken, workers, sender, images, bins, names):
+    """A worker process: converts its share of the names, sends the results of convert() and at last any OSError."""
+    start_worker(parent)
+    try:
+        while taken.value < len(names):
+            with taken.get_lock():
+                start = taken.value
+                # Ever fewer at a time, so that all processes end together.
+                taken.value += min(CHUNK, -(-(len(names) - start) // (2 * workers)))
+                end = taken.value
+            sender.send(convert(images, bins, names[start:end]))
+    except OSError as error:
+        sender.send(error)
+
+
+def convert_all(images, bins, names):
     """convert() on all cores; yields its results as they come. Raises OSError where a bin cannot be written."""
     import multiprocessing
-    from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing.connection import wait
     from PIL import Image  # noqa: F401 - once, for all processes
-    workers = min(len(os.sched_getaffinity(0)), len(jobs))
-    # Processes, as threads hold each other back in Pillow. Few chunks are under way, so that Ctrl-C need not wait.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker, (os.getpid(),)) as pool:
-        try:
-            start, running = 0, set()
-            while start < len(jobs) or running:
-                while start < len(jobs) and len(running) < 2 * workers:
-                    size = min(CHUNK, -(-(len(jobs) - start) // (2 * workers)))  # ever smaller: all end together
-                    running.add(pool.submit(convert, jobs[start:start + size]))
-                    start += size
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield from future.result()
-        except BrokenProcessPool:
-            raise OSError("a worker process was killed; was the memory exhausted?")
-        except BaseException:  # above all Ctrl-C: the pool would wait for the images under way
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            raise
+    context = multiprocessing.get_context("fork")
+    # Processes, as threads hold each other back in Pillow. A pool's threads and queues took three times as long to start.
+    count, taken, workers = min(len(os.sched_getaffinity(0)), len(names)), context.Value("q", 0), {}
+    try:
+        for _ in range(count):
+            receiver, sender = context.Pipe(duplex=False)
+            workers[receiver] = context.Process(target=work, daemon=True, args=(
+                os.getpid(), taken, count, sender, images, bins, names))
+            workers[receiver].start()
+            sender.close()
+        while workers:
+            for receiver in wait(list(workers)):
+                try:
+                    results = receiver.recv()
+                except EOFError:
+                    worker = workers.pop(receiver)
+                    worker.join()
+                    if worker.exitcode:
+                        raise OSError("a worker process was killed; was the memory exhausted?")
+                    continue
+                if isinstance(results, OSError):
+                    raise results
+                yield from results
+    finally:
+        for worker in workers.values():
+            worker.kill()
 
 
 @contextlib.contextmanager
@@ -224,8 +246,7 @@ def main(argv=None):
         raise FileNotFoundError("%d of the %d images in %s are not in %s: %s"
                                 % (len(missing), len(names), image_txt, images, joined(missing)))
     with replaced_folder(bins) as partial:
-        results = convert_all([(os.path.join(images, name), os.path.join(partial, stem(name) + ".bin"))
-                               for name in names])
+        results = convert_all(images, partial, names)
         if sys.stderr.isatty():
             with contextlib.suppress(ImportError):  # this script alone, in another checkout: no bar then
                 from tqdm import tqdm

@@ -147,14 +147,15 @@ def convert_all(images, bins, names):
     from multiprocessing.connection import wait
     from PIL import Image  # noqa: F401 - once, for all processes
     context = multiprocessing.get_context("fork")
-    # Processes, as threads hold each other back in Pillow. A pool's threads and queues took three times as long to start.
+    # Processes, as threads hold each other back in Pillow. No pool, whose threads and queues take time from the images.
     count, taken, workers = min(len(os.sched_getaffinity(0)), len(names)), context.Value("q", 0), {}
     try:
         for _ in range(count):
             receiver, sender = context.Pipe(duplex=False)
-            workers[receiver] = context.Process(target=work, daemon=True, args=(
+            worker = context.Process(target=work, daemon=True, args=(
                 os.getpid(), taken, count, sender, images, bins, names))
-            workers[receiver].start()
+            worker.start()
+            workers[receiver] = worker
             sender.close()
         while workers:
             for receiver in wait(list(workers)):
@@ -169,9 +170,11 @@ def convert_all(images, bins, names):
                 if isinstance(results, OSError):
                     raise results
                 yield from results
-    finally:
-        for worker in workers.values():
+    except BaseException:  # above all Ctrl-C; once they have ended, the caller can delete what they wrote
+        for worker in multiprocessing.active_children():
             worker.kill()
+            worker.join()
+        raise
 
 
 @contextlib.contextmanager

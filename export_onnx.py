@@ -23,12 +23,6 @@ SIZE = 224         # height and width of the network's input in pixels
 TOLERANCE = 1e-4   # allowed difference between the logits of ONNX Runtime and PyTorch, relative to the largest logit
 
 
-def stop(*_):
-    """Ends the process at Ctrl-C while torch is imported, which turns a KeyboardInterrupt into errors of its own."""
-    os.write(2, b"export_onnx.py: interrupted; no file is half written\n")
-    os._exit(1)
-
-
 def export(model, path, batch_size):
     """Writes the network's graph for a fixed batch size to path, constants folded."""
     import torch
@@ -110,7 +104,8 @@ def main(argv=None):
         parser.error("BATCH_SIZE must be a positive whole number, not %r" % batch_size)
     batch_size = int(batch_size)
 
-    before = signal.signal(signal.SIGINT, stop)
+    # Until these imports end, Ctrl-C ends the process at once: torch makes errors of its own of a KeyboardInterrupt.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), "DeepMAR.py")):
         from DeepMAR import load_model
     else:

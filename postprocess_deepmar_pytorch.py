@@ -19,12 +19,12 @@ import glob
 import json
 import os
 import re
+import signal
 import sys
 
-try:
-    import numpy as np
-except KeyboardInterrupt:
-    sys.exit("postprocess_deepmar_pytorch.py: interrupted; no file is half written")
+if __name__ == "__main__":  # until main(), Ctrl-C ends it at once: a library's import makes other errors of it
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+import numpy as np
 
 RESULT = "fusion_result.json"
 MAX_DROP = 0.01  # how far below the published accuracy a converted model may be: the guide's 1 %, as percentage points
@@ -328,6 +328,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupt)
     try:
         main()
     except (OSError, ValueError) as error:

@@ -12,12 +12,12 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import sys
 
-try:
-    import numpy as np
-except KeyboardInterrupt:
-    sys.exit("preprocess_deepmar_pytorch.py: interrupted; no file is half written")
+if __name__ == "__main__":  # until main(), Ctrl-C ends it at once: a library's import makes other errors of it
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+import numpy as np
 
 SIZE = 224                   # height and width of the network's input in pixels
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as DeepMAR was trained with: red, green, blue
@@ -114,10 +114,19 @@ def convert(images, bins, names):
     return reasons
 
 
+@contextlib.contextmanager
+def uninterrupted():
+    """Holds Ctrl-C back in the block, and from the processes that it starts until they ignore it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
 def start_worker(parent):
     """Makes a worker process leave Ctrl-C to its parent, end when its parent is killed, and keep Pillow's warnings."""
     import ctypes
-    import signal
     import warnings
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
@@ -154,7 +163,8 @@ def convert_all(images, bins, names):
             receiver, sender = context.Pipe(duplex=False)
             worker = context.Process(target=work, daemon=True, args=(
                 os.getpid(), taken, count, sender, images, bins, names))
-            worker.start()
+            with uninterrupted():
+                worker.start()
             workers[receiver] = worker
             sender.close()
         while workers:
@@ -262,6 +272,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupt)
     try:
         main()
     except (OSError, ValueError, ImportError) as error:

@@ -11,11 +11,22 @@ import argparse
 import contextlib
 import glob
 import os
+import signal
 import sys
 import warnings
 
 # Operators whose output is not determined by their inputs.
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+
+
+@contextlib.contextmanager
+def importing():
+    """In the block Ctrl-C ends the process at once: a library's import makes other errors of a KeyboardInterrupt."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def nested(graph):
@@ -33,8 +44,9 @@ def load(path):
     Raises OSError if it cannot be read, ValueError if it is no valid model, or keeps its weights in other files: such a
     model names the files that its reader opens, and a DeepMAR fits into one file many times over.
     """
-    import onnx
-    from google.protobuf.message import DecodeError
+    with importing():
+        import onnx
+        from google.protobuf.message import DecodeError
     if not os.path.isfile(path):
         raise FileNotFoundError("%s: no such file; the first argument is the ONNX model" % path)
     model = onnx.ModelProto()
@@ -91,7 +103,8 @@ def constant(name, scopes, model):
             if attribute.name == "value_ints":  # which ONNX Runtime 1.10 cannot read
                 return np.array(attribute.ints)
         # Longer chains: ONNX Runtime knows what every operator does.
-        import onnxruntime
+        with importing():
+            import onnxruntime
         output = helper.make_tensor_value_info(name, TensorProto.INT64, None)
         part = helper.make_model(helper.make_graph(chain, "constant", [], [output], list(tensors.values())),
                                  opset_imports=model.opset_import)

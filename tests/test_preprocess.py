@@ -1,5 +1,7 @@
 """Stage 4: bins equal the guide's arithmetic to the bit; a bad list or image is named and nothing is written."""
 import os
+import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -157,19 +159,36 @@ def test_a_run_killed_between_the_renames_loses_nothing(tmp_path):
     assert os.listdir(str(tmp_path)) == ["bins"] and (tmp_path / "bins" / "a.bin").read_text() == "earlier"
 
 
-def test_killed_run_leaves_the_earlier_bins_and_no_workers(images):
-    """SIGKILL in the middle; the worker processes end with their parent, and the next run is undisturbed."""
+def in_the_middle(images):
+    """Returns the process of a run over 2000 images, which has written some, in place of an earlier run over 47."""
     assert script(NAME, "images", "input_bin", "image.txt", cwd=images).returncode == 0
     for i in range(2000):
         os.link(str(images / "images" / "00001.png"), str(images / "images" / ("n%d.png" % i)))
     (images / "long.txt").write_text("".join("n%d.png\n" % i for i in range(2000)))
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, NAME), "images", "input_bin", "long.txt"],
-                               cwd=str(images))
+                               cwd=str(images), stderr=subprocess.PIPE, universal_newlines=True)
     deadline = time.time() + 30
     while not (images / "input_bin.partial").exists() or not os.listdir(str(images / "input_bin.partial")):
         assert time.time() < deadline and process.poll() is None
+    return process
+
+
+def test_a_killed_worker_is_an_error(images):
+    """As the kernel kills one where the memory is exhausted; its images must not be missing."""
+    process = in_the_middle(images)
+    workers = (pathlib.Path("/proc") / str(process.pid) / "task" / str(process.pid) / "children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    process.stdout, process.stderr = process.communicate(timeout=30)
+    check_error(process, "a worker process was killed; was the memory exhausted?")
+    assert len(os.listdir(str(images / "input_bin"))) == 47 and not (images / "input_bin.partial").exists()
+    assert not any(os.path.exists("/proc/" + worker) for worker in workers)
+
+
+def test_killed_run_leaves_the_earlier_bins_and_no_workers(images):
+    """SIGKILL in the middle; the worker processes end with their parent, and the next run is undisturbed."""
+    process = in_the_middle(images)
     process.kill()
-    process.wait()
+    process.communicate()
     assert len(os.listdir(str(images / "input_bin"))) == 47
     time.sleep(0.5)
     count = len(os.listdir(str(images / "input_bin.partial")))

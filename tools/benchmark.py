@@ -20,12 +20,11 @@ import threading
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-try:
-    import numpy as np
-    from preprocess_deepmar_pytorch import replaced_folder
-    from remove_pad import load, whole_file
-except KeyboardInterrupt:
-    sys.exit("benchmark.py: interrupted; no file is half written")
+if __name__ == "__main__":  # until main(), Ctrl-C ends it at once: a library's import makes other errors of it
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+import numpy as np
+from preprocess_deepmar_pytorch import replaced_folder
+from remove_pad import importing, load, whole_file
 
 PROVIDERS = ["CANNExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]  # the best first
 AHEAD = 2    # batches that are read ahead of inference
@@ -52,10 +51,8 @@ def open_session(path, device_id=0, threads=None):
     threads: of a call, on the CPU provider; by default one a core that this process may use. Raises OSError, or
     ValueError if the file is no such model: one input float32 [N,3,height,width], one output float32 [N,attributes].
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # an interrupted import ends in errors of its own
-    import onnx  # noqa: F401
-    import onnxruntime
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    with importing():
+        import onnxruntime
     load(path)  # for its checks: onnx's checker, and no weights outside of the file
     options = onnxruntime.SessionOptions()  # all else is best as it is (tests/bench.py: session options)
     # ONNX Runtime 1.10 alone would take half of the cores, and every version ignores taskset's choice of them.
@@ -153,7 +150,7 @@ def interruptible():
         if os.read(receiver, 1):
             options.terminate = True
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)  # Ctrl-C may come before the try below
     watcher.start()
     before = signal.set_wakeup_fd(sender)  # Python's own handler only runs once session.run() has returned
     try:
@@ -337,6 +334,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupt)
     try:
         main()
     except (OSError, ValueError, ImportError) as error:

@@ -15,17 +15,17 @@ sizes, of two stacks. An attribute flips where one run says that an image has it
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-try:
-    import numpy as np
-    from benchmark import check_shape, open_session, progress, run, write_text
-    from get_info import list_bins
-    from postprocess_deepmar_pytorch import attribute_names, evaluate, list_results, read_labels, read_logits, some
-except KeyboardInterrupt:
-    sys.exit("compare.py: interrupted; no file is half written")
+if __name__ == "__main__":  # until main(), Ctrl-C ends it at once: a library's import makes other errors of it
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+import numpy as np
+from benchmark import check_shape, open_session, progress, run, write_text
+from get_info import list_bins
+from postprocess_deepmar_pytorch import attribute_names, evaluate, list_results, read_labels, read_logits, some
 
 MAX_DIFFERENCE = 0.1
 MAX_FLIP_SHARE = 0.001
@@ -218,6 +218,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupt)
     try:
         main()
     except (OSError, ValueError, ImportError) as error:

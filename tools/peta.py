@@ -12,15 +12,15 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-try:
-    import numpy as np
-    from benchmark import write_text
-    from preprocess_deepmar_pytorch import start_worker
-except KeyboardInterrupt:
-    sys.exit("peta.py: interrupted")
+if __name__ == "__main__":  # until main(), Ctrl-C ends it at once: a library's import makes other errors of it
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+import numpy as np
+from benchmark import write_text
+from preprocess_deepmar_pytorch import start_worker, uninterrupted
 
 PARTITIONS = 5
 SPLITS = {"train": ["train"], "val": ["val"], "trainval": ["train", "val"], "test": ["test"]}
@@ -51,7 +51,9 @@ def read_peta(path, partition):
     # In a process of its own, as some damaged files crash scipy's reader.
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), start_worker, (os.getpid(),)) as pool:
         try:
-            return pool.submit(load_peta, path, partition).result()
+            with uninterrupted():
+                loading = pool.submit(load_peta, path, partition)
+            return loading.result()
         except BrokenProcessPool:
             raise ValueError("%s: damaged; scipy's reader crashes on it. Get it again" % path)
         except KeyboardInterrupt:  # the pool would wait for the reader
@@ -149,6 +151,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupt)
     try:
         main()
     except (OSError, ValueError, ImportError) as error:

@@ -10,17 +10,17 @@ the others' attributes.
 """
 import argparse
 import os
+import signal
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-try:
-    import numpy as np
-    from benchmark import check_shape, open_session, progress
-    from postprocess_deepmar_pytorch import attribute_names, some
-    from preprocess_deepmar_pytorch import SIZE, preprocess, stem
-    from remove_pad import whole_file
-except KeyboardInterrupt:
-    sys.exit("predict.py: interrupted")
+if __name__ == "__main__":  # until main(), Ctrl-C ends it at once: a library's import makes other errors of it
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+import numpy as np
+from benchmark import check_shape, open_session, progress
+from postprocess_deepmar_pytorch import attribute_names, some
+from preprocess_deepmar_pytorch import SIZE, preprocess, stem
+from remove_pad import whole_file
 
 # The picture that --save draws, in pixels, and its colours.
 MARGIN, ROW, BAR, TEXT = 16, 19, 150, 14
@@ -184,6 +184,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupt)
     try:
         main()
     except (OSError, ValueError, ImportError) as error:

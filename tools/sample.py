@@ -12,15 +12,16 @@ import argparse
 import io
 import json
 import os
+import signal
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-try:
-    import numpy as np
-    from postprocess_deepmar_pytorch import PETA, evaluate
-    from preprocess_deepmar_pytorch import MEAN, SIZE, STD, replaced_folder
-except KeyboardInterrupt:
-    sys.exit("sample.py: interrupted; no file is half written")
+if __name__ == "__main__":  # until main(), Ctrl-C ends it at once: a library's import makes other errors of it
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+import numpy as np
+from postprocess_deepmar_pytorch import PETA, evaluate
+from preprocess_deepmar_pytorch import MEAN, SIZE, STD, replaced_folder
+from remove_pad import importing
 
 TRAIN = 500          # drawings that the classifier is fitted to
 STATISTICS = 128     # of these, the ones that BatchNorm takes its statistics from
@@ -264,7 +265,9 @@ def main(argv=None):
     if os.path.exists(folder) and not os.path.isfile(os.path.join(folder, "accuracy.txt")):
         raise ValueError("%s: exists and is no earlier sample; give another folder" % args.folder)
 
-    import torch
+    with importing():
+        import torch
+        import torchvision  # noqa: F401
     with replaced_folder(folder, ending="") as partial:
         os.makedirs(os.path.join(partial, "images"))
         model = make_model(*pedestrians(TRAIN, args.seed + 1), seed=args.seed)
@@ -289,6 +292,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupt)
     try:
         main()
     except (OSError, ValueError, ImportError) as error:

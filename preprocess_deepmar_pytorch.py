@@ -39,19 +39,21 @@ def read_list(path):
     except UnicodeDecodeError as error:
         raise ValueError("%s: is not UTF-8 text (byte %d)" % (path, error.start))
     names, seen = [], {}
+    outside = re.compile(r"[\0-\x1f\x7f-\x9f]|^/|(^|/)\.\.(/|$)").search
     for number, line in enumerate(lines, 1):
         name = line.strip()
         if not name:
             continue
-        if len(name) > 1000 or os.path.isabs(name) or ".." in name.split("/") or re.search("[\0-\x1f\x7f-\x9f]", name):
+        if len(name) > 1000 or outside(name):
             raise ValueError("%s: line %d: %r is not a file name inside the images' folder" % (path, number, name[:200]))
-        if not stem(name):
+        bin_name = stem(name)
+        if not bin_name:
             raise ValueError("%s: line %d: %r has nothing before its first dot to name a bin after"
                              % (path, number, name))
-        if stem(name) in seen:
+        if bin_name in seen:
             raise ValueError("%s: lines %d and %d would both write %s.bin; each image's name up to its first dot must "
-                             "be its own" % (path, seen[stem(name)], number, stem(name)))
-        seen[stem(name)] = number
+                             "be its own" % (path, seen[bin_name], number, bin_name))
+        seen[bin_name] = number
         names.append(name)
     if not names:
         raise ValueError("%s: names no image; it needs one file name a line" % path)

@@ -18,6 +18,8 @@ import signal
 import sys
 import warnings
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on, ONNX Runtime reports each model to its makers
+
 OPSET = 11         # the ONNX operator set that atc supports
 SIZE = 224         # height and width of the network's input in pixels
 TOLERANCE = 1e-4   # allowed difference between the logits of ONNX Runtime and PyTorch, relative to the largest logit

@@ -15,6 +15,8 @@ import signal
 import sys
 import warnings
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on, ONNX Runtime reports each model to its makers
+
 # Operators whose output is not determined by their inputs.
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 

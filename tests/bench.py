@@ -28,6 +28,7 @@ from PIL import Image
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tools")]
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in all scripts
 import get_info  # noqa: E402
 import postprocess_deepmar_pytorch as postprocess  # noqa: E402
 import preprocess_deepmar_pytorch as preprocess  # noqa: E402

@@ -188,7 +188,8 @@ def test_killed_run_leaves_the_earlier_bins_and_no_workers(images):
     """SIGKILL in the middle; the worker processes end with their parent, and the next run is undisturbed."""
     process = in_the_middle(images)
     process.kill()
-    process.communicate()
+    process.wait()  # not for its pipe's end, which the workers hold open as long as they live
+    process.stderr.close()
     assert len(os.listdir(str(images / "input_bin"))) == 47
     time.sleep(0.5)
     count = len(os.listdir(str(images / "input_bin.partial")))

@@ -24,7 +24,7 @@ def check_error(process, *texts, code=1):
     """A failed script ends with its exit code and one line 'SCRIPT: error: ...' that holds the texts; no traceback."""
     assert process.returncode == code, (process.returncode, process.stdout, process.stderr)
     assert "Traceback" not in process.stderr, process.stderr
-    lines = process.stderr.strip().split("\n")
+    lines = [line for line in process.stderr.strip().split("\n") if not line.startswith("note: ")]
     assert ": error: " in lines[-1], process.stderr
     if code == 1:
         assert len(lines) == 1, process.stderr

@@ -2,8 +2,8 @@
 
     python3 tools/sample.py sample
 
-Writes sample/images/*.png, image.txt and label.json (drawn test images with known PETA attributes), checkpoint.pth.tar (a
-DeepMAR that recognises them) and accuracy.txt (the instance_acc that PyTorch itself reaches on the test images, through
+Writes sample/images/*.png, image.txt, label.json and attributes.txt (drawn test images with known PETA attributes),
+checkpoint.pth.tar (a DeepMAR that recognises them) and accuracy.txt (the instance_acc that PyTorch itself reaches on them, through
 torchvision's transforms). The same seed gives the same data. The checkpoint is not trained: a random ResNet-50 takes
 its BatchNorm statistics from other drawings, and the classifier is fitted to its features by ridge regression.
 It shows that the pipeline computes the right thing; it says nothing about photographs.
@@ -12,16 +12,16 @@ import argparse
 import io
 import json
 import os
-import signal
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-if __name__ == "__main__":  # until main(), Ctrl-C ends it at once: a library's import makes other errors of it
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
-import numpy as np
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+from common import command, importing, progress, replaced_folder
 from postprocess_deepmar_pytorch import PETA, evaluate
-from preprocess_deepmar_pytorch import MEAN, SIZE, STD, replaced_folder
-from remove_pad import importing
+from preprocess_deepmar_pytorch import MEAN, SIZE, STD
+
+with importing():
+    import numpy as np
 
 TRAIN = 500          # drawings that the classifier is fitted to
 STATISTICS = 128     # of these, the ones that BatchNorm takes its statistics from
@@ -206,7 +206,6 @@ def make_model(images, labels, seed):
     import torch
     import torch.nn.functional as F
     from DeepMAR import DeepMAR_ResNet50
-    from tqdm import tqdm
     random = np.random.RandomState(seed)
     model = DeepMAR_ResNet50(num_att=labels.shape[1])
     for name, module in model.base.named_modules():
@@ -219,7 +218,7 @@ def make_model(images, labels, seed):
             if name.endswith("bn3"):
                 module.weight.data.fill_(BN3_WEIGHT)
 
-    steps = tqdm(total=STATISTICS + len(images), unit="image", disable=None, delay=2, leave=False)
+    steps = progress(STATISTICS + len(images), "image")
     features = []
     with torch.no_grad(), steps:
         model.train()
@@ -284,7 +283,8 @@ def main(argv=None):
             f.write(checkpoint.getbuffer())
         with open(os.path.join(partial, "label.json"), "w") as f:
             json.dump(dict(zip(names, labels.tolist())), f)
-        for name, text in (("image.txt", "".join(name + "\n" for name in names)), ("accuracy.txt", "%r\n" % reached)):
+        for name, text in (("image.txt", "".join(name + "\n" for name in names)), ("accuracy.txt", "%r\n" % reached),
+                           ("attributes.txt", "".join(name + "\n" for name in PETA))):
             with open(os.path.join(partial, name), "w") as f:
                 f.write(text)
     print("%s: %d drawn pedestrians with labels, and a checkpoint that reaches instance_acc %.4f on them in PyTorch"
@@ -292,10 +292,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        main()
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit("sample.py: error: %s" % error)
-    except KeyboardInterrupt:
-        sys.exit("sample.py: interrupted; no file is half written")
+    command(main)

@@ -124,6 +124,7 @@ if begin 8 "report -> report.html"; then
     for batch in $batch_size; do # the page shows the results of the last one
         names_of "$batch"
         results_belong
+        need "$result/fusion_result.json" 7
     done
     fresh throughput.csv 7 "${table_inputs[@]}"
     "$python" "$here/tools/report.py" --images "$images" --list "$image_list" --labels "$label_file" \

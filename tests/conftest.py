@@ -56,4 +56,4 @@ def own_data(work, **changes):
                "label-file": "label.json"}
     options = {name: os.path.join(work, "sample", value) for name, value in options.items()}
     options.update(changes)
-    return [text for name, value in options.items() for text in ("--" + name, value)]
+    return [str(text) for name, value in options.items() for text in ("--" + name, value)]

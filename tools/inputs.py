@@ -21,7 +21,7 @@ import zlib
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import command, cores, read_lines, some, stem, write_text
+from common import command, cores, read_lines, some, write_text
 
 RECORDS = ".made_from"
 SEEN = os.path.join(RECORDS, "checksums.json")

@@ -3,9 +3,9 @@
     python3 tools/sample.py sample
 
 Writes sample/images/*.png, image.txt, label.json and attributes.txt (drawn test images with known PETA attributes),
-checkpoint.pth.tar (a DeepMAR that recognises them) and accuracy.txt (the instance_acc that PyTorch itself reaches on them, through
-torchvision's transforms). The same seed gives the same data. The checkpoint is not trained: a random ResNet-50 takes
-its BatchNorm statistics from other drawings, and the classifier is fitted to its features by ridge regression.
+checkpoint.pth.tar (a DeepMAR that recognises them) and accuracy.txt (the instance_acc that PyTorch itself reaches on them,
+through torchvision's transforms). The same seed gives the same data. The checkpoint is not trained: a random ResNet-50
+takes its BatchNorm statistics from other drawings, and the classifier is fitted to its features by ridge regression.
 It shows that the pipeline computes the right thing; it says nothing about photographs.
 """
 import argparse
@@ -23,11 +23,11 @@ from preprocess_deepmar_pytorch import MEAN, SIZE, STD
 with importing():
     import numpy as np
 
-TRAIN = 500          # drawings that the classifier is fitted to
-STATISTICS = 128     # of these, the ones that BatchNorm takes its statistics from
+TRAIN = 240          # drawings that the classifier is fitted to
+STATISTICS = 32      # of these, the ones that BatchNorm takes its statistics from
 BATCH = 8            # small: PyTorch allocates the feature maps of large batches anew each time
 BN3_WEIGHT = 0.2     # of each residual block's last BatchNorm: keeps a random network's features from growing
-RIDGE = 0.03         # regularisation, relative to the mean squared norm of the features
+RIDGE = 0.01         # regularisation, relative to the mean squared norm of the features
 MADE_WITH = "made_with.txt"  # says what a sample was made with
 WIDTH, HEIGHT = 160, 400  # of the canvas; drawings are scaled down from it
 

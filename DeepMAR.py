@@ -13,7 +13,6 @@ import pickletools
 import re
 import shlex
 import struct
-import sys
 import tarfile
 import zipfile
 from collections import OrderedDict
@@ -97,40 +96,42 @@ class DeepMAR_ResNet50_ExtractFeature(object):
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 #
 # A checkpoint is a pickle, with the tensors' values beside it. Python's unpickler, and with it torch.load, calls whatever
-# the pickle names, and that can be os.system. So the pickle is only read here: each name in it and each call that it asks
-# for becomes a note (class Named). Nothing is imported and nothing is called. The state dict is then looked up among the
-# notes, and numpy makes its tensors from the few notes that describe a tensor. What stands beside it does not matter.
+# the pickle names, and that can be os.system. So the pickle is only read here: each name in it, and each call that it asks
+# for, becomes a note (class Named). Nothing is imported and nothing is called. The state dict is then looked up among the
+# notes, and numpy makes its tensors from the notes that describe them. Whatever else is in the file does not matter.
 
-MAGIC = 0x1950a86a20f9469cfc6c  # the number that begins torch.save's files of before the zip format
-DEPTH = 5                       # a state dict is looked for in up to so many dicts and lists around it
+MAGIC = 0x1950a86a20f9469cfc6c  # the number with which torch.save's files began before the zip format
+DEPTH = 5                       # levels of dicts and lists in which a state dict is looked for
 
-# Calls that make a tensor; their first arguments are storage, offset, size and stride. torch_npu has the last one.
+# Calls that make a tensor. Their first arguments are storage, offset, size, stride. The last one is torch_npu's (Ascend).
 TENSORS = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_npu_tensor"}
-# Calls that take a tensor as their first argument and give the same tensor as a parameter or on another device.
+# Calls whose first argument is a tensor, and which give the same tensor as a parameter or on another device.
 AROUND_TENSORS = {"_rebuild_parameter", "_rebuild_parameter_with_state", "_rebuild_device_tensor_from_cpu_tensor"}
-# Calls of another call: (function, class of the result, arguments, Python attributes of the result).
+# Calls that call a function for a tensor with Python attributes: (function, class, the function's arguments, attributes).
 WITH_ATTRIBUTES = {"_rebuild_from_type", "_rebuild_from_type_v2"}
 
-# torch's storage types -> types of numpy. numpy has no bfloat16, which is the upper half of a float32.
+# torch's storage types -> numpy's types. numpy has no bfloat16, which is the upper half of a float32.
 TYPES = {"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": "u2", "Long": "i8", "Int": "i4", "Short": "i2",
          "Char": "i1", "Byte": "u1", "Bool": "?", "Untyped": "u1", "ComplexFloat": "c8", "ComplexDouble": "c16",
          "QInt8": "i1", "QUInt8": "u1", "QInt32": "i4", "QUInt4x2": "u1", "QUInt2x4": "u1"}
 SAFETENSORS_TYPES = {"F64": "Double", "F32": "Float", "F16": "Half", "BF16": "BFloat16", "I64": "Long", "I32": "Int",
                      "I16": "Short", "I8": "Char", "U8": "Byte", "BOOL": "Bool"}
 
-# The names under which training scripts keep the model's state dict. The first of these that a file has is taken.
+# Names under which training scripts keep the model's state dict. The first one of these that a file has is taken.
 MAIN = ["state_dict", "state_dicts", "model_state_dict", "model", "module", "net", "network", "weights", "params"]
-UNKNOWN = float("inf")  # the rank of other names
-# Parts of keys that DataParallel, PyTorch Lightning and torch.compile add to the network's own.
+UNKNOWN = float("inf")  # the rank of all other names
+# What DataParallel, PyTorch Lightning and torch.compile add to the network's own keys.
 WRAPPERS = {"module", "model", "_orig_mod"}
+# A key in a state dict: what is before the network's own key, and that key.
+KEY = re.compile(r"((?:.*\.)?)((?:base|classifier)\..*)", re.DOTALL)
 
 
 class Refused(ValueError):
-    """Says what is wrong with a file, without the file's name."""
+    """What is wrong with a file, without the file's name."""
 
 
 class Named(object):
-    """A note of a name in a pickle; with arguments, of a call of it. entries: what the pickle then puts into the result."""
+    """The note of a name in a pickle or, with arguments, of a call; entries: what the pickle puts into the call's result."""
     __slots__ = "name", "arguments", "entries"
 
     def __init__(self, name, arguments=None):
@@ -138,7 +139,7 @@ class Named(object):
 
 
 class Storage(object):
-    """Where a tensor's values lie: their type, the name of the storage, and which part of it (old files only)."""
+    """Where a tensor's values are: their type, the storage's name in the file, and the part of it (in very old files)."""
     __slots__ = "kind", "key", "part"
 
     def __init__(self, kind, key, part=None):
@@ -146,18 +147,18 @@ class Storage(object):
 
 
 class Pickle(io.BytesIO):
-    """The bytes of a pickle. Its lines are short, because Python 3.7 takes hours for a number of a million digits."""
+    """The bytes of a pickle. Lines must be short, because Python 3.7 takes hours to read a number of a million digits."""
 
     def readline(self):
         return super().readline(5000)
 
 
 def put(target, items):
-    """Puts the items [key, value, key, value ...] into a dict or a Named; whatever else the target is, it stays as it is."""
+    """Puts items, [key, value, key, value ...], into a dict or a Named. Any other target stays as it is."""
     entries = target.entries if isinstance(target, Named) else target
     if isinstance(entries, dict):
         for key, value in zip(items[::2], items[1::2]):
-            # A key that is no text becomes a Named: Python may crash when it computes the hash of a nested tuple.
+            # A key that is not text becomes a Named, because the hash of a deeply nested tuple can crash Python.
             entries[key if isinstance(key, str) else Named(type(key).__name__)] = value
 
 
@@ -166,24 +167,24 @@ def call(function, arguments):
     arguments = arguments if isinstance(arguments, tuple) else ()
     result = Named(function.name if isinstance(function, Named) else type(function).__name__, arguments)
     if result.name == "collections.OrderedDict" and arguments and isinstance(arguments[0], list):
-        for pair in arguments[0]:  # this is how Python 2 writes the entries
+        for pair in arguments[0]:  # Python 2 writes an OrderedDict's entries so
             put(result, pair if isinstance(pair, (list, tuple)) else [])
     return result
 
 
 def persistent(pid):
-    """Returns what a persistent id stands for: the values of a tensor, or the class of a model (beside its source code)."""
+    """Returns what a persistent id of torch.save stands for: a Storage, or a model's class (it comes with its source)."""
     if isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage":
         kind, key, part = pid[1], pid[2], pid[5] if len(pid) > 5 else None
         if isinstance(kind, Named) and isinstance(key, str):
             return Storage(kind.name.split(".")[-1].replace("Storage", ""), key, part)
     if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
         return pid[1]
-    raise Refused("its pickle names values in another way than torch.save does")
+    return Named("an unknown persistent id")
 
 
-# Opcodes of a pickle: those that push the value they hold, a constant, an empty container (a set is read as a list, which
-# needs no hashes), a tuple of so many values.
+# Opcodes that push the value which they hold, a constant, an empty container, a tuple of so many values from the stack.
+# A set is read as a list, which needs no hashes.
 LITERALS = set("INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
                "SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split())
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
@@ -194,7 +195,7 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 def unpickle(file):
     """Reads one pickle of a Pickle; returns (its value, {name of a storage: its type}).
 
-    The value consists of Python's plain values, Named and Storage. Raises exceptions of many kinds for a damaged file.
+    The value consists of plain Python values, Named and Storage. A damaged pickle raises exceptions of many kinds.
     """
     stack, marks, memo, kinds = [], [], {}, {}
 
@@ -252,7 +253,7 @@ def unpickle(file):
         elif code == "OBJ":
             items = pop_mark()
             stack.append(call(items[0], tuple(items[1:])))
-        elif code == "BUILD":  # sets attributes, which nothing here needs
+        elif code == "BUILD":  # it sets attributes; none is needed
             stack.pop()
         elif code == "BINPERSID":
             value = persistent(stack.pop())
@@ -282,21 +283,21 @@ def read_zip(data):
         raise Refused("a TorchScript archive, not a checkpoint; save model.state_dict()")
     if "data.pkl" not in names:
         raise Refused("a zip file, but no PyTorch checkpoint (it has no data.pkl)")
-    # torch.save compresses nothing. A file with more content than bytes is made to fill the memory.
+    # torch.save compresses nothing. A zip file can claim to hold much more than its size, to fill the memory.
     if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > len(data):
-        raise Refused("its content is larger than the file; torch.save writes no compressed files (unpack it, and pack "
-                      "it again with zip -0 -r)")
+        raise Refused("its content is larger than the file, which is not so in files of torch.save; if someone packed it, "
+                      "unpack it and pack it without compression: zip -0 -r")
     root = names["data.pkl"][:-len("data.pkl")]
 
     def read(name):
         member = archive.getinfo(root + name)
         if getattr(member, "CRC", None) == 0:
-            del member.CRC  # torch.save can leave out the checksums; without the attribute zipfile does not ask for them
+            del member.CRC  # torch.save can leave the checksums out; without the attribute zipfile expects none
         return archive.read(member)
 
     if root + "byteorder" in archive.namelist() and read("byteorder") != b"little":
-        raise Refused("it comes from a big-endian machine; save it again on another one")
-    # Tensors can share a storage: each is read once.
+        raise Refused("it was saved on a big-endian machine, whose files are not supported")
+    # Many tensors can share a storage. Each storage is read once.
     return unpickle(Pickle(read("data.pkl")))[0], functools.lru_cache(maxsize=None)(lambda key: read("data/" + key))
 
 
@@ -308,15 +309,15 @@ def read_old(data):
     unpickle(file)  # the version of the format
     system, _ = unpickle(file)
     if isinstance(system, dict) and system.get("little_endian") is False:
-        raise Refused("it comes from a big-endian machine; save it again on another one")
+        raise Refused("it was saved on a big-endian machine, whose files are not supported")
     content, kinds = unpickle(file)
-    storages, position = {}, None
-    for key in unpickle(file)[0]:  # the storages follow in this order, each with the number of its values before it
-        position = file.tell() if position is None else position
+    keys, _ = unpickle(file)
+    storages, position = {}, file.tell()
+    for key in keys:  # the storages follow in this order, each after the number of its values
         count, = struct.unpack_from("<q", data, position)
         begin, position = position + 8, position + 8 + count * np.dtype(TYPES[kinds[key]]).itemsize
         if not begin <= position <= len(data):
-            raise Refused("it ends within the values of its tensors; it is cut off")
+            raise Refused("damaged or cut off (it ends within the values of its tensors)")
         storages[key] = memoryview(data)[begin:position]
     return content, storages.__getitem__
 
@@ -326,8 +327,8 @@ def read_safetensors(data):
     try:
         from safetensors import deserialize
     except ImportError as error:
-        raise Refused("a safetensors file; to read it, install the package: %s -m pip install --prefer-binary safetensors (%s)"
-                      % (sys.executable or "python3", error))
+        raise Refused("a safetensors file, for which a package is missing (%s); install it: "
+                      "python3 -m pip install --prefer-binary safetensors" % error)
     content, storages = {}, {}
     for key, tensor in deserialize(data):
         size, storages[key] = tuple(tensor["shape"]), tensor["data"]
@@ -343,7 +344,7 @@ def read_file(path):
         for folder in [path] + [os.path.join(path, name) for name in sorted(os.listdir(path))]:
             if os.path.isfile(os.path.join(folder, "data.pkl")):
                 parent, name = os.path.split(os.path.abspath(folder))
-                raise Refused("the folder of an unpacked checkpoint; pack it again: (cd %s && zip -0 -r %s %s)"
+                raise Refused("an unpacked checkpoint; pack its folder again: (cd %s && zip -0 -r %s %s)"
                               % tuple(shlex.quote(text) for text in (parent, name + ".pth", name)))
         raise Refused("a folder, not a checkpoint file")
     if not os.path.isfile(path):
@@ -381,35 +382,40 @@ def described(value):
 
 
 class Network(object):
-    """A state dict in the content: name, where it is; rank, how likely it is the one that is meant; entries, the dict that
-    it is in; keys, {the network's key: [the keys of entries that give it]}; others, the keys of entries that give none."""
+    """A state dict in the content of a file.
 
-    def __init__(self, path, entries, keys, others):
-        self.name, self.entries, self.keys, self.others = ".".join(map(str, path)), entries, keys, others
+    name says where it is, rank how likely it is the one that is meant. entries is the dict that it is in. keys tells which
+    keys of entries give a key of the network, before what stands before them; others are the remaining keys of entries.
+    """
+
+    def __init__(self, path, entries, keys, before, others):
+        self.name, self.entries, self.keys, self.before, self.others = ".".join(map(str, path)), entries, keys, before, others
         self.rank = [part if isinstance(part, int) else MAIN.index(part) if part in MAIN else UNKNOWN for part in path]
 
 
 def networks(path, entries):
     """Returns the Networks in one dict of the content.
 
-    Their keys are those from 'base' or 'classifier' on. What is before is 'module.' and the like, or distinguishes two
-    networks in one dict: base.conv1.weight and ema.module.base.conv1.weight.
+    Several can be in one dict, told apart by what stands before their keys: base.conv1.weight, ema.module.base.conv1.weight.
     """
     found, others = OrderedDict(), []
     for key in entries:
-        parts = key.split(".") if isinstance(key, str) else []
-        start = next((i for i, part in enumerate(parts) if part in ("base", "classifier")), None)
-        if start is None:
-            others.append(key)
-        else:
-            before, name = ([part for part in half if part not in WRAPPERS] for half in (parts[:start], parts[start:]))
+        match = KEY.fullmatch(key) if isinstance(key, str) else None
+        if match:
+            before, name = ([part for part in half.split(".") if part and part not in WRAPPERS] for half in match.groups())
             found.setdefault(tuple(before), OrderedDict()).setdefault(".".join(name), []).append(key)
-    return [Network(path + before, entries, keys, others) for before, keys in found.items()
-            if any(isinstance(entries[key], Named) for key in keys.get("classifier.weight", []))]
+        else:
+            others.append(key)
+    result = []
+    for before, keys in found.items():
+        first = keys.get("classifier.weight", [None])[0]
+        if isinstance(entries.get(first), Named):
+            result.append(Network(path + before, entries, keys, KEY.fullmatch(first).group(1), others))
+    return result
 
 
 def find_networks(content):
-    """Returns the Networks of a checkpoint's content, wherever they are in it."""
+    """Returns the Networks in a checkpoint's content, the outer ones first."""
     found, seen, level = [], set(), [((), content)]
     for _ in range(DEPTH):
         below = []
@@ -427,43 +433,42 @@ def find_networks(content):
     return found
 
 
-def choose(found, content, name, say):
-    """Returns the Network that is meant, by its name where one is given; says which it was where there are others."""
+def choose(content, name, say):
+    """Returns the Network that is meant, by its name where one is given. Tells say which one it is where that is not clear."""
+    found = find_networks(content)
     if not found:
-        if isinstance(content, Named) and not content.entries:
-            raise Refused("holds an object of %s, not a state dict; save model.state_dict()" % described(content))
         entries = content.entries if isinstance(content, Named) else content
+        if not isinstance(entries, dict) or not entries:
+            raise Refused("holds an object of %s, not a state dict; save model.state_dict()" % described(content))
         keys = ("%s (%s)" % (shown(key) if isinstance(key, str) else described(key), described(value))
-                for key, value in entries.items()) if isinstance(entries, dict) else []
-        raise Refused("holds no state dict of a DeepMAR (no classifier.weight); save model.state_dict(). %s" % (
-            "Its keys are: " + some(keys, 12) if keys else "It is a %s" % described(content)))
+                for key, value in entries.items())
+        raise Refused("holds no state dict with classifier.weight; save model.state_dict(). It has: %s" % some(keys, 12))
     names = [shown(network.name) or "(top level)" for network in found]
     if name is not None:
-        matching = [network for network in found if network.name == name] or \
-                   [network for network in found if network.name.startswith(name + ".")]
+        matching = [network for network in found if network.name == name]
+        matching = matching or [network for network in found if network.name.startswith(name + ".")]
         if len(matching) != 1:
             raise Refused("has %s state dict %s; it has: %s" % (
-                "no" if not matching else "more than one", shown(name), some(names, 12)))
+                "more than one" if matching else "no", shown(name), some(names, 12)))
         best = matching[0]
     else:
         best = min(found, key=lambda network: network.rank)
         if len(found) > 1 and UNKNOWN in best.rank:
             raise Refused("has several state dicts: %s; choose one with --state-dict NAME" % some(names, 12))
-    others = [name for name, network in zip(names, found) if network is not best]
+    taken, others = names[found.index(best)], [name for name, network in zip(names, found) if network is not best]
     if others:
-        say("took the state dict %s; the checkpoint also has: %s (--state-dict NAME takes another)" % (
-            names[found.index(best)], some(others, 12)))
+        say("took the state dict %s; it also has: %s (--state-dict NAME takes another)" % (taken, some(others, 12)))
     elif UNKNOWN in best.rank:
-        say("took the state dict %s, the only one" % names[0])
+        say("took its only state dict, %s" % taken)
     return best
 
 
 def tensor_call(value):
-    """Returns the arguments of the call that makes a tensor, without the calls around it; None if value is no tensor."""
+    """Returns the arguments of the call that makes a tensor, inside all calls around it; None if value is no tensor."""
     while isinstance(value, Named) and value.arguments:
         function, arguments = value.name[value.name.rfind(".") + 1:], value.arguments
         if function in TENSORS:
-            # torch >= 1.12 can mark a tensor as negated or conjugated instead of computing it.
+            # torch >= 1.12 can mark a tensor as negated or conjugated instead of computing that.
             marks = arguments[6] if len(arguments) > 6 and isinstance(arguments[6], dict) else {}
             return None if "neg" in marks or "conj" in marks else arguments
         if function in AROUND_TENSORS:
@@ -476,19 +481,19 @@ def tensor_call(value):
 
 
 def make_array(value, read, most):
-    """Returns (an array of float32, or of int64 for whole numbers; the type that the file has). read: see read_zip.
+    """Returns (a tensor's values as float32 or, if they are whole numbers, as int64; the name of their type in the file).
 
-    Raises Refused for everything that is no plain tensor of at most so many values, all of them finite.
+    read: see read_zip. Raises Refused unless value is a plain tensor of at most so many values, all of them finite.
     """
     arguments = tensor_call(value)
     if arguments is None:
-        raise Refused("is %s, not a plain tensor; save model.state_dict() of the whole model, neither sharded nor quantised"
+        raise Refused("is %s, not a plain tensor; save model.state_dict() of the whole model, not sharded or quantised"
                       % described(value))
     storage, offset, size, stride = (tuple(arguments) + (None,) * 4)[:4]
     if not (isinstance(storage, Storage) and isinstance(size, tuple) and isinstance(stride, tuple)
             and len(size) == len(stride) <= 8
             and all(isinstance(number, int) and 0 <= number < 1 << 62 for number in (offset,) + size + stride)):
-        raise Refused("is described as torch does not describe a tensor")
+        raise Refused("is no tensor as torch.save writes it; the file is damaged, or made to do harm")
     if storage.kind not in TYPES or storage.kind.startswith("Complex"):
         raise Refused("has values of the type %s; save model.float().state_dict()" % shown(storage.kind))
     count = 1
@@ -504,7 +509,7 @@ def make_array(value, read, most):
     if storage.part is not None:
         _, begin, length = storage.part
         data = data[begin:begin + length]
-    # In Python's whole numbers, which do not overflow. The steps of a dimension of one value do not count.
+    # Python's whole numbers do not overflow. In a dimension of size 1 the stride has no meaning.
     stride = tuple(step if number > 1 else 0 for number, step in zip(size, stride))
     if offset + sum((number - 1) * step for number, step in zip(size, stride)) >= len(data):
         raise Refused("reaches beyond its %d values in the file" % len(data))
@@ -521,45 +526,41 @@ def make_array(value, read, most):
 
 
 def make_state(network, read, most, say):
-    """Returns the state dict of a Network: OrderedDict, key -> tensor; most: values that its tensors may have."""
-    parts = network.keys["classifier.weight"][0].split(".")
-    before = "".join(part + "." for part in parts[:parts.index("classifier")])
-    # Beside model.classifier.weight, only what begins with model. is of the network; the rest is a loss's weights, say.
-    own = [key for key in network.others if (key if isinstance(key, str) else "").startswith(before)]
-    keys = list(network.keys.items()) + [(key if isinstance(key, str) else "a key that is no text", [key]) for key in own]
+    """Returns the state dict of a Network: OrderedDict, key -> tensor; most: how many values its tensors may have."""
+    # Beside model.classifier.weight, what does not begin with model. belongs to something else, such as a loss.
+    own = [key for key in network.others
+           if isinstance(key, str) and key.startswith(network.before) and tensor_call(network.entries[key])]
     state, types = OrderedDict(), set()
-    for name, originals in keys:
-        for original in originals:
-            key = shown(original if isinstance(original, str) else name)
+    for name, originals in list(network.keys.items()) + [(key, [key]) for key in own]:
+        for key in originals:
             try:
-                array, kind = make_array(network.entries[original], read, most)
+                array, kind = make_array(network.entries[key], read, most)
             except Refused as error:
-                raise Refused("%s %s" % (key, error))
+                raise Refused("%s %s" % (shown(key), error))
             if not np.array_equal(state.setdefault(name, array), array):
-                raise Refused("%s and %s are the same key of the network, but their values differ; remove the wrong one"
-                              % (shown(originals[0]), key))
+                raise Refused("%s and %s are the same key of the network, but their values differ; delete the wrong one"
+                              % (shown(originals[0]), shown(key)))
             most -= array.size
             types |= {kind} if array.dtype.kind == "f" else set()
     if types - {"float32"}:
         say("converted the weights from %s to float32" % some(sorted(types - {"float32"})))
-    left = [shown(key) for key in network.others if isinstance(key, str) and key not in own]
-    if left:
-        say("left out what is not of the network: %s" % some(left))
+    if len(own) < len(network.others):
+        say("left out what does not belong to the network: %s" % some(
+            shown(key) if isinstance(key, str) else described(key) for key in network.others if key not in set(own)))
     return OrderedDict((name, torch.from_numpy(array)) for name, array in state.items())
 
 
 def load_checkpoint(path, state_dict=None, say=lambda text: None):
     """Returns the model's state dict of a checkpoint: OrderedDict, key -> CPU tensor of float32 (int64 for counts).
 
-    Reads torch.save's files of all formats and ages, Python 2.7's and Ascend's included, and .safetensors. The state dict
-    may stand anywhere in the content; state_dict names one of several ('state_dict_ema', 'ema.module'). 'module.' and the
-    like are removed from its keys. say is called with a line of text for each choice or change that the user should know.
+    Reads the files of every torch.save, those from Python 2.7 and from Ascend's torch_npu too, and .safetensors. The state
+    dict may be anywhere in the content; state_dict is the name of one of several ('state_dict_ema', 'ema.module'). Prefixes
+    such as 'module.' are removed from its keys. say gets a line of text for each choice that the user should know of.
     Runs no code of the file. Raises OSError if path cannot be read, ValueError if it is no such checkpoint.
     """
     try:
         content, read = read_file(path)
-        network = choose(find_networks(content), content, state_dict, say)
-        return make_state(network, read, os.path.getsize(path), say)
+        return make_state(choose(content, state_dict, say), read, os.path.getsize(path), say)
     except Refused as error:
         raise ValueError("%s: %s" % (path, error))
     except OSError:
@@ -572,7 +573,7 @@ def load_checkpoint(path, state_dict=None, say=lambda text: None):
 def build_model(state, last_conv_stride=2):
     """Returns the DeepMAR_ResNet50 of a state dict, in eval mode; the number of attributes is the classifier's.
 
-    A state dict fits both values of last_conv_stride, and does not tell with which it was trained.
+    A state dict fits both values of last_conv_stride, 1 and 2, and does not tell with which one it was trained.
     Raises ValueError that names what does not fit: missing and unexpected keys, wrong shapes, another backbone.
     """
     weight = state.get("classifier.weight")
@@ -601,7 +602,7 @@ def build_model(state, last_conv_stride=2):
         if shapes:
             problems.append("wrong shapes: %s" % some(shapes))
         if whole:
-            problems.append("whole numbers, as of a quantised model: %s" % some(whole))
+            problems.append("whole numbers instead of weights, as in a quantised model: %s" % some(whole))
         raise ValueError("not a DeepMAR ResNet-50 checkpoint: %s" % "; ".join(problems))
     model.load_state_dict(state)
     return model.eval()

@@ -13,10 +13,12 @@ trained, and it can be exported with any: give the same values as --last-conv-st
 """
 import argparse
 import contextlib
+import fcntl
 import glob
 import inspect
 import os
 import re
+import secrets
 import signal
 import sys
 import warnings
@@ -71,20 +73,30 @@ def verify(model, path, shape):
 @contextlib.contextmanager
 def whole_file(path):
     """Yields the name of a new file beside path, which becomes path if the block succeeds, and goes if it fails."""
-    for left in glob.glob(glob.escape(path) + ".[0-9]*.partial"):
-        if not os.path.exists("/proc/" + left.split(".")[-2]):  # by a run that was killed
-            with contextlib.suppress(FileNotFoundError):  # another run took it away
+    for left in glob.glob(glob.escape(path) + ".*.partial"):
+        with contextlib.suppress(OSError), open(left) as file:
+            if locked(file):  # no process holds it any more: it is left from a run that was killed
                 os.remove(left)
-    temporary = "%s.%d.partial" % (path, os.getpid())
+    temporary = "%s.%s.partial" % (path, secrets.token_hex(4))
     try:
-        open(temporary, "wb").close()
-        yield temporary
-        os.replace(temporary, path)
+        with open(temporary, "xb") as file:
+            locked(file)
+            yield temporary
+            os.replace(temporary, path)
     except OSError as error:
         raise OSError("%s: cannot be written: %s" % (path, error.strerror or error))
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def locked(file):
+    """Locks an open file against other processes; returns whether that was possible."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
 
 
 def main(argv=None):
@@ -151,9 +163,12 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError, ImportError) as error:
         sys.exit("export_onnx.py: error: %s" % error)
     except KeyboardInterrupt:

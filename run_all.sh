@@ -274,7 +274,7 @@ if begin 6 "inference on backend $backend, device $device_id"; then
         wanted=$(wc -l <deepmar.info)
         say "batch size $size: $model, $wanted images -> $result"
         new_scratch "$result" # the tools write into result/ of the folder that they run in, over what is there
-        ln -s ../input_bin ../deepmar.info "../$model" "$scratch"
+        [ "$backend" = ais_bench ] || ln -s ../input_bin ../deepmar.info "../$model" "$scratch"
         cd "$scratch"
         if [ "$backend" = ais_bench ]; then
             run_ais_bench
@@ -297,7 +297,6 @@ if begin 6 "inference on backend $backend, device $device_id"; then
         ran=$backend
         [ "$backend" != benchmark ] || ran=$binary
         [ "$backend" != onnxruntime ] || ran=$(sed -n 's/^\[INFO\] \(ONNX Runtime .*\), .*/\1/p' "logs/$log" | head -n 1)
-        [ "$backend" != ais_bench ] || cp "logs/$log" "$scratch/result/ais_bench_batchsize_${size}_device_${device_id// /_}.log"
         mkdir -p "$result"
         for folder in "${folders[@]}"; do record "$folder" /dev/null; done # of nothing, should this be interrupted here
         rm -rf "${folders[@]}"

@@ -37,7 +37,7 @@ run() { # run PYTHON [pytest's arguments]
     shift
     # A process for each file: where a library crashes, the other files' tests run all the same.
     for file in tests/test_*.py; do
-        "$python" -m pytest -q -p no:cacheprovider --durations=3 --durations-min=5 "$file" "$@"
+        "$python" -m pytest -q -rs -p no:cacheprovider --durations=3 --durations-min=5 "$file" "$@"
         case $? in
             0) ran=yes ;;
             5) ;; # the arguments choose none of its tests

@@ -18,6 +18,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, check_error, run_all
+from test_card import check_stopped, standin
 from test_predict import write_images, write_model
 
 import ais_bench_files
@@ -128,6 +129,7 @@ def test_by_hand(front, lay, tmp_path):
     rates = [json.loads((several / "out" / "d" / (name + "_summary.json")).read_text())["throughput"] for name in names]
     total = re.search(r"summary throughput: ?(\S+)", process.stdout).group(1)
     assert float(total) == pytest.approx(sum(rates))
+    assert set(post.list_results([str(several / "out" / "d")])) == {"a", "B2", "b9", "b10", "c"}  # by stage 7
     if front.year > 2023:  # without the option, each device has all images
         every = lay(tmp_path / "every")
         assert front.run(every, device="1,2").returncode == 0
@@ -229,10 +231,13 @@ class Place(object):
 
     def __init__(self, folder):
         self.folder, self.logits, self.accuracy = folder, {}, {}
-        for size in reversed(SIZES):
-            write_om(folder / ("deepmar_bs%d.om" % size), write_model(folder / "m.onnx", size))
+        (folder / "bin").mkdir()
+        standin(folder / "bin" / "atc", "atc.py")
+        for size in SIZES:
+            onnx = write_model(folder / ("deepmar_bs%d_nopad.onnx" % size), size)
+            write_om(folder / ("deepmar_bs%d.om" % size), onnx)
         import onnxruntime
-        session = onnxruntime.InferenceSession(str(folder / "m.onnx"), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(folder / "deepmar_bs1_nopad.onnx"), providers=["CPUExecutionProvider"])
         for kind, names in (("plain", PLAIN), ("odd", ODD)):
             (folder / kind).mkdir()
             images = folder / kind / "images"
@@ -279,9 +284,13 @@ RUNS += [(FRONT_ENDS[0], "2 1", 0o002, "odd"), (FRONT_ENDS[2], "2 1", 0o002, "od
     "%03o" % value if isinstance(value, int) else value))
 def test_run_all(front, devices, umask, kind, place, tmp_path):
     work = tmp_path / "work"
-    process = place.run(front, work, "--batch-size", "1 4 8", "--device-id", devices, "--chip-name", "310P3", kind=kind,
-                        umask=umask)
+    work.mkdir()
+    for size in SIZES:
+        shutil.copy(str(place.folder / ("deepmar_bs%d_nopad.onnx" % size)), str(work))
+    process = place.run(front, work, "--stage", 3, "--batch-size", "1 4 8", "--device-id", devices, "--chip-name", "310P3",
+                        kind=kind, umask=umask, path=str(place.folder / "bin"))
     assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.count("ATC run success") == 3
     with open(str(work / "throughput.csv"), newline="") as f:
         rows = list(csv.DictReader(f))
     assert [row["batch_size"] for row in rows] == ["1", "4", "8"]
@@ -300,7 +309,8 @@ def test_run_all(front, devices, umask, kind, place, tmp_path):
         assert set(results) == set(place.logits[kind])
         for name, logits in results.items():
             np.testing.assert_allclose(logits, place.logits[kind][name], atol=1e-5)
-        assert float(row["interface_images_per_s"]) == pytest.approx(sum(rates))
+        assert float(row["interface_images_per_s"]) == float(row["card_images_per_s"]) == pytest.approx(sum(rates))
+        assert row["backend"] == "ais_bench" and row["e2e_images_per_s"] == ""
     assert not [name for name in os.listdir(str(work)) if "partial" in name]
 
 
@@ -369,6 +379,19 @@ def test_an_om_of_another_batch_size(front, place, tmp_path):
     assert process.returncode == 1 and "deepmar_bs1.om takes 4 images at a time, not 1" in process.stderr, process.stderr
     process = place.run(front, work, "--stage", 6, "--device-id", ",".join(map(str, range(14))))
     assert process.returncode == 1 and "14 devices, but fewer images" in process.stderr, process.stderr
+
+
+def test_a_failing_run(place, tmp_path):
+    """The earlier results stay."""
+    front, work = FRONT_ENDS[2], tmp_path / "work"
+    assert place.run(front, work).returncode == 0
+    for fail, text in (("ais_bench", "ais_bench ended with status 1"),
+                       ("ais_bench leaves fewer", "ais_bench left 12 results for 13 images"),
+                       ("ais_bench reports an error", "ais_bench reports an error")):
+        process = place.run(front, work, "--stage", 6, FAIL=fail)
+        check_stopped(process, text, "stage 6 failed")
+    assert len(os.listdir(str(work / "result" / "dumpOutput_device0"))) == 13
+    assert place.run(front, work, "--stage", 7).returncode == 0
 
 
 def test_copies_where_there_can_be_no_hard_links(lay, tmp_path, monkeypatch):

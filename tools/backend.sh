@@ -31,15 +31,12 @@ choose_backend() {
             elif has_ais_bench; then
                 backend=ais_bench why="no $binary beside the scripts, but $python has the package"
             else
-                backend=onnxruntime why="no $binary beside the scripts, and $python has no ais_bench"
+                backend=onnxruntime why="no $binary beside the scripts, and $python has no ais_bench.infer with aclruntime"
             fi
             [ -z "$why" ] || say "backend $backend: $why" ;;
         benchmark | ais_bench)
-            if [ "$backend" = ais_bench ]; then
-                ais_bench_files check / || exit 1
-            elif [ -e "$benchmark" ]; then
-                has_benchmark || fail "backend benchmark: $benchmark is not executable; run: chmod u+x $benchmark"
-            else
+            if [ "$backend" = benchmark ] && ! has_benchmark; then
+                [ ! -e "$benchmark" ] || fail "backend benchmark: $benchmark is not executable; run: chmod u+x $benchmark"
                 fail "backend benchmark: there is no $benchmark; take it from CANN's benchmark tool, then run:" \
                     "cp $binary $here/ && chmod u+x $benchmark"
             fi
@@ -94,7 +91,7 @@ tool() {
 broken() {
     local log=$work_dir/logs/$2 last=10
     if tr '\r' '\n' <"$log" | grep -F '[ERROR]' | sed -n '1,10s/^/    /p' >&2; then last=3; fi
-    tail -n "$last" "$log" | tr '\r' '\n' | grep -vF '[ERROR]' | sed 's/^/    /' >&2 || :
+    tr '\r' '\n' <"$log" | tail -n "$last" | grep -vF '[ERROR]' | sed 's/^/    /' >&2 || :
     fail "$1; above are the errors and the last lines of $log"
 }
 # run_device DEVICE INFO: runs the model over an info file's bins; the binary and its stand-in have the same options.

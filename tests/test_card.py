@@ -1,4 +1,4 @@
-"""run_all.sh on a card: atc, npu-smi and the benchmark binary, by strict stand-ins (tests/standins); test_genuine.py has ais_bench."""
+"""run_all.sh on a card: atc, npu-smi and the benchmark binary, by strict stand-ins (tests/standins)."""
 import csv
 import json
 import os

@@ -45,7 +45,7 @@ shellcheck -x run_all.sh tools/*.sh tests/run.sh .ci/run || exit 1
 one_file() {
     local python=${*: -2:1} file=${*: -1} log status
     log=$(mktemp -p "$DEEPMAR_TEST_SHARED")
-    "$python" -m pytest -q -p no:cacheprovider --durations=3 --durations-min=5 "$file" "${@:1:$#-2}" >"$log" 2>&1
+    "$python" -m pytest -q -rs -p no:cacheprovider --durations=3 --durations-min=5 "$file" "${@:1:$#-2}" >"$log" 2>&1
     status=$?
     [ "$status" != 5 ] || return 0 # the arguments choose none of its tests
     echo "$status $file ($("$python" --version))" >>"$DEEPMAR_TEST_SHARED/done"

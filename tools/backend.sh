@@ -7,7 +7,8 @@ benchmark=$here/benchmark.$(uname -m)
 binary=$(basename "$benchmark")
 has_atc() { command -v atc >/dev/null; }
 has_benchmark() { [ -x "$benchmark" ]; }
-has_ais_bench() { "$python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("ais_bench"))' 2>/dev/null; }
+ais_bench_files() { "$python" "$here/tools/ais_bench_files.py" "$@"; }
+has_ais_bench() { ais_bench_files check / 2>/dev/null; }
 has_om() { # whether there will be an OM for every batch size
     local batch
     runs 3 && has_atc && return
@@ -43,16 +44,12 @@ choose_backend() {
             elif has_ais_bench; then
                 backend=ais_bench why="no $binary beside the scripts, but $python has the package"
             else
-                backend=onnxruntime why="no $binary beside the scripts, and $python has no ais_bench"
+                backend=onnxruntime why="no $binary beside the scripts, and $python has no ais_bench.infer with aclruntime"
             fi
             [ -z "$why" ] || say "backend $backend: $why" ;;
         benchmark | ais_bench)
-            if [ "$backend" = ais_bench ]; then
-                has_ais_bench || fail "backend ais_bench: $python has no such package; run: $python -m pip install" \
-                    "aclruntime-VERSION-linux_$(uname -m).whl ais_bench-VERSION-py3-none-any.whl"
-            elif [ -e "$benchmark" ]; then
-                has_benchmark || fail "backend benchmark: $benchmark is not executable; run: chmod u+x $benchmark"
-            else
+            if [ "$backend" = benchmark ] && ! has_benchmark; then
+                [ ! -e "$benchmark" ] || fail "backend benchmark: $benchmark is not executable; run: chmod u+x $benchmark"
                 fail "backend benchmark: there is no $benchmark; take it from CANN's benchmark tool, then run:" \
                     "cp $binary $here/ && chmod u+x $benchmark"
             fi
@@ -61,6 +58,18 @@ choose_backend() {
     esac
     no_om="there is no atc on this machine; an OM in $work_dir is taken as it is"
     [ "$backend" != onnxruntime ] || no_om="the ONNX model runs on ONNX Runtime"
+    if [ "$backend" = ais_bench ] && runs 6; then check_ais_bench; fi
+}
+
+# check_ais_bench: stops where ais_bench does not start, or would refuse what is there; sets ais_bench_help
+check_ais_bench() {
+    local taken=() batch
+    runs 4 || taken+=("$work_dir/input_bin")
+    for batch in $batch_size; do [ -n "$make_om" ] || taken+=("$work_dir/deepmar_bs$batch.om"); done
+    ais_bench_files check "$work_dir" "${taken[@]}" || exit 1
+    ais_bench_help=$(cd / && "$python" -m ais_bench --help 2>&1) ||
+        fail "backend ais_bench: $python -m ais_bench --help ends with: ${ais_bench_help##*$'\n'}; install what is missing, or" \
+            "source CANN's set_env.sh where that is a library"
 }
 
 # choose_chip: sets chip_name as atc takes it; empty where no OM is made and nothing names it
@@ -94,10 +103,12 @@ tool() {
     shift
     "$@" 2>&1 | tee "$work_dir/logs/$log" || broken "${log%_bs*} ended with status ${PIPESTATUS[0]}" "$log"
 }
-# broken WHAT LOG: stops with a tool's last words
+# broken WHAT LOG: stops with a tool's errors, where it marks them, as its last words may be those of its usage text
 broken() {
-    tail -n 10 "$work_dir/logs/$2" | sed 's/^/    /' >&2
-    fail "$1; above are the last lines of $work_dir/logs/$2"
+    local log=$work_dir/logs/$2 last=10
+    if tr '\r' '\n' <"$log" | grep -F '[ERROR]' | sed -n '1,10s/^/    /p' >&2; then last=3; fi
+    tr '\r' '\n' <"$log" | tail -n "$last" | grep -vF '[ERROR]' | sed 's/^/    /' >&2 || :
+    fail "$1; above are the errors and the last lines of $log"
 }
 # run_atc: makes the OM of one batch size. In a folder of its own, as atc also leaves a fusion_result.json, which is not that of
 # stage 7.
@@ -120,11 +131,10 @@ infer() {
         say "these devices are not cards: ${#devices[@]} processes on ONNX Runtime share this machine's $(nproc) cores"
     wanted=$(wc -l <deepmar.info)
     new_scratch "$result" # the tools write into result/ of the folder that they run in, over what is there
-    ln -s ../input_bin ../deepmar.info "../$model" "$scratch"
+    [ "$backend" = ais_bench ] || ln -s ../input_bin ../deepmar.info "../$model" "$scratch"
     cd "$scratch"
     if [ "$backend" = ais_bench ]; then
         run_ais_bench
-        cp "$work_dir/logs/$log" "result/ais_bench_batchsize_${batch}_device_${device_id// /_}.log"
     elif [ ${#devices[@]} -gt 1 ]; then
         run_devices
     elif [ "$backend" = benchmark ]; then
@@ -153,9 +163,10 @@ collect() {
     mkdir -p "$result"
     for folder in "${folders[@]}"; do record "$folder"; done # of nothing, should this be interrupted here
     for device in "${devices[@]}"; do
-        rm -rf "$result/dumpOutput_device$device" "$result"/perf_vision_batchsize_*"_device_$device.txt"
+        rm -rf "$result/dumpOutput_device$device" "$result/dumpOutput_device${device}_summary.json" \
+            "$result"/perf_vision_batchsize_*"_device_$device.txt"
     done
-    rm -f "$result"/dumpOutput_device*_summary.json "$result"/ais_bench_batchsize_*.log "$result/fusion_result.json"
+    rm -f "$result/fusion_result.json"
     find "$scratch/result" -mindepth 1 -maxdepth 1 -exec mv -t "$result" {} +
     for folder in "${folders[@]}"; do
         record "$folder" info=deepmar.info model="$model" backend="$ran" model_name="$model"
@@ -191,20 +202,21 @@ run_devices() {
     [ -z "$failed" ] || broken "$backend failed on device $failed" "${backend}_bs${batch}_device${failed%% *}.log"
 }
 
-# run_ais_bench: it splits the images over several devices by itself and leaves a subfolder device<D> for each
+# run_ais_bench: it shares the images among several devices by itself
 run_ais_bench() {
-    local log=ais_bench_bs$batch.log folder=dumpOutput_device${device_id// /_} device from
-    mkdir result
+    local log=ais_bench_bs$batch.log folder=dumpOutput_device$device_id divide=() taken
+    if [ ${#devices[@]} -gt 1 ]; then
+        [ "$wanted" -ge ${#devices[@]} ] || fail "${#devices[@]} devices, but fewer images in $work_dir/deepmar.info"
+        folder=devices
+        # without it, versions since 2024 give each device all images
+        [[ $ais_bench_help != *--divide_input* ]] || divide=(--divide_input 1)
+    fi
+    "$python" "$here/tools/ais_bench_files.py" give ../input_bin "../$model"
     tool "$log" "$requested" -m ais_bench --model "$model" --input input_bin --output result --output_dirname "$folder" \
-        --outfmt BIN --batchsize "$batch" --device "${device_id// /,}"
-    ! grep -q '\[ERROR\]' "$work_dir/logs/$log" || broken "ais_bench reports an error" "$log"
-    [ ${#devices[@]} = 1 ] && return
-    for device in "${devices[@]}"; do
-        # some versions number the processes too: device0_0
-        for from in "result/$folder/device$device" "result/$folder/device$device"_*[0-9]; do
-            [ ! -d "$from" ] || mv -T "$from" "result/part$device"
-        done
-    done
-    mv "result/$folder" "result/whole"
-    for device in "${devices[@]}"; do mv "result/part$device" "result/dumpOutput_device$device"; done
+        --outfmt BIN --batchsize "$batch" --device "${device_id// /,}" "${divide[@]}"
+    ! grep -qF '[ERROR]' "$work_dir/logs/$log" || broken "ais_bench reports an error" "$log"
+    taken=$(sed -n 's/.*filesperbatch:\([0-9]*\) .*/\1/p' "$work_dir/logs/$log" | sort -u)
+    [ -z "$taken" ] || [ "$taken" = "$batch" ] || # it does not compare them, but computes its throughput with --batchsize
+        broken "$model takes $taken images at a time, not $batch; put another there, or run stage 3" "$log"
+    "$python" "$here/tools/ais_bench_files.py" collect ../input_bin "${devices[@]}"
 }

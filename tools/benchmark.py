@@ -12,6 +12,7 @@ replaced as a whole, so it never holds those of an earlier run.
 import argparse
 import collections
 import contextlib
+import io
 import os
 import re
 import signal
@@ -27,6 +28,8 @@ from preprocess_deepmar_pytorch import replaced_folder
 from remove_pad import importing, load, whole_file
 
 PROVIDERS = ["CANNExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]  # the best first
+NEEDS = {"CANNExecutionProvider": "source CANN's set_env.sh, and see that npu-smi info lists the card",
+         "CUDAExecutionProvider": "it needs a GPU with its driver, CUDA and cuDNN"}
 AHEAD = 2    # batches that are read ahead of inference
 WRITE = 32   # results written at a time: where inference keeps every core busy, few wake-ups disturb it least
 
@@ -45,23 +48,49 @@ def calls_at_once(batch_size, threads):
     return threads if batch_size == 1 else 1
 
 
+def import_onnxruntime():
+    """Returns the module onnxruntime; raises ImportError, with the remedy where it was built for NumPy 1 and finds NumPy 2."""
+    said = io.StringIO()
+    try:
+        with importing(), contextlib.redirect_stderr(said):
+            import onnxruntime
+        return onnxruntime
+    except ImportError:
+        if "compiled using NumPy 1" in said.getvalue():  # at the head of NumPy's page about it, with a traceback
+            said = io.StringIO()
+            raise ImportError("the installed ONNX Runtime was built for NumPy 1 and cannot be imported with NumPy %s; run: "
+                              "%s -m pip install 'numpy<2'" % (np.__version__, sys.executable))
+        raise
+    finally:
+        sys.stderr.write(said.getvalue())
+
+
+def providers(device_id=0):
+    """The execution providers that this ONNX Runtime was built with, for a session to try: the best first, with their options."""
+    available = import_onnxruntime().get_available_providers()
+    return [(name, {} if name.startswith("CPU") else {"device_id": str(device_id)}) for name in PROVIDERS if name in available]
+
+
+def provider_note(session, available):
+    """Returns "CANNExecutionProvider did not load" where the CPU runs the model but ONNX Runtime was built for more; else ''."""
+    better = [name for name in PROVIDERS[:-1] if name in available]
+    return better[0] + " did not load" if better and session.get_providers()[0] == PROVIDERS[-1] else ""
+
+
 def open_session(path, device_id=0, threads=None):
     """Returns an ONNX Runtime session of a DeepMAR model on the best execution provider that this machine has.
 
     threads: of a call, on the CPU provider; by default one a core that this process may use. Raises OSError, or
     ValueError if the file is no such model: one input float32 [N,3,height,width], one output float32 [N,attributes].
     """
-    with importing():
-        import onnxruntime
+    onnxruntime = import_onnxruntime()
     load(path)  # for its checks: onnx's checker, and no weights outside of the file
     options = onnxruntime.SessionOptions()  # all else is best as it is (tests/bench.py: session options)
     # ONNX Runtime 1.10 alone would take half of the cores, and every version ignores taskset's choice of them.
     options.intra_op_num_threads = threads or cores()
     options.log_severity_level = 3  # errors
-    providers = [(name, {} if name.startswith("CPU") else {"device_id": str(device_id)})
-                 for name in PROVIDERS if name in onnxruntime.get_available_providers()]
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=providers)
+        session = onnxruntime.InferenceSession(path, options, providers=providers(device_id))
     except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
         raise ValueError("%s: ONNX Runtime %s cannot load it: %s"
                          % (path, onnxruntime.__version__, str(error).replace("\n", " ")))
@@ -312,6 +341,7 @@ def main(argv=None):
     option("round", type=positive, help="pure inference on random input, so many times")
     option("threads", type=positive, help="threads of the CPU provider; at batch size 1 each has an image of its own "
                                           "(default: one a core)")
+    option("strict", action="store_true", help="an error where ONNX Runtime has a card's provider that does not load")
     args = parser.parse_args(argv)
     if (args.input_text_path is None) == (args.round is None):
         parser.error("give -input_text_path for inference on data, or -round for pure inference")
@@ -326,7 +356,14 @@ def main(argv=None):
     check_shape(session, args.om_path, args.batch_size, args.input_height, args.input_width)
     import onnxruntime
     provider = session.get_providers()[0]
-    print("[INFO] ONNX Runtime %s, %s, %s" % (onnxruntime.__version__, provider, args.om_path), flush=True)
+    note = provider_note(session, onnxruntime.get_available_providers())
+    if note:
+        remedy = NEEDS[note.split()[0]]
+        if args.strict:
+            raise ValueError("%s; %s" % (note, remedy))
+        print("[WARN] %s, so the CPU runs the model; %s" % (note, remedy))
+    print("[INFO] ONNX Runtime %s, %s%s, %s" % (onnxruntime.__version__, provider, " (%s)" % note if note else "", args.om_path),
+          flush=True)
     if provider != "CPUExecutionProvider":  # a device takes one call at a time
         calls = 1
     for line in (vision if args.round is None else pure_inference)(session, calls, args):

@@ -21,14 +21,18 @@ device_id=${device_id-0}           # the card's device, or several that share th
 work_dir=${work_dir-work}          # where everything is written
 sample_size=${sample_size-200}     # images of the sample
 python=${python-${PYTHON-python3}} # the Python to use, or to make a virtual environment with
-set_env=${set_env-/usr/local/Ascend/ascend-toolkit/set_env.sh} # the toolkit's settings, read where atc is not on the PATH
+set_env=${set_env-}                # CANN's set_env.sh; empty: where atc is not on the PATH, the one that is found
+chips=${chips-}                    # chips of a card, for its rate; empty: what npu-smi info counts, else 4 of a 310, 1 of others
+strict=${strict-}                  # an error, not a note, where ONNX Runtime has a card's provider that does not load
 stage=${stage-0}                   # the first stage to run:
 stop_stage=${stop_stage-8}         # the last stage to run: 0 sample data, 1 ONNX, 2 Pad, 3 atc, 4 bins, 5 info,
                                    # 6 inference, 7 accuracy, 8 report
+check=${check-}                    # only tells what this machine has of what is needed, and how to get the rest
+json=${json-}                      # with --check: a file for its findings
 # --------------------------------------------------------------------------------------------------------------------
 
 names="checkpoint images image_list label_file published_acc chip_name backend batch_size device_id work_dir sample_size
-python set_env stage stop_stage"
+python set_env chips strict stage stop_stage check json"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 say() { printf '[run_all] %s\n' "$*"; }
@@ -45,6 +49,7 @@ while [ $# -gt 0 ]; do
                     printf '  %-18s %s\n' "$name" "$text"
                 done
             exit ;;
+        --check | --strict) name=$1 value=yes && shift ;;
         --*=*) name=${1%%=*} value=${1#*=} && shift ;;
         --*) [ $# -gt 1 ] || usage "$1 needs a value"
             name=$1 value=$2 && shift 2 ;;
@@ -72,7 +77,10 @@ numbers device_id '(0|[1-9][0-9]{0,5})' "a whole number, or several"
 for name in stage stop_stage; do
     [[ ${!name} =~ ^[0-8]$ ]] || usage "$name must be one of 0 to 8, not '${!name}'"
 done
-[[ $chip_name =~ ^((Ascend)?[0-9]+[A-Za-z0-9]*)?$ ]] || usage "chip_name must be as in Ascend310 or 310P3, not '$chip_name'"
+[[ $chips =~ ^([1-9][0-9]?)?$ ]] || usage "chips must be a positive whole number, not '$chips'"
+for name in check strict; do [[ ${!name} =~ ^(yes)?$ ]] || usage "$name must be yes or empty, not '${!name}'"; done
+[ -z "$json" ] || [ -n "$check" ] || usage "json is for --check"
+[[ $chip_name =~ ^((Ascend)?[0-9]+[A-Za-z0-9_-]*)?$ ]] || usage "chip_name must be as in Ascend310 or 310P3, not '$chip_name'"
 case $backend in auto | benchmark | ais_bench | onnxruntime) ;; *)
     usage "backend must be auto, benchmark, ais_bench or onnxruntime, not '$backend'" ;;
 esac
@@ -85,23 +93,17 @@ if [ -n "$given" ]; then
         [ -n "${!name}" ] || usage "${given//$'\n'/, } set, but not $name: set all of checkpoint, images, image_list, label_file, or none"
     done
     for name in checkpoint images image_list label_file; do
-        [ -e "${!name}" ] || fail "$name: ${!name}: no such file or folder"
-        printf -v "$name" %s "$(realpath -- "${!name}")"
+        [ -e "${!name}" ] || [ -n "$check" ] || fail "$name: ${!name}: no such file or folder"
+        printf -v "$name" %s "$(realpath -m -- "${!name}")"
     done
 fi
 
 runs() { [ "$stage" -le "$1" ] && [ "$1" -le "$stop_stage" ]; } # runs N: whether stage N is asked for
 
-if ! command -v atc >/dev/null && [ -f "$set_env" ]; then
-    set +eu # the toolkit's script is not written for them
-    # shellcheck disable=SC1090
-    source "$set_env"
-    set -eu
-    say "read $set_env"
-fi
-export PATH
 # shellcheck source=tools/backend.sh
 source "$here/tools/backend.sh"
+read_set_env
+[ -z "$check" ] || check_machine
 choose_backend
 choose_chip
 
@@ -344,7 +346,6 @@ if begin 7 "accuracy and throughput"; then
         mv "$scratch/fusion_result.json" fusion_result.json
         rows+=(--run "$size" "$result" "$model" "$ran")
     done
-    case $chip_name in '') chips=0 ;; Ascend310) chips=4 ;; *) chips=1 ;; esac
     "$python" "$here/tools/table.py" throughput "${rows[@]}" --devices "${devices[@]}" --chips "$chips"
     finish
 fi

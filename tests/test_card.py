@@ -96,6 +96,8 @@ def test_benchmark_at_several_batch_sizes(card):
         assert f.read() in process.stdout
     with open(str(made.work / "fusion_result.json")) as f:  # stage 7's, not the one that atc leaves
         assert json.load(f)["images"] == SIZE
+    process = made.run("--stage", 7, "--stop-stage", 7, "--batch-size", "1 5", "--chips", 2)
+    assert process.returncode == 0 and "card (x 2)" in process.stdout, process.stderr
     assert not [name for name in os.listdir(str(made.work)) if "partial" in name]
 
 
@@ -179,7 +181,10 @@ def test_a_failing_inference_tool(card, fail, backend, text):
 
 
 @pytest.mark.parametrize("fail, texts", [
-    ("atc", ("atc ended with status 1", "E40000: the compiler is out of memory")),
+    ("atc", ("atc ended with status 1; above", "E40000: the compiler is out of memory")),
+    ("atc's operators", ("atc ended with status 1: ", "no operators for Ascend310P3; run: bash ./Ascend-cann-310p-ops_")),
+    ("atc's Python", ("atc ended with status 1: ", "pip install decorator")),
+    ("atc's library", ("atc ended with status 127: ", "devlib:$LD_LIBRARY_PATH")),
     ("atc leaves nothing", ("atc left no deepmar_bs5.om",))])
 def test_a_failing_atc(card, fail, texts):
     made, _ = card

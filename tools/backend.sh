@@ -87,7 +87,8 @@ choose_chip() {
         [ "$found" = 0 ] || chips=${chips:-$found}
     fi
     [ -z "$make_om" ] || [ -n "$chip_name" ] ||
-        fail "chip_name is empty, and there is no npu-smi to ask: set it, as in --chip-name 310P3, or --backend onnxruntime for no OM"
+        fail "chip_name is empty, and there is no npu-smi to ask: set it, as in --chip-name 310P3, or --backend onnxruntime for" \
+            "no OM"
     chip_name=${chip_name:+Ascend${chip_name#Ascend}}
     [ -z "$chips" ] || return 0
     case $chip_name in '') chips=0 ;; Ascend310) chips=4 ;; *) chips=1 ;; esac

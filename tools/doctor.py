@@ -223,10 +223,10 @@ class Cann(object):
 
     def operator_package(self, name):
         """Returns the command that installs the operators of a chip, None where no package is known."""
-        word = family(name)[1]
-        if not word or (word == "A3" and self.number < (8, 5)):
+        word, old = family(name)[1], self.number and self.number < (8, 5)
+        if not word or (old and word == "A3"):
             return None
-        form = "Ascend-cann-%s-ops_%s_linux-%s.run" if self.number >= (8, 5) else "Ascend-cann-kernels-%s_%s_linux-%s.run"
+        form = "Ascend-cann-kernels-%s_%s_linux-%s.run" if old else "Ascend-cann-%s-ops_%s_linux-%s.run"
         return "bash ./%s --install" % (form % (word, self.version if self.number else "VERSION", MACHINE))
 
     def python_problem(self, version, missing, numpy):

@@ -1,7 +1,7 @@
 """Stands in for atc: the options it knows, its checks of them in its order, its error codes, the files it leaves.
 
-The codes, and the texts up to CANN 8.3, are the real one's. It is stricter in two things, so that a mistake of ours is found: only
-opset 11, as the guide says, and no Pad.
+The codes, and the texts up to CANN 8.3, are the real one's. It is stricter in two things, so that a mistake of ours is found:
+only opset 11, as the guide says, and no Pad.
 """
 import os
 import re
@@ -17,15 +17,13 @@ SOC = r"Ascend(310|310P[1-7]|310B[1-4]|610|910(A|B|ProA|ProB|PremiumA|B[1-4]|B2C
 FAILURES = {
     "atc": ["E40000: the compiler is out of memory", "TEFUSION: op[Conv2D_0] failed to compile"],
     "atc's operators": [
-        "EZ3003: [PID: 4711] 2026-01-01-00:00:00.000.000 No supported Ops kernel and engine are found for [Conv_0], optype [Conv2D].",
-        "        Possible Cause: The operator is not supported by the system. Therefore, no hit is found in any operator information "
-        "library.",
-        "        Solution: 1. Check that the OPP component is installed properly. 2. Submit an issue to request for the support of "
-        "this operator type.",
-        "        TraceBack (most recent call last):"] + ["        build graph failed[FUNC:Build][LINE:%d]" % i for i in range(12)],
+        "EZ3003: [PID: 4711] No supported Ops kernel and engine are found for [Conv_0], optype [Conv2D].",
+        "        Possible Cause: The operator is not supported by the system. Therefore, no hit is found in any operator "
+        "information library.",
+        "        Solution: 1. Check that the OPP component is installed properly. 2. Submit an issue to request for the support "
+        "of this operator type.", "        TraceBack (most recent call last):"] + ["        build graph failed"] * 12,
     "atc's Python": [
-        "EC0010: [PID: 4711] 2026-01-01-00:00:00.000.000 Failed to import Python module [ModuleNotFoundError: No module named "
-        "'decorator'.].",
+        "EC0010: [PID: 4711] Failed to import Python module [ModuleNotFoundError: No module named 'decorator'.].",
         "        Solution: Check that all required components are properly installed and the specified Python path matches the "
         "Python installation directory."],
 }
@@ -42,8 +40,8 @@ def invalid(option, reason):
 
 
 if FAIL == "atc's library":  # a machine without a driver
-    die("%s.bin: error while loading shared libraries: libascend_hal.so: cannot open shared object file: No such file or directory"
-        % os.path.abspath(sys.argv[0]), status=127)
+    die("atc.bin: error while loading shared libraries: libascend_hal.so: cannot open shared object file: No such file or "
+        "directory", status=127)
 values = {}
 for argument in sys.argv[1:]:
     match = re.match("--([a-z_]+)=(.*)$", argument)
@@ -52,8 +50,8 @@ for argument in sys.argv[1:]:
     values[match.group(1)] = match.group(2)
 for name in ("soc_version", "output", "model"):
     if not values.get(name):
-        failed("E10054: The requied parameter [--%s] for ATC is empty. Another possible reason is that the value of some parameter is "
-               "not enclosed by quotation marks (\"\")." % name)  # as it is spelt there
+        failed("E10054: The requied parameter [--%s] for ATC is empty. Another possible reason is that the value of some "
+               "parameter is not enclosed by quotation marks (\"\")." % name)  # as it is spelt there
 for name in ("model", "output"):
     if not re.match("[A-Za-z0-9\u4e00-\u9fa5./_-]+$", values[name]):
         invalid(name, "The path can only contain 'a-z' 'A-Z' '0-9' '-' '.' '_' and chinese character")

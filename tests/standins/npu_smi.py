@@ -1,4 +1,4 @@
-"""Stands in for npu-smi: prints recorded tables of `npu-smi info` (tests/npu_smi): that of TABLE, or several, one below the other."""
+"""Stands in for npu-smi: prints a recorded table of `npu-smi info` (tests/npu_smi), that of TABLE, or several of them."""
 import os
 import sys
 

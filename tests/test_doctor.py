@@ -280,7 +280,7 @@ def test_a_python_without_packages(machine):
     """It looks, and leaves the installation to the first run."""
     bare, checkout = machine / "bare", machine / "checkout"
     subprocess.check_call([sys.executable, "-m", "venv", "--without-pip", str(bare)])
-    for name in ("run_all.sh", "requirements.txt", "tools/backend.sh", "tools/doctor.py"):
+    for name in ("run_all.sh", "requirements.txt", "tools/backend.sh", "tools/driver.sh", "tools/doctor.py"):
         with open(os.path.join(ROOT, name)) as f:
             write(checkout / name, f.read())
     process, rows = check(machine, root=checkout, PYTHON=str(bare / "bin" / "python"))

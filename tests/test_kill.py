@@ -88,7 +88,7 @@ def check_killed(folder, stage, process, number, earlier, new):
             script = os.path.basename(STAGES[stage][0][0])
             assert not re.search(script + r'", line \d+, in (?!<module>)', errors), (stage, errors)
             return "before its own code", answered
-        lines = errors.strip().split("\n")
+        lines = re.sub("(?m)^note: .*\n", "", errors).strip().split("\n")
         assert process.returncode == 0 and lines == [""] or len(lines) == 1 and "interrupted" in errors or \
             process.returncode == -signal.SIGINT and lines == [""], (stage, process.returncode, errors)
     return ("earlier" if parts == earlier else "new" if parts == new else "between"), answered

@@ -103,7 +103,7 @@ def test_screen_and_file(tmp_path):
     assert [line.split()[0] for line in lines[6:41]] == post.PETA
     assert lines[6].split()[3] == "%.6f" % per_attribute[0][0] and lines[9].split()[3] == "-"
     assert lines[41] == "scored 280 images; 20 labelled images had no result"
-    assert lines[42].endswith(": personalLarger60, upperBodyCasual")
+    assert lines[42].endswith(": personalLarger60, upperBodyCasual") and lines[43] == post.ASSUMED
 
     def constant(name):
         raise AssertionError(name)  # NaN and Infinity are not JSON
@@ -136,7 +136,7 @@ def test_both_interfaces_give_the_same(tmp_path):
 def test_published(tmp_path, labels_for, images, drop):
     # Five images of 100 attributes, all true; so many of each predicted.
     hits = int(round(100 * (labels_for - drop)))
-    logits = np.where(np.arange(100) < hits, 1, -1)[None].repeat(images, axis=0)
+    logits = np.where(np.arange(100) < hits, 2, -1)[None].repeat(images, axis=0)
     result, label = write(tmp_path, logits, np.ones((images, 100), int))
     done = script(STAGE, result, label, "--published", labels_for, cwd=tmp_path)
     assert json.loads((tmp_path / "fusion_result.json").read_text())["drop"] == pytest.approx(drop, abs=1e-12)
@@ -222,7 +222,7 @@ def test_wrong_labels(tmp_path, text, message):
 
 
 def test_label_file_errors_on_the_screen(tmp_path):
-    result, label = write(tmp_path, [[1, 1]], [[0, 1]])
+    result, label = write(tmp_path, [[2, 2]], [[0, 1]])
     check_error(script(STAGE, result, tmp_path / "absent.json", cwd=tmp_path), "absent.json: no such file")
     (tmp_path / "label.json").write_bytes(b'{"a\xff": [0]}')
     check_error(script(STAGE, result, label, cwd=tmp_path), "label.json: is not JSON")

@@ -82,7 +82,7 @@ def test_says_what_the_pipeline_says(tmp_path, batch_size):
     result = run_stage_6(tmp_path, model, batch_size)
     paths = ["images/" + name for name in names]
     done = script("tools/predict.py", *(paths + ["--onnx", model]), cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.returncode == 0 and done.stderr == "note: %s\n" % post.ASSUMED, done.stderr
     said = parse(done.stdout)
     assert [key for key in said if not key.endswith(" found")] == paths
     for name, path in zip(names, paths):
@@ -197,7 +197,6 @@ def test_errors_before_work(tmp_path):
     check_error(script(*(command + ["--onnx", tmp_path / "absent.onnx"])), "absent.onnx: no such file")
     (tmp_path / "cut.onnx").write_bytes(model.read_bytes()[:100])
     check_error(script(*(command + ["--onnx", tmp_path / "cut.onnx"])), "cut.onnx: no valid ONNX model")
-    check_error(script(*(command + ["--onnx", write_model(tmp_path / "m96.onnx", size=96)])), "m96.onnx", "[1,3,224,224]")
     check_error(script(*command), "--onnx", code=2)
 
 

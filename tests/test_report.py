@@ -444,9 +444,9 @@ def test_files_that_do_not_belong_together(small):
 def test_bad_pictures(small):
     (small / "images" / "2.png").write_bytes(b"<html>")
     (small / "images" / "4.png").unlink()
-    check_error(make(small), "2 of 6 pictures cannot be read: ", "images/2.png (", "images/4.png (no such file)")
+    check_error(make(small), "1 of the 6 images in image.txt are not in images: 4.png")
     os.mkfifo(str(small / "images" / "4.png"))
-    check_error(make(small), "images/4.png (no such file)")
+    check_error(make(small), "2 of 6 pictures cannot be read: ", "images/2.png (", "images/4.png (not a regular file)")
     assert not (small / "report.html").exists()
 
 

@@ -112,7 +112,7 @@ def test_screen_and_file(tmp_path):
     assert (report["images"], report["labelled_images_without_result"]) == (280, 20)
     assert report["published_acc"] == 0.2 and report["drop"] == 0.2 - report["instance_acc"]
     assert report["attributes_without_label_acc"] == ["personalLarger60", "upperBodyCasual"]
-    assert [row["name"] for row in report["attributes"]] == post.PETA
+    assert [row["name"] for row in report["attributes"]] == post.PETA and report["names_assumed"] is True
     for row, (positive, negative), column in zip(report["attributes"], per_attribute, labels[:280].T):
         assert (row["positives"], row["negatives"]) == (column.sum(), (1 - column).sum())
         assert (row["label_pos_acc"] is None) == (positive is None) and (row["label_neg_acc"] is None) == (negative is None)
@@ -147,6 +147,24 @@ def test_published(tmp_path, labels_for, images, drop):
         assert done.returncode == 0, done.stderr
 
 
+def test_probabilities(tmp_path):
+    logits, labels = random_case()
+    result, label = write(tmp_path, logits, labels)
+    assert script(STAGE, result, label, cwd=tmp_path).returncode == 0
+    expected = json.loads((tmp_path / "fusion_result.json").read_text())
+    check_error(script(STAGE, result, label, "--values=probabilities", cwd=tmp_path), "values below 0 or above 1")
+    write(tmp_path, post.probabilities(logits), labels)
+    check_error(script(STAGE, result, label, cwd=tmp_path), "look like probabilities", "--values probabilities")
+    assert json.loads((tmp_path / "fusion_result.json").read_text()) == expected
+    done = script(STAGE, result, label, "--values", "probabilities", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = json.loads((tmp_path / "fusion_result.json").read_text())
+    assert said == dict(expected, values="probabilities") and expected["values"] == "logits"
+    assert script(STAGE, result, label, "--values=logits", cwd=tmp_path).returncode == 0
+    said = json.loads((tmp_path / "fusion_result.json").read_text())
+    assert said["instance_recall"] == 1 and said["values"] == "logits"  # all attributes of all images are said
+
+
 @pytest.mark.parametrize("attributes, extension, output, prefix",
                          [(35, ".jpg", 1, ""), (26, ".png", 0, ""), (51, ".a.jpeg", 1, "train/seq1/")])
 def test_other_datasets(tmp_path, attributes, extension, output, prefix):
@@ -158,6 +176,7 @@ def test_other_datasets(tmp_path, attributes, extension, output, prefix):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "fusion_result.json").read_text())
     assert [row["name"] for row in report["attributes"]] == ["a %d" % i for i in range(attributes)]
+    assert report["names_assumed"] is False and post.ASSUMED not in done.stdout
     assert report["instance_acc"] == pytest.approx(independent(logits.tolist(), labels.tolist())[0][0], abs=1e-12)
 
 

@@ -330,11 +330,10 @@ def main(argv=None):
                                      for key, values in figures.items()})
              for i, name in enumerate(names)]
     undefined = [row["name"] for row in table if row["label_acc"] is None]
-    assumed = " (%s)" % ASSUMED if names is PETA else ""
     drop = None if args.published is None else args.published - metrics["instance_acc"]
     report = dict(metrics, images=len(logits), labelled_images_without_result=without, published_acc=args.published,
                   drop=drop, attributes_without_label_acc=undefined, values=args.values or "logits",
-                  names_assumed=bool(assumed), attributes=table)
+                  names_assumed=names is PETA, attributes=table)
     write_text(RESULT, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
     for name in ("instance_acc", "instance_precision", "instance_recall", "instance_F1", "mA"):
@@ -342,11 +341,11 @@ def main(argv=None):
     if args.per_attribute:
         for line in attribute_table(table):
             print(line)
-        if assumed:
-            print("the attributes' names:%s" % assumed)
     print("scored %d images; %d labelled images had no result" % (len(logits), without))
     if undefined:
-        print("left out of mA, as no image or every image has them: %s%s" % (", ".join(undefined), assumed))
+        print("left out of mA, as no image or every image has them: %s" % ", ".join(undefined))
+    if names is PETA and (args.per_attribute or undefined):
+        print(ASSUMED)
     if drop is not None:
         print("accuracy %.2f %%, published %.2f %%, drop %.2f %%" % (100 * metrics["instance_acc"],
                                                                    100 * args.published, 100 * drop))

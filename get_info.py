@@ -7,11 +7,12 @@ The second form is that of the generic tool, whose first argument is the files' 
 (2.bin before 10.bin), which does not depend on the file system.
 """
 import argparse
-import contextlib
-import glob
 import os
 import re
 import sys
+
+sys.path[:0] = [os.path.join(os.path.dirname(os.path.realpath(__file__)), "tools")]
+from common import command, note, some, whole_file
 
 CHANNELS, BYTES = 3, 4  # a bin is float32 [3,height,width]
 DIGITS = re.compile("[0-9]+")
@@ -35,31 +36,11 @@ def list_bins(folder, width, height):
                 if entry.stat().st_size != size:
                     wrong.append("%s (%d bytes)" % (entry.name, entry.stat().st_size))
     if wrong:
-        raise ValueError("%s: %d of %d bins are not float32 [%d,%d,%d] (%d bytes): %s%s"
-                         % (folder, len(wrong), len(names), CHANNELS, height, width, size,
-                            ", ".join(sorted(wrong)[:5]), ", ..." * (len(wrong) > 5)))
+        raise ValueError("%s: %d of %d bins are not float32 [%d,%d,%d] (%d bytes): %s"
+                         % (folder, len(wrong), len(names), CHANNELS, height, width, size, some(sorted(wrong))))
     if not names:
         raise ValueError("%s: holds no .bin file; preprocess_deepmar_pytorch.py writes them" % folder)
     return sorted(sorted(names), key=natural)  # equal values (1, 01) by their text
-
-
-@contextlib.contextmanager
-def whole_file(path):
-    """Yields the name of a new file beside path, which becomes path if the block succeeds, and goes if it fails."""
-    for left in glob.glob(glob.escape(path) + ".[0-9]*.partial"):
-        if not os.path.exists("/proc/" + left.split(".")[-2]):  # by a run that was killed
-            with contextlib.suppress(FileNotFoundError):  # another run took it away
-                os.remove(left)
-    temporary = "%s.%d.partial" % (path, os.getpid())
-    try:
-        open(temporary, "wb").close()
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError("%s: cannot be written: %s" % (path, error.strerror or error))
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
 
 
 def main(argv=None):
@@ -87,14 +68,8 @@ def main(argv=None):
     print("%s: %d bins of %s, %s x %s" % (info, len(names), folder, width, height))
     spaced = [name for name in [folder] + names if " " in name]
     if spaced:
-        print("note: %r has a space, at which benchmark.x86_64 would cut the line; tools/benchmark.py does not"
-              % spaced[0], file=sys.stderr)
+        note("%r has a space, at which benchmark.x86_64 would cut the line; tools/benchmark.py does not" % spaced[0])
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit("get_info.py: error: %s" % error)
-    except KeyboardInterrupt:
-        sys.exit("get_info.py: interrupted; no file is half written")
+    command(main)

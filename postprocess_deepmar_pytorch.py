@@ -13,20 +13,21 @@ each attribute; --per-attribute prints them, --attributes FILE names them (one a
 """
 import argparse
 import collections
-import contextlib
 import gc
-import glob
 import json
 import os
 import re
-import signal
 import sys
 
-if __name__ == "__main__":  # until main(), Ctrl-C ends it at once: a library's import makes other errors of it
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
-import numpy as np
+sys.path[:0] = [os.path.join(os.path.dirname(os.path.realpath(__file__)), "tools")]
+from common import command, composed, importing, read_lines, some, stem, write_text
+
+with importing():
+    import numpy as np
 
 RESULT = "fusion_result.json"
+PROBABILITIES = "all values lie between 0 and 1: they look like probabilities (of a model that ends in a Sigmoid), not logits"
+ASSUMED = "PETA's names assumed; --attributes FILE gives others"
 MAX_DROP = 0.01  # how far below the published accuracy a converted model may be: the guide's 1 %, as percentage points
 
 # The 35 attributes of PETA in the order of the labels and logits: PETA.mat's [1], picked by its [2].
@@ -36,17 +37,6 @@ upperBodyLogo hairLong personalMale carryingMessengerBag accessoryMuffler access
 upperBodyPlaid carryingPlasticBags footwearSandals footwearShoes lowerBodyShorts upperBodyShortSleeve
 lowerBodyShortSkirt footwearSneaker upperBodyThinStripes accessorySunglasses lowerBodyTrousers upperBodyTshirt
 upperBodyOther upperBodyVNeck""".split()
-
-
-def some(items, most=5):
-    """The first few items as text, with the number of the others."""
-    items = list(items)
-    return ", ".join(items[:most]) + (" and %d more" % (len(items) - most) if len(items) > most else "")
-
-
-def stem(name):
-    """What a file is called in every stage: its name, without folders, up to the first dot."""
-    return name.rpartition("/")[2].partition(".")[0]
 
 
 def label_row(values):
@@ -95,13 +85,22 @@ def read_labels(path):
     return rows, labels
 
 
+def labels_of(path, images, attributes):
+    """The rows of a label file for these images, uint8 [images, attributes]; raises OSError or ValueError, as for an image
+    without a label."""
+    rows, labels = read_labels(path)
+    unlabelled = [image for image in images if stem(image) not in rows]
+    if unlabelled:
+        raise ValueError("%s: has no label for %d of %d images: %s"
+                         % (path, len(unlabelled), len(images), some(unlabelled)))
+    if labels.shape[1] != attributes:
+        raise ValueError("%s: its rows have %d attributes, the model's results %d" % (path, labels.shape[1], attributes))
+    return labels[[rows[stem(image)] for image in images]]
+
+
 def check_images(path, results):
     """Raises ValueError unless the results {stem: path} are those of a list file's images, no fewer and no others."""
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            listed = {stem(line.strip()) for line in f if line.strip()}
-    except UnicodeDecodeError as error:
-        raise ValueError("%s: is not UTF-8 text (byte %d)" % (path, error.start))
+    listed = {stem(line) for line in read_lines(path) if line}
     missing, others = sorted(listed - set(results)), sorted(set(results) - listed)
     problems = []
     if missing:
@@ -121,11 +120,7 @@ def attribute_names(count, path=None):
         return PETA if count == len(PETA) else ["attribute%d" % i for i in range(count)]
     if not os.path.isfile(path):
         raise FileNotFoundError("%s: no such file; it holds the attributes' names, one a line" % path)
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            names = [line.strip() for line in f if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError("%s: is not UTF-8 text (byte %d)" % (path, error.start))
+    names = [line for line in read_lines(path) if line]
     if len(names) != count:
         raise ValueError("%s: holds %d names, but there are %d attributes; give one a line" % (path, len(names), count))
     twice = [name for name, number in collections.Counter(names).items() if number > 1]
@@ -150,7 +145,7 @@ def list_results(folders):
                     if re.match("device[0-9]", name) and folder in folders and entry.is_dir():
                         pending.append(entry.path)
                     continue
-                image, ending = name[:-len("_1.bin")], name[-len("_1.bin"):]
+                image, ending = composed(name[:-len("_1.bin")]), name[-len("_1.bin"):]
                 if not image or ending not in ("_1.bin", "_0.bin") or not entry.is_file():
                     raise ValueError("%s: is no result file NAME_1.bin or NAME_0.bin" % entry.path)
                 if image in results:
@@ -181,6 +176,30 @@ def read_logits(paths, attributes):
         raise ValueError("%d of %d results hold NaN or infinite logits: %s"
                          % ((~finite).sum(), len(paths), some(np.array(paths)[~finite])))
     return logits
+
+
+def attributes_in(path):
+    """The number of logits in a result file; raises ValueError if its size is none of float32 values."""
+    size = os.path.getsize(path)
+    if size == 0 or size % 4:
+        raise ValueError("%s: holds no float32 logits (%d bytes)" % (path, size))
+    return size // 4
+
+
+def probabilities(logits):
+    """The sigmoid of logits, as float64; written with tanh, which large logits do not overflow."""
+    return (1 + np.tanh(logits.astype(np.float64) / 2)) / 2
+
+
+def look_like_probabilities(values):
+    """Whether no value of all images is below 0 or above 1. Among many logits, most are negative."""
+    return bool(((values >= 0) & (values <= 1)).all())
+
+
+def logits_from(chances):
+    """The logits of probabilities, float32; those of 0 and 1 are cut off at about -16 and 16."""
+    chances = np.clip(chances.astype(np.float64), 1e-7, 1 - 1e-7)
+    return np.log(chances / (1 - chances)).astype(np.float32)
 
 
 def ratio(part, whole):
@@ -220,6 +239,13 @@ def evaluate(logits, labels):
     return metrics, attributes
 
 
+def effect(a, b, labels):
+    """The metrics of both logits and a's less b's, {metric: {"a", "b", "change"}}; None where mA is not defined."""
+    of_a, of_b = evaluate(a, labels)[0], evaluate(b, labels)[0]
+    return {name: {"a": of_a[name], "b": of_b[name],
+                   "change": None if of_a[name] is None else of_a[name] - of_b[name]} for name in of_a}
+
+
 def attribute_table(rows):
     """Returns the lines of a table of the attributes, as fusion_result.json holds them; '-' where a figure is undefined."""
     width = max(len(row["name"]) for row in rows + [{"name": "attribute"}])
@@ -240,26 +266,7 @@ def fraction(text):
     return value / 100 if value > 1 else value
 
 
-@contextlib.contextmanager
-def whole_file(path):
-    """Yields the name of a new file beside path, which becomes path if the block succeeds, and goes if it fails."""
-    for left in glob.glob(glob.escape(path) + ".[0-9]*.partial"):
-        if not os.path.exists("/proc/" + left.split(".")[-2]):  # by a run that was killed
-            with contextlib.suppress(FileNotFoundError):  # another run took it away
-                os.remove(left)
-    temporary = "%s.%d.partial" % (path, os.getpid())
-    try:
-        open(temporary, "wb").close()
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError("%s: cannot be written: %s" % (path, error.strerror or error))
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-
-
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage="postprocess_deepmar_pytorch.py RESULT_DIR [RESULT_DIR ...] LABEL [option ...]\n"
@@ -277,48 +284,69 @@ def main(argv=None):
     parser.add_argument("--published", type=fraction, metavar="ACC",
                         help="instance_acc to compare with, as 0.789 or 78.9; a drop of more than 1 %% (of percentage "
                              "points) is an error")
+    parser.add_argument("--values", choices=["logits", "probabilities"],
+                        help="what the results hold: logits, where >= 0 means yes (default), or probabilities of a model that "
+                             "ends in a Sigmoid, where >= 0.5 does. Needed where all values lie between 0 and 1")
     args = parser.parse_intermixed_args(argv)
     named = [args.npu_result, args.label_file]
     if args.positional and any(value is not None for value in named):
         parser.error("give the arguments either in their order or by name, not both")
-    folders, label_file = (args.positional[:-1], args.positional[-1]) if args.positional else named
-    if not folders or label_file is None:
+    args.folders, args.label_file = (args.positional[:-1], args.positional[-1]) if args.positional else named
+    if not args.folders or args.label_file is None:
         parser.error("give RESULT_DIR and LABEL")
+    return args
 
-    gc.disable()  # it would look through all of the labels many times, for a tenth of the whole time
-    rows, labels = read_labels(label_file)
-    attributes = attribute_names(labels.shape[1], args.attributes)
-    results = list_results(folders)
+
+def read_run(args):
+    """Returns (logits, labels, how many labelled images have no result) of a run's results; raises OSError or ValueError."""
+    rows, labels = read_labels(args.label_file)
+    results = list_results(args.folders)
     if args.image_list is not None:
         check_images(args.image_list, results)
     unlabelled = sorted(name for name in results if name not in rows)
     if unlabelled:
         raise ValueError("%d of %d results have no label in %s: %s"
-                         % (len(unlabelled), len(results), label_file, some(results[name] for name in unlabelled)))
+                         % (len(unlabelled), len(results), args.label_file, some(results[name] for name in unlabelled)))
     names = sorted(results)
     logits = read_logits([results[name] for name in names], labels.shape[1])
-    metrics, figures = evaluate(logits, labels[[rows[name] for name in names]])
+    if args.values == "probabilities":
+        if not look_like_probabilities(logits):
+            raise ValueError("%s: holds values below 0 or above 1, so they are no probabilities; leave out --values"
+                             % args.folders[0])
+        logits = logits_from(logits)
+    elif args.values is None and look_like_probabilities(logits):
+        raise ValueError("%s: %s. Score them with --values probabilities, or with --values logits if they are logits all the "
+                         "same" % (", ".join(args.folders), PROBABILITIES))
+    return logits, labels[[rows[name] for name in names]], len(rows) - len(results)
 
+
+def main(argv=None):
+    args = parse(argv)
+    gc.disable()  # it would look through all of the labels many times, for a tenth of the whole time
+    logits, labels, without = read_run(args)
+    names = attribute_names(labels.shape[1], args.attributes)
+    metrics, figures = evaluate(logits, labels)
     table = [dict({"name": name}, **{key: None if np.isnan(values[i]) else values[i].item()
                                      for key, values in figures.items()})
-             for i, name in enumerate(attributes)]
+             for i, name in enumerate(names)]
     undefined = [row["name"] for row in table if row["label_acc"] is None]
-    without = len(rows) - len(results)
+    assumed = " (%s)" % ASSUMED if names is PETA else ""
     drop = None if args.published is None else args.published - metrics["instance_acc"]
-    report = dict(metrics, images=len(results), labelled_images_without_result=without, published_acc=args.published,
-                  drop=drop, attributes_without_label_acc=undefined, attributes=table)
-    with whole_file(RESULT) as temporary, open(temporary, "w", encoding="utf-8") as f:
-        json.dump(report, f, indent=1, allow_nan=False)
-        f.write("\n")
+    report = dict(metrics, images=len(logits), labelled_images_without_result=without, published_acc=args.published,
+                  drop=drop, attributes_without_label_acc=undefined, values=args.values or "logits",
+                  names_assumed=bool(assumed), attributes=table)
+    write_text(RESULT, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
     for name in ("instance_acc", "instance_precision", "instance_recall", "instance_F1", "mA"):
         print("%s: %s" % (name, "undefined" if metrics[name] is None else metrics[name]))
     if args.per_attribute:
         for line in attribute_table(table):
             print(line)
-    print("scored %d images; %d labelled images had no result" % (len(results), without))
+        if assumed:
+            print("the attributes' names:%s" % assumed)
+    print("scored %d images; %d labelled images had no result" % (len(logits), without))
     if undefined:
-        print("left out of mA, as no image or every image has them: %s" % ", ".join(undefined))
+        print("left out of mA, as no image or every image has them: %s%s" % (", ".join(undefined), assumed))
     if drop is not None:
         print("accuracy %.2f %%, published %.2f %%, drop %.2f %%" % (100 * metrics["instance_acc"],
                                                                    100 * args.published, 100 * drop))
@@ -328,10 +356,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit("postprocess_deepmar_pytorch.py: error: %s" % error)
-    except KeyboardInterrupt:
-        sys.exit("postprocess_deepmar_pytorch.py: interrupted; no file is half written")
+    command(main)

@@ -11,20 +11,22 @@ import argparse
 import contextlib
 import os
 import re
-import shutil
 import signal
 import sys
 
-if __name__ == "__main__":  # until main(), Ctrl-C ends it at once: a library's import makes other errors of it
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
-import numpy as np
+sys.path[:0] = [os.path.join(os.path.dirname(os.path.realpath(__file__)), "tools")]
+from common import (command, composed, cores, importing, joined, note, one_line, pixels, progress, read_lines,
+                    replaced_folder, stem)
+
+with importing():
+    import numpy as np
 
 SIZE = 224                   # height and width of the network's input in pixels
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as DeepMAR was trained with: red, green, blue
 STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 64 * 1000 * 1000  # a larger image is no photograph of a pedestrian, but might exhaust the memory
-NAMED = 1000                 # images that an error names at most
-CHUNK = 64                   # images that a process is handed at a time, at most: each time costs about 0.5 ms
+CHUNK = 64                   # images that a process is handed at a time, at most
+ORIENTATION = 274            # the EXIF tag; 1 is upright
 
 
 def read_list(path):
@@ -33,15 +35,9 @@ def read_list(path):
     Raises ValueError, with the line, for a name that leaves the images' folder, or that would write the bin of an
     earlier line.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            lines = f.read().split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError("%s: is not UTF-8 text (byte %d)" % (path, error.start))
     names, seen = [], {}
     outside = re.compile(r"[\0-\x1f\x7f-\x9f]|^/|(^|/)\.\.(/|$)").search
-    for number, line in enumerate(lines, 1):
-        name = line.strip()
+    for number, name in enumerate(read_lines(path), 1):
         if not name:
             continue
         if len(name) > 1000 or outside(name):
@@ -60,22 +56,39 @@ def read_list(path):
     return names
 
 
-def stem(name):
-    """What a file is called in every later stage: its name, without folders, up to the first dot."""
-    return os.path.basename(name).split(".")[0]
+def find_images(folder, names, list_path):
+    """Returns the path of each named image in a folder. Raises OSError that names all images that are not there.
 
-
-def joined(items, separator=", "):
-    """All items as text, so that the user can mend all at once; of more than NAMED the first ones."""
-    return separator.join(items[:NAMED] + ["..."] * (len(items) > NAMED))
-
-
-def preprocess(path, out=None):
-    """Returns an image file as the network's input, float32 [3,224,224], in the array out where there is one.
-
-    Raises what Pillow raises, or ValueError.
+    A name that differs from the file's in its Unicode form alone is found, too: a Mac writes letters with accents in two
+    characters, and a list that was made elsewhere has them in one.
     """
-    from PIL import Image
+    if not os.path.isdir(folder):
+        raise FileNotFoundError("%s: no such folder; it is the images' folder" % folder)
+    paths = [os.path.join(folder, name) for name in names]
+    lost = [i for i, path in enumerate(paths) if not os.path.lexists(path)]
+    if lost:
+        by_form = {}
+        for parent in sorted({os.path.dirname(paths[i]) for i in lost}):
+            with contextlib.suppress(OSError):
+                by_form.update((composed(os.path.join(parent, name)), os.path.join(parent, name))
+                               for name in os.listdir(parent))
+        for i in lost:
+            paths[i] = by_form.get(composed(paths[i]), paths[i])
+        missing = [names[i] for i in lost if not os.path.lexists(paths[i])]
+        if missing:
+            other = [name for name in os.listdir(folder) if re.search("[\ud800-\udfff]", name)]  # undecodable bytes
+            raise FileNotFoundError("%d of the %d images in %s are not in %s: %s%s" % (
+                len(missing), len(names), list_path, folder, joined(missing), "; the folder has file names that are not "
+                "UTF-8, such as %s: rename them, convmv -f GBK -t UTF-8" % ascii(other[0]) if other else ""))
+    return paths
+
+
+def read_image(path, upright=False):
+    """Returns (an image file as a PIL image of mode RGB, its EXIF orientation, 1 to 8).
+
+    The orientation is ignored, as the guide's script ignores it, unless upright. Raises what Pillow raises, or ValueError.
+    """
+    from PIL import Image, ImageOps
     if not os.path.isfile(path):
         raise ValueError("not a regular file")  # reading a FIFO would wait for ever
     with Image.open(path) as image:
@@ -86,37 +99,62 @@ def preprocess(path, out=None):
         image.load()  # the mode of some formats is known only then
         if image.mode[0] in "IF":  # convert() would clip these at 255 instead of scaling them
             raise ValueError("more than 8 bits a channel (mode %s); save it with 8" % image.mode)
-        rgb = image if image.mode == "RGB" else image.convert("RGB")  # which would copy RGB, too
-        resized = rgb.resize((SIZE, SIZE), Image.BILINEAR)
-    result = np.empty((3, SIZE, SIZE), "<f4") if out is None else out
-    for channel, name, mean, std in zip(result, "RGB", MEAN, STD):
+        orientation = 1
+        with contextlib.suppress(Exception):  # damaged EXIF data is no reason to refuse a picture
+            orientation = image.getexif().get(ORIENTATION, 1)
+        if upright and orientation != 1:
+            image = ImageOps.exif_transpose(image)
+        return image if image.mode == "RGB" else image.convert("RGB"), orientation  # convert() would copy RGB, too
+
+
+def normalise(image, out):
+    """Writes a PIL image of mode RGB as the network's input into the array out, float32 [3,height,width]; returns it."""
+    from PIL import Image
+    height, width = out.shape[1:]
+    resized = image.resize((width, height), Image.BILINEAR)
+    for channel, name, mean, std in zip(out, "RGB", MEAN, STD):
         # One channel at a time: Pillow takes it out of the pixels, and the arithmetic stays in the processor's cache.
-        pixels = np.frombuffer(resized.tobytes("raw", name), np.uint8).reshape(SIZE, SIZE)
+        pixels = np.frombuffer(resized.tobytes("raw", name), np.uint8).reshape(height, width)
         np.divide(pixels, 255, out=channel, dtype=np.float32)
         channel -= np.float32(mean)
         channel /= np.float32(std)
-    return result
+    return out
 
 
-def convert(images, bins, names):
-    """Writes the bins of images; returns, for each, None or why it cannot be read."""
+def preprocess(path, out=None, upright=False, size=(SIZE, SIZE)):
+    """Returns an image file as the network's input, float32 [3,height,width], in the array out where there is one.
+
+    size: (height, width), where there is no out. upright: follow the image's EXIF orientation. Raises what Pillow raises,
+    or ValueError.
+    """
+    if out is None:
+        out = np.empty((3,) + tuple(size), "<f4")
+    return normalise(read_image(path, upright)[0], out)
+
+
+def convert(images, bins, size):
+    """Writes the bins of images, [(path, bin's file name)], into the folder bins.
+
+    Returns, for each image, None or why it cannot be read, and how many have an EXIF orientation.
+    """
     from PIL import Image
     Image.core.set_blocks_max(8)  # Pillow's and our memory serves one image after the other: new memory took a tenth
-    reasons, array = [], np.empty((3, SIZE, SIZE), "<f4")
-    for name in names:
-        path = os.path.join(images, name)
+    reasons, turned, array = [], 0, np.empty((3,) + size, "<f4")
+    for path, name in images:
         try:
-            preprocess(path, out=array)
+            image, orientation = read_image(path)
+            normalise(image, array)
         except Exception as error:  # Pillow raises nearly anything on damaged files
-            reasons.append("%s: %s" % (path, str(error).replace("\n", " ") or repr(error)))
+            reasons.append("%s: %s" % (path, one_line(error)))
             continue
-        with open(os.path.join(bins, stem(name) + ".bin"), "wb") as f:
+        turned += orientation != 1
+        with open(os.path.join(bins, name), "wb") as f:
             # ext4 writes to a place allocated at once in two thirds of the time. Whatever is wrong, the write will tell.
             with contextlib.suppress(OSError):
                 os.posix_fallocate(f.fileno(), 0, array.nbytes)
             f.write(array.data)
         reasons.append(None)
-    return reasons
+    return reasons, turned
 
 
 @contextlib.contextmanager
@@ -140,147 +178,132 @@ def start_worker(parent):
     warnings.simplefilter("ignore")
 
 
-def work(parent, taken, workers, sender, images, bins, names):
-    """A worker process: converts its share of the names, sends the results of convert() and at last any OSError."""
+def chunks(images, workers):
+    """Yields the images in parts: ever fewer at a time, so that all workers end together."""
+    start = 0
+    while start < len(images):
+        end = start + min(CHUNK, -(-(len(images) - start) // (2 * workers)))
+        yield images[start:end]
+        start = end
+
+
+def work(parent, pipe, bins, size):
+    """A worker process: converts the images that come through the pipe, and sends back what convert() returns."""
     start_worker(parent)
     try:
-        while taken.value < len(names):
-            with taken.get_lock():
-                start = taken.value
-                # Ever fewer at a time, so that all processes end together.
-                taken.value += min(CHUNK, -(-(len(names) - start) // (2 * workers)))
-                end = taken.value
-            sender.send(convert(images, bins, names[start:end]))
+        while True:
+            pipe.send(convert(pipe.recv(), bins, size))
+    except EOFError:  # there are no more
+        pass
     except OSError as error:
-        sender.send(error)
+        pipe.send(error)
 
 
-def convert_all(images, bins, names):
-    """convert() on all cores; yields its results as they come. Raises OSError where a bin cannot be written."""
+def start_workers(count, bins, size):
+    """Starts at most so many worker processes; returns {our end of its pipe: process}, as many as the system allows."""
     import multiprocessing
-    from multiprocessing.connection import wait
-    from PIL import Image  # noqa: F401 - once, for all processes
     context = multiprocessing.get_context("fork")
-    # Processes, as threads hold each other back in Pillow. No pool, whose threads and queues take time from the images.
-    count, taken, workers = min(len(os.sched_getaffinity(0)), len(names)), context.Value("q", 0), {}
-    try:
-        for _ in range(count):
-            receiver, sender = context.Pipe(duplex=False)
-            worker = context.Process(target=work, daemon=True, args=(
-                os.getpid(), taken, count, sender, images, bins, names))
+    workers = {}
+    for _ in range(count):
+        ours, theirs = context.Pipe()
+        worker = context.Process(target=work, daemon=True, args=(os.getpid(), theirs, bins, size))
+        try:
             with uninterrupted():
                 worker.start()
-            workers[receiver] = worker
-            sender.close()
-        while workers:
-            for receiver in wait(list(workers)):
-                try:
-                    results = receiver.recv()
-                except EOFError:
-                    worker = workers.pop(receiver)
-                    worker.join()
-                    if worker.exitcode:
-                        raise OSError("a worker process was killed; was the memory exhausted?")
-                    continue
-                if isinstance(results, OSError):
-                    raise results
-                yield from results
-    except BaseException:  # above all Ctrl-C; once they have ended, the caller can delete what they wrote
-        for worker in multiprocessing.active_children():
+        except OSError as error:  # a limit of processes
+            if not workers:
+                note("no process can be started (%s), so one core does all the work" % error.strerror)
+            break
+        finally:
+            theirs.close()
+        workers[ours] = worker
+    return workers
+
+
+def convert_all(images, bins, size):
+    """convert() on all cores; yields its results as they come. Raises OSError where a bin cannot be written."""
+    from multiprocessing.connection import wait
+    from PIL import Image  # noqa: F401 - once, for all processes
+    # Processes, as threads hold each other back in Pillow. No pool, whose threads and queues take time from the images.
+    workers = start_workers(min(cores(), len(images)) if len(images) > 1 else 0, bins, size)
+    todo = chunks(images, max(1, len(workers)))
+    if not workers:
+        for part in todo:
+            yield convert(part, bins, size)
+        return
+    idle = list(workers)
+    busy = 0
+    try:
+        for part in todo:
+            while not idle:
+                for pipe in wait(list(workers)):
+                    yield received(pipe)
+                    idle.append(pipe)
+                    busy -= 1
+            idle.pop().send(part)
+            busy += 1
+        while busy:
+            for pipe in wait(list(workers)):
+                yield received(pipe)
+                busy -= 1
+    finally:  # once they have ended, the caller can rename or delete what they wrote
+        for worker in workers.values():
             worker.kill()
             worker.join()
-        raise
 
 
-@contextlib.contextmanager
-def replaced_folder(path, ending=".bin"):
-    """Yields an empty folder beside path; if the block succeeds it becomes path, in place of an earlier one.
-
-    The earlier one may hold names of this ending only, so that a mistyped path deletes nothing else. Raises ValueError
-    or OSError.
-    """
-    import fcntl
-    path = os.path.realpath(path)
-    if os.path.exists(path):
-        others = sorted(name for name in os.listdir(path) if not name.endswith(ending))
-        if others:
-            raise ValueError("%s: holds %s, which is no .bin file; give a new folder, or one of an earlier run"
-                             % (path, others[0]))
-    partial, old = path + ".partial", path + ".old"
-    os.makedirs(partial, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
+def received(pipe):
+    """The next results of a worker. Raises OSError where it could not write, or where it was killed."""
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(lock), os.stat(partial)):
-                raise BlockingIOError
-        except (BlockingIOError, FileNotFoundError):
-            raise ValueError("%s: another run is writing this folder" % path)
-        for entry in list(os.scandir(partial)):  # by a run that was killed
-            (shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.remove)(entry.path)
-        if os.path.exists(old) and not os.path.exists(path):  # killed between the two renames below
-            os.rename(old, path)
-        shutil.rmtree(old, ignore_errors=True)
-        try:
-            yield partial
-            if os.path.exists(path):
-                os.rename(path, old)
-            os.rename(partial, path)
-        except BaseException as error:
-            if os.path.exists(old) and not os.path.exists(path):  # interrupted between the two renames
-                os.rename(old, path)
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk
-                raise OSError("%s: %s" % (path, error.strerror))
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        os.close(lock)
+        results = pipe.recv()
+    except (EOFError, ConnectionError):
+        raise OSError("a worker process was killed; was the memory exhausted?")
+    if isinstance(results, OSError):
+        raise results
+    return results
 
 
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        usage="preprocess_deepmar_pytorch.py IMAGES BIN_DIR IMAGE_TXT\n"
-              "       preprocess_deepmar_pytorch.py --file_path IMAGES --bin_path BIN_DIR --image_info IMAGE_TXT")
+        usage="preprocess_deepmar_pytorch.py IMAGES BIN_DIR IMAGE_TXT [--size H W]\n"
+              "       preprocess_deepmar_pytorch.py --file_path IMAGES --bin_path BIN_DIR --image_info IMAGE_TXT [--size H W]")
     parser.add_argument("positional", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--file_path", metavar="IMAGES", help="the folder of the images")
     parser.add_argument("--bin_path", metavar="BIN_DIR", help="the folder of bins to write")
     parser.add_argument("--image_info", metavar="IMAGE_TXT", help="the list of images, one file name a line")
-    args = parser.parse_args(argv)
+    parser.add_argument("--size", nargs=2, type=pixels, default=(SIZE, SIZE), metavar=("H", "W"),
+                        help="height and width of the network's input (default: 224 224)")
+    args = parser.parse_intermixed_args(argv)
     named = [args.file_path, args.bin_path, args.image_info]
     if args.positional and any(value is not None for value in named):
         parser.error("give the arguments either in their order or by name, not both")
     values = args.positional or named
     if len(values) != 3 or None in values:
         parser.error("give IMAGES, BIN_DIR and IMAGE_TXT")
-    images, bins, image_txt = values
+    return values + [tuple(args.size)]
 
+
+def main(argv=None):
+    folder, bins, image_txt, size = parse(argv)
     names = read_list(image_txt)
-    if not os.path.isdir(images):
-        raise FileNotFoundError("%s: no such folder; the first argument is the images' folder" % images)
-    missing = [name for name in names if not os.path.lexists(os.path.join(images, name))]
-    if missing:
-        raise FileNotFoundError("%d of the %d images in %s are not in %s: %s"
-                                % (len(missing), len(names), image_txt, images, joined(missing)))
+    paths = find_images(folder, names, image_txt)
+    bad, turned = [], 0
     with replaced_folder(bins) as partial:
-        results = convert_all(images, partial, names)
-        if sys.stderr.isatty():
-            with contextlib.suppress(ImportError):  # this script alone, in another checkout: no bar then
-                from tqdm import tqdm
-                results = tqdm(results, total=len(names), unit="image", delay=2, leave=False)
-        bad = [reason for reason in results if reason]
+        parts = convert_all([(path, stem(name) + ".bin") for path, name in zip(paths, names)], partial, size)
+        with contextlib.closing(parts), progress(len(names), "image") as bar:
+            for reasons, part_turned in parts:
+                bad += [reason for reason in reasons if reason]
+                turned += part_turned
+                bar.update(len(reasons))
         if bad:
             raise ValueError("%d of %d images cannot be read, so nothing was written (the other %d are fine): %s"
                              % (len(bad), len(names), len(names) - len(bad), joined(sorted(bad), "; ")))
-    print("%s: %d images -> %d bins of float32 [3,%d,%d]" % (bins, len(names), len(names), SIZE, SIZE))
+    print("%s: %d images -> %d bins of float32 [3,%d,%d]" % ((bins, len(names), len(names)) + size))
+    if turned:
+        print("note: %d of %d images have an EXIF orientation (a camera held sideways). It is ignored here, as in the "
+              "guide's script, so the network sees them lying" % (turned, len(names)))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        main()
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit("preprocess_deepmar_pytorch.py: error: %s" % error)
-    except KeyboardInterrupt:
-        sys.exit("preprocess_deepmar_pytorch.py: interrupted; no file is half written")
+    command(main)

@@ -8,27 +8,15 @@ AveragePool even where all pads are 0, and the card then spends time on copying 
 and followed by tensor name, never by position. Outputs stay the same to the bit.
 """
 import argparse
-import contextlib
-import glob
 import os
-import signal
 import sys
 import warnings
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on, ONNX Runtime reports each model to its makers
+sys.path[:0] = [os.path.join(os.path.dirname(os.path.realpath(__file__)), "tools")]
+from common import command, importing, note, one_line, whole_file
 
 # Operators whose output is not determined by their inputs.
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
-
-
-@contextlib.contextmanager
-def importing():
-    """In the block Ctrl-C ends the process at once: a library's import makes other errors of a KeyboardInterrupt."""
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def nested(graph):
@@ -67,7 +55,7 @@ def load(path):
                 raise ValueError("%s: keeps its weights in other files; save it as one file" % path)
         onnx.checker.check_model(model)
     except (DecodeError, onnx.checker.ValidationError) as error:
-        raise ValueError("%s: no valid ONNX model: %s" % (path, " ".join(str(error).split())))
+        raise ValueError("%s: no valid ONNX model: %s" % (path, one_line(error)))
     return model
 
 
@@ -118,7 +106,7 @@ def constant(name, scopes, model):
     except ImportError:
         raise
     except Exception as error:  # onnxruntime has many kinds, with nothing else in common
-        raise ValueError("the constant %s cannot be computed: %s" % (name, " ".join(str(error).split())))
+        raise ValueError("the constant %s cannot be computed: %s" % (name, one_line(error)))
 
 
 def pads_of(node, scopes, model):
@@ -216,25 +204,6 @@ def remove_pads(model):
     return removed, constants, kept
 
 
-@contextlib.contextmanager
-def whole_file(path):
-    """Yields the name of a new file beside path, which becomes path if the block succeeds, and goes if it fails."""
-    for left in glob.glob(glob.escape(path) + ".[0-9]*.partial"):
-        if not os.path.exists("/proc/" + left.split(".")[-2]):  # by a run that was killed
-            with contextlib.suppress(FileNotFoundError):  # another run took it away
-                os.remove(left)
-    temporary = "%s.%d.partial" % (path, os.getpid())
-    try:
-        open(temporary, "wb").close()
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError("%s: cannot be written: %s" % (path, error.strerror or error))
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -260,7 +229,7 @@ def main(argv=None):
         try:
             onnx.checker.check_model(model)
         except onnx.checker.ValidationError as error:
-            raise ValueError("%s: no valid ONNX model without its Pads: %s" % (path, " ".join(str(error).split())))
+            raise ValueError("%s: no valid ONNX model without its Pads: %s" % (path, one_line(error)))
         data = model.SerializeToString()
     else:
         with open(path, "rb") as f:
@@ -276,13 +245,8 @@ def main(argv=None):
     else:
         print("%s: no Pad to remove; the model is unchanged" % output)
     if not output.endswith(".onnx"):
-        print("note: %s does not end in .onnx, as the name in the guide's atc command does" % output, file=sys.stderr)
+        note("%s does not end in .onnx, as the name in the guide's atc command does" % output)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit("remove_pad.py: error: %s" % error)
-    except KeyboardInterrupt:
-        sys.exit("remove_pad.py: interrupted; no file is half written")
+    command(main)

@@ -270,7 +270,7 @@ def infer(session, feed, runs, calls):
 def measure_standin(model, batch, bins, rounds, new_folder):
     """The stand-in, with bins in memory and on the disk, the bare session and, at batch size 1, a plain loop."""
     import onnxruntime
-    from benchmark import calls_at_once, open_session, run
+    from session import calls_at_once, open_session, run
     session, calls = open_session(model), calls_at_once(batch, CORES)
     ours = open_session(model, threads=CORES // calls)
     array = np.stack([np.fromfile(path, "<f4").reshape(3, 224, 224) for _, path in bins[:batch]])
@@ -327,7 +327,7 @@ def row_standin(scene):
 def measure_options(model, runs, rounds):
     """Our session and others, each with one option that differs from ours, at batch size 8."""
     import onnxruntime
-    from benchmark import open_session
+    from session import open_session
     feed = {"actual_input_1": np.random.RandomState(0).standard_normal((8, 3, 224, 224)).astype(np.float32)}
 
     def side(change):
@@ -365,7 +365,7 @@ def measure_inference(checkpoint, model, batch, runs, rounds):
     from onnx import numpy_helper
     import onnxruntime
     import torch
-    from benchmark import calls_at_once, open_session
+    from session import calls_at_once, open_session
     from DeepMAR import load_model
     calls = calls_at_once(batch, CORES)
     network, session = load_model(checkpoint), open_session(model, threads=CORES // calls)
@@ -408,7 +408,7 @@ def row_inference(scene):
 
 def measure_int8(models, runs, rounds):
     """The float32 and the INT8 model at batch size 1."""
-    from benchmark import calls_at_once, open_session
+    from session import calls_at_once, open_session
     calls = calls_at_once(1, CORES)
     feed = {"actual_input_1": np.random.RandomState(0).standard_normal((1, 3, 224, 224)).astype(np.float32)}
 

@@ -1,5 +1,7 @@
 """What the tests share: the project's folders on the import path, and a way to run a script as a user would."""
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +26,7 @@ def check_error(process, *texts, code=1):
     """A failed script ends with its exit code and one line 'SCRIPT: error: ...' that holds the texts; no traceback."""
     assert process.returncode == code, (process.returncode, process.stdout, process.stderr)
     assert "Traceback" not in process.stderr, process.stderr
-    lines = process.stderr.strip().split("\n")
+    lines = [line for line in process.stderr.strip().split("\n") if not line.startswith("note: ")]
     assert ": error: " in lines[-1], process.stderr
     if code == 1:
         assert len(lines) == 1, process.stderr
@@ -42,11 +44,26 @@ def run_all(*arguments, root=ROOT, cwd=None, path=None, **variables):
                           universal_newlines=True)
 
 
+VERSION = "%d.%d" % sys.version_info[:2]
+
+
 @pytest.fixture(scope="session")
-def first(tmp_path_factory):
-    """The first run, on sample data; (its work folder, the process). tests/run.sh keeps it for tests/stacks.py."""
-    work = os.path.join(os.environ.get("DEEPMAR_TEST_STACKS", str(tmp_path_factory.mktemp("run_all"))),
-                        "work-%d.%d" % sys.version_info[:2])
+def sample(tmp_path_factory):
+    """A folder with the sample of SIZE images. tests/run.sh names a folder that the test files of a Python share."""
+    shared = os.environ.get("DEEPMAR_TEST_SHARED", str(tmp_path_factory.mktemp("shared")))
+    folder = os.path.join(shared, "sample-" + VERSION)
+    with open(folder + ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another file's tests may be making it
+        process = script("tools/sample.py", folder, "--images", SIZE, "--keep")
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def first(sample, tmp_path_factory):
+    """The first run, on sample data: (its work folder, the process)."""
+    work = os.path.join(str(tmp_path_factory.mktemp("run_all")), "work")
+    shutil.copytree(sample, os.path.join(work, "sample"))
     return work, run_all("--work-dir", work)
 
 
@@ -56,4 +73,4 @@ def own_data(work, **changes):
                "label-file": "label.json"}
     options = {name: os.path.join(work, "sample", value) for name, value in options.items()}
     options.update(changes)
-    return [text for name, value in options.items() for text in ("--" + name, value)]
+    return [str(text) for name, value in options.items() for text in ("--" + name, value)]

@@ -44,11 +44,12 @@ class FrontEnd(object):
                              2024 if os.path.exists(os.path.join(infer, "path_security_check.py")) else 2023)
 
     def variables(self, **more):
-        return dict(dict(PYTHONPATH="%s:%s" % (self.folder, RUNTIME), AIS_BENCH_YEAR=str(self.year), DEVICES="3"), **more)
+        return {"PYTHONPATH": "%s:%s" % (self.folder, RUNTIME), "AIS_BENCH_YEAR": str(self.year), "DEVICES": "3", **more}
 
     def run(self, folder, **options):
         """Runs it in a folder by hand; options replace the usual ones, and one of None goes."""
-        options = dict(dict(model="m.om", input="in", output="out", output_dirname="d", outfmt="BIN", batchsize=2), **options)
+        options = {"model": "m.om", "input": "in", "output": "out", "output_dirname": "d", "outfmt": "BIN", "batchsize": 2,
+                   **options}
         command = [sys.executable, "-m", "ais_bench"]
         for name, value in options.items():
             command += [] if value is None else ["--" + name, str(value)]

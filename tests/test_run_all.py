@@ -13,6 +13,9 @@ import torch
 
 from conftest import ROOT, SIZE, own_data, run_all
 
+WRONG_CHECKPOINT = "bs1.onnx was made from another checkpoint.pth.tar; run stage 1"
+
+
 def metrics(output):
     return {name: float(value) for name, value in re.findall(r"^(instance_\w+|mA): (\S+)$", output, re.MULTILINE)}
 
@@ -107,7 +110,11 @@ def test_bad_variables(tmp_path):
     for wrong, text in ((["--batch-size", "0"], "batch_size"), (["--batch-size", "x"], "batch_size"),
                         (["--nonsense", "1"], "nonsense"), (["--stage"], "value"), (["8"], "no option"),
                         (["--stage", "9"], "stage"), (["--device-id", "-1"], "device_id"),
-                        (["--chip-name", "a b"], "chip_name"), (["--checkpoint", "x"], "images")):
+                        (["--chip-name", "a b"], "chip_name"), (["--checkpoint", __file__], "images is not set, and stage 4"),
+                        (["--stage", "7", "--label-file", __file__], "image_list is not set, and stage 7 needs it"),
+                        (["--published-acc", "78,9"], "published_acc"), (["--published-acc", "780"], "published_acc"),
+                        (["--size", "224"], "height and width"), (["--size", "0", "224"], "height and width"),
+                        (["--last-conv-stride", "3"], "last_conv_stride")):
         process = run_all("--work-dir", tmp_path / "work", *wrong)
         assert process.returncode == 2 and text in process.stderr, (wrong, process.stderr)
     process = run_all("--work-dir", tmp_path / "work", *own_data("/nowhere"))
@@ -132,11 +139,18 @@ def test_stale_inputs_are_not_scored(first, tmp_path):
     (tmp_path / "fewer.txt").write_text("\n".join(lines[1:]) + "\n")
     (tmp_path / "renamed.txt").write_text("\n".join(["other.png"] + lines[1:]) + "\n")
     arguments = ["--work-dir", work, "--stage"]
-    assert run_all(*arguments + [4]).returncode == 0  # the copy's folders are new ones
+    assert run_all(*arguments + [6]).returncode == 0  # a copied work folder goes on
+    shutil.copy(str(sample / "images" / "00001.png"), str(tmp_path / "kept.png"))
+    shutil.copy(str(sample / "images" / "00002.png"), str(sample / "images" / "00001.png"))
+    for stage in (5, 6, 7, 8):  # other pictures under the same names
+        process = run_all(*arguments + [stage])
+        assert process.returncode == 1 and "1 changed: 00001.png; run stage 4 again" in process.stderr, process.stderr
+        assert "instance_acc" not in process.stdout
+    shutil.copy(str(tmp_path / "kept.png"), str(sample / "images" / "00001.png"))
 
     for changes, first_stage, text in (
-            ({"checkpoint": tmp_path / "checkpoint.pth.tar"}, 6, "bs1.onnx was made from another checkpoint.pth.tar; run stage 1"),
-            ({"checkpoint": tmp_path / "checkpoint.pth.tar"}, 7, "bs1.onnx was made from another checkpoint.pth.tar; run stage 1"),
+            ({"checkpoint": tmp_path / "checkpoint.pth.tar"}, 6, WRONG_CHECKPOINT),
+            ({"checkpoint": tmp_path / "checkpoint.pth.tar"}, 7, WRONG_CHECKPOINT),
             ({"image-list": tmp_path / "fewer.txt"}, 6, "input_bin was made from another fewer.txt; run stage 4 again"),
             ({"image-list": tmp_path / "renamed.txt"}, 7, "input_bin was made from another renamed.txt; run stage 4 again")):
         process = run_all(*arguments + [first_stage] + own_data(str(work), **changes))
@@ -151,13 +165,58 @@ def test_stale_inputs_are_not_scored(first, tmp_path):
     assert process.returncode == 1 and "run stage 1 again" in process.stderr
     process = run_all(*arguments + [6, "--batch-size", 3])
     assert process.returncode == 1 and "deepmar_bs3_nopad.onnx is missing; run stage 2 first" in process.stderr
-    # a bin too many, and one too few
+    # a bin too many
     assert run_all(*arguments + [1, "--stop-stage", 5]).returncode == 0
-    for change in (lambda: shutil.copy(str(work / "input_bin" / "00001.bin"), str(work / "input_bin" / "x.bin")),
-                   lambda: (work / "input_bin" / "x.bin").unlink()):
-        change()
-        process = run_all(*arguments + [6])
-        assert process.returncode == 1 and "deepmar.info was made from another input_bin; run stage 5" in process.stderr
+    shutil.copy(str(work / "input_bin" / "00001.bin"), str(work / "input_bin" / "x.bin"))
+    process = run_all(*arguments + [6])
+    assert process.returncode == 1 and "input_bin is not what stage 4 made here; 1 new: x.bin" in process.stderr
+
+
+def test_on_the_cards_own_machine(first, tmp_path):
+    """No checkpoint and no torch there: the images, the lists and a model are enough for stage 4 and what follows."""
+    source, _ = first
+    work = tmp_path / "work"
+    work.mkdir()
+    shutil.copy(os.path.join(source, "deepmar_bs1_nopad.onnx"), str(work))
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = sys.modules['torchvision'] = None\n")
+    data = own_data(source)[2:]  # all but --checkpoint
+    process = run_all("--work-dir", work, "--stage", 4, *data, PYTHONPATH=str(tmp_path))
+    assert process.returncode == 0 and "scored %d images" % SIZE in process.stdout, process.stderr
+    # and each stage asks for what it needs alone
+    process = run_all("--work-dir", work, "--stage", 6, "--stop-stage", 6, "--image-list", data[3], PYTHONPATH=str(tmp_path))
+    assert process.returncode == 0, process.stderr
+    process = run_all("--work-dir", work, "--stage", 8, *data, PYTHONPATH=str(tmp_path))
+    assert process.returncode == 1 and "result/fusion_result.json is missing; run stage 7 first" in process.stderr
+    process = run_all("--work-dir", work, "--stage", 7, *data, PYTHONPATH=str(tmp_path))
+    assert process.returncode == 0, process.stderr
+
+
+def test_the_users_lists_are_checked_before_any_work(first, tmp_path):
+    work, _ = first
+    with open(os.path.join(work, "sample", "label.json")) as f:
+        labels = json.load(f)
+    (tmp_path / "fewer.json").write_text(json.dumps({name: labels[name] for name in sorted(labels)[1:]}))
+    (tmp_path / "narrow.json").write_text(json.dumps({name: values[:34] for name, values in labels.items()}))
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "names.txt").write_text("hat\n")
+    for changes, text in (({"label-file": tmp_path / "fewer.json"}, "has no label for 1 of %d images: 00001" % SIZE),
+                          ({"label-file": tmp_path / "broken.json"}, "broken.json: is not JSON"),
+                          ({"label-file": tmp_path / "narrow.json"}, "34"),
+                          ({"attributes": tmp_path / "names.txt"}, "names.txt: holds 1 names, but there are 35 attributes"),
+                          ({"images": str(tmp_path)}, "%d of the %d images in" % (SIZE, SIZE))):
+        process = run_all("--work-dir", tmp_path / "work", *own_data(work, **changes))
+        assert process.returncode == 1 and text in process.stderr, (changes, process.stderr)
+        assert not [name for name in os.listdir(str(tmp_path / "work")) if name.endswith(".onnx")]
+
+
+def test_sh_and_a_link(first, tmp_path):
+    """sh run_all.sh, through a symbolic link, in a Python that does not look beside the script for modules."""
+    work, _ = first
+    (tmp_path / "link.sh").symlink_to(os.path.join(ROOT, "run_all.sh"))
+    process = subprocess.run(["sh", str(tmp_path / "link.sh"), "--work-dir", work, "--stage", "7"], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, universal_newlines=True,
+                             env=dict(os.environ, PYTHON=sys.executable, sample_size=str(SIZE), PYTHONSAFEPATH="1"))
+    assert process.returncode == 0 and "scored %d images" % SIZE in process.stdout, process.stderr
 
 
 def start(*arguments):

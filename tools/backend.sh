@@ -1,24 +1,36 @@
 # What run_all.sh needs of the toolkit's tools: which of them this machine has, and how each is called. Sourced by it; uses its
-# variables and its say, fail, runs.
-# shellcheck shell=bash disable=SC2154
+# variables and functions.
+# shellcheck shell=bash disable=SC2034,SC2154
+set -euo pipefail
 
 benchmark=$here/benchmark.$(uname -m)
 binary=$(basename "$benchmark")
 has_atc() { command -v atc >/dev/null; }
 has_benchmark() { [ -x "$benchmark" ]; }
-ais_bench_files() { "$python" "$here/tools/ais_bench_files.py" "$@"; }
-has_ais_bench() { ais_bench_files check / 2>/dev/null; }
+has_ais_bench() { "$python" "$here/tools/ais_bench_files.py" check / 2>/dev/null; }
 has_om() { # whether there will be an OM for every batch size
-    local size
+    local batch
     runs 3 && has_atc && return
-    for size in $batch_size; do [ -e "$work_dir/deepmar_bs$size.om" ] || return; done
+    for batch in $batch_size; do [ -e "$work_dir/deepmar_bs$batch.om" ] || return; done
+}
+
+# read_set_env: the toolkit's settings, where atc is not on the PATH yet
+read_set_env() {
+    if ! has_atc && [ -f "$set_env" ]; then
+        set +eu # the toolkit's script is not written for them
+        # shellcheck disable=SC1090
+        source "$set_env"
+        set -eu
+        say "read $set_env"
+    fi
+    export PATH
 }
 
 # choose_backend: sets backend to what will run the model, and make_om where atc is to make an OM; stops where a piece of a
 # backend that was asked for is missing
 choose_backend() {
     local why=
-    make_om=
+    make_om=''
     if runs 3 && has_atc && [ "$backend" != onnxruntime ]; then make_om=yes; fi
     case $backend in
         auto)
@@ -35,26 +47,19 @@ choose_backend() {
             fi
             [ -z "$why" ] || say "backend $backend: $why" ;;
         benchmark | ais_bench)
-            if [ "$backend" = benchmark ] && ! has_benchmark; then
-                [ ! -e "$benchmark" ] || fail "backend benchmark: $benchmark is not executable; run: chmod u+x $benchmark"
+            if [ "$backend" = ais_bench ]; then
+                : # check_ais_bench tells what is missing
+            elif [ -e "$benchmark" ]; then
+                has_benchmark || fail "backend benchmark: $benchmark is not executable; run: chmod u+x $benchmark"
+            else
                 fail "backend benchmark: there is no $benchmark; take it from CANN's benchmark tool, then run:" \
                     "cp $binary $here/ && chmod u+x $benchmark"
             fi
             has_om || fail "backend $backend: no atc and no OM on this machine; run: source $set_env, after installing the" \
                 "CANN toolkit (./Ascend-cann-toolkit_VERSION_linux-$(uname -m).run --install)" ;;
     esac
-    if [ "$backend" = ais_bench ] && runs 6; then check_ais_bench; fi
-}
-
-# check_ais_bench: stops where ais_bench does not start, or would refuse what is there; sets ais_bench_help
-check_ais_bench() {
-    local taken=() size
-    runs 4 || taken+=("$work_dir/input_bin")
-    for size in $batch_size; do [ -n "$make_om" ] || taken+=("$work_dir/deepmar_bs$size.om"); done
-    ais_bench_files check "$work_dir" "${taken[@]}" || exit 1
-    ais_bench_help=$(cd / && "$python" -m ais_bench --help 2>&1) ||
-        fail "backend ais_bench: $python -m ais_bench --help ends with: ${ais_bench_help##*$'\n'}; install what is missing, or" \
-            "source CANN's set_env.sh where that is a library"
+    no_om="there is no atc on this machine; an OM in $work_dir is taken as it is"
+    [ "$backend" != onnxruntime ] || no_om="the ONNX model runs on ONNX Runtime"
 }
 
 # choose_chip: sets chip_name as atc takes it; empty where no OM is made and nothing names it
@@ -70,6 +75,7 @@ choose_chip() {
     [ -z "$make_om" ] || [ -n "$chip_name" ] ||
         fail "chip_name is empty, and there is no npu-smi to ask: set it, as in --chip-name 310P3, or --backend onnxruntime for no OM"
     chip_name=${chip_name:+Ascend${chip_name#Ascend}}
+    case $chip_name in '') chips=0 ;; Ascend310) chips=4 ;; *) chips=1 ;; esac
 }
 
 # new_scratch NAME: an empty folder in the work folder, for a tool to leave its files in. Its name has the devices, so that
@@ -94,6 +100,68 @@ broken() {
     tr '\r' '\n' <"$log" | tail -n "$last" | grep -vF '[ERROR]' | sed 's/^/    /' >&2 || :
     fail "$1; above are the errors and the last lines of $log"
 }
+# run_atc: makes the OM of one batch size. In a folder of its own, as atc also leaves a fusion_result.json, which is not that of
+# stage 7.
+run_atc() {
+    new_scratch atc
+    cd "$scratch"
+    tool "atc_bs$batch.log" atc --model="../$nopad" --framework=5 --output="${om%.om}" --input_format=NCHW \
+        --input_shape="actual_input_1:$batch,3,$height,$width" --log=error --soc_version="$chip_name"
+    [ -e "$om" ] || broken "atc left no $om" "atc_bs$batch.log"
+    cd "$work_dir"
+    mv "$scratch/$om" "$om"
+}
+
+# infer: runs one batch size's model over the bins, on all devices, in the scratch folder. Stops where the tool left fewer
+# results than there are images, or no rate. Sets ran, what ran the model.
+infer() {
+    local device count made=0 wanted log=${backend}_bs${batch}_device${devices[0]}.log
+    [ "$backend" != ais_bench ] || log=ais_bench_bs$batch.log
+    [ "$backend" != onnxruntime ] || [ ${#devices[@]} = 1 ] ||
+        say "these devices are not cards: ${#devices[@]} processes on ONNX Runtime share this machine's $(nproc) cores"
+    wanted=$(wc -l <deepmar.info)
+    new_scratch "$result" # the tools write into result/ of the folder that they run in, over what is there
+    [ "$backend" = ais_bench ] || ln -s ../input_bin ../deepmar.info "../$model" "$scratch"
+    cd "$scratch"
+    if [ "$backend" = ais_bench ]; then
+        run_ais_bench
+    elif [ ${#devices[@]} -gt 1 ]; then
+        run_devices
+    elif [ "$backend" = benchmark ]; then
+        tool "$log" run_device "$device_id" deepmar.info
+    else # its progress bar goes to the terminal
+        run_device "$device_id" deepmar.info | tee "$work_dir/logs/$log"
+    fi
+    for device in "${devices[@]}"; do
+        count=$(find "result/dumpOutput_device$device" -name '*_[01].bin' 2>/dev/null | wc -l)
+        made=$((made + count))
+        [ "$backend" = ais_bench ] || [ -e "result/perf_vision_batchsize_${batch}_device_$device.txt" ] ||
+            broken "$backend left no result/perf_vision_batchsize_${batch}_device_$device.txt, which holds its rate" "$log"
+    done
+    [ "$made" = "$wanted" ] || broken "$backend left $made results for $wanted images" "$log"
+    cd "$work_dir"
+    case $backend in
+        ais_bench) ran=ais_bench ;;
+        benchmark) ran=$binary ;;
+        onnxruntime) ran=$(sed -n 's/^\[INFO\] \(ONNX Runtime .*\), .*/\1/p' "logs/$log" | head -n 1) ;;
+    esac
+}
+
+# collect: puts what the tool left into the place of all that an earlier run on these devices left
+collect() {
+    local device folder
+    mkdir -p "$result"
+    for folder in "${folders[@]}"; do record "$folder"; done # of nothing, should this be interrupted here
+    for device in "${devices[@]}"; do
+        rm -rf "$result/dumpOutput_device$device" "$result"/perf_vision_batchsize_*"_device_$device.txt"
+    done
+    rm -f "$result"/dumpOutput_device*_summary.json "$result"/ais_bench_batchsize_*.log "$result/fusion_result.json"
+    find "$scratch/result" -mindepth 1 -maxdepth 1 -exec mv -t "$result" {} +
+    for folder in "${folders[@]}"; do
+        record "$folder" info=deepmar.info model="$model" backend="$ran" model_name="$model"
+    done
+}
+
 # run_device DEVICE INFO: runs the model over an info file's bins; the binary and its stand-in have the same options.
 # Takes the place of the subshell that it is called in, so that a signal to this one reaches the tool.
 run_device() {
@@ -102,8 +170,8 @@ run_device() {
         command=("$python" "$here/tools/benchmark.py")
         [ ${#devices[@]} = 1 ] || command+=("-threads=$((threads > 0 ? threads : 1))")
     fi
-    exec "${command[@]}" -model_type=vision -batch_size="$size" -device_id="$1" -om_path="$model" -input_width=224 \
-        -input_height=224 -input_text_path="$2" -useDvpp=false -output_binary=true
+    exec "${command[@]}" -model_type=vision -batch_size="$batch" -device_id="$1" -om_path="$model" -input_width="$width" \
+        -input_height="$height" -input_text_path="$2" -useDvpp=false -output_binary=true
 }
 
 # run_devices: the same on all devices at the same time, each with its part of the images and an info file of its own
@@ -114,18 +182,31 @@ run_devices() {
         device=${devices[index]}
         awk -v n="$count" -v k="$index" 'NR % n == (k + 1) % n { sub(/^[0-9]+/, i++ ""); print }' deepmar.info \
             >"deepmar_device$device.info"
-        run_device "$device" "deepmar_device$device.info" >"$work_dir/logs/${backend}_bs${size}_device$device.log" 2>&1 &
+        run_device "$device" "deepmar_device$device.info" >"$work_dir/logs/${backend}_bs${batch}_device$device.log" 2>&1 &
         jobs+=($!)
     done
     for index in "${!devices[@]}"; do
         wait "${jobs[index]}" || failed=$failed${failed:+ }${devices[index]}
     done
-    [ -z "$failed" ] || broken "$backend failed on device $failed" "${backend}_bs${size}_device${failed%% *}.log"
+    [ -z "$failed" ] || broken "$backend failed on device $failed" "${backend}_bs${batch}_device${failed%% *}.log"
+}
+
+# check_ais_bench: where ais_bench is to run, stops if it does not start, or would refuse what is there. Sets ais_bench_help.
+check_ais_bench() {
+    local paths=() batch
+    if [ "$backend" != ais_bench ] || ! runs 6; then return 0; fi
+    [[ $python != */* ]] || python=$(realpath -s -- "$python") # it is called in other folders
+    runs 4 || paths+=("$work_dir/input_bin")
+    for batch in $batch_size; do [ -n "$make_om" ] || paths+=("$work_dir/deepmar_bs$batch.om"); done
+    "$python" "$here/tools/ais_bench_files.py" check "$work_dir" "${paths[@]}" || exit 1
+    ais_bench_help=$(cd / && "$python" -m ais_bench --help 2>&1) ||
+        fail "backend ais_bench: $python -m ais_bench --help ends with: ${ais_bench_help##*$'\n'}; install what is missing, or" \
+            "source CANN's set_env.sh where that is a library"
 }
 
 # run_ais_bench: it shares the images among several devices by itself
 run_ais_bench() {
-    local log=ais_bench_bs$size.log folder=dumpOutput_device$device_id divide=() taken
+    local folder=dumpOutput_device$device_id divide=() taken
     if [ ${#devices[@]} -gt 1 ]; then
         [ "$wanted" -ge ${#devices[@]} ] || fail "${#devices[@]} devices, but fewer images in $work_dir/deepmar.info"
         folder=devices
@@ -134,10 +215,10 @@ run_ais_bench() {
     fi
     "$python" "$here/tools/ais_bench_files.py" give ../input_bin "../$model"
     tool "$log" "$requested" -m ais_bench --model "$model" --input input_bin --output result --output_dirname "$folder" \
-        --outfmt BIN --batchsize "$size" --device "${device_id// /,}" "${divide[@]}"
+        --outfmt BIN --batchsize "$batch" --device "${device_id// /,}" "${divide[@]}"
     ! grep -qF '[ERROR]' "$work_dir/logs/$log" || broken "ais_bench reports an error" "$log"
     taken=$(sed -n 's/.*filesperbatch:\([0-9]*\) .*/\1/p' "$work_dir/logs/$log" | sort -u)
-    [ -z "$taken" ] || [ "$taken" = "$size" ] || # it does not compare them, but computes its throughput with --batchsize
-        broken "$model takes $taken images at a time, not $size; put another there, or run stage 3" "$log"
+    [ -z "$taken" ] || [ "$taken" = "$batch" ] || # it does not compare them, but computes its throughput with --batchsize
+        broken "$model takes $taken images at a time, not $batch; put another there, or run stage 3" "$log"
     "$python" "$here/tools/ais_bench_files.py" collect ../input_bin "${devices[@]}"
 }

@@ -10,77 +10,17 @@ result/PureInfer_perf_of_<model>_in_device_<ID>.txt. Reading, inference and writ
 replaced as a whole, so it never holds those of an earlier run.
 """
 import argparse
-import collections
-import contextlib
 import os
 import re
-import signal
 import sys
-import threading
-import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-if __name__ == "__main__":  # until main(), Ctrl-C ends it at once: a library's import makes other errors of it
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
-import numpy as np
-from preprocess_deepmar_pytorch import replaced_folder
-from remove_pad import importing, load, whole_file
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+from common import command, cores, importing, pixels, progress, replaced_folder, some, write_text
+from session import Clock, calls_at_once, check_shape, input_size, interruptible, open_session, run
 
-PROVIDERS = ["CANNExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]  # the best first
-AHEAD = 2    # batches that are read ahead of inference
-WRITE = 32   # results written at a time: where inference keeps every core busy, few wake-ups disturb it least
-
-
-def cores():
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def calls_at_once(batch_size, threads):
-    """How many calls of session.run() these threads serve best, an equal share each, on the CPU provider.
-
-    Threads that share a single image wait for each other at each layer; with an image each they were 4 to 10 % faster on
-    two cores (tests/bench.py: stand-in, batch 1). With larger batches that made no difference, and takes more memory.
-    """
-    return threads if batch_size == 1 else 1
-
-
-def open_session(path, device_id=0, threads=None):
-    """Returns an ONNX Runtime session of a DeepMAR model on the best execution provider that this machine has.
-
-    threads: of a call, on the CPU provider; by default one a core that this process may use. Raises OSError, or
-    ValueError if the file is no such model: one input float32 [N,3,height,width], one output float32 [N,attributes].
-    """
-    with importing():
-        import onnxruntime
-    load(path)  # for its checks: onnx's checker, and no weights outside of the file
-    options = onnxruntime.SessionOptions()  # all else is best as it is (tests/bench.py: session options)
-    # ONNX Runtime 1.10 alone would take half of the cores, and every version ignores taskset's choice of them.
-    options.intra_op_num_threads = threads or cores()
-    options.log_severity_level = 3  # errors
-    providers = [(name, {} if name.startswith("CPU") else {"device_id": str(device_id)})
-                 for name in PROVIDERS if name in onnxruntime.get_available_providers()]
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=providers)
-    except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
-        raise ValueError("%s: ONNX Runtime %s cannot load it: %s"
-                         % (path, onnxruntime.__version__, str(error).replace("\n", " ")))
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    if len(inputs) != 1 or len(outputs) != 1 or len(inputs[0].shape) != 4 or len(outputs[0].shape) != 2 \
-            or {inputs[0].type, outputs[0].type} != {"tensor(float)"}:
-        raise ValueError("%s: not a DeepMAR model (one input float32 [N,3,224,224], one output float32 [N,attributes]); "
-                         "its inputs are %s, its outputs %s"
-                         % (path, [(i.name, i.type, i.shape) for i in inputs], [(o.name, o.type, o.shape) for o in outputs]))
-    return session
-
-
-def check_shape(session, path, batch_size, height, width):
-    """Raises ValueError unless the model takes input [batch_size,3,height,width]; symbolic sizes take any."""
-    shape = session.get_inputs()[0].shape
-    for has, wanted in zip(shape, (batch_size, 3, height, width)):
-        if isinstance(has, int) and has != wanted:
-            raise ValueError("%s: its input is %s, not [%d,3,%d,%d]; export it again with this batch size and size"
-                             % (path, shape, batch_size, height, width))
+with importing():
+    import numpy as np
 
 
 def read_info(path, height, width):
@@ -112,117 +52,11 @@ def read_info(path, height, width):
         elif os.path.getsize(match.group(2)) != size:
             bad.append("%s (%d bytes)" % (match.group(2), os.path.getsize(match.group(2))))
     if bad:
-        raise ValueError("%s: %d of %d bins are not float32 [3,%d,%d] (%d bytes): %s%s"
-                         % (path, len(bad), len(bins), height, width, size, ", ".join(bad[:5]), ", ..." * (len(bad) > 5)))
+        raise ValueError("%s: %d of %d bins are not float32 [3,%d,%d] (%d bytes): %s"
+                         % (path, len(bad), len(bins), height, width, size, some(bad)))
     if not bins:
         raise ValueError("%s: names no bin; get_info.py writes this file" % path)
     return bins
-
-
-class Clock(object):
-    """Adds up the seconds in which at least one thread is in the with block."""
-
-    def __init__(self):
-        self.seconds, self.inside, self.lock = 0.0, 0, threading.Lock()
-
-    def __enter__(self):
-        with self.lock:
-            if self.inside == 0:
-                self.start = time.perf_counter()
-            self.inside += 1
-
-    def __exit__(self, *_):
-        with self.lock:
-            self.inside -= 1
-            if self.inside == 0:
-                self.seconds += time.perf_counter() - self.start
-
-
-@contextlib.contextmanager
-def interruptible():
-    """Yields run options with which session.run() ends at Ctrl-C, instead of with its batch."""
-    from onnxruntime import RunOptions
-    options = RunOptions()
-    receiver, sender = os.pipe()
-    os.set_blocking(sender, False)
-
-    def watch():
-        if os.read(receiver, 1):
-            options.terminate = True
-
-    watcher = threading.Thread(target=watch, daemon=True)  # Ctrl-C may come before the try below
-    watcher.start()
-    before = signal.set_wakeup_fd(sender)  # Python's own handler only runs once session.run() has returned
-    try:
-        yield options
-    finally:
-        signal.set_wakeup_fd(before)
-        os.close(sender)
-        watcher.join()
-        os.close(receiver)
-
-
-def run(session, bins, batch_size, height, width, folder, report, calls=1):
-    """Runs the model over the bins [(name, path)] and writes folder/NAME_1.bin for each, float32 [attributes].
-
-    The last batch is filled up with zeros for the model; their outputs are dropped. So many calls of session.run() are
-    under way at a time. Calls report(images) after every batch. Returns {module: Clock}. Raises ValueError for a bin that
-    has shrunk or holds NaN.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-    clocks = {name: Clock() for name in ("e2e", "data read", "preprocess", "infer", "interface", "post")}
-    input_name, output_name = session.get_inputs()[0].name, session.get_outputs()[0].name
-    batches = [bins[i:i + batch_size] for i in range(0, len(bins), batch_size)]
-    buffers = [np.zeros((batch_size, 3, height, width), "<f4") for _ in range(min(calls + AHEAD, len(batches)))]
-
-    def read(index):
-        batch, buffer = batches[index], buffers[index % len(buffers)]
-        with clocks["data read"]:
-            for (_, path), row in zip(batch, buffer):
-                with open(path, "rb", buffering=0) as f:
-                    if f.readinto(row) != row.nbytes:
-                        raise ValueError("%s: is shorter than %d bytes" % (path, row.nbytes))
-        with clocks["preprocess"]:
-            buffer[len(batch):] = 0
-            if not np.isfinite(buffer).all():
-                bad = [path for (_, path), row in zip(batch, buffer) if not np.isfinite(row).all()]
-                raise ValueError("NaN or infinite values in %s%s" % (", ".join(bad[:5]), ", ..." * (len(bad) > 5)))
-
-    def write(results):
-        with clocks["post"]:
-            for name, logits in results:
-                with open(os.path.join(folder, name + "_1.bin"), "wb") as f:
-                    f.write(logits.astype("<f4").data)
-
-    def infer(index, reading):
-        reading.result()
-        with clocks["infer"], clocks["interface"]:
-            return session.run([output_name], {input_name: buffers[index % len(buffers)]}, options)[0]
-
-    with interruptible() as options, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer, \
-            ThreadPoolExecutor(calls) as runner:
-        session.run([output_name], {input_name: buffers[0]}, options)  # the first run also allocates memory
-        with clocks["e2e"]:
-            running = collections.deque()
-
-            def start(index):
-                running.append(runner.submit(infer, index, reader.submit(read, index)))
-
-            for index in range(len(buffers)):
-                start(index)
-            results, writing = [], None
-            for index, batch in enumerate(batches):
-                logits = running.popleft().result()
-                if index + len(buffers) < len(batches):
-                    start(index + len(buffers))
-                results += [(name, row) for (name, _), row in zip(batch, logits)]
-                if len(results) >= WRITE or index == len(batches) - 1:
-                    if writing:
-                        writing.result()
-                    writing, results = writer.submit(write, results), []
-                report(len(batch))
-            writing.result()
-    return clocks
 
 
 def perf_lines(clocks, images):
@@ -234,18 +68,6 @@ def perf_lines(clocks, images):
             "[infer] throughputRate: %.6g, Interface throughputRate: %.6g, moduleLatency: %.6g"
             % (rate["infer"], rate["interface"], 1000 / rate["infer"]),
             "[post] throughputRate: %.6g, moduleLatency: %.6g" % (rate["post"], 1000 / rate["post"])]
-
-
-def write_text(path, text):
-    """Writes a small file whole or not at all."""
-    with whole_file(path) as temporary, open(temporary, "w") as f:
-        f.write(text)
-
-
-def progress(total, unit):
-    """A progress bar on a terminal, once the work has taken two seconds."""
-    from tqdm import tqdm
-    return tqdm(total=total, unit=unit, disable=None, delay=2, leave=False)
 
 
 def vision(session, calls, args):
@@ -264,7 +86,7 @@ def vision(session, calls, args):
 def pure_inference(session, calls, args):
     """Runs the model on random input; returns what to print."""
     from concurrent.futures import ThreadPoolExecutor
-    shape = [args.batch_size, 3] + [size if isinstance(size, int) else 224 for size in session.get_inputs()[0].shape[2:]]
+    shape = (args.batch_size, 3) + input_size(session)[1:]
     feed = {session.get_inputs()[0].name: np.random.RandomState(0).standard_normal(shape).astype(np.float32)}
     clock = Clock()
 
@@ -304,8 +126,8 @@ def main(argv=None):
     option("batch_size", type=positive, required=True, help="images per inference; the model's own")
     option("device_id", type=int, default=0, help="names the result files; the card, if the provider has one (default: 0)")
     option("om_path", required=True, help="the model: the ONNX file that the OM would be made from")
-    option("input_width", type=positive, default=224, help="in pixels (default: 224)")
-    option("input_height", type=positive, default=224, help="in pixels (default: 224)")
+    option("input_width", type=pixels, default=224, help="in pixels (default: 224)")
+    option("input_height", type=pixels, default=224, help="in pixels (default: 224)")
     option("input_text_path", help="the info file")
     option("useDvpp", choices=["false"], default="false", help="images are decoded by stage 4 (default: false)")
     option("output_binary", choices=["true"], default="true", help="results are .bin files (default: true)")
@@ -334,10 +156,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        main()
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit("benchmark.py: error: %s" % error)
-    except KeyboardInterrupt:
-        sys.exit("benchmark.py: interrupted; no file is half written")
+    command(main)

@@ -15,22 +15,22 @@ sizes, of two stacks. An attribute flips where one run says that an image has it
 import argparse
 import json
 import os
-import signal
 import sys
-import tempfile
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-if __name__ == "__main__":  # until main(), Ctrl-C ends it at once: a library's import makes other errors of it
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
-import numpy as np
-from benchmark import check_shape, open_session, progress, run, write_text
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+from common import command, composed, importing, note, some, write_text
 from get_info import list_bins
-from postprocess_deepmar_pytorch import attribute_names, evaluate, list_results, read_labels, read_logits, some
+from postprocess_deepmar_pytorch import (ASSUMED, PETA, PROBABILITIES, attribute_names, attributes_in, effect, labels_of,
+                                         list_results, logits_from, look_like_probabilities, read_logits)
+from session import compute, input_size, open_session
+
+with importing():
+    import numpy as np
 
 MAX_DIFFERENCE = 0.1
 MAX_FLIP_SHARE = 0.001
-WORST = 5   # images to name
-SIZE = 224  # height and width of a bin
+WORST = 5  # images to name
 
 
 def same_images(a, b, results, others):
@@ -39,23 +39,6 @@ def same_images(a, b, results, others):
         if missing:
             raise ValueError("%s: has nothing for %d images that the other side has: %s; compare runs over the same "
                              "images" % (name, len(missing), some(sorted(missing))))
-
-
-def compute(session, bins, batch_size, names):
-    """Runs the model over the bins [(name, path)] as stage 6 does; returns the logits of names, float32 [names, attributes]."""
-    with tempfile.TemporaryDirectory() as folder:
-        with progress(len(bins), "image") as bar:
-            run(session, bins, batch_size, SIZE, SIZE, folder, bar.update)
-        results = list_results([folder])
-        return read_logits([results[name] for name in names], width(results[names[0]]))
-
-
-def width(path):
-    """The number of logits in a result file; raises ValueError if its size is none of float32 values."""
-    size = os.path.getsize(path)
-    if size == 0 or size % 4:
-        raise ValueError("%s: holds no float32 logits (%d bytes)" % (path, size))
-    return size // 4
 
 
 def cosine(a, b):
@@ -94,18 +77,12 @@ def compare(a, b, images, attributes):
                              for i in order if difference[i].any()]}
 
 
-def effect(a, b, labels):
-    """The metrics of both logits and a's less b's, {metric: {"a", "b", "change"}}; None where mA is not defined."""
-    of_a, of_b = evaluate(a, labels)[0], evaluate(b, labels)[0]
-    return {name: {"a": of_a[name], "b": of_b[name],
-                   "change": None if of_a[name] is None else of_a[name] - of_b[name]} for name in of_a}
-
-
 def lines(report):
     """The report as lines of text."""
     yield "A: %s" % report["a"]
     yield "B: %s" % report["b"]
-    yield "images: %d with %d attributes each" % (report["images"], report["attributes"])
+    yield "images: %d with %d attributes each%s" % (report["images"], report["attributes"],
+                                                    " (%s)" % ASSUMED if report["names_assumed"] else "")
     yield "largest difference: %.6g" % report["max_difference"]
     yield "mean difference: %.6g" % report["mean_difference"]
     yield "cosine similarity: %.9f, lowest of an image: %.9f (%s)" % (
@@ -125,16 +102,6 @@ def lines(report):
             yield "%s: A %.6f, B %.6f, A - B %+.6f" % (name, values["a"], values["b"], values["change"])
 
 
-def labels_of(path, images):
-    """The rows of a label file for these images, [images, attributes]; raises ValueError where there is none for one."""
-    rows, labels = read_labels(path)
-    unlabelled = [image for image in images if image not in rows]
-    if unlabelled:
-        raise ValueError("%s: has no label for %d of %d images: %s"
-                         % (path, len(unlabelled), len(images), some(unlabelled)))
-    return labels[[rows[image] for image in images]]
-
-
 def tolerance(text):
     value = float(text)
     if not value >= 0:
@@ -149,7 +116,7 @@ def count(text):
     return value
 
 
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("a", metavar="A", help="a folder of results, of the benchmark tool or ais_bench")
@@ -167,38 +134,41 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if (args.b is None) == (args.onnx is None) or (args.onnx is None) != (args.bins is None):
         parser.error("give either B, or --onnx and --bins")
+    return args
 
+
+def read_both(args):
+    """Returns (logits of A, logits of B, the images' names) of the two sides; raises OSError or ValueError."""
     results = list_results([args.a])
     names = sorted(results)
+    session = None
     if args.onnx is None:
         others = list_results([args.b])
     else:
-        others = {name[:-len(".bin")]: os.path.join(args.bins, name) for name in list_bins(args.bins, SIZE, SIZE)}
-    other = args.b or args.bins
-    same_images(args.a, other, results, others)
-    logits = read_logits([results[name] for name in names], width(results[names[0]]))
-    attributes = attribute_names(logits.shape[1], args.attributes)
-    labels = None
-    if args.labels is not None:
-        labels = labels_of(args.labels, names)
-        if labels.shape[1] != logits.shape[1]:
-            raise ValueError("%s: has %d attributes, the results in %s %d"
-                             % (args.labels, labels.shape[1], args.a, logits.shape[1]))
-    if args.onnx is None:
+        session = open_session(args.onnx)
+        _, height, width = input_size(session)
+        others = {composed(name[:-len(".bin")]): os.path.join(args.bins, name)
+                  for name in list_bins(args.bins, width, height)}
+    same_images(args.a, args.b or args.bins, results, others)
+    logits = read_logits([results[name] for name in names], attributes_in(results[names[0]]))
+    if session is None:
         other_logits = read_logits([others[name] for name in names], logits.shape[1])
     else:
-        session = open_session(args.onnx)
-        batch_size = session.get_inputs()[0].shape[0]
-        batch_size = batch_size if isinstance(batch_size, int) else 1
-        check_shape(session, args.onnx, batch_size, SIZE, SIZE)
-        other_logits = compute(session, [(name, others[name]) for name in names], batch_size, names)
+        other_logits = compute(session, [(name, others[name]) for name in names])
         if other_logits.shape != logits.shape:
             raise ValueError("%s: gives %d attributes, the results in %s have %d"
                              % (args.onnx, other_logits.shape[1], args.a, logits.shape[1]))
+    sides = []
+    for side, values in ((args.a, logits), (args.b or args.onnx, other_logits)):
+        if look_like_probabilities(values):
+            note("%s: %s; compared are the logits that belong to them" % (side, PROBABILITIES))
+            values = logits_from(values)
+        sides.append(values)
+    return sides + [names]
 
-    report = dict({"a": args.a, "b": args.b or "%s on %s" % (args.onnx, args.bins)},
-                  **compare(logits, other_logits, names, attributes))
-    report["metrics"] = None if labels is None else effect(logits, other_logits, labels)
+
+def judge(report, args):
+    """Adds to a report whether its runs are within the tolerances; returns what is beyond them, as a list of texts."""
     max_flips = int(MAX_FLIP_SHARE * report["decisions"]) if args.max_flips is None else args.max_flips
     beyond = []
     if report["max_difference"] > args.max_difference:
@@ -207,6 +177,19 @@ def main(argv=None):
     if report["flips"] > max_flips:
         beyond.append("%d flips are more than %d (--max-flips)" % (report["flips"], max_flips))
     report.update(allowed_difference=args.max_difference, allowed_flips=max_flips, within_tolerances=not beyond)
+    return beyond
+
+
+def main(argv=None):
+    args = parse(argv)
+    logits, other_logits, names = read_both(args)
+    attributes = attribute_names(logits.shape[1], args.attributes)
+    labels = None if args.labels is None else labels_of(args.labels, names, logits.shape[1])
+    report = dict({"a": args.a, "b": args.b or "%s on %s" % (args.onnx, args.bins)},
+                  **compare(logits, other_logits, names, attributes))
+    report["metrics"] = None if labels is None else effect(logits, other_logits, labels)
+    report["names_assumed"] = attributes is PETA
+    beyond = judge(report, args)
     for line in lines(report):
         print(line)
     if args.json is not None:
@@ -214,14 +197,8 @@ def main(argv=None):
     if beyond:
         raise ValueError("%s and %s differ: %s; the worst images above are where to look"
                          % (report["a"], report["b"], " and ".join(beyond)))
-    print("within the tolerances: difference %.6g, flips %d" % (args.max_difference, max_flips))
+    print("within the tolerances: difference %.6g, flips %d" % (args.max_difference, report["allowed_flips"]))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        main()
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit("compare.py: error: %s" % error)
-    except KeyboardInterrupt:
-        sys.exit("compare.py: interrupted; no file is half written")
+    command(main)

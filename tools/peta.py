@@ -10,17 +10,16 @@ attributes.txt has the attributes' names, one a line, in the order of the labels
 """
 import argparse
 import json
-import multiprocessing
 import os
-import signal
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-if __name__ == "__main__":  # until main(), Ctrl-C ends it at once: a library's import makes other errors of it
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
-import numpy as np
-from benchmark import write_text
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+from common import command, importing, joined, note, one_line, write_text
 from preprocess_deepmar_pytorch import start_worker, uninterrupted
+
+with importing():
+    import numpy as np
 
 PARTITIONS = 5
 SPLITS = {"train": ["train"], "val": ["val"], "trainval": ["train", "val"], "test": ["test"]}
@@ -45,21 +44,39 @@ def read_peta(path, partition):
     """
     if not os.path.isfile(path):
         raise FileNotFoundError("%s: no such file; the first argument is PETA.mat of the data set" % path)
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
+    import multiprocessing
     import scipy.io  # noqa: F401 - here, so that its absence is no fault of the file
     # In a process of its own, as some damaged files crash scipy's reader.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), start_worker, (os.getpid(),)) as pool:
-        try:
-            with uninterrupted():
-                loading = pool.submit(load_peta, path, partition)
-            return loading.result()
-        except BrokenProcessPool:
-            raise ValueError("%s: damaged; scipy's reader crashes on it. Get it again" % path)
-        except KeyboardInterrupt:  # the pool would wait for the reader
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            raise
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    reader = context.Process(target=send_peta, daemon=True, args=(os.getpid(), theirs, path, partition))
+    try:
+        with uninterrupted():
+            reader.start()
+    except OSError as error:  # a limit of processes
+        note("no process can be started (%s), so a damaged file may crash this one" % error.strerror)
+        return load_peta(path, partition)
+    finally:
+        theirs.close()
+    try:
+        result = ours.recv()
+    except EOFError:
+        raise ValueError("%s: damaged; scipy's reader crashes on it. Get it again" % path)
+    finally:
+        reader.kill()
+        reader.join()
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def send_peta(parent, pipe, path, partition):
+    """The reader's process: sends what load_peta() returns, or its exception."""
+    start_worker(parent)
+    try:
+        pipe.send(load_peta(path, partition))
+    except Exception as error:  # whatever it is, the parent raises it
+        pipe.send(error)
 
 
 def load_peta(path, partition):
@@ -71,7 +88,7 @@ def load_peta(path, partition):
         raise ValueError("%s: is a MATLAB 7.3 file; give the PETA.mat of the data set" % path)
     except Exception as error:  # a damaged file makes scipy raise nearly anything
         raise ValueError("%s: cannot be read as a .mat file, get it again: %s"
-                         % (path, " ".join(str(error).split()) or repr(error)))
+                         % (path, one_line(error)))
     try:
         return parse_peta(content, partition)
     except (ValueError, IndexError, TypeError, AttributeError) as error:
@@ -138,9 +155,8 @@ def main(argv=None):
             raise FileNotFoundError("%s: no such folder; --images is the images' folder" % args.images)
         missing = [name for name in names if not os.path.isfile(os.path.join(args.images, name))]
         if missing:
-            raise FileNotFoundError("%s: %d of %d images are not there, so nothing was written: %s%s"
-                                    % (args.images, len(missing), len(names), ", ".join(missing[:1000]),
-                                       ", ..." * (len(missing) > 1000)))
+            raise FileNotFoundError("%s: %d of %d images are not there, so nothing was written: %s"
+                                    % (args.images, len(missing), len(names), joined(missing)))
     os.makedirs(args.output, exist_ok=True)
     write_text(os.path.join(args.output, "image.txt"), "".join(name + "\n" for name in names))
     write_text(os.path.join(args.output, "label.json"),
@@ -151,10 +167,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        main()
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit("peta.py: error: %s" % error)
-    except KeyboardInterrupt:
-        sys.exit("peta.py: interrupted")
+    command(main)

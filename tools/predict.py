@@ -4,23 +4,25 @@
     python3 tools/predict.py *.jpg --onnx deepmar_bs1_nopad.onnx --save pictures
 
 Prints every attribute, the likeliest first: its probability, its logit, and a + where the image has it (the logit is >= 0).
-The logits are those that stages 4 to 6 would write for the image, to the bit. --save DIR writes DIR/NAME_attributes.png for
+The logits are those that stages 4 to 6 would write for the image, to the bit, unless a camera noted that it was held
+sideways: such a photograph (with an EXIF orientation) is turned upright here. --save DIR writes DIR/NAME_attributes.png for
 each image: the picture with a bar for each attribute beside it. Images that cannot be read are named at the end, after
 the others' attributes.
 """
 import argparse
 import os
-import signal
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-if __name__ == "__main__":  # until main(), Ctrl-C ends it at once: a library's import makes other errors of it
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
-import numpy as np
-from benchmark import check_shape, open_session, progress
-from postprocess_deepmar_pytorch import attribute_names, some
-from preprocess_deepmar_pytorch import SIZE, preprocess, stem
-from remove_pad import whole_file
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+from common import command, importing, note, one_line, progress, some, stem, whole_file
+from postprocess_deepmar_pytorch import (ASSUMED, PETA, PROBABILITIES, attribute_names, logits_from,
+                                         look_like_probabilities, probabilities)
+from preprocess_deepmar_pytorch import preprocess, read_image
+from session import input_size, open_session
+
+with importing():
+    import numpy as np
 
 # The picture that --save draws, in pixels, and its colours.
 MARGIN, ROW, BAR, TEXT = 16, 19, 150, 14
@@ -28,25 +30,26 @@ WIDTH = 480  # of the image at most
 WHITE, BLACK, GREY, PALE, BLUE = "white", "#202020", "#707070", "#d8d8d8", "#2f6fb5"
 
 
-def predict(session, paths, batch_size, report):
+def predict(session, paths, report):
     """Runs the model over image files in batches, the last filled up with zeros, as stages 4 to 6 do.
 
-    Returns (paths read, their logits float32 [paths read, attributes], why the others could not be read). Calls
-    report(images) after every batch.
+    Images with an EXIF orientation are turned upright. Returns (paths read, their logits float32 [paths read, attributes],
+    why the others could not be read). Calls report(images) after every batch.
     """
     import PIL  # noqa: F401 - here, so that its absence is no fault of the images
     name = session.get_inputs()[0].name
     read, logits, bad = [], [], []
-    batch = np.zeros((batch_size, 3, SIZE, SIZE), "<f4")
+    batch_size, height, width = input_size(session)
+    batch = np.zeros((batch_size, 3, height, width), "<f4")
     todo = list(paths)
     while todo:
         used = 0
         while todo and used < batch_size:
             path = todo.pop(0)
             try:
-                preprocess(path, out=batch[used])
+                preprocess(path, out=batch[used], upright=True)
             except Exception as error:  # Pillow raises nearly anything on damaged files
-                bad.append("%s (%s)" % (path, " ".join(str(error).split()) or repr(error)))
+                bad.append("%s (%s)" % (path, one_line(error)))
                 report(1)
                 continue
             read.append(path)
@@ -57,11 +60,6 @@ def predict(session, paths, batch_size, report):
             logits.append(outputs[:used])
         report(used)
     return read, np.concatenate(logits) if logits else None, bad
-
-
-def probabilities(logits):
-    """The sigmoid of logits, as float64; written with tanh, which large logits do not overflow."""
-    return (1 + np.tanh(logits.astype(np.float64) / 2)) / 2
 
 
 def describe(path, logits, names):
@@ -102,8 +100,7 @@ def draw(path, logits, names):
     names_width = max(text_size(label)[0] for label in labels)
     percent_width = text_size("100.0 %")[0]
     height = max(ROW * len(names), 320)
-    with Image.open(path) as image:
-        photo = image.convert("RGB")
+    photo, _ = read_image(path, upright=True)
     scale = min(WIDTH / photo.width, height / photo.height)
     photo = photo.resize((max(1, round(photo.width * scale)), max(1, round(photo.height * scale))), Image.BICUBIC)
 
@@ -145,7 +142,7 @@ def targets(paths, folder):
     return result
 
 
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="an image file")
@@ -153,23 +150,28 @@ def main(argv=None):
     parser.add_argument("--attributes", metavar="FILE",
                         help="the attributes' names, one a line (default: PETA's, if there are 35)")
     parser.add_argument("--save", metavar="DIR", help="also draw each image's attributes, into this folder")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def main(argv=None):
+    args = parse(argv)
     pictures = {} if args.save is None else targets(args.images, args.save)
     missing = [path for path in args.images if not os.path.isfile(path)]
     if missing:
         raise FileNotFoundError("no such image file: %s" % some(missing))
     session = open_session(args.onnx)
-    batch_size = session.get_inputs()[0].shape[0]
-    batch_size = batch_size if isinstance(batch_size, int) else 1
-    check_shape(session, args.onnx, batch_size, SIZE, SIZE)
     with progress(len(args.images), "image") as bar:
-        read, logits, bad = predict(session, args.images, batch_size, bar.update)
+        read, logits, bad = predict(session, args.images, bar.update)
     if read:
         if not np.isfinite(logits).all():
             raise ValueError("%s: gives NaN or infinite logits for %s" % (
                 args.onnx, some(path for path, row in zip(read, logits) if not np.isfinite(row).all())))
+        if look_like_probabilities(logits):
+            note("%s: %s; the logits below are those that belong to them" % (args.onnx, PROBABILITIES))
+            logits = logits_from(logits)
         names = attribute_names(logits.shape[1], args.attributes)
+        if names is PETA:
+            note(ASSUMED)
     if pictures and read:
         os.makedirs(args.save, exist_ok=True)
         for path, row in zip(read, logits):
@@ -184,10 +186,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        main()
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit("predict.py: error: %s" % error)
-    except KeyboardInterrupt:
-        sys.exit("predict.py: interrupted")
+    command(main)

@@ -1,14 +1,23 @@
 #!/usr/bin/env bash
-# Prints the Python to run the project with: $PYTHON (default python3) itself if it has the packages of the requirements
-# files given, else that of a virtual environment in the checkout, one for each version of Python, made when needed.
+# Prints the Python to run the project with: $PYTHON (default python3) itself if it has the packages, else that of a virtual
+# environment in the checkout, one for each version of Python, made when needed. The packages are those of the requirements
+# files given; names after them choose some.
 #
 #   python=$(tools/python.sh requirements.txt)
+#   python=$(tools/python.sh requirements.txt numpy Pillow)
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
 python=$(command -v "${PYTHON:-python3}") ||
     { echo "python.sh: error: ${PYTHON:-python3}: no such Python; set PYTHON to one" >&2; exit 1; }
-modules=$(cat "$@" | sed 's/[ #;=<>].*//; s/^Pillow$/PIL/; s/^protobuf$/google/' | sort -u)
+python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+
+files=() chosen=
+for argument; do
+    if [[ $argument == *.txt ]]; then files+=("$argument"); else chosen=$chosen${chosen:+|}$argument; fi
+done
+[[ $chosen != *onnx* ]] || chosen="$chosen|protobuf" # onnx 1.7 needs an old one
+wanted=$(grep -hE "^(${chosen:-.*})([ =<>;#]|$)" "${files[@]}" | sort)
+modules=$(sed 's/[ #;=<>].*//; s/^Pillow$/PIL/; s/^protobuf$/google/' <<<"$wanted" | sort -u)
 if "$python" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1].split())))' "$modules"; then
     echo "$python"
     exit
@@ -16,13 +25,13 @@ fi
 
 folder=$PWD/.venv-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 exec 9>"$folder.lock"
-flock 9 # a second run waits for the first one's environment
+flock 9 2>/dev/null || true # a second run waits for the first one's environment, where the file system has locks
 # What is installed is written down last, so an installation that was interrupted is taken up again.
-if ! grep -qsx "$(cat "$@" | cksum)" "$folder/installed"; then
-    echo "python.sh: installing the packages of $* into $folder (some minutes, once)" >&2
+missing=$(grep -vxFf "$folder/installed" <<<"$wanted" 2>/dev/null || [ -e "$folder/installed" ] || echo "$wanted")
+if [ -n "$missing" ]; then
+    echo "python.sh: installing ${modules//$'\n'/, } into $folder (some minutes, once)" >&2
     [ -x "$folder/bin/pip" ] || "$python" -m venv "$folder" >&2
-    # shellcheck disable=SC2046 # one -r for each file
-    "$folder/bin/pip" install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@") >&2
-    cat "$@" | cksum >>"$folder/installed"
+    "$folder/bin/pip" install --quiet --disable-pip-version-check -r /dev/stdin <<<"$wanted" >&2
+    echo "$missing" >>"$folder/installed"
 fi
 echo "$folder/bin/python"

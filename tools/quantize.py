@@ -11,36 +11,36 @@ other. With --labels, both models are scored on all bins, and nothing is written
 import argparse
 import os
 import shutil
-import signal
 import sys
 import tempfile
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-if __name__ == "__main__":  # until main(), Ctrl-C ends it at once: a library's import makes other errors of it
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
-import numpy as np
-from benchmark import check_shape, open_session
-from compare import SIZE, compute, effect, labels_of
-from get_info import list_bins, whole_file
-from postprocess_deepmar_pytorch import MAX_DROP
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+from common import command, composed, importing, one_line, whole_file
+from get_info import list_bins
+from postprocess_deepmar_pytorch import MAX_DROP, effect, labels_of
 from remove_pad import load
+from session import compute, input_size, open_session
+
+with importing():
+    import numpy as np
 
 IMAGES = 64  # calibration images; with 32 the drop was nearly twice as large, with 128 as large as with 64
 
 
-def batches(paths, count, batch_size):
-    """Yields count of the bins, evenly spread, as float32 [batch_size,3,224,224]; the last is filled up from the first.
+def batches(paths, count, shape):
+    """Yields count of the bins, evenly spread, as float32 of a batch's shape; the last is filled up from the first.
 
     Raises ValueError for a bin that holds NaN or infinite values, which would become a range.
     """
     chosen = np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int)
-    chosen = np.resize(chosen, -(-len(chosen) // batch_size) * batch_size)
-    for start in range(0, len(chosen), batch_size):
-        batch = np.stack([np.fromfile(paths[i], "<f4") for i in chosen[start:start + batch_size]])
+    chosen = np.resize(chosen, -(-len(chosen) // shape[0]) * shape[0])
+    for start in range(0, len(chosen), shape[0]):
+        batch = np.stack([np.fromfile(paths[i], "<f4") for i in chosen[start:start + shape[0]]])
         finite = np.isfinite(batch).all(axis=1)
         if not finite.all():
             raise ValueError("NaN or infinite values in %s" % paths[chosen[start + int(finite.argmin())]])
-        yield batch.reshape(batch_size, 3, SIZE, SIZE)
+        yield batch.reshape(shape)
 
 
 def quantize(path, feeds, folder):
@@ -77,13 +77,13 @@ def quantize(path, feeds, folder):
         raise
     except Exception as error:  # the quantizer's own kinds have no base class, and some many lines
         raise ValueError("%s: ONNX Runtime %s cannot quantize it: %s: %s"
-                         % (path, onnxruntime.__version__, type(error).__name__, " ".join(str(error).split())))
+                         % (path, onnxruntime.__version__, type(error).__name__, one_line(error)))
     finally:
         os.chdir(here)
     return result
 
 
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="the float32 model that stage 2 wrote")
@@ -98,32 +98,43 @@ def main(argv=None):
         parser.error("--images must be positive")
     if os.path.realpath(args.output) == os.path.realpath(args.model):
         parser.error("OUTPUT is MODEL, which atc still needs; give another name")
+    return args
 
-    bins = list_bins(args.bins, SIZE, SIZE)
-    paths = [os.path.join(args.bins, name) for name in bins]
-    names = [name[:-len(".bin")] for name in bins]
+
+def open_float32(path):
+    """Returns the session of a model that is not quantized yet; raises OSError or ValueError."""
+    session = open_session(path)
+    if {node.op_type for node in load(path).graph.node} & {"QLinearConv", "QuantizeLinear"}:
+        raise ValueError("%s: is quantized already; give the float32 model" % path)
+    return session
+
+
+def score(int8, float32, bins, labels):
+    """Prints the accuracy of two sessions over the bins [(name, path)]; returns that of float32, and int8's drop."""
+    of_int8, of_float32 = compute(int8, bins), compute(float32, bins)
+    accuracy = effect(of_int8, of_float32, labels)["instance_acc"]
+    drop = -accuracy["change"]
+    print("instance_acc: float32 %r, int8 %r, drop %.2f %%; %d of %d attributes flip"
+          % (accuracy["b"], accuracy["a"], 100 * drop, ((of_int8 >= 0) != (of_float32 >= 0)).sum(), of_int8.size))
+    return accuracy["b"], drop
+
+
+def main(argv=None):
+    args = parse(argv)
+    session = open_float32(args.model)
+    batch_size, height, width = input_size(session)
+    bins = [(composed(name[:-len(".bin")]), os.path.join(args.bins, name)) for name in list_bins(args.bins, width, height)]
+    labels = None
     if args.labels is not None:
-        labels = labels_of(args.labels, names)
-    session = open_session(args.model)
-    if {node.op_type for node in load(args.model).graph.node} & {"QLinearConv", "QuantizeLinear"}:
-        raise ValueError("%s: is quantized already; give the float32 model" % args.model)
-    node = session.get_inputs()[0]
-    batch_size = node.shape[0] if isinstance(node.shape[0], int) else 1
-    check_shape(session, args.model, batch_size, SIZE, SIZE)
-    if args.labels is not None and session.get_outputs()[0].shape[1] != labels.shape[1]:
-        raise ValueError("%s: gives %s attributes, the rows of %s have %d"
-                         % (args.model, session.get_outputs()[0].shape[1], args.labels, labels.shape[1]))
+        labels = labels_of(args.labels, [name for name, _ in bins], session.get_outputs()[0].shape[1])
+    accuracy = "FLOAT32_ACCURACY"
     with whole_file(args.output) as temporary:
         with tempfile.TemporaryDirectory() as folder:
-            feeds = [{node.name: batch} for batch in batches(paths, args.images, batch_size)]
+            feeds = [{session.get_inputs()[0].name: batch}
+                     for batch in batches([path for _, path in bins], args.images, (batch_size, 3, height, width))]
             shutil.copyfile(quantize(args.model, feeds, folder), temporary)
-        if args.labels is not None:
-            int8, float32 = (compute(of, list(zip(names, paths)), batch_size, names)
-                             for of in (open_session(temporary), session))
-            accuracy = effect(int8, float32, labels)["instance_acc"]
-            drop = -accuracy["change"]
-            print("instance_acc: float32 %r, int8 %r, drop %.2f %%; %d of %d attributes flip"
-                  % (accuracy["b"], accuracy["a"], 100 * drop, ((int8 >= 0) != (float32 >= 0)).sum(), int8.size))
+        if labels is not None:
+            accuracy, drop = score(open_session(temporary), session, bins, labels)
             if drop > MAX_DROP + 1e-9 and not args.allow_drop:
                 raise ValueError("%s: not written, as instance_acc drops by more than 1 %%; calibrate on more bins "
                                  "(--images), or accept it (--allow-drop)" % args.output)
@@ -132,15 +143,8 @@ def main(argv=None):
              min(args.images, len(bins)), len(bins)))
     print("next: python3 tools/benchmark.py -batch_size=%d -om_path=%s -input_text_path=deepmar.info\n"
           "      python3 postprocess_deepmar_pytorch.py result/dumpOutput_device0 %s --published %s"
-          % (batch_size, args.output, args.labels or "label.json",
-             "FLOAT32_ACCURACY" if args.labels is None else accuracy["b"]))
+          % (batch_size, args.output, args.labels or "label.json", accuracy))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        main()
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit("quantize.py: error: %s" % error)
-    except KeyboardInterrupt:
-        sys.exit("quantize.py: interrupted; nothing was written")
+    command(main)

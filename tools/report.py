@@ -23,15 +23,16 @@ import sys
 import time
 import warnings
 
-import numpy as np
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+from common import command, importing, note, one_line, progress, some, stem, whole_file
+from postprocess_deepmar_pytorch import (MAX_DROP, PROBABILITIES, attribute_names, evaluate, list_results, logits_from,
+                                         look_like_probabilities, probabilities, read_labels, read_logits)
+from preprocess_deepmar_pytorch import MAX_PIXELS, find_images, read_list
+from table import COLUMNS, read_rates
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from benchmark import progress  # noqa: E402
-from postprocess_deepmar_pytorch import (MAX_DROP, attribute_names, evaluate, list_results, read_labels,  # noqa: E402
-                                         read_logits, some, whole_file)
-from predict import probabilities  # noqa: E402
-from preprocess_deepmar_pytorch import MAX_PIXELS, read_list, stem  # noqa: E402
-from table import COLUMNS, read_rates  # noqa: E402
+with importing():
+    import numpy as np
 
 PICTURES = 300     # shown at most
 WORST = 150        # of these, the ones with the lowest accuracy; the others are the worst of each attribute
@@ -94,9 +95,8 @@ def same(a, b):
     return all(undefined) or not any(undefined) and abs(a - b) < 1e-9
 
 
-def read_fusion(path, metrics, figures):
-    """Returns stage 7's figures; raises ValueError unless they are those of evaluate(), metrics and figures."""
-    fusion = read_json(path, FUSION, "postprocess_deepmar_pytorch.py")
+def check_fusion(path, fusion, metrics, figures):
+    """Raises ValueError unless stage 7's figures are those of evaluate(), metrics and figures."""
     if not 0 <= (fusion["published_acc"] or 0) <= 1:
         raise ValueError("%s: published_acc %r is not between 0 and 1" % (path, fusion["published_acc"]))
     pairs = [(name, fusion[name], value) for name, value in metrics.items()]
@@ -109,7 +109,6 @@ def read_fusion(path, metrics, figures):
         if not same(theirs, ours):
             raise ValueError("%s: its %s is %s, but the results and labels give %s; run postprocess_deepmar_pytorch.py "
                              "on these results again" % (path, name, theirs, ours))
-    return fusion
 
 
 def read_throughput(path, images, accuracy):
@@ -256,10 +255,10 @@ def thumbnail(path):
     return ("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode(),) + picture.size
 
 
-def gallery(folder, names, logits, true):
+def gallery(names, paths, logits, true):
     """Returns the pictures to show, as dicts for the template; raises ValueError that names the unreadable files.
 
-    names: of the images in the folder; logits, true: [images, attributes].
+    names, paths: of the images; logits, true: [images, attributes].
     """
     import PIL  # noqa: F401 - here, so that its absence is no fault of the pictures
     said = logits >= 0
@@ -273,11 +272,11 @@ def gallery(folder, names, logits, true):
         warnings.simplefilter("ignore")  # Pillow's, of oddities in files that it reads all the same
         for image in chosen:
             bar.update()
-            path = os.path.join(folder, names[image])
+            path = paths[image]
             try:
                 source, width, height = thumbnail(path)
             except Exception as error:  # Pillow raises nearly anything on damaged files
-                bad.append("%s (%s)" % (path, " ".join(str(error).split()) or repr(error)))
+                bad.append("%s (%s)" % (path, one_line(error)))
                 continue
             card = {"name": names[image], "source": source, "width": width, "height": height,
                     "accuracy": float(accuracy[image])}
@@ -312,7 +311,7 @@ def render(values):
     return environment.get_template("report_template.html").render(values)
 
 
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--images", required=True, metavar="DIR", help="the folder of the images")
@@ -332,51 +331,75 @@ def main(argv=None):
                         help="the attributes' names, one a line (default: those in fusion_result.json)")
     parser.add_argument("--output", default="report.html", metavar="FILE",
                         help="the page to write (default: %(default)s)")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def read_run(args):
+    """Returns (image names, logits, truth, fusion_result.json) of a run, images in the list's order.
+
+    logits float32 and truth bool, [images, attributes]. Raises OSError, or ValueError where they are not of one run.
+    """
     names = read_list(args.list)
     stems = [stem(name) for name in names]
     rows, labels = read_labels(args.labels)
     results = list_results(args.results)
-    folders = ", ".join(args.results)
-    for where, missing in ((folders, set(stems) - set(results)), (args.list, set(results) - set(stems)),
+    for where, missing in ((", ".join(args.results), set(stems) - set(results)), (args.list, set(results) - set(stems)),
                            (args.labels, set(stems) - set(rows))):
         if missing:
             raise ValueError("%s: has nothing for %d images of the run: %s; give the results, list and labels of "
                              "one run" % (where, len(missing), some(sorted(missing))))
     logits = read_logits([results[name] for name in stems], labels.shape[1])
     true = labels[[rows[name] for name in stems]] == 1
-    fusion = read_fusion(args.fusion, *evaluate(logits, true))
+    fusion = read_json(args.fusion, FUSION, "postprocess_deepmar_pytorch.py")
+    fusion["look"] = None
+    if fusion.get("values") == "probabilities":
+        logits = logits_from(logits)
+    elif look_like_probabilities(logits):
+        fusion["look"] = PROBABILITIES
+    check_fusion(args.fusion, fusion, *evaluate(logits, true))
     if fusion["images"] != len(names):
         raise ValueError("%s: is of %d images, the results are of %d; run postprocess_deepmar_pytorch.py on these "
                          "results again" % (args.fusion, fusion["images"], len(names)))
     if args.attributes is not None:
         for row, name in zip(fusion["attributes"], attribute_names(labels.shape[1], args.attributes)):
             row["name"] = name
-    speeds = read_perf(args.perf)
-    if args.throughput is not None:
-        speeds = read_throughput(args.throughput, len(names), fusion["instance_acc"])
-    comparison = None
-    if args.compare is not None:
-        comparison = read_comparison(args.compare, stems, labels.shape[1], fusion["instance_acc"])
+        fusion["names_assumed"] = False
+    return names, logits, true, fusion
 
+
+def page_values(args, names, fusion, speeds, comparison, cards):
+    """What the template needs."""
     def used(column):
         return ", ".join(dict.fromkeys(row[column] for row in speeds)) or UNKNOWN
 
     by_accuracy = sorted(fusion["attributes"], key=lambda row: 2 if row["label_acc"] is None else row["label_acc"])
     published = fusion["published_acc"]
     drop = None if published is None else published - fusion["instance_acc"]
-    cards = gallery(args.images, names, logits, true)
-    page = render({
+    return {
         "fusion": fusion, "drop": drop, "max_drop": MAX_DROP, "passed": drop is None or drop <= MAX_DROP + 1e-9,
         "metrics": [(name, fusion[name]) for name in ("instance_acc", "instance_precision", "instance_recall",
                                                       "instance_F1", "mA")],
         "run": [("Model", used("model")), ("Backend", used("backend")), ("Device", used("devices")),
-                ("Images scored", len(names)), ("Results", folders),
+                ("Images scored", len(names)), ("Results", ", ".join(args.results)),
                 ("Scored", time.strftime("%Y-%m-%d %H:%M", time.localtime(os.path.getmtime(args.fusion))))],
-        "rows": speeds, "chart": chart(speeds), "attributes": by_accuracy,
-        "weakest": [row for row in by_accuracy if row["label_acc"] not in (None, 1)][:WEAKEST], "comparison": comparison,
-        "cards": cards, "kinds": KINDS})
+        "rows": speeds, "chart": chart(speeds), "attributes": by_accuracy, "comparison": comparison,
+        "weakest": [row for row in by_accuracy if row["label_acc"] not in (None, 1)][:WEAKEST],
+        "names_assumed": fusion.get("names_assumed", False), "look": fusion["look"], "cards": cards, "kinds": KINDS}
+
+
+def main(argv=None):
+    args = parse(argv)
+    names, logits, true, fusion = read_run(args)
+    speeds = read_perf(args.perf)
+    if args.throughput is not None:
+        speeds = read_throughput(args.throughput, len(names), fusion["instance_acc"])
+    comparison = None
+    if args.compare is not None:
+        comparison = read_comparison(args.compare, [stem(name) for name in names], true.shape[1], fusion["instance_acc"])
+    if fusion["look"]:
+        note("%s: %s" % (", ".join(args.results), fusion["look"]))
+    cards = gallery(names, find_images(args.images, names, args.list), logits, true)
+    page = render(page_values(args, names, fusion, speeds, comparison, cards))
     data = page.encode("utf-8", "replace")  # names in JSON may hold half a surrogate pair
     with whole_file(args.output) as temporary, open(temporary, "wb") as f:
         f.write(data)
@@ -384,11 +407,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit("report.py: error: %s" % error)
-    except ImportError as error:
-        sys.exit("report.py: error: %s; the packages that it needs are in requirements.txt" % error)
-    except KeyboardInterrupt:
-        sys.exit("report.py: interrupted; nothing was written")
+    command(main)

@@ -2,32 +2,33 @@
 
     python3 tools/sample.py sample
 
-Writes sample/images/*.png, image.txt and label.json (drawn test images with known PETA attributes), checkpoint.pth.tar (a
-DeepMAR that recognises them) and accuracy.txt (the instance_acc that PyTorch itself reaches on the test images, through
-torchvision's transforms). The same seed gives the same data. The checkpoint is not trained: a random ResNet-50 takes
-its BatchNorm statistics from other drawings, and the classifier is fitted to its features by ridge regression.
+Writes sample/images/*.png, image.txt, label.json and attributes.txt (drawn test images with known PETA attributes),
+checkpoint.pth.tar (a DeepMAR that recognises them) and accuracy.txt (the instance_acc that PyTorch itself reaches on them,
+through torchvision's transforms). The same seed gives the same data. The checkpoint is not trained: a random ResNet-50
+takes its BatchNorm statistics from other drawings, and the classifier is fitted to its features by ridge regression.
 It shows that the pipeline computes the right thing; it says nothing about photographs.
 """
 import argparse
 import io
 import json
 import os
-import signal
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-if __name__ == "__main__":  # until main(), Ctrl-C ends it at once: a library's import makes other errors of it
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
-import numpy as np
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+from common import command, importing, pixels, progress, replaced_folder
 from postprocess_deepmar_pytorch import PETA, evaluate
-from preprocess_deepmar_pytorch import MEAN, SIZE, STD, replaced_folder
-from remove_pad import importing
+from preprocess_deepmar_pytorch import MEAN, SIZE, STD
 
-TRAIN = 500          # drawings that the classifier is fitted to
-STATISTICS = 128     # of these, the ones that BatchNorm takes its statistics from
+with importing():
+    import numpy as np
+
+TRAIN = 240          # drawings that the classifier is fitted to
+STATISTICS = 32      # of these, the ones that BatchNorm takes its statistics from
 BATCH = 8            # small: PyTorch allocates the feature maps of large batches anew each time
 BN3_WEIGHT = 0.2     # of each residual block's last BatchNorm: keeps a random network's features from growing
-RIDGE = 0.03         # regularisation, relative to the mean squared norm of the features
+RIDGE = 0.01         # regularisation, relative to the mean squared norm of the features
+MADE_WITH = "made_with.txt"  # says what a sample was made with
 WIDTH, HEIGHT = 160, 400  # of the canvas; drawings are scaled down from it
 
 # Each thing has a colour of its own: averaged over the picture, a random network's features tell colours and textures
@@ -191,24 +192,22 @@ def pedestrians(count, seed):
     return images, labels
 
 
-def batches(images):
-    """Yields the images as the network's input through torchvision's transforms: tensors [up to BATCH,3,224,224]."""
+def batches(images, size):
+    """Yields the images as the network's input through torchvision's transforms: tensors [up to BATCH,3,height,width]."""
     import torch
     from torchvision import transforms
-    transform = transforms.Compose([transforms.Resize((SIZE, SIZE)), transforms.ToTensor(),
-                                    transforms.Normalize(MEAN, STD)])
+    transform = transforms.Compose([transforms.Resize(size), transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
     for start in range(0, len(images), BATCH):
         yield torch.stack([transform(image) for image in images[start:start + BATCH]])
 
 
-def make_model(images, labels, seed):
+def make_model(images, labels, size=(SIZE, SIZE), last_conv_stride=2, seed=0):
     """Returns a DeepMAR_ResNet50 in eval mode that recognises the attributes of these drawings (see above)."""
     import torch
     import torch.nn.functional as F
     from DeepMAR import DeepMAR_ResNet50
-    from tqdm import tqdm
     random = np.random.RandomState(seed)
-    model = DeepMAR_ResNet50(num_att=labels.shape[1])
+    model = DeepMAR_ResNet50(num_att=labels.shape[1], last_conv_stride=last_conv_stride)
     for name, module in model.base.named_modules():
         if isinstance(module, torch.nn.Conv2d):  # He et al.'s initialisation, as torchvision's, but from numpy's stable
             fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]  # stream of random numbers
@@ -219,15 +218,15 @@ def make_model(images, labels, seed):
             if name.endswith("bn3"):
                 module.weight.data.fill_(BN3_WEIGHT)
 
-    steps = tqdm(total=STATISTICS + len(images), unit="image", disable=None, delay=2, leave=False)
+    steps = progress(STATISTICS + len(images), "image")
     features = []
     with torch.no_grad(), steps:
         model.train()
-        for batch in batches(images[:STATISTICS]):
+        for batch in batches(images[:STATISTICS], size):
             model.base(batch)
             steps.update(len(batch))
         model.eval()
-        for batch in batches(images):
+        for batch in batches(images, size):
             features.append(F.adaptive_avg_pool2d(model.base(batch), 1).flatten(1).double().numpy())
             steps.update(len(batch))
 
@@ -244,58 +243,76 @@ def make_model(images, labels, seed):
     return model
 
 
-def accuracy(model, images, labels):
+def accuracy(model, images, labels, size=(SIZE, SIZE)):
     """Returns the instance_acc that PyTorch reaches on the images."""
     import torch
     with torch.no_grad():
-        logits = np.concatenate([model(batch).numpy() for batch in batches(images)])
+        logits = np.concatenate([model(batch).numpy() for batch in batches(images, size)])
     return evaluate(logits, labels)[0]["instance_acc"]
 
 
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("folder", help="the folder to write; an earlier sample there is replaced")
     parser.add_argument("--images", type=int, default=200, help="test images to draw (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--size", nargs=2, type=pixels, default=(SIZE, SIZE), metavar=("H", "W"),
+                        help="height and width of the network's input (default: 224 224)")
+    parser.add_argument("--last-conv-stride", type=int, choices=(1, 2), default=2, help="of layer4 (default: 2)")
+    parser.add_argument("--keep", action="store_true", help="do nothing where the folder has such a sample already")
     args = parser.parse_args(argv)
     if args.images < 1 or args.seed < 0:
         parser.error("--images must be positive, --seed not negative")
-    folder = os.path.realpath(args.folder)
-    if os.path.exists(folder) and not os.path.isfile(os.path.join(folder, "accuracy.txt")):
-        raise ValueError("%s: exists and is no earlier sample; give another folder" % args.folder)
+    return args
 
+
+def write(folder, model, images, labels, accuracy, made_with):
+    """Writes the sample's files into a folder."""
+    import torch
+    os.makedirs(os.path.join(folder, "images"))
+    names = ["%05d.png" % (i + 1) for i in range(len(images))]
+    for name, image in zip(names, images):
+        image.save(os.path.join(folder, "images", name))
+    # as Ascend's training script writes it
+    state = {"module." + key: value for key, value in model.state_dict().items()}
+    checkpoint = io.BytesIO()  # torch's own writing ends in a crash where the disk is full
+    torch.save({"state_dict": state}, checkpoint)
+    with open(os.path.join(folder, "checkpoint.pth.tar"), "wb") as f:
+        f.write(checkpoint.getbuffer())
+    for name, text in (("label.json", json.dumps(dict(zip(names, labels.tolist())))),
+                       ("image.txt", "".join(name + "\n" for name in names)),
+                       ("attributes.txt", "".join(name + "\n" for name in PETA)),
+                       ("accuracy.txt", "%r\n" % accuracy), (MADE_WITH, made_with)):
+        with open(os.path.join(folder, name), "w") as f:
+            f.write(text)
+
+
+def main(argv=None):
+    args = parse(argv)
+    size, stride = tuple(args.size), args.last_conv_stride
+    made_with = "images %d, size %d %d, last_conv_stride %d, seed %d\n" % ((args.images,) + size + (stride, args.seed))
+    folder = os.path.realpath(args.folder)
+    if os.path.exists(folder):
+        try:
+            with open(os.path.join(folder, MADE_WITH)) as f:
+                same = f.read() == made_with
+        except OSError:
+            raise ValueError("%s: exists and is no earlier sample; give another folder" % args.folder)
+        if args.keep and same:
+            print("%s: kept, it has %d images already" % (args.folder, args.images))
+            return
     with importing():
-        import torch
+        import torch  # noqa: F401
         import torchvision  # noqa: F401
     with replaced_folder(folder, ending="") as partial:
-        os.makedirs(os.path.join(partial, "images"))
-        model = make_model(*pedestrians(TRAIN, args.seed + 1), seed=args.seed)
+        model = make_model(*pedestrians(TRAIN, args.seed + 1), size=size, last_conv_stride=stride, seed=args.seed)
         images, labels = pedestrians(args.images, args.seed + 2)
-        reached = accuracy(model, images, labels)
-        names = ["%05d.png" % (i + 1) for i in range(len(images))]
-        for name, image in zip(names, images):
-            image.save(os.path.join(partial, "images", name))
-        # as Ascend's training script writes it
-        state = {"module." + key: value for key, value in model.state_dict().items()}
-        checkpoint = io.BytesIO()  # torch's own writing ends in a crash where the disk is full
-        torch.save({"state_dict": state}, checkpoint)
-        with open(os.path.join(partial, "checkpoint.pth.tar"), "wb") as f:
-            f.write(checkpoint.getbuffer())
-        with open(os.path.join(partial, "label.json"), "w") as f:
-            json.dump(dict(zip(names, labels.tolist())), f)
-        for name, text in (("image.txt", "".join(name + "\n" for name in names)), ("accuracy.txt", "%r\n" % reached)):
-            with open(os.path.join(partial, name), "w") as f:
-                f.write(text)
+        reached = accuracy(model, images, labels, size)
+        write(partial, model, images, labels, reached, made_with)
     print("%s: %d drawn pedestrians with labels, and a checkpoint that reaches instance_acc %.4f on them in PyTorch"
           % (args.folder, len(images), reached))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        main()
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit("sample.py: error: %s" % error)
-    except KeyboardInterrupt:
-        sys.exit("sample.py: interrupted; no file is half written")
+    command(main)

@@ -17,8 +17,8 @@ import os
 import re
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from postprocess_deepmar_pytorch import whole_file  # noqa: E402
+sys.path[:0] = [os.path.dirname(os.path.realpath(__file__))]
+from common import command, write_text
 
 COLUMNS = ["batch_size", "devices", "backend", "model", "images", "e2e_images_per_s", "interface_images_per_s",
            "card_images_per_s", "instance_acc"]
@@ -118,8 +118,7 @@ def main(argv=None):
     writer.writerows(rows)
     lines = markdown(rows, args.devices, args.chips)
     for path, content in ((args.output + ".csv", text.getvalue()), (args.output + ".md", "\n".join(lines) + "\n")):
-        with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as f:
-            f.write(content)
+        write_text(path, content)
 
     print("images per second at each batch size, %d images, device %s, %s"
           % (rows[0]["images"], " ".join(args.devices), ", ".join(sorted({r["backend"] for r in rows}))))
@@ -135,9 +134,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit("table.py: error: %s" % error)
-    except KeyboardInterrupt:
-        sys.exit("table.py: interrupted; nothing was written")
+    command(main)

@@ -1,0 +1,102 @@
+"""tools/inputs.py: what the work folder's files were made from is known by content, and the lists are checked before any work."""
+import json
+import os
+import shutil
+
+import pytest
+from conftest import check_error, script
+from test_predict import write_images
+
+TOOL = "tools/inputs.py"
+DATA = ["image_list=image.txt", "images=images", "size=224 224"]
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A work folder after stages 4 and 5, in small."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    names = write_images(folder / "images", 4)
+    (folder / "image.txt").write_text("".join(name + "\n" for name in names))
+    (folder / "input_bin").mkdir()
+    for name in names:
+        (folder / "input_bin" / name.replace(".png", ".bin")).write_text(name)
+    (folder / "deepmar.info").write_text("0 ./input_bin/im0.bin 224 224\n")
+    for arguments in (["input_bin"] + DATA, ["deepmar.info", "bins=input_bin"]):
+        assert script(TOOL, "record", *arguments, cwd=folder).returncode == 0
+    return folder
+
+
+def fresh(folder, *arguments):
+    return script(TOOL, "fresh", *(arguments or ["input_bin", 4] + DATA + ["--", "deepmar.info", 5, "bins=input_bin"]),
+                  cwd=folder)
+
+
+def test_the_same_inputs(work):
+    assert fresh(work).returncode == 0
+    (work / "images" / "not_listed.png").write_text("x")  # is none of the list
+    os.utime(str(work / "images" / "im1.png"), (1, 1))  # another time, the same content
+    assert fresh(work).returncode == 0
+
+
+def test_a_copied_work_folder_goes_on(work, tmp_path):
+    shutil.copytree(str(work), str(tmp_path / "copy"))
+    shutil.rmtree(str(work))
+    process = fresh(tmp_path / "copy")
+    assert process.returncode == 0, process.stderr
+    # Images that are not on this machine cannot be checked; what was made from them can.
+    shutil.rmtree(str(tmp_path / "copy" / "images"))
+    assert fresh(tmp_path / "copy").returncode == 0
+    (tmp_path / "copy" / "input_bin" / "im1.bin").write_text("im0.png")
+    check_error(fresh(tmp_path / "copy"), "input_bin is not what stage 4 made here; 1 changed: im1.bin; run stage 4 again")
+
+
+def test_other_images_under_the_same_names(work):
+    image, other = work / "images" / "im1.png", work / "images" / "im2.png"
+    before = os.stat(str(image))
+    shutil.copy(str(other), str(image))
+    check_error(fresh(work), "input_bin was made from other images", "1 changed: im1.png; run stage 4 again")
+    os.utime(str(image), ns=(before.st_atime_ns, before.st_mtime_ns))  # as cp -p and rsync -t leave it
+    check_error(fresh(work), "1 changed: im1.png")
+
+
+@pytest.mark.parametrize("change, text", [
+    (lambda work: (work / "image.txt").write_text("im0.png\nim1.png\n"), "input_bin was made from another image.txt; run stage 4"),
+    (lambda work: (work / "input_bin" / "new.bin").write_text("x"), "is not what stage 4 made here; 1 new: new.bin"),
+    (lambda work: (work / "input_bin" / "im0.bin").unlink(), "is not what stage 4 made here; 1 gone: im0.bin"),
+    (lambda work: (work / "deepmar.info").unlink(), "deepmar.info is missing; run stage 5 first"),
+    (lambda work: (work / "deepmar.info").write_text("x"), "deepmar.info is not what stage 5 made here; run stage 5 again, or delete"),
+])
+def test_what_has_changed_is_named(work, change, text):
+    change(work)
+    check_error(fresh(work), text)
+
+
+def test_settings_and_products_of_the_users_own(work):
+    check_error(fresh(work, "input_bin", 4, "image_list=image.txt", "size=256 128"),
+                "was made with size 224 224, not 256 128; run stage 4 again, or give --size 224 224")
+    assert fresh(work, "image.txt", 0, "images=images").returncode == 0  # nothing is recorded of it
+    assert script(TOOL, "get", "input_bin", "size", cwd=work).stdout == "224 224\n"
+    assert script(TOOL, "get", "image.txt", "size", cwd=work).stdout == "\n"
+    assert script(TOOL, "record", "input_bin", cwd=work).returncode == 0  # a stage that is at work on it
+    check_error(fresh(work), "input_bin: stage 4 did not finish; run stage 4 again")
+
+
+def test_lists_are_checked_before_any_work(work):
+    def check(**files):
+        arguments = {"image-list": "image.txt", "images": "images", "label-file": "label.json"}
+        arguments.update(files)
+        return script(TOOL, "check", *sum((["--" + name, value] for name, value in arguments.items()), []), cwd=work)
+
+    labels = {"im%d.png" % i: [0, 1, 1] for i in range(4)}
+    (work / "label.json").write_text(json.dumps(labels))
+    process = check()
+    assert (process.returncode, process.stdout) == (0, "3\n"), process.stderr
+    (work / "two.txt").write_text("hat\nbag\n")
+    check_error(check(attributes="two.txt"), "two.txt: holds 2 names, but there are 3 attributes")
+    (work / "longer.txt").write_text("im0.png\nim7.png\n")
+    check_error(check(**{"image-list": "longer.txt"}), "1 of the 2 images in longer.txt are not in images: im7.png")
+    (work / "label.json").write_text(json.dumps({"im0.png": [1, 0]}))
+    check_error(check(), "label.json: has no label for 3 of 4 images: im1.png")
+    (work / "label.json").write_text("{")
+    check_error(check(), "label.json: is not JSON")

@@ -1,0 +1,279 @@
+"""What the scripts share: how they start and end, files that are written whole, progress bars, names and text."""
+import contextlib
+import errno
+import os
+import secrets
+import signal
+import sys
+import unicodedata
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on, ONNX Runtime reports each model to its makers
+
+# What a file system without locks answers to flock: Lustre without -o flock, some NFS and FUSE mounts.
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+NAMED = 1000  # items that an error names at most
+
+
+# --- a script's start and end ---------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def importing():
+    """For the import of a large library. In the block Ctrl-C ends the process at once.
+
+    Otherwise the library may turn the KeyboardInterrupt into an error of its own, such as an ImportError.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def command(main):
+    """Runs a script's main(). What is wrong becomes one line, 'SCRIPT: error: ...', and exit status 1."""
+    script = os.path.basename(os.path.realpath(sys.argv[0]))
+    if sys.getfilesystemencoding() != "utf-8":
+        # The lists, the labels and the info file are UTF-8, so file names have to be, too. What is printed keeps the
+        # terminal's encoding.
+        os.environ.update(PYTHONUTF8="1", PYTHONIOENCODING="%s:backslashreplace" % sys.stdout.encoding)
+        os.execv(sys.executable, [sys.executable] + sys.argv)
+    sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # 128 + SIGPIPE, as a shell reports it
+    except ImportError as error:
+        sys.exit("%s: error: %s; the packages that it needs are in requirements.txt" % (script, error))
+    except (OSError, ValueError) as error:
+        sys.exit("%s: error: %s" % (script, error))
+    except KeyboardInterrupt:
+        sys.exit("%s: interrupted; no file is half written" % script)
+
+
+def note(text):
+    """Tells the user something that is no error, on stderr."""
+    print("note: %s" % text, file=sys.stderr)
+
+
+def progress(total, unit):
+    """A progress bar on a terminal, once the work has taken two seconds; elsewhere, an object that does nothing."""
+    if not sys.stderr.isatty():
+        return Silent()
+    from tqdm import tqdm
+    return tqdm(total=total, unit=unit, delay=2, leave=False)
+
+
+class Silent(object):
+    """A progress bar that shows nothing."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self, count=1):
+        pass
+
+
+def pixels(text):
+    """An argument that is a height or width in pixels: a positive whole number."""
+    value = int(text)
+    if not 0 < value < 10 ** 5:
+        raise ValueError
+    return value
+
+
+# --- the machine ----------------------------------------------------------------------------------------------------
+
+def cgroup_cores(root="/sys/fs/cgroup", table="/proc/self/cgroup"):
+    """The cores that a container's CPU quota amounts to, rounded up; None without a quota. Reads cgroup v1 and v2."""
+    found = []
+    with contextlib.suppress(OSError), open(table) as f:
+        for line in f:
+            _, controllers, path = line.rstrip("\n").split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            base = os.path.join(root, "cpu") if controllers else root
+            parts = [part for part in path.split("/") if part]
+            for depth in range(len(parts) + 1):  # a quota holds for all groups below it
+                folder = os.path.join(base, *parts[:depth])
+                with contextlib.suppress(OSError, ValueError):
+                    if controllers:
+                        with open(folder + "/cpu.cfs_quota_us") as q, open(folder + "/cpu.cfs_period_us") as p:
+                            quota, period = int(q.read()), int(p.read())
+                    else:
+                        with open(folder + "/cpu.max") as q:
+                            quota, period = map(int, q.read().split())  # "max" is no number
+                    if quota > 0:
+                        found.append(-(-quota // period))
+    return min(found) if found else None
+
+
+def cores():
+    """The number of cores that this process may use."""
+    return min(len(os.sched_getaffinity(0)), cgroup_cores() or sys.maxsize)
+
+
+def lock(file):
+    """Locks an open file or folder against other processes. Returns False where another one holds the lock.
+
+    A file system without locks is no reason to stop: returns True, with a note.
+    """
+    import fcntl
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        note("this file system has no locks (%s), so two runs that write the same file are not kept apart"
+             % error.strerror)
+    return True
+
+
+# --- files and folders that appear whole or not at all ---------------------------------------------------------------
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields the name of a new file beside path, which becomes path if the block succeeds, and goes if it fails."""
+    import glob
+    # A file that nobody locks is left from a run that was killed.
+    for left in glob.glob(glob.escape(path) + ".*.partial"):
+        with contextlib.suppress(OSError):
+            file = os.open(left, os.O_RDONLY)
+            try:
+                if lock_quietly(file):
+                    os.remove(left)
+            finally:
+                os.close(file)
+    temporary = "%s.%s.partial" % (path, secrets.token_hex(4))
+    file = None
+    try:
+        file = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        lock_quietly(file)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError("%s: cannot be written: %s" % (path, error.strerror or error))
+    finally:
+        if file is not None:
+            os.close(file)
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def lock_quietly(file):
+    """Locks an open file; returns whether this process holds the lock now."""
+    import fcntl
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+
+
+def write_text(path, text):
+    """Writes a text file whole or not at all."""
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as f:
+        f.write(text)
+
+
+@contextlib.contextmanager
+def replaced_folder(path, ending=".bin"):
+    """Yields an empty folder beside path; if the block succeeds it becomes path, in place of an earlier one.
+
+    The earlier one may hold names of this ending only, so that a mistyped path deletes nothing else. Raises ValueError
+    or OSError.
+    """
+    import shutil
+    path = os.path.realpath(path)
+    if os.path.exists(path):
+        others = sorted(name for name in os.listdir(path) if not name.endswith(ending))
+        if others:
+            raise ValueError("%s: holds %s, which is no %s file; give a new folder, or one of an earlier run"
+                             % (path, others[0], ending))
+    partial, old = path + ".partial", path + ".old"
+    os.makedirs(partial, exist_ok=True)
+    folder = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            ours = lock(folder) and os.path.samestat(os.fstat(folder), os.stat(partial))
+        except FileNotFoundError:  # another run has just renamed it
+            ours = False
+        if not ours:
+            raise ValueError("%s: another run is writing this folder" % path)
+        for entry in list(os.scandir(partial)):  # of a run that was killed
+            (shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.remove)(entry.path)
+        if os.path.exists(old) and not os.path.exists(path):  # of a run that was killed between the two renames below
+            os.rename(old, path)
+        shutil.rmtree(old, ignore_errors=True)
+        try:
+            yield partial
+            if os.path.exists(path):
+                put_away(path, old)
+            os.rename(partial, path)
+        except BaseException as error:
+            if os.path.exists(old) and not os.path.exists(path):  # interrupted between the two renames
+                os.rename(old, path)
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk
+                raise OSError("%s: %s" % (path, error.strerror))
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        os.close(folder)
+
+
+def put_away(path, old):
+    """Renames a folder. One in the lower layer of an overlay (a container's image) can only be deleted."""
+    import shutil
+    try:
+        os.rename(path, old)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.rmtree(path)
+
+
+# --- names and text --------------------------------------------------------------------------------------------------
+
+def composed(text):
+    """Text in Unicode's composed form (NFC), in which names are compared: a Mac writes an accent as a second character."""
+    return unicodedata.normalize("NFC", text)
+
+
+def stem(name):
+    """What a file is called in every stage: its name, without folders, up to the first dot, in composed form."""
+    return composed(name.rpartition("/")[2].partition(".")[0])
+
+
+def read_lines(path):
+    """Returns the lines of a UTF-8 text file, stripped; a byte order mark, CRLF and a missing last newline don't count.
+
+    Raises OSError or ValueError.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            return [line.strip() for line in f.read().split("\n")]
+    except UnicodeDecodeError as error:
+        raise ValueError("%s: is not UTF-8 text (byte %d); convert it: iconv -f GBK -t UTF-8" % (path, error.start))
+
+
+def one_line(error):
+    """An exception's text on one line."""
+    return " ".join(str(error).split()) or repr(error)
+
+
+def some(items, most=5):
+    """The first few items as text, with the number of the others."""
+    items = list(items)
+    return ", ".join(items[:most]) + (" and %d more" % (len(items) - most) if len(items) > most else "")
+
+
+def joined(items, separator=", "):
+    """All items as text, so that the user can mend all at once; of more than NAMED the first ones."""
+    return separator.join(items[:NAMED] + ["..."] * (len(items) > NAMED))

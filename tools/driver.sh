@@ -1,0 +1,266 @@
+# run_all.sh's machinery: its options and their checks, the work folder and its locks, the start and end of a stage, and what
+# each file was made from. Sourced by it; uses its variables.
+# shellcheck shell=bash disable=SC2034,SC2154
+set -euo pipefail
+
+names="checkpoint images image_list label_file attributes published_acc size last_conv_stride state_dict chip_name backend
+batch_size device_id work_dir sample_size python set_env stage stop_stage"
+
+say() { printf '[run_all] %s\n' "$*"; }
+fail() { printf 'run_all.sh: error: %s\n' "$*" >&2; exit 1; }
+usage() { printf 'run_all.sh: error: %s; --help lists the options\n' "$*" >&2; exit 2; }
+runs() { [ "$stage" -le "$1" ] && [ "$1" -le "$stop_stage" ]; } # runs N: whether stage N is asked for
+
+# shellcheck source=tools/backend.sh
+source "$here/tools/backend.sh"
+
+# start_run ARGUMENT ...: all that comes before the first stage
+start_run() {
+    read_options "$@"
+    check_options
+    check_given
+    read_set_env
+    choose_backend
+    choose_chip
+    check_ais_bench
+    open_work_folder
+    choose_python
+    cd "$work_dir"
+    work_dir=$PWD
+    sample_paths
+    check_inputs
+    mkdir -p logs
+    trap ended EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+}
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+help() { # the comments at the top of run_all.sh, and those of its variables
+    sed -n '2,/^\[/{s/^# \{0,1\}//; /^\[/!p}' "$here/run_all.sh"
+    sed -n 's/^\([a-z_]*\)=\${.*[-]\(.*\)}\{1,2\} *# *\(.*\)/\1 \3/p; s/^ \{30,\}# /. /p' "$here/run_all.sh" |
+        while read -r name text; do
+            [ "$name" = . ] && name='' || name=--${name//_/-}
+            printf '  %-18s %s\n' "$name" "$text"
+        done
+}
+
+read_options() {
+    local name value
+    while [ $# -gt 0 ]; do
+        case $1 in
+            -h | --help) help && exit ;;
+            --*=*) name=${1%%=*} value=${1#*=} && shift ;;
+            --*) [ $# -gt 1 ] || usage "$1 needs a value"
+                name=$1 value=$2 && shift 2
+                if [ "$name" = --size ] && [[ $value =~ ^[0-9]+$ && ${1-} =~ ^[0-9]+$ ]]; then # --size H W
+                    value="$value $1" && shift
+                fi ;;
+            *) usage "$1 is no option" ;;
+        esac
+        name=${name#--} name=${name//-/_}
+        case " ${names//$'\n'/ } " in *" $name "*) printf -v "$name" %s "$value" ;; *) usage "--${name//_/-} is no option" ;; esac
+    done
+}
+
+# numbers NAME PATTERN TEXT [twice]: the variable must hold one or several numbers, different ones unless twice
+numbers() {
+    local list=${!1//,/ } number
+    read -ra list <<<"${list//$'\n'/ }"
+    [ ${#list[@]} -gt 0 ] || usage "$1 must be $3, not '${!1}'"
+    for number in "${list[@]}"; do [[ $number =~ ^$2$ ]] || usage "$1 must be $3, not '$number'"; done
+    number=$(printf '%s\n' "${list[@]}" | sort | uniq -d | head -n 1)
+    [ -z "$number" ] || [ $# = 4 ] || usage "$1 names $number twice"
+    printf -v "$1" %s "${list[*]}"
+}
+
+check_options() {
+    local name
+    numbers batch_size '[1-9][0-9]{0,5}' "a positive whole number, or several"
+    numbers device_id '(0|[1-9][0-9]{0,5})' "a whole number, or several"
+    numbers size '[1-9][0-9]{0,4}' "height and width in pixels, such as 224 224" twice
+    [[ $size == *\ * && $size != *\ *\ * ]] || usage "size must be height and width in pixels, such as 224 224, not '$size'"
+    height=${size% *} width=${size#* }
+    [[ $last_conv_stride =~ ^[12]$ ]] || usage "last_conv_stride must be 1 or 2, not '$last_conv_stride'"
+    [[ $sample_size =~ ^[1-9][0-9]*$ ]] || usage "sample_size must be a positive whole number, not '$sample_size'"
+    for name in stage stop_stage; do
+        [[ ${!name} =~ ^[0-8]$ ]] || usage "$name must be one of 0 to 8, not '${!name}'"
+    done
+    [[ $chip_name =~ ^((Ascend)?[0-9]+[A-Za-z0-9]*)?$ ]] || usage "chip_name must be as in Ascend310 or 310P3, not '$chip_name'"
+    [[ $published_acc =~ ^(100(\.0*)?|[0-9]{1,2}(\.[0-9]*)?|\.[0-9]+)?$ ]] ||
+        usage "published_acc must be a number such as 0.789 or 78.9, not '$published_acc'"
+    case $backend in auto | benchmark | ais_bench | onnxruntime) ;; *)
+        usage "backend must be auto, benchmark, ais_bench or onnxruntime, not '$backend'" ;;
+    esac
+    read -ra devices <<<"$device_id"
+    model_settings=(size="$size" last_conv_stride="$last_conv_stride" state_dict="$state_dict")
+}
+
+# check_given: each stage asks for what it needs. The sample is used as a whole or not at all: a checkpoint scored on drawings
+# would give a number that means nothing.
+check_given() {
+    local name needed
+    sample=yes
+    for name in checkpoint images image_list label_file attributes; do
+        [ -n "${!name}" ] || continue
+        [ "$name" = attributes ] || sample=''
+        [ -e "${!name}" ] || fail "$name: ${!name}: no such file or folder"
+        printf -v "$name" %s "$(realpath -- "${!name}")"
+    done
+    [ -z "$sample" ] || return 0
+    for needed in "1 checkpoint" "4 images" "4 image_list" "7 image_list" "7 label_file" "8 images"; do
+        name=${needed#* }
+        ! runs "${needed% *}" || [ -n "${!name}" ] ||
+            usage "$name is not set, and stage ${needed% *} needs it: set it, or leave the stage out (--stage, --stop-stage)"
+    done
+}
+
+# --- the work folder ------------------------------------------------------------------------------------------------
+
+# locked ARGUMENT ...: flock, where 1 means that another run has the lock. A file system without locks: goes on, with a note.
+locked() {
+    local status=0
+    flock "$@" 2>/dev/null || status=$?
+    [ "$status" -le 1 ] || say "note: the file system of $work_dir has no locks; do not start a second run in this folder"
+    [ "$status" != 1 ]
+}
+
+# Whoever makes files has the folder alone; runs that only infer and score (--stage 6) share it, each with devices of its own.
+open_work_folder() {
+    local device lock mode=-x
+    mkdir -p "$work_dir"
+    exec 8<"$work_dir"
+    for device in "${devices[@]}"; do
+        exec {lock}>>"$work_dir/.device$device.lock"
+        locked -n "$lock" ||
+            fail "$work_dir: another run is at work on device $device in this folder; wait, or choose another --work-dir"
+    done
+    [ "$stage" -lt 6 ] || mode=-s
+    locked -n $mode 8 || {
+        say "waiting for the run on another device in $work_dir"
+        locked $mode 8
+    }
+}
+
+# choose_python: a Python with the packages that the stages to be run need, no others
+choose_python() {
+    local packages=(numpy)
+    requested=$python
+    if [ -n "$sample" ] && runs 0; then packages+=(torch torchvision Pillow tqdm); fi
+    if runs 1; then packages+=(torch torchvision onnx onnxruntime); fi
+    if runs 2; then packages+=(onnx onnxruntime); fi
+    if runs 4; then packages+=(Pillow tqdm); fi
+    if runs 6 && [ "$backend" = onnxruntime ]; then packages+=(onnx onnxruntime tqdm); fi
+    if runs 8; then packages+=(Pillow tqdm jinja2 matplotlib); fi
+    python=$(PYTHON=$python "$here/tools/python.sh" requirements.txt "${packages[@]}") ||
+        fail "no Python with the packages; see above"
+}
+
+sample_paths() {
+    if [ -n "$sample" ]; then
+        checkpoint=$work_dir/sample/checkpoint.pth.tar images=$work_dir/sample/images
+        image_list=$work_dir/sample/image.txt label_file=$work_dir/sample/label.json
+        [ -n "$attributes" ] || [ ! -e "$work_dir/sample/attributes.txt" ] && ! runs 0 || attributes=$work_dir/sample/attributes.txt
+    fi
+    data=(image_list="$image_list" images="$images" size="$size")
+}
+
+# check_inputs: the user's lists, before any work
+check_inputs() {
+    local count=
+    [ -n "$sample" ] || count=$(inputs check ${image_list:+--image-list "$image_list"} ${images:+--images "$images"} \
+        ${label_file:+--label-file "$label_file"} ${attributes:+--attributes "$attributes"}) || exit 1
+    export_options=(${state_dict:+--state-dict "$state_dict"} ${count:+--num-att "$count"})
+    [ "$size" = "224 224" ] || export_options+=(--size "$height" "$width")
+    [ "$last_conv_stride" = 2 ] || export_options+=(--last-conv-stride "$last_conv_stride")
+}
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+# begin N TEXT: whether stage N is asked for; says so, and remembers it for the message of a failure
+current='' scratch='' table_inputs=()
+begin() {
+    runs "$1" || return 1
+    current=$1 table_inputs=()
+    started=$SECONDS
+    say "stage $1: $2"
+}
+finish() {
+    say "stage $current done in $((SECONDS - started)) s"
+    current=
+}
+ended() {
+    local status=$?
+    trap - EXIT
+    # shellcheck disable=SC2046 # one number each
+    kill $(jobs -p) 2>/dev/null && wait
+    [ -z "$scratch" ] || rm -rf "$scratch"
+    [ "$status" = 0 ] || [ -z "$current" ] || printf 'run_all.sh: error: stage %s failed\n' "$current" >&2
+    exit "$status"
+}
+end_run() {
+    [ -z "${dropped-}" ] || fail "the accuracy at batch size $dropped is more than 1 % below the published one"
+}
+
+# need FILE STAGE: stops where an earlier stage's output is missing
+need() { [ -e "$1" ] || fail "$work_dir/${1#"$work_dir"/} is missing; run stage $2 first"; }
+
+# What each file was made from: see tools/inputs.py.
+inputs() { "$python" "$here/tools/inputs.py" "$@"; }
+record() { inputs record "$@"; }
+fresh() { inputs fresh "$@" || exit 1; }
+
+# names_of BATCH: the names of a batch size's files. Several batch sizes have a folder of results each.
+names_of() {
+    onnx=deepmar_bs$1.onnx nopad=deepmar_bs${1}_nopad.onnx om=deepmar_bs$1.om result=result
+    [ "$batch_size" = "$1" ] || result=result_bs$1
+    model=$om model_stage=3
+    [ "$backend" != onnxruntime ] || model=$nopad model_stage=2
+    folders=("${devices[@]/#/$result/dumpOutput_device}")
+}
+
+# belongs: stops unless all that is there of what stages 6 to 8 take was made from what they are given now
+belongs() {
+    local checks=()
+    [ ! -e input_bin ] || checks+=(-- input_bin 4 "${data[@]}")
+    [ ! -e deepmar.info ] || checks+=(-- deepmar.info 5 bins=input_bin)
+    [ ! -e "$onnx" ] || checks+=(-- "$onnx" 1 checkpoint="$checkpoint" "${model_settings[@]}")
+    [ ! -e "$nopad" ] || checks+=(-- "$nopad" 2 onnx="$onnx")
+    [ "$model" = "$nopad" ] || [ ! -e "$model" ] || checks+=(-- "$model" 3 model="$nopad")
+    [ ${#checks[@]} = 0 ] || fresh "${checks[@]}"
+}
+
+# results_belong: the same for stages 7 and 8. Sets model and ran, the model and the backend that gave the results.
+results_belong() {
+    local folder recorded
+    for folder in "${folders[@]}"; do need "$folder" 6; done
+    recorded=$(inputs get "${folders[0]}" model_name) && model=${recorded:-$model}
+    ran=$(inputs get "${folders[0]}" backend)
+    : "${ran:=unknown}"
+    belongs
+    for folder in "${folders[@]}"; do fresh "$folder" 6 info=deepmar.info model="$model"; done
+    for folder in "${folders[@]}"; do table_inputs+=("$folder=$folder"); done
+}
+
+# score: the accuracy of the results of one batch size; a drop is noted, so that the table and the report show it
+score() {
+    local published=$published_acc
+    if [ -z "$published" ] && [ -n "$sample" ]; then
+        published=$(cat sample/accuracy.txt)
+        say "no card's or paper's accuracy applies to the sample: compared with PyTorch's own on the same images"
+    fi
+    if [ -z "${scoring-}" ]; then # one run at a time writes the files of stages 7 and 8, so that they belong together
+        exec {scoring}>>.scoring.lock
+        locked "$scoring"
+    fi
+    new_scratch "$result"
+    if ! (cd "$scratch" && "$python" "$here/postprocess_deepmar_pytorch.py" "${folders[@]/#/$work_dir/}" "$label_file" \
+        --image_list "$image_list" ${published:+--published "$published"} ${attributes:+--attributes "$attributes"}); then
+        [ -e "$scratch/fusion_result.json" ] || exit 1
+        dropped=${dropped-}${dropped:+, }$batch
+    fi
+    cp "$scratch/fusion_result.json" "$scratch/copy"
+    mv "$scratch/fusion_result.json" "$result/"
+    mv "$scratch/copy" fusion_result.json
+}

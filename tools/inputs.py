@@ -1,0 +1,198 @@
+"""What a run is given, checked before any work, and what each of its files was made from.
+
+    python3 tools/inputs.py check --image-list image.txt --images images --label-file label.json
+    python3 tools/inputs.py record input_bin image_list=image.txt images=images size="224 224"
+    python3 tools/inputs.py fresh input_bin 4 image_list=image.txt images=images size="224 224"
+
+run_all.sh calls it in the work folder. check reads the lists and stops at the first fault; it prints the number of attributes
+that the labels have. record notes, in .made_from/, what a stage has made its product from: ROLE=PATH for a file or a
+folder, images=FOLDER for the images of the image_list before it, and settings, such as size="224 224". fresh stops unless a
+product is still what its stage made, from the same inputs as now; -- separates several products. get prints a setting.
+
+Inputs are known by names, sizes and checksums, so a work folder goes on after it was copied to another machine. A file
+whose size, times and inode are those of its last check is not read again. A product without a record, such as an OM that
+was converted elsewhere, is the user's own.
+"""
+import argparse
+import json
+import os
+import sys
+import zlib
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+from common import command, cores, read_lines, some, write_text
+
+RECORDS = ".made_from"
+SEEN = os.path.join(RECORDS, "checksums.json")
+SETTINGS = ("size", "last_conv_stride", "state_dict", "num_att", "backend", "model_name")
+
+
+# --- checksums ------------------------------------------------------------------------------------------------------
+
+def load(path):
+    """The content of a JSON file that this script wrote; {} where there is none, or where it is damaged."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def checksum(path):
+    """The CRC-32 of a file's content, as 8 hexadecimal digits. It finds accidents; nobody is deceived on purpose here."""
+    value = 0
+    with open(path, "rb", buffering=0) as f:
+        while True:
+            data = f.read(1 << 20)
+            if not data:
+                return "%08x" % value
+            value = zlib.crc32(data, value)
+
+
+def identities(paths):
+    """Returns what each file is, 'SIZE CHECKSUM'. Remembers it in the work folder, with the file's times and inode."""
+    from concurrent.futures import ThreadPoolExecutor
+    seen = load(SEEN)
+    keys = [os.path.relpath(path) if os.path.realpath(path).startswith(os.getcwd() + os.sep) else os.path.abspath(path)
+            for path in paths]
+    stats = [os.stat(path) for path in paths]
+    states = [[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in stats]
+    unknown = [i for i, (key, state) in enumerate(zip(keys, states)) if seen.get(key, [])[:4] != state]
+    if unknown:
+        with ThreadPoolExecutor(cores()) as pool:
+            for i, value in zip(unknown, pool.map(checksum, [paths[i] for i in unknown])):
+                seen[keys[i]] = states[i] + [value]
+        os.makedirs(RECORDS, exist_ok=True)
+        write_text(SEEN, json.dumps(seen))
+    return ["%d %s" % (state[0], seen[key][4]) for key, state in zip(keys, states)]
+
+
+def content(role, path, image_list=None):
+    """Returns what an input is: a text for a file or a setting, {name: text} for a folder or the listed images of one."""
+    if role in SETTINGS:
+        return path
+    if role == "images":
+        from preprocess_deepmar_pytorch import find_images, read_list
+        names = read_list(image_list)
+        return dict(zip(names, identities(find_images(path, names, image_list))))
+    if os.path.isdir(path):
+        names = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
+        return dict(zip(names, identities([os.path.join(path, name) for name in names])))
+    return identities([path])[0]
+
+
+def parse_inputs(arguments):
+    """Yields (role, path or setting, content) for arguments ROLE=PATH; an input that is not there is left out."""
+    image_list = None
+    for argument in arguments:
+        role, _, path = argument.partition("=")
+        if role == "image_list":
+            image_list = path
+        if role in SETTINGS or path and os.path.exists(path):
+            yield role, path, content(role, path, image_list)
+
+
+# --- records --------------------------------------------------------------------------------------------------------
+
+def record_path(product):
+    return os.path.join(RECORDS, product.replace("/", "_") + ".json")
+
+
+def record(product, *arguments):
+    """Notes what a product is and what it was made from. Of nothing: the product is being replaced."""
+    record = {"product": content("product", product) if arguments else None,
+              "inputs": {role: value for role, _, value in parse_inputs(arguments)}}
+    os.makedirs(RECORDS, exist_ok=True)
+    write_text(record_path(product), json.dumps(record, indent=1))
+
+
+def difference(before, now):
+    """Returns how two contents of a folder differ, as text; '' where they are equal or no folders."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return ""
+    changed = [name for name in now if before.get(name, now[name]) != now[name]]
+    texts = [(changed, "changed"), (sorted(set(now) - set(before)), "new"), (sorted(set(before) - set(now)), "gone")]
+    return "".join("; %d %s: %s" % (len(names), text, some(names)) for names, text in texts if names)
+
+
+def fresh(product, stage, *arguments):
+    """Raises ValueError unless a product is there, and still what its stage made of these inputs."""
+    where = os.path.abspath(product)
+    if not os.path.exists(product):
+        raise ValueError("%s is missing; run stage %s first" % (where, stage))
+    if not os.path.exists(record_path(product)):
+        return
+    made = load(record_path(product))
+    if "inputs" not in made or made["product"] is None:
+        raise ValueError("%s: stage %s did not finish; run stage %s again" % (where, stage, stage))
+    now = content("product", product)
+    if made["product"] != now:
+        raise ValueError("%s is not what stage %s made here%s; run stage %s again, or delete %s if it is your own"
+                         % (where, stage, difference(made["product"], now), stage, os.path.abspath(record_path(product))))
+    for role, path, now in parse_inputs(arguments):
+        if role not in made["inputs"] or made["inputs"][role] == now:
+            continue
+        if role in SETTINGS:
+            raise ValueError("%s was made with %s %s, not %s; run stage %s again, or give --%s %s" % (
+                where, role, made["inputs"][role] or "(none)", now or "(none)", stage, role.replace("_", "-"),
+                made["inputs"][role]))
+        if role == "images":
+            raise ValueError("%s was made from other images than those in %s now%s; run stage %s again"
+                             % (where, path, difference(made["inputs"][role], now), stage))
+        raise ValueError("%s was made from another %s%s; run stage %s again"
+                         % (where, os.path.basename(path), difference(made["inputs"][role], now), stage))
+
+
+# --- the user's data ------------------------------------------------------------------------------------------------
+
+def check(arguments):
+    """Checks the lists against each other. Returns the number of attributes, None without labels; raises what is wrong."""
+    parser = argparse.ArgumentParser(prog="inputs.py check")
+    for name in ("image-list", "images", "label-file", "attributes"):
+        parser.add_argument("--" + name)
+    args = parser.parse_args(arguments)
+    from postprocess_deepmar_pytorch import attribute_names, labels_of, read_labels
+    from preprocess_deepmar_pytorch import find_images, read_list
+    names = read_list(args.image_list) if args.image_list else []
+    if args.images and names:
+        find_images(args.images, names, args.image_list)
+    count = None
+    if args.label_file:
+        count = read_labels(args.label_file)[1].shape[1]
+        labels_of(args.label_file, names, count)
+    if args.attributes:
+        attribute_names(count or len([line for line in read_lines(args.attributes) if line]), args.attributes)
+    return count
+
+
+def groups(arguments):
+    """Yields the parts of a list of arguments between --."""
+    part = []
+    for argument in list(arguments) + ["--"]:
+        if argument != "--":
+            part.append(argument)
+        elif part:
+            yield part
+            part = []
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["check"]:
+        count = check(argv[1:])
+        if count is not None:
+            print(count)
+    elif argv[:1] == ["get"] and len(argv) == 3:
+        print(load(record_path(argv[1])).get("inputs", {}).get(argv[2], ""))
+    elif argv[:1] in (["record"], ["fresh"]):
+        for group in groups(argv[1:]):
+            (record if argv[0] == "record" else fresh)(*group)
+    else:
+        print(__doc__)
+        sys.exit(0 if argv[:1] in (["-h"], ["--help"]) else 2)
+
+
+if __name__ == "__main__":
+    command(main)

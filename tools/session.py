@@ -1,0 +1,192 @@
+"""The ONNX session behind stage 6 and the tools: which provider runs the model, and the pipeline from bins to results."""
+import collections
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+from common import cores, importing, one_line, progress, some
+from postprocess_deepmar_pytorch import attributes_in, read_logits
+from preprocess_deepmar_pytorch import SIZE
+from remove_pad import load
+
+with importing():
+    import numpy as np
+
+PROVIDERS = ["CANNExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]  # the best first
+AHEAD = 2    # batches that are read ahead of inference
+WRITE = 32   # results written at a time: where inference keeps every core busy, few wake-ups disturb it least
+
+
+def calls_at_once(batch_size, threads):
+    """How many calls of session.run() these threads serve best, an equal share each, on the CPU provider.
+
+    Threads that share a single image wait for each other at each layer; with an image each they were 4 to 10 % faster on
+    two cores (tests/bench.py: stand-in, batch 1). With larger batches that made no difference, and takes more memory.
+    """
+    return threads if batch_size == 1 else 1
+
+
+def open_session(path, device_id=0, threads=None):
+    """Returns an ONNX Runtime session of a DeepMAR model on the best execution provider that this machine has.
+
+    threads: of a call, on the CPU provider; by default one a core that this process may use. Raises OSError, or
+    ValueError if the file is no such model: one input float32 [N,3,height,width], one output float32 [N,attributes].
+    """
+    with importing():
+        import onnxruntime
+    load(path)  # for its checks: onnx's checker, and no weights outside of the file
+    options = onnxruntime.SessionOptions()  # all else is best as it is (tests/bench.py: session options)
+    # ONNX Runtime 1.10 alone would take half of the cores, and every version ignores taskset's choice of them.
+    options.intra_op_num_threads = threads or cores()
+    options.log_severity_level = 3  # errors
+    providers = [(name, {} if name.startswith("CPU") else {"device_id": str(device_id)})
+                 for name in PROVIDERS if name in onnxruntime.get_available_providers()]
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=providers)
+    except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+        raise ValueError("%s: ONNX Runtime %s cannot load it: %s"
+                         % (path, onnxruntime.__version__, one_line(error)))
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) != 1 or len(outputs) != 1 or len(inputs[0].shape) != 4 or len(outputs[0].shape) != 2 \
+            or {inputs[0].type, outputs[0].type} != {"tensor(float)"}:
+        raise ValueError("%s: not a DeepMAR model (one input float32 [N,3,224,224], one output float32 [N,attributes]); "
+                         "its inputs are %s, its outputs %s"
+                         % (path, [(i.name, i.type, i.shape) for i in inputs], [(o.name, o.type, o.shape) for o in outputs]))
+    return session
+
+
+def input_size(session):
+    """The (batch size, height, width) of a model's input; 1 and 224 where it takes any."""
+    batch_size, _, height, width = session.get_inputs()[0].shape
+    return tuple(size if isinstance(size, int) else default
+                 for size, default in ((batch_size, 1), (height, SIZE), (width, SIZE)))
+
+
+def check_shape(session, path, batch_size, height, width):
+    """Raises ValueError unless the model takes input [batch_size,3,height,width]; symbolic sizes take any."""
+    shape = session.get_inputs()[0].shape
+    for has, wanted in zip(shape, (batch_size, 3, height, width)):
+        if isinstance(has, int) and has != wanted:
+            raise ValueError("%s: its input is %s, not [%d,3,%d,%d]; export it again with this batch size and size"
+                             % (path, shape, batch_size, height, width))
+
+
+class Clock(object):
+    """Adds up the seconds in which at least one thread is in the with block."""
+
+    def __init__(self):
+        self.seconds, self.inside, self.lock = 0.0, 0, threading.Lock()
+
+    def __enter__(self):
+        with self.lock:
+            if self.inside == 0:
+                self.start = time.perf_counter()
+            self.inside += 1
+
+    def __exit__(self, *_):
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.seconds += time.perf_counter() - self.start
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Yields run options with which session.run() ends at Ctrl-C, instead of with its batch."""
+    from onnxruntime import RunOptions
+    options = RunOptions()
+    receiver, sender = os.pipe()
+    os.set_blocking(sender, False)
+
+    def watch():
+        if os.read(receiver, 1):
+            options.terminate = True
+
+    watcher = threading.Thread(target=watch, daemon=True)  # Ctrl-C may come before the try below
+    watcher.start()
+    before = signal.set_wakeup_fd(sender)  # Python's own handler only runs once session.run() has returned
+    try:
+        yield options
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(sender)
+        watcher.join()
+        os.close(receiver)
+
+
+def run(session, bins, batch_size, height, width, folder, report, calls=1):
+    """Runs the model over the bins [(name, path)] and writes folder/NAME_1.bin for each, float32 [attributes].
+
+    The last batch is filled up with zeros for the model; their outputs are dropped. So many calls of session.run() are
+    under way at a time. Calls report(images) after every batch. Returns {module: Clock}. Raises ValueError for a bin that
+    has shrunk or holds NaN.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+    clocks = {name: Clock() for name in ("e2e", "data read", "preprocess", "infer", "interface", "post")}
+    input_name, output_name = session.get_inputs()[0].name, session.get_outputs()[0].name
+    batches = [bins[i:i + batch_size] for i in range(0, len(bins), batch_size)]
+    buffers = [np.zeros((batch_size, 3, height, width), "<f4") for _ in range(min(calls + AHEAD, len(batches)))]
+
+    def read(index):
+        batch, buffer = batches[index], buffers[index % len(buffers)]
+        with clocks["data read"]:
+            for (_, path), row in zip(batch, buffer):
+                with open(path, "rb", buffering=0) as f:
+                    if f.readinto(row) != row.nbytes:
+                        raise ValueError("%s: is shorter than %d bytes" % (path, row.nbytes))
+        with clocks["preprocess"]:
+            buffer[len(batch):] = 0
+            if not np.isfinite(buffer).all():
+                bad = [path for (_, path), row in zip(batch, buffer) if not np.isfinite(row).all()]
+                raise ValueError("NaN or infinite values in %s" % some(bad))
+
+    def write(results):
+        with clocks["post"]:
+            for name, logits in results:
+                with open(os.path.join(folder, name + "_1.bin"), "wb") as f:
+                    f.write(logits.astype("<f4").data)
+
+    def infer(index, reading):
+        reading.result()
+        with clocks["infer"], clocks["interface"]:
+            return session.run([output_name], {input_name: buffers[index % len(buffers)]}, options)[0]
+
+    with interruptible() as options, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer, \
+            ThreadPoolExecutor(calls) as runner:
+        session.run([output_name], {input_name: buffers[0]}, options)  # the first run also allocates memory
+        with clocks["e2e"]:
+            running = collections.deque()
+
+            def start(index):
+                running.append(runner.submit(infer, index, reader.submit(read, index)))
+
+            for index in range(len(buffers)):
+                start(index)
+            results, writing = [], None
+            for index, batch in enumerate(batches):
+                logits = running.popleft().result()
+                if index + len(buffers) < len(batches):
+                    start(index + len(buffers))
+                results += [(name, row) for (name, _), row in zip(batch, logits)]
+                if len(results) >= WRITE or index == len(batches) - 1:
+                    if writing:
+                        writing.result()
+                    writing, results = writer.submit(write, results), []
+                report(len(batch))
+            writing.result()
+    return clocks
+
+
+def compute(session, bins):
+    """Runs the model over the bins [(name, path)] as stage 6 does; returns the logits, float32 [bins, attributes]."""
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        with progress(len(bins), "image") as bar:
+            run(session, bins, *input_size(session), folder, bar.update)
+        results = [os.path.join(folder, name + "_1.bin") for name, _ in bins]
+        return read_logits(results, attributes_in(results[0]))

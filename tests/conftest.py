@@ -36,7 +36,8 @@ def check_error(process, *texts, code=1):
 
 def run_all(*arguments, root=ROOT, cwd=None, path=None, **variables):
     """Runs run_all.sh with this Python; returns the finished process."""
-    environment = dict(os.environ, PYTHON=sys.executable, sample_size=str(SIZE), set_env="/nonexistent", **variables)
+    environment = dict(os.environ, PYTHON=sys.executable, sample_size=str(SIZE), set_env="/dev/null")  # no CANN of this machine
+    environment.update(variables)
     if path:
         environment["PATH"] = "%s:%s" % (path, environment["PATH"])
     return subprocess.run(["bash", os.path.join(str(root), "run_all.sh")] + [str(argument) for argument in arguments],

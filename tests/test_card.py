@@ -52,9 +52,9 @@ class Card(object):
 
 @pytest.fixture(scope="module")
 def card(first, tmp_path_factory):
-    """A card after a run with the binary at two batch sizes on a 310; (the card, the process)."""
+    """A card after a run with the binary at two batch sizes on a 300I, of four 310; (the card, the process)."""
     made = Card(tmp_path_factory.mktemp("card"), first[0])
-    return made, made.run("--batch-size", "1 5", CHIP="310")
+    return made, made.run("--batch-size", "1 5", TABLE="20.2.2_300i")
 
 
 def names(ending):
@@ -96,6 +96,8 @@ def test_benchmark_at_several_batch_sizes(card):
         assert f.read() in process.stdout
     with open(str(made.work / "fusion_result.json")) as f:  # stage 7's, not the one that atc leaves
         assert json.load(f)["images"] == SIZE
+    process = made.run("--stage", 7, "--stop-stage", 7, "--batch-size", "1 5", "--chips", 2)
+    assert process.returncode == 0 and "card (x 2)" in process.stdout, process.stderr
     assert not [name for name in os.listdir(str(made.work)) if "partial" in name]
 
 
@@ -137,7 +139,10 @@ def test_a_failing_inference_tool(card, fail, text):
 
 
 @pytest.mark.parametrize("fail, texts", [
-    ("atc", ("atc ended with status 1", "E40000: the compiler is out of memory")),
+    ("atc", ("atc ended with status 1; above", "E40000: the compiler is out of memory")),
+    ("atc's operators", ("atc ended with status 1: ", "no operators for Ascend310P3; run: bash ./Ascend-cann-310p-ops_")),
+    ("atc's Python", ("atc ended with status 1: ", "pip install decorator")),
+    ("atc's library", ("atc ended with status 127: ", "devlib:$LD_LIBRARY_PATH")),
     ("atc leaves nothing", ("atc left no deepmar_bs5.om",))])
 def test_a_failing_atc(card, fail, texts):
     made, _ = card
@@ -153,9 +158,9 @@ def test_the_chips_name(card, tmp_path):
         process = made.run("--stage", 3, "--stop-stage", 3, "--chip-name", name, "--batch-size", 5)
         assert process.returncode == 0 and "npu-smi" not in process.stdout, process.stderr
     process = made.run("--stage", 3, "--chip-name", "310Q9", "--batch-size", 5)
-    check_stopped(process, "Value [Ascend310Q9] for parameter [--soc_version] is invalid")
-    for text, variables in (("names several chips, 310 and 310P3", {"CHIP": "310,310P3", "DEVICES": "2"}),
-                            ("npu-smi info failed", {"FAIL": "npu-smi"})):
+    check_stopped(process, "Value [Ascend310Q9] is invalid for the SoC version")
+    for text, variables in (("names several chips, 310 and 310P3", {"TABLE": "21.0.3.1_200dk,25.3.rc1_300i_pro"}),
+                            ("npu-smi info failed: dcmi module initialize failed. ret is -8005", {"FAIL": "npu-smi"})):
         process = made.run("--stage", 3, **variables)
         check_error(process, text, "set chip_name")
         assert "stage 3" not in process.stdout
@@ -176,7 +181,7 @@ def test_missing_pieces_are_named_before_any_work(card, tmp_path):
     check_error(made.run(*arguments + ["ais_bench"]), "-m pip install aclruntime")
     (made.root / "away").rename(binary)
     binary.chmod(0o755)
-    check_error(made.run(*arguments + ["benchmark"], path=tmp_path), "no atc", "/nonexistent", "toolkit")
+    check_error(made.run(*arguments + ["benchmark"], path=tmp_path), "no atc", "toolkit", "put deepmar_bs1.om into %s" % tmp_path)
     assert not (tmp_path / "work").exists()
     assert made.run(*arguments + ["npu"]).returncode == 2
 

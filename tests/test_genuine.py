@@ -298,9 +298,11 @@ def test_run_all(front, devices, umask, kind, place, tmp_path):
     assert len({row["instance_acc"] for row in rows}) == 1
     assert float(rows[0]["instance_acc"]) == pytest.approx(place.accuracy[kind], rel=1e-12)
     for row in rows:
-        results, rates = {}, []
+        results, rates, written = {}, [], work / ("result_bs" + row["batch_size"])
+        assert {path.name for path in written.iterdir()} == {"fusion_result.json"}.union(*(
+            {"dumpOutput_device" + device, "dumpOutput_device%s_summary.json" % device} for device in devices.split()))
         for device in devices.split():
-            folder = work / ("result_bs" + row["batch_size"]) / ("dumpOutput_device" + device)
+            folder = written / ("dumpOutput_device" + device)
             own = {path.name[:-len("_0.bin")]: np.fromfile(str(path), "<f4") for path in folder.iterdir()}
             results.update(own)
             summary = json.loads((folder.parent / (folder.name + "_summary.json")).read_text())

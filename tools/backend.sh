@@ -5,25 +5,41 @@ set -euo pipefail
 
 benchmark=$here/benchmark.$(uname -m)
 binary=$(basename "$benchmark")
+doctor() { "$python" "$here/tools/doctor.py" "$@"; } # it understands npu-smi's table and CANN's folders
 has_atc() { command -v atc >/dev/null; }
 has_benchmark() { [ -x "$benchmark" ]; }
 has_ais_bench() { "$python" "$here/tools/ais_bench_files.py" check / 2>/dev/null; }
 has_om() { # whether there will be an OM for every batch size
-    local batch
     runs 3 && has_atc && return
-    for batch in $batch_size; do [ -e "$work_dir/deepmar_bs$batch.om" ] || return; done
+    local batch
+    for batch in $batch_size; do
+        om_missing=$work_dir/deepmar_bs$batch.om
+        [ -e "$om_missing" ] || return
+    done
 }
 
-# read_set_env: the toolkit's settings, where atc is not on the PATH yet
+# read_set_env: reads CANN's set_env.sh, the one that was asked for, or the machine's where atc is not on the PATH
 read_set_env() {
-    if ! has_atc && [ -f "$set_env" ]; then
-        set +eu # the toolkit's script is not written for them
-        # shellcheck disable=SC1090
-        source "$set_env"
-        set -eu
-        say "read $set_env"
+    if [ -n "$set_env" ]; then
+        if [ ! -r "$set_env" ] || [ -d "$set_env" ]; then fail "set_env: $set_env: no such file"; fi
+    else
+        has_atc || set_env=$(doctor set_env)
+        [ -n "$set_env" ] || return 0
     fi
+    set +eu # it is not written for them
+    # shellcheck disable=SC1090
+    source "$set_env"
+    set -eu
     export PATH
+    say "read $set_env"
+}
+
+# check_machine: tells what the machine has and lacks for these variables; its status says whether the backend could run
+check_machine() {
+    local asked=$backend name values=()
+    [ "$backend" != auto ] || choose_backend
+    for name in $names; do values+=("$name=${!name}"); done
+    exec "$python" "$here/tools/doctor.py" check "asked_backend=$asked" "${values[@]}"
 }
 
 # choose_backend: sets backend to what will run the model, and make_om where atc is to make an OM; stops where a piece of a
@@ -47,35 +63,35 @@ choose_backend() {
             fi
             [ -z "$why" ] || say "backend $backend: $why" ;;
         benchmark | ais_bench)
-            if [ "$backend" = ais_bench ]; then
-                : # check_ais_bench tells what is missing
-            elif [ -e "$benchmark" ]; then
-                has_benchmark || fail "backend benchmark: $benchmark is not executable; run: chmod u+x $benchmark"
-            else
+            if [ "$backend" = benchmark ] && ! has_benchmark; then
+                [ ! -e "$benchmark" ] || fail "backend benchmark: $benchmark is not executable; run: chmod u+x $benchmark"
                 fail "backend benchmark: there is no $benchmark; take it from CANN's benchmark tool, then run:" \
                     "cp $binary $here/ && chmod u+x $benchmark"
             fi
-            has_om || fail "backend $backend: no atc and no OM on this machine; run: source $set_env, after installing the" \
-                "CANN toolkit (./Ascend-cann-toolkit_VERSION_linux-$(uname -m).run --install)" ;;
+            has_om || fail "backend $backend: no atc and no OM on this machine; run: bash" \
+                "./Ascend-cann-toolkit_VERSION_linux-$(uname -m).run --install, or put ${om_missing##*/} into $work_dir" ;;
     esac
     no_om="there is no atc on this machine; an OM in $work_dir is taken as it is"
     [ "$backend" != onnxruntime ] || no_om="the ONNX model runs on ONNX Runtime"
 }
 
-# choose_chip: sets chip_name as atc takes it; empty where no OM is made and nothing names it
+# choose_chip: sets chip_name as atc takes it, empty where no OM is made and nothing names it, and chips, those of a card
 choose_chip() {
-    if [ -z "$chip_name" ] && command -v npu-smi >/dev/null; then
-        # its table has a line "| 0       310P3     | OK  ..." for each chip
-        chip_name=$(npu-smi info | sed -nE 's/^\| *[0-9]+ +((Ascend)?[0-9]{3}[A-Za-z0-9]*) +\| *[A-Z].*/\1/p' | sort -u) ||
-            fail "npu-smi info failed; run it by hand, or set chip_name"
-        [ -n "$chip_name" ] || fail "npu-smi info names no chip; run it by hand, or set chip_name"
-        [[ $chip_name != *$'\n'* ]] || fail "npu-smi info names several chips, ${chip_name//$'\n'/ and }; set chip_name to one of them"
-        say "npu-smi info names the chip $chip_name"
+    local asked=$chip_name found
+    if command -v npu-smi >/dev/null && { [ -n "$make_om" ] || [ "$backend" != onnxruntime ]; }; then
+        found=$(doctor chip "$chip_name" "${devices[0]}") || exit 1
+        read -r chip_name found <<<"$found"
+        [ -n "$asked" ] || say "npu-smi info names the chip $chip_name"
+        [ "$found" = 0 ] || chips=${chips:-$found}
     fi
     [ -z "$make_om" ] || [ -n "$chip_name" ] ||
-        fail "chip_name is empty, and there is no npu-smi to ask: set it, as in --chip-name 310P3, or --backend onnxruntime for no OM"
+        fail "chip_name is empty, and there is no npu-smi to ask: set it, as in --chip-name 310P3, or --backend onnxruntime for" \
+            "no OM"
     chip_name=${chip_name:+Ascend${chip_name#Ascend}}
+    [ -z "$chips" ] || return 0
     case $chip_name in '') chips=0 ;; Ascend310) chips=4 ;; *) chips=1 ;; esac
+    [ "$chips" = 0 ] || [ "$backend" = onnxruntime ] || ! runs 7 ||
+        say "a card is taken to have $chips of the chip $chip_name, as no npu-smi counts them; --chips tells another number"
 }
 
 # new_scratch NAME: an empty folder in the work folder, for a tool to leave its files in. Its name has the devices, so that
@@ -91,7 +107,13 @@ new_scratch() {
 tool() {
     local log=$1
     shift
-    "$@" 2>&1 | tee "$work_dir/logs/$log" || broken "${log%_bs*} ended with status ${PIPESTATUS[0]}" "$log"
+    "$@" 2>&1 | tee "$work_dir/logs/$log" || broken "${log%_bs*} ended with status ${PIPESTATUS[0]}$(explain "$log")" "$log"
+}
+# explain LOG: prints what a known failure of atc means, for the end of a sentence
+explain() {
+    local why=
+    case $1 in atc_*) why=$(doctor explain "$work_dir/logs/$1" "$chip_name") || why= ;; esac
+    [ -z "$why" ] || printf ': %s' "$why"
 }
 # broken WHAT LOG: stops with a tool's errors, where it marks them, as its last words may be those of its usage text
 broken() {
@@ -153,9 +175,10 @@ collect() {
     mkdir -p "$result"
     for folder in "${folders[@]}"; do record "$folder"; done # of nothing, should this be interrupted here
     for device in "${devices[@]}"; do
-        rm -rf "$result/dumpOutput_device$device" "$result"/perf_vision_batchsize_*"_device_$device.txt"
+        rm -rf "$result/dumpOutput_device$device" "$result/dumpOutput_device${device}_summary.json" \
+            "$result"/perf_vision_batchsize_*"_device_$device.txt"
     done
-    rm -f "$result"/dumpOutput_device*_summary.json "$result"/ais_bench_batchsize_*.log "$result/fusion_result.json"
+    rm -f "$result/fusion_result.json"
     find "$scratch/result" -mindepth 1 -maxdepth 1 -exec mv -t "$result" {} +
     for folder in "${folders[@]}"; do
         record "$folder" info=deepmar.info model="$model" backend="$ran" model_name="$model"
@@ -169,6 +192,7 @@ run_device() {
     if [ "$backend" = onnxruntime ]; then
         command=("$python" "$here/tools/benchmark.py")
         [ ${#devices[@]} = 1 ] || command+=("-threads=$((threads > 0 ? threads : 1))")
+        [ -z "$strict" ] || command+=(-strict)
     fi
     exec "${command[@]}" -model_type=vision -batch_size="$batch" -device_id="$1" -om_path="$model" -input_width="$width" \
         -input_height="$height" -input_text_path="$2" -useDvpp=false -output_binary=true

@@ -44,11 +44,12 @@ class FrontEnd(object):
                              2024 if os.path.exists(os.path.join(infer, "path_security_check.py")) else 2023)
 
     def variables(self, **more):
-        return dict(dict(PYTHONPATH="%s:%s" % (self.folder, RUNTIME), AIS_BENCH_YEAR=str(self.year), DEVICES="3"), **more)
+        return {"PYTHONPATH": "%s:%s" % (self.folder, RUNTIME), "AIS_BENCH_YEAR": str(self.year), "DEVICES": "3", **more}
 
     def run(self, folder, **options):
         """Runs it in a folder by hand; options replace the usual ones, and one of None goes."""
-        options = dict(dict(model="m.om", input="in", output="out", output_dirname="d", outfmt="BIN", batchsize=2), **options)
+        options = {"model": "m.om", "input": "in", "output": "out", "output_dirname": "d", "outfmt": "BIN", "batchsize": 2,
+                   **options}
         command = [sys.executable, "-m", "ais_bench"]
         for name, value in options.items():
             command += [] if value is None else ["--" + name, str(value)]
@@ -297,9 +298,11 @@ def test_run_all(front, devices, umask, kind, place, tmp_path):
     assert len({row["instance_acc"] for row in rows}) == 1
     assert float(rows[0]["instance_acc"]) == pytest.approx(place.accuracy[kind], rel=1e-12)
     for row in rows:
-        results, rates = {}, []
+        results, rates, written = {}, [], work / ("result_bs" + row["batch_size"])
+        assert {path.name for path in written.iterdir()} == {"fusion_result.json"}.union(*(
+            {"dumpOutput_device" + device, "dumpOutput_device%s_summary.json" % device} for device in devices.split()))
         for device in devices.split():
-            folder = work / ("result_bs" + row["batch_size"]) / ("dumpOutput_device" + device)
+            folder = written / ("dumpOutput_device" + device)
             own = {path.name[:-len("_0.bin")]: np.fromfile(str(path), "<f4") for path in folder.iterdir()}
             results.update(own)
             summary = json.loads((folder.parent / (folder.name + "_summary.json")).read_text())

@@ -19,8 +19,10 @@ import re
 import shutil
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from get_info import natural  # noqa: E402 - needs no package, as the Python of ais_bench may have few
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+from common import command  # neither needs a package, as the Python of ais_bench may have few
+from get_info import natural
 
 SAFE = re.compile("[A-Za-z0-9_./-]+").fullmatch
 
@@ -113,21 +115,17 @@ def collect(bins, *devices):
                 files[kind] = [own(path) for path in paths]
         with open(folder + "_summary.json", "w") as f:
             json.dump(summary, f)
+    os.rmdir("result/devices")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("command", choices=["check", "give", "collect"])
-    parser.add_argument("paths", nargs="+", metavar="ARGUMENT")
+    parser.add_argument("action", choices=["check", "give", "collect"])
+    parser.add_argument("arguments", nargs="+", metavar="ARGUMENT")
     args = parser.parse_args(argv)
-    {"check": check, "give": give, "collect": collect}[args.command](*args.paths)
+    {"check": check, "give": give, "collect": collect}[args.action](*args.arguments)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit("ais_bench_files.py: error: %s" % error)
-    except KeyboardInterrupt:
-        sys.exit("ais_bench_files.py: interrupted")
+    command(main)

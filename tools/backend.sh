@@ -8,8 +8,7 @@ binary=$(basename "$benchmark")
 doctor() { "$python" "$here/tools/doctor.py" "$@"; } # it understands npu-smi's table and CANN's folders
 has_atc() { command -v atc >/dev/null; }
 has_benchmark() { [ -x "$benchmark" ]; }
-ais_bench_files() { "$python" "$here/tools/ais_bench_files.py" "$@"; }
-has_ais_bench() { ais_bench_files check / 2>/dev/null; }
+has_ais_bench() { "$python" "$here/tools/ais_bench_files.py" check / 2>/dev/null; }
 has_om() { # whether there will be an OM for every batch size
     runs 3 && has_atc && return
     local batch
@@ -74,18 +73,6 @@ choose_backend() {
     esac
     no_om="there is no atc on this machine; an OM in $work_dir is taken as it is"
     [ "$backend" != onnxruntime ] || no_om="the ONNX model runs on ONNX Runtime"
-    if [ "$backend" = ais_bench ] && runs 6; then check_ais_bench; fi
-}
-
-# check_ais_bench: stops where ais_bench does not start, or would refuse what is there; sets ais_bench_help
-check_ais_bench() {
-    local taken=() batch
-    runs 4 || taken+=("$work_dir/input_bin")
-    for batch in $batch_size; do [ -n "$make_om" ] || taken+=("$work_dir/deepmar_bs$batch.om"); done
-    ais_bench_files check "$work_dir" "${taken[@]}" || exit 1
-    ais_bench_help=$(cd / && "$python" -m ais_bench --help 2>&1) ||
-        fail "backend ais_bench: $python -m ais_bench --help ends with: ${ais_bench_help##*$'\n'}; install what is missing, or" \
-            "source CANN's set_env.sh where that is a library"
 }
 
 # choose_chip: sets chip_name as atc takes it, empty where no OM is made and nothing names it, and chips, those of a card
@@ -228,9 +215,22 @@ run_devices() {
     [ -z "$failed" ] || broken "$backend failed on device $failed" "${backend}_bs${batch}_device${failed%% *}.log"
 }
 
+# check_ais_bench: where ais_bench is to run, stops if it does not start, or would refuse what is there. Sets ais_bench_help.
+check_ais_bench() {
+    local paths=() batch
+    if [ "$backend" != ais_bench ] || ! runs 6; then return 0; fi
+    [[ $python != */* ]] || python=$(realpath -s -- "$python") # it is called in other folders
+    runs 4 || paths+=("$work_dir/input_bin")
+    for batch in $batch_size; do [ -n "$make_om" ] || paths+=("$work_dir/deepmar_bs$batch.om"); done
+    "$python" "$here/tools/ais_bench_files.py" check "$work_dir" "${paths[@]}" || exit 1
+    ais_bench_help=$(cd / && "$python" -m ais_bench --help 2>&1) ||
+        fail "backend ais_bench: $python -m ais_bench --help ends with: ${ais_bench_help##*$'\n'}; install what is missing, or" \
+            "source CANN's set_env.sh where that is a library"
+}
+
 # run_ais_bench: it shares the images among several devices by itself
 run_ais_bench() {
-    local log=ais_bench_bs$batch.log folder=dumpOutput_device$device_id divide=() taken
+    local folder=dumpOutput_device$device_id divide=() taken
     if [ ${#devices[@]} -gt 1 ]; then
         [ "$wanted" -ge ${#devices[@]} ] || fail "${#devices[@]} devices, but fewer images in $work_dir/deepmar.info"
         folder=devices

@@ -24,6 +24,7 @@ start_run() {
     [ -z "$check" ] || check_machine
     choose_backend
     choose_chip
+    check_ais_bench
     open_work_folder
     choose_python
     cd "$work_dir"

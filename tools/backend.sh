@@ -81,10 +81,14 @@ choose_backend() {
 choose_chip() {
     local asked=$chip_name found
     if command -v npu-smi >/dev/null && { [ -n "$make_om" ] || [ "$backend" != onnxruntime ]; }; then
-        found=$(doctor chip "$chip_name" "${devices[0]}") || exit 1
-        read -r chip_name found <<<"$found"
-        [ -n "$asked" ] || say "npu-smi info names the chip $chip_name"
-        [ "$found" = 0 ] || chips=${chips:-$found}
+        if found=$(doctor chip "$chip_name" "${devices[0]}" 2>&1); then
+            read -r chip_name found <<<"$found"
+            [ -n "$asked" ] || say "npu-smi info names the chip $chip_name"
+            [ "$found" = 0 ] || chips=${chips:-$found}
+        else
+            [ -z "$make_om" ] || fail "${found#doctor.py: error: }"
+            say "${found#doctor.py: error: }"
+        fi
     fi
     [ -z "$make_om" ] || [ -n "$chip_name" ] ||
         fail "chip_name is empty, and there is no npu-smi to ask: set it, as in --chip-name 310P3, or --backend onnxruntime for" \

@@ -206,6 +206,7 @@ def test_the_python_that_atc_runs(machine, monkeypatch, version, python, missing
     ("EC0010: Failed to import Python module [ModuleNotFoundError: No module named 'decorator'.].",
      ("bin/python3, has no decorator; run: python3 -m pip install decorator",)),
     ("E40000: ModuleNotFoundError: No module named 'attr'", ("pip install attrs",)),
+    ("E40000: ModuleNotFoundError: No module named 'te'", ("has no te; source CANN's set_env.sh",)),
     ("atc.bin: error while loading shared libraries: libascend_hal.so: cannot open shared object file",
      ("devlib:$LD_LIBRARY_PATH",)),
     ("E10001: Value [x] for parameter [--model] is invalid.", ("None",))])

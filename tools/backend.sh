@@ -10,12 +10,9 @@ has_atc() { command -v atc >/dev/null; }
 has_benchmark() { [ -x "$benchmark" ]; }
 has_ais_bench() { "$python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("ais_bench"))' 2>/dev/null; }
 has_om() { # whether there will be an OM for every batch size
-    runs 3 && has_atc && return
     local size
-    for size in $batch_size; do
-        om_missing=$work_dir/deepmar_bs$size.om
-        [ -e "$om_missing" ] || return
-    done
+    runs 3 && has_atc && return
+    for size in $batch_size; do [ -e "$work_dir/deepmar_bs$size.om" ] || return; done
 }
 
 # read_set_env: reads CANN's set_env.sh, the one that was asked for, or the machine's where atc is not on the PATH
@@ -72,8 +69,9 @@ choose_backend() {
                 fail "backend benchmark: there is no $benchmark; take it from CANN's benchmark tool, then run:" \
                     "cp $binary $here/ && chmod u+x $benchmark"
             fi
-            has_om || fail "backend $backend: no atc and no OM on this machine; run: bash" \
-                "./Ascend-cann-toolkit_VERSION_linux-$(uname -m).run --install, or put ${om_missing##*/} into $work_dir" ;;
+            has_om || fail "backend $backend: no atc and no OM on this machine; put an OM for each batch size, as" \
+                "deepmar_bs${batch_size%% *}.om, into $work_dir, or run: bash" \
+                "./Ascend-cann-toolkit_VERSION_linux-$(uname -m).run --install" ;;
     esac
 }
 

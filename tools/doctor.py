@@ -274,9 +274,10 @@ def explain(log, name):
             "run: " + command if command else "install a CANN that has them")
     found = re.search(r"No module named '([\w.]+)'", log)
     if found:
-        package = PACKAGES.get(found.group(1), found.group(1))
-        return "the Python that atc runs, %s, has no %s; run: python3 -m pip install %s" % (
-            shutil.which("python3"), package, package)
+        package = PACKAGES.get(found.group(1))
+        return "the Python that atc runs, %s, has no %s; %s" % (
+            shutil.which("python3"), package or found.group(1), "run: python3 -m pip install " + package if package else
+            "source CANN's set_env.sh, or put another python3 first on the PATH")
     if "libascend_hal.so: cannot open" in log:
         return "atc does not find libascend_hal.so, a library of the driver; run: export " + cann.driver_library()
     return None

@@ -181,7 +181,7 @@ def test_missing_pieces_are_named_before_any_work(card, tmp_path):
     check_error(made.run(*arguments + ["ais_bench"]), "-m pip install aclruntime")
     (made.root / "away").rename(binary)
     binary.chmod(0o755)
-    check_error(made.run(*arguments + ["benchmark"], path=tmp_path), "no atc", "toolkit", "put deepmar_bs1.om into %s" % tmp_path)
+    check_error(made.run(*arguments + ["benchmark"], path=tmp_path), "no atc", "toolkit", "deepmar_bs1.om, into %s" % tmp_path)
     assert not (tmp_path / "work").exists()
     assert made.run(*arguments + ["npu"]).returncode == 2
 

@@ -84,7 +84,9 @@ def install(root, version, *families):
     linux = home / (MACHINE + "-linux")
     write(linux / "ascend_toolkit_install.info", info("Ascend-cann-toolkit", version))
     write(linux / "bin" / "atc", "#!/bin/sh\n").chmod(0o755)
-    (home / "bin").symlink_to(linux / "bin")
+    write(linux / "lib64" / "libascendcl.so")
+    for folder in ("bin", "lib64"):
+        (home / folder).symlink_to(linux / folder)
     for family in families:
         write(home / "opp/built-in/op_impl/ai_core/tbe/config" / family / ("aic-%s-ops-info.json" % family), "{}")
         if new:
@@ -95,7 +97,8 @@ def install(root, version, *families):
     write(home / "set_env.sh" if new else root / "ascend-toolkit" / "set_env.sh",
           "export ASCEND_TOOLKIT_HOME=%s\nexport ASCEND_HOME_PATH=$ASCEND_TOOLKIT_HOME\n"
           "export ASCEND_OPP_PATH=$ASCEND_TOOLKIT_HOME/opp\nexport PATH=$ASCEND_TOOLKIT_HOME/bin:$PATH\n"
-          "false || [ -n \"$UNSET_VARIABLE\" ]\n" % (root / "cann" if new else latest))  # what set -e and -u would stop at
+          "export LD_LIBRARY_PATH=$ASCEND_TOOLKIT_HOME/lib64:$LD_LIBRARY_PATH\n"
+          "false || [ -n \"$UNSET_VARIABLE\" ]\n" % (root / "cann" if new else latest))  # set -e and set -u would stop at it
     if new:
         (root / "cann").symlink_to(home)
         latest.symlink_to(root / "cann")
@@ -126,7 +129,7 @@ def check(machine, *arguments, root=ROOT, **variables):
     before = sorted(machine.rglob("*"))
     process = run_all("--check", "--json", machine / "found.json", "--work-dir", machine / "work", *arguments, root=root,
                       cwd=machine, **dict({"set_env": ""}, **variables))
-    assert process.returncode in (0, 1) and not process.stderr, process.stderr
+    assert process.returncode in (0, 1) and not process.stderr, process.stdout + process.stderr
     with open(str(machine / "found.json")) as f:
         found = json.load(f)
     (machine / "found.json").unlink()
@@ -146,7 +149,9 @@ def test_both_layouts_of_cann(machine, version, folder):
     assert "read %s" % (machine / "Ascend" / folder / "set_env.sh") in process.stdout
     assert rows["driver and card"]["found"] == "driver 25.2.0; card 2: 2 x 310P3"
     assert rows["chip"]["found"] == "Ascend310P3, 2 on a card"
-    assert rows["CANN"]["found"].startswith("CANN %s in %s, atc " % (version, home)) and rows["CANN"]["state"] == "ok"
+    assert rows["CANN"]["found"].startswith("CANN %s in %s, layout %s, " % (version, home, folder)), rows["CANN"]
+    assert rows["CANN"]["state"] == rows["CANN's library"]["state"] == "ok"
+    assert "devlib:" in rows["driver's library"]["run"]
     assert rows["operators"]["state"] == "ok" and "310p" in rows["operators"]["found"]
     assert rows["atc's Python"]["state"] == (PYTHON_STATE if version < "8.5" else "ok"), rows["atc's Python"]
     assert rows["ONNX Runtime"]["state"] == "ok" and "CPUExecutionProvider" in rows["ONNX Runtime"]["found"]
@@ -201,6 +206,7 @@ def test_the_python_that_atc_runs(machine, monkeypatch, version, python, missing
     ("EC0010: Failed to import Python module [ModuleNotFoundError: No module named 'decorator'.].",
      ("bin/python3, has no decorator; run: python3 -m pip install decorator",)),
     ("E40000: ModuleNotFoundError: No module named 'attr'", ("pip install attrs",)),
+    ("E40000: ModuleNotFoundError: No module named 'te'", ("has no te; source CANN's set_env.sh",)),
     ("atc.bin: error while loading shared libraries: libascend_hal.so: cannot open shared object file",
      ("devlib:$LD_LIBRARY_PATH",)),
     ("E10001: Value [x] for parameter [--model] is invalid.", ("None",))])
@@ -224,14 +230,14 @@ def test_set_env_that_was_asked_for(machine):
 
 def test_a_card_that_lacks_something(machine):
     """Each of the things that a run on a card needs, named with its command; the exit code is the chosen backend's."""
-    process, rows = check(machine, "--backend", "ais_bench", TABLE="22.0.2_300i_pro", **{"device_id": "1 7"})
+    process, rows = check(machine, "--backend", "ais_bench", TABLE="22.0.2_300i_pro", device_id="1 7")
     assert process.returncode == 1
     assert rows["driver and card"]["state"] == "missing" and "no device 7 among 0 1" in rows["driver and card"]["found"]
     assert rows["CANN"]["state"] == "missing" and "Ascend-cann-toolkit_" in rows["CANN"]["run"]
     assert rows["ais_bench"]["state"] == "missing" and "pip install aclruntime" in rows["ais_bench"]["run"]
     assert rows["benchmark." + MACHINE]["state"] == "absent"
     last = process.stdout.splitlines()[-1]
-    assert last == "backend ais_bench cannot run here: see driver and card, CANN, ais_bench"
+    assert last == "run_all.sh with backend ais_bench lacks: driver and card, CANN, CANN's library, ais_bench"
     # an alarm stops nothing; a broken driver does, on a card
     process, rows = check(machine, TABLE="23.0.0_200i_dk_a2")
     assert process.returncode == 0 and rows["driver and card"]["state"] == "note"
@@ -285,7 +291,7 @@ def test_a_python_without_packages(machine):
             write(checkout / name, f.read())
     process, rows = check(machine, root=checkout, PYTHON=str(bare / "bin" / "python"))
     assert process.returncode == 0 and rows["Python"]["state"] == rows["ONNX Runtime"]["state"] == "note"
-    assert "the first run installs into %s/.venv-" % checkout in rows["Python"]["found"] and "numpy" in rows["Python"]["found"]
+    assert "numpy" in rows["Python"]["found"] and "installs all packages into %s/.venv-" % checkout in rows["Python"]["found"]
     process = run_all("--check", PYTHON=str(machine / "none"))
     check_error(process, "%s: no such Python" % (machine / "none"))
 
@@ -294,6 +300,7 @@ def test_its_options(machine):
     for wrong, text in ((["--chips", "0"], "chips"), (["--json", "x"], "--check"), (["--strict=no"], "strict")):
         process = run_all("--work-dir", machine / "work", *wrong)
         assert process.returncode == 2 and text in process.stderr, process.stderr
+    check_error(run_all("--check", "--json", machine / "none" / "x"), "%s: cannot be written: No such" % (machine / "none" / "x"))
     process = run_all("--help")
     for name in ("--check", "--json", "--chips", "--strict", "--set-env"):
         assert name in process.stdout

@@ -10,12 +10,9 @@ has_atc() { command -v atc >/dev/null; }
 has_benchmark() { [ -x "$benchmark" ]; }
 has_ais_bench() { "$python" "$here/tools/ais_bench_files.py" check / 2>/dev/null; }
 has_om() { # whether there will be an OM for every batch size
-    runs 3 && has_atc && return
     local batch
-    for batch in $batch_size; do
-        om_missing=$work_dir/deepmar_bs$batch.om
-        [ -e "$om_missing" ] || return
-    done
+    runs 3 && has_atc && return
+    for batch in $batch_size; do [ -e "$work_dir/deepmar_bs$batch.om" ] || return; done
 }
 
 # read_set_env: reads CANN's set_env.sh, the one that was asked for, or the machine's where atc is not on the PATH
@@ -68,8 +65,9 @@ choose_backend() {
                 fail "backend benchmark: there is no $benchmark; take it from CANN's benchmark tool, then run:" \
                     "cp $binary $here/ && chmod u+x $benchmark"
             fi
-            has_om || fail "backend $backend: no atc and no OM on this machine; run: bash" \
-                "./Ascend-cann-toolkit_VERSION_linux-$(uname -m).run --install, or put ${om_missing##*/} into $work_dir" ;;
+            has_om || fail "backend $backend: no atc and no OM on this machine; put an OM for each batch size, as" \
+                "deepmar_bs${batch_size%% *}.om, into $work_dir, or run: bash" \
+                "./Ascend-cann-toolkit_VERSION_linux-$(uname -m).run --install" ;;
     esac
     no_om="there is no atc on this machine; an OM in $work_dir is taken as it is"
     [ "$backend" != onnxruntime ] || no_om="the ONNX model runs on ONNX Runtime"
@@ -79,10 +77,14 @@ choose_backend() {
 choose_chip() {
     local asked=$chip_name found
     if command -v npu-smi >/dev/null && { [ -n "$make_om" ] || [ "$backend" != onnxruntime ]; }; then
-        found=$(doctor chip "$chip_name" "${devices[0]}") || exit 1
-        read -r chip_name found <<<"$found"
-        [ -n "$asked" ] || say "npu-smi info names the chip $chip_name"
-        [ "$found" = 0 ] || chips=${chips:-$found}
+        if found=$(doctor chip "$chip_name" "${devices[0]}" 2>&1); then
+            read -r chip_name found <<<"$found"
+            [ -n "$asked" ] || say "npu-smi info names the chip $chip_name"
+            [ "$found" = 0 ] || chips=${chips:-$found}
+        else
+            [ -z "$make_om" ] || fail "${found#doctor.py: error: }"
+            say "${found#doctor.py: error: }"
+        fi
     fi
     [ -z "$make_om" ] || [ -n "$chip_name" ] ||
         fail "chip_name is empty, and there is no npu-smi to ask: set it, as in --chip-name 310P3, or --backend onnxruntime for" \

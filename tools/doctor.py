@@ -112,6 +112,18 @@ def has(module):
         return False
 
 
+def library(name):
+    """Returns where the loader finds a shared library, None where it does not."""
+    for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":"):
+        if folder and os.path.exists(os.path.join(folder, name)):
+            return os.path.join(folder, name)
+    try:
+        found = re.search(r"^\s*%s .*=> (.*)" % re.escape(name), run(["/sbin/ldconfig", "-p"])[1], re.MULTILINE)
+        return found.group(1) if found else None
+    except OSError:
+        return None
+
+
 # --- the card -------------------------------------------------------------------------------------------------------
 
 def read_table(text):
@@ -229,6 +241,13 @@ class Cann(object):
         form = "Ascend-cann-kernels-%s_%s_linux-%s.run" if old else "Ascend-cann-%s-ops_%s_linux-%s.run"
         return "bash ./%s --install" % (form % (word, self.version if self.number else "VERSION", MACHINE))
 
+    def driver_library(self):
+        """Returns the setting with which atc finds the driver's library: the driver's own, or that which the toolkit has too."""
+        found = glob.glob("/usr/local/Ascend/driver/lib64/**/libascend_hal.so", recursive=True) + glob.glob(
+            os.path.join(glob.escape(self.home or "/dev/null"), "*-linux", "devlib", "libascend_hal.so"))
+        folder = os.path.dirname(found[0]) if found else "/FOLDER/OF/CANN/%s-linux/devlib" % MACHINE
+        return "LD_LIBRARY_PATH=%s:$LD_LIBRARY_PATH" % folder
+
     def python_problem(self, version, missing, numpy):
         """Returns (what is wrong with the Python that atc runs, the command that helps), or (None, None)."""
         last, old_numpy = next(rule[1:] for rule in PYTHONS if (self.number or (99,)) >= rule[0])
@@ -255,13 +274,12 @@ def explain(log, name):
             "run: " + command if command else "install a CANN that has them")
     found = re.search(r"No module named '([\w.]+)'", log)
     if found:
-        package = PACKAGES.get(found.group(1), found.group(1))
-        return "the Python that atc runs, %s, has no %s; run: python3 -m pip install %s" % (
-            shutil.which("python3"), package, package)
-    if "libascend_hal.so: cannot open" in log:  # it is the driver's; the toolkit has one for machines without a card
-        found = glob.glob(os.path.join(glob.escape(cann.home or "/dev/null"), "*-linux", "devlib", "libascend_hal.so"))
-        return "there is no card's driver here, so atc needs the toolkit's own library; run: export LD_LIBRARY_PATH=%s:%s" % (
-            os.path.dirname(found[0]) if found else "/FOLDER/OF/THE/TOOLKIT/%s-linux/devlib" % MACHINE, "$LD_LIBRARY_PATH")
+        package = PACKAGES.get(found.group(1))
+        return "the Python that atc runs, %s, has no %s; %s" % (
+            shutil.which("python3"), package or found.group(1), "run: python3 -m pip install " + package if package else
+            "source CANN's set_env.sh, or put another python3 first on the PATH")
+    if "libascend_hal.so: cannot open" in log:
+        return "atc does not find libascend_hal.so, a library of the driver; run: export " + cann.driver_library()
     return None
 
 
@@ -277,23 +295,14 @@ class Check(object):
     def __init__(self, values):
         self.values, self.rows, self.cann = values, [], Cann()
         self.work = os.path.abspath(values["work_dir"])
-        self.place = self.work  # the part of it that exists
-        while not os.path.exists(self.place):
-            self.place = os.path.dirname(self.place)
         self.oms = [os.path.join(self.work, "deepmar_bs%s.om" % size) for size in values["batch_size"].split()]
         self.on_card = self.uses("benchmark") or self.uses("ais_bench")
         self.converts = self.runs(3) and values["asked_backend"] != "onnxruntime" and bool(self.cann.atc) or \
             self.on_card and not all(map(os.path.exists, self.oms))
-        self.inputs()
         self.packages()
+        self.inputs()
         self.card()
-        if self.cann.atc:
-            self.operators()
-            self.atc_python()
-        else:
-            self.row("3", "CANN", self.need(self.converts),
-                     "no atc on the PATH%s" % ("" if find_set_env() else ", and no set_env.sh was found"),
-                     "bash ./Ascend-cann-toolkit_VERSION_linux-%s.run --install" % MACHINE)
+        self.toolkit()
         self.disk()
         self.tools()
         self.files()
@@ -337,8 +346,8 @@ class Check(object):
         if missing:
             folder = os.path.join(HERE, ".venv-%d.%d" % sys.version_info[:2])
             self.python = os.path.join(folder, "bin", "python") if os.path.exists(os.path.join(folder, "installed")) else None
-            found += "; " + ("the packages are those of " + folder if self.python else
-                             "the first run installs into %s: %s" % (folder, ", ".join(missing)))
+            found += " without %s; %s %s" % (", ".join(missing), "in its place" if self.python else
+                                             "the first run installs all packages into", folder)
         self.row("all", "Python", "ok" if self.python else "note", found)
 
     def card(self):
@@ -358,7 +367,7 @@ class Check(object):
                      "ok" if all(chip[2] == "OK" for chip in chips) else "note", found,
                      "bash run_all.sh --device-id %s" % there[0] if wrong else None)
         except (OSError, ValueError) as error:
-            self.row("3 6", "driver and card", self.need(self.on_card), str(error),
+            self.row("3 6", "driver and card", self.need(self.on_card), str(error), None if shutil.which("npu-smi") else
                      "bash ./Ascend-hdk-CHIP-npu-driver_VERSION_linux-%s.run --full" % MACHINE)
         self.chip = short(self.values["chip_name"])
         try:
@@ -372,11 +381,23 @@ class Check(object):
         else:
             self.row("3 7", "chip", self.need(self.converts), problem, "bash run_all.sh --chip-name 310P3")
 
+    def toolkit(self):
+        cann = self.cann
+        if not cann.atc:
+            return self.row("3", "CANN", self.need(self.converts),
+                            "no atc on the PATH" + ", and no set_env.sh was found" * (not find_set_env()),
+                            "bash ./Ascend-cann-toolkit_VERSION_linux-%s.run --install" % MACHINE)
+        layout = "cann" if os.path.basename(cann.home or "").startswith("cann") else "ascend-toolkit"
+        self.row("3", "CANN", "ok", "%s, layout %s, %s" % (cann, layout, cann.atc))
+        self.operators()
+        self.atc_python()
+        if not library("libascend_hal.so"):
+            self.row("3", "driver's library", "note", "no libascend_hal.so, which atc loads", "export " + cann.driver_library())
+
     def operators(self):
         cann = self.cann
         packages = {name: version for name, version in cann.packages.items() if name.endswith("-ops")}
         found = ", ".join("%s %s" % item for item in packages.items()) or " ".join(cann.operators) or "none"
-        self.row("3", "CANN", "ok", "%s, atc %s" % (cann, cann.atc))
         if not cann.home or not self.chip:
             self.row("3", "operators", "note", "%s; for which chip is not known" % found if cann.home else "of an unknown CANN")
         elif family(self.chip)[0] not in cann.operators:
@@ -404,10 +425,17 @@ class Check(object):
             self.row("3", "atc's Python", "ok", "%s, NumPy %s" % (found, numpy))
 
     def disk(self):
-        free, bins = shutil.disk_usage(self.place).free, self.images * BIN
-        self.row("4", "disk", "ok" if free > bins else self.need(self.runs(4)), "%.1f GB free in %s, %.1f GB for %d bins"
-                 % (free / 1e9, self.place, bins / 1e9, self.images),
-                 None if free > bins else "bash run_all.sh --work-dir /A/LARGER/DISK")
+        place = self.work
+        while not os.path.exists(place):
+            place = os.path.dirname(place)
+        free, bins = shutil.disk_usage(place).free, self.images * BIN
+        found = "%.1f GB free in %s, %.1f GB for %d bins" % (free / 1e9, place, bins / 1e9, self.images)
+        if not os.access(place, os.W_OK):
+            self.row("all", "disk", "missing", "%s cannot be written" % place, "bash run_all.sh --work-dir /A/FOLDER/OF/YOURS")
+        elif free < bins:
+            self.row("4", "disk", self.need(self.runs(4)), found, "bash run_all.sh --work-dir /A/LARGER/DISK")
+        else:
+            self.row("4", "disk", "ok", found)
 
     def tools(self):
         binary = os.path.join(HERE, "benchmark." + MACHINE)
@@ -418,6 +446,9 @@ class Check(object):
             self.row("6", os.path.basename(binary), self.need(self.uses("benchmark")),
                      binary + (" is not executable" if there else " does not exist"),
                      "chmod u+x %s" % binary if there else "cp %s %s/" % (os.path.basename(binary), HERE))
+        found = library("libascendcl.so")
+        self.row("6", "CANN's library", "ok" if found else self.need(self.on_card), found or "no libascendcl.so, to run an OM",
+                 None if found else "source %s" % (find_set_env() or "/usr/local/Ascend/cann/set_env.sh"))
         found, command = ais_bench()
         self.row("6", "ais_bench", self.need(self.uses("ais_bench")) if command else "ok", found, command)
         if not self.python:
@@ -444,7 +475,7 @@ class Check(object):
             self.row("6", "names", "note" if odd else "ok", "of letters, digits and _-/. alone" if not odd else
                      "ais_bench is given other names for %d of %d images, as %s" % (len(odd), self.images, odd[0]))
         own = set(os.getgroups()) | {os.getgid()}
-        for path in [self.place] + self.oms + glob.glob(os.path.join(glob.escape(self.work), "input_bin", "*.bin")):
+        for path in [self.work] + self.oms + glob.glob(os.path.join(glob.escape(self.work), "input_bin", "*.bin")):
             if os.path.exists(path) and os.stat(path).st_uid != os.getuid() and os.stat(path).st_gid not in own:
                 return self.row("6", "owner", needed, "%s is another user's, which ais_bench refuses" % path,
                                 "chown -R %d %s" % (os.getuid(), path))
@@ -477,18 +508,22 @@ def main(arguments):
         values = dict(argument.split("=", 1) for argument in arguments[1:])
         rows = Check(values).rows
         lacking = [row["what"] for row in rows if row["state"] == "missing"]
+        form = "%-6s %-16s %-8s %s"
+        print(form % ("stage", "what", "state", "found"))
         for row in rows:
-            print("%-6s %-16s %-8s %s" % (row["stage"], row["what"], row["state"], row["found"]))
+            print(form % (row["stage"], row["what"], row["state"], row["found"]))
             if row["run"]:
-                print("%32s run: %s" % ("", row["run"]))
-        backend = "backend " + values["backend"] if values["backend"] != "auto" else "this part of the pipeline"
-        print("%s cannot run here: see %s" % (backend, ", ".join(lacking)) if lacking else "%s can run here" % backend)
+                print(form % ("", "", "", "run: " + row["run"]))
+        backend = " with backend %s" % values["backend"] if values["backend"] != "auto" else ""
+        print("run_all.sh%s %s" % (backend, "lacks: " + ", ".join(lacking) if lacking else "finds all that it needs"))
         if values["json"]:
-            temporary = "%s.%d.partial" % (values["json"], os.getpid())
-            with open(temporary, "w", encoding="utf-8") as f:
-                json.dump({"backend": values["backend"], "ok": not lacking, "rows": rows}, f, indent=1, ensure_ascii=False)
-                f.write("\n")
-            os.replace(temporary, values["json"])
+            text = json.dumps({"backend": values["backend"], "ok": not lacking, "rows": rows}, indent=1)
+            try:
+                with open(values["json"] + ".partial", "w") as f:
+                    f.write(text + "\n")
+                os.replace(values["json"] + ".partial", values["json"])
+            except OSError as error:
+                raise OSError("%s: cannot be written: %s" % (values["json"], error.strerror))
         return 1 if lacking else 0
     else:
         print(__doc__, end="")

@@ -5,13 +5,16 @@
 
 The model has the input actual_input_1, float32 [batch size,3,224,224] (RGB, normalised), and the output output1, float32
 [batch size, attributes] (logits). It is written only after onnx's checker accepted it and ONNX Runtime gave PyTorch's
-logits on random input. Works beside DeepMAR.py, and in the root of the open-source repository, whose
+logits on random input. Its metadata say how it is to be fed, which checkpoint it was, and, with --attributes FILE, the
+attributes' names. Works beside DeepMAR.py, and in the root of the open-source repository, whose
 baseline/model/DeepMAR.py is replaced by ours.
 """
 import argparse
 import contextlib
 import glob
+import hashlib
 import inspect
+import json
 import os
 import re
 import signal
@@ -20,6 +23,7 @@ import warnings
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on, ONNX Runtime reports each model to its makers
 
+VERSION = "1.0"    # of these scripts, as the model's metadata names it
 OPSET = 11         # the ONNX operator set that atc supports
 SIZE = 224         # height and width of the network's input in pixels
 TOLERANCE = 1e-4   # allowed difference between the logits of ONNX Runtime and PyTorch, relative to the largest logit
@@ -65,6 +69,40 @@ def verify(model, path, batch_size):
     return difference, largest
 
 
+def read_names(path):
+    """Returns the attributes' names in a file, one a line; raises OSError, or ValueError where one is there twice."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            names = [line.strip() for line in f.read().split("\n") if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError("%s: is not UTF-8 text; it holds the attributes' names, one a line" % path)
+    if len(set(names)) < len(names):
+        raise ValueError("%s: holds a name more than once: %s" % (path, max(names, key=names.count)))
+    return names
+
+
+def describe(path, checkpoint, names, size, last_conv_stride):
+    """Writes what its user has to know into the ONNX file at path, as metadata, which no tool computes with.
+
+    checkpoint: its path; names: of the attributes, None if unknown; size: (height, width). tools/common.py reads it.
+    """
+    import onnx
+    sha256 = hashlib.sha256()
+    with open(checkpoint, "rb") as f:
+        for block in iter(lambda: f.read(1 << 20), b""):
+            sha256.update(block)
+    values = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],  # preprocess_deepmar_pytorch.py's, ImageNet's
+              "size": size, "layout": "NCHW RGB", "output": "logits", "last_conv_stride": last_conv_stride,
+              "checkpoint_sha256": sha256.hexdigest(), "version": VERSION}
+    if names is not None:
+        values["attributes"] = names
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {
+        "deepmar." + key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in values.items()})
+    onnx.save(model, path)
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """Yields the name of a new file beside path, which becomes path if the block succeeds, and goes if it fails."""
@@ -87,13 +125,15 @@ def whole_file(path):
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        usage="export_onnx.py CHECKPOINT OUTPUT BATCH_SIZE\n"
-              "       export_onnx.py --input_file CHECKPOINT --output_file OUTPUT [--batch_size N]")
+        usage="export_onnx.py CHECKPOINT OUTPUT BATCH_SIZE [--attributes FILE]\n"
+              "       export_onnx.py --input_file CHECKPOINT --output_file OUTPUT [--batch_size N] [--attributes FILE]")
     parser.add_argument("positional", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--input_file", metavar="CHECKPOINT", help="the trained checkpoint")
     parser.add_argument("--output_file", metavar="OUTPUT", help="the ONNX file to write")
     parser.add_argument("--batch_size", metavar="N", help="images per inference (default: 1)")
-    args = parser.parse_args(argv)
+    parser.add_argument("--attributes", metavar="FILE",
+                        help="the attributes' names, one a line, to be kept in the model's metadata")
+    args = parser.parse_intermixed_args(argv)
     named = [args.input_file, args.output_file, args.batch_size]
     if args.positional and any(value is not None for value in named):
         parser.error("give the arguments either in their order or by name, not both")
@@ -114,10 +154,14 @@ def main(argv=None):
         from baseline.model.DeepMAR import load_model
     import onnxruntime  # noqa: F401 - its absence shows before the work is done
     signal.signal(signal.SIGINT, before)
+    names = None if args.attributes is None else read_names(args.attributes)
     model = load_model(checkpoint)
+    if names is not None and len(names) != model.num_att:
+        raise ValueError("%s: holds %d names, but %s has %d attributes" % (args.attributes, len(names), checkpoint, model.num_att))
     try:
         with whole_file(output) as temporary:
             export(model, temporary, batch_size)
+            describe(temporary, checkpoint, names, (SIZE, SIZE), 2)
             difference, largest = verify(model, temporary, batch_size)
     except (OSError, ValueError):
         raise

@@ -6,16 +6,18 @@ same classes, keyword arguments and state-dict keys, on torchvision's ResNet-50.
 
 load_model(path) returns the network of a checkpoint; nothing in the file is executed.
 """
-import inspect
-import mmap
+import functools
+import io
 import os
-import pickle
+import pickletools
 import re
+import shlex
+import struct
 import tarfile
-import warnings
 import zipfile
 from collections import OrderedDict
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -90,165 +92,282 @@ class DeepMAR_ResNet50_ExtractFeature(object):
             self.model.train(training)
 
 
+
 # --- checkpoints ---------------------------------------------------------------------------------------------------
+#
+# A checkpoint is a pickle, with the tensors' values beside it. Python's unpickler, and with it torch.load, calls whatever
+# the pickle names, and that can be os.system. So the pickle is only read here: each name in it, and each call that it asks
+# for, becomes a note (class Named). Nothing is imported and nothing is called. The state dict is then looked up among the
+# notes, and numpy makes its tensors from the notes that describe them. Whatever else is in the file does not matter.
 
-MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before the zip format: a pickled magic number
+MAGIC = 0x1950a86a20f9469cfc6c  # the number with which torch.save's files began before the zip format
+DEPTH = 5                       # levels of dicts and lists in which a state dict is looked for
 
-# All that the pickle of a checkpoint needs to name. Storage types are data, the functions build tensors from them.
-ALLOWED = {("collections", "OrderedDict"), ("torch", "Size"), ("torch._utils", "_rebuild_tensor"),
-           ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")}
-ALLOWED |= {("torch", kind + "Storage") for kind in
-            "Float Double Half BFloat16 Long Int Short Char Byte Bool".split()}
-# What stands beside the state dict in some files, with all of numpy (Python 3 writes numpy's bytes as a call of encode).
-IGNORED = {("argparse", "Namespace"), ("collections", "Counter"), ("_codecs", "encode")}
+# Calls that make a tensor. Their first arguments are storage, offset, size, stride. The last one is torch_npu's (Ascend).
+TENSORS = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_npu_tensor"}
+# Calls whose first argument is a tensor, and which give the same tensor as a parameter or on another device.
+AROUND_TENSORS = {"_rebuild_parameter", "_rebuild_parameter_with_state", "_rebuild_device_tensor_from_cpu_tensor"}
+# Calls that call a function for a tensor with Python attributes: (function, class, the function's arguments, attributes).
+WITH_ATTRIBUTES = {"_rebuild_from_type", "_rebuild_from_type_v2"}
 
+# torch's storage types -> numpy's types. numpy has no bfloat16, which is the upper half of a float32.
+TYPES = {"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": "u2", "Long": "i8", "Int": "i4", "Short": "i2",
+         "Char": "i1", "Byte": "u1", "Bool": "?", "Untyped": "u1", "ComplexFloat": "c8", "ComplexDouble": "c16",
+         "QInt8": "i1", "QUInt8": "u1", "QInt32": "i4", "QUInt4x2": "u1", "QUInt2x4": "u1"}
+SAFETENSORS_TYPES = {"F64": "Double", "F32": "Float", "F16": "Half", "BF16": "BFloat16", "I64": "Long", "I32": "Int",
+                     "I16": "Short", "I8": "Char", "U8": "Byte", "BOOL": "Bool"}
 
-class Unused(object):
-    """Stands for a value that inference does not need: a training run's numpy scores, its argparse.Namespace."""
-
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-
-class Tuple(tuple):
-    """A tuple of a pickle, which is no key of a dict: to hash deeply nested ones crashes Python, or takes for ever."""
-
-    def __hash__(self):
-        raise pickle.UnpicklingError("it has a tuple for a key, which no state dict has")
-
-
-def load_as_tuple(load):
-    """One of Unpickler's methods that make a tuple, making a Tuple."""
-    def load_tuple(self):
-        load(self)
-        self.stack[-1] = Tuple(self.stack[-1])
-    return load_tuple
+# Names under which training scripts keep the model's state dict. The first one of these that a file has is taken.
+MAIN = ["state_dict", "state_dicts", "model_state_dict", "model", "module", "net", "network", "weights", "params"]
+UNKNOWN = float("inf")  # the rank of all other names
+# What DataParallel, PyTorch Lightning and torch.compile add to the network's own keys.
+WRAPPERS = {"module", "model", "_orig_mod"}
+# A key in a state dict: what is before the network's own key, and that key.
+KEY = re.compile(r"((?:.*\.)?)((?:base|classifier)\..*)", re.DOTALL)
 
 
-class CheckpointPickle(object):
-    """The pickle_module for torch.load: a pickle names only what is allowed above, so it cannot run code."""
-
-    class Unpickler(pickle._Unpickler):  # the one in Python: the one in C does not let us replace BUILD
-        archive, sizes = None, {}  # torch's reader of the zip format (the earlier one has none); bytes of its records
-
-        def find_class(self, module, name):
-            if (module, name) in ALLOWED:
-                return super().find_class(module, name)
-            if module.split(".")[0] == "numpy" or (module, name) in IGNORED:
-                return Unused
-            raise pickle.UnpicklingError("it refers to %r, which no state dict needs (a whole pickled model, or "
-                                         "code); save model.state_dict()" % (module + "." + name))
-
-        def load_build(self):
-            # BUILD sets attributes, of functions too: one renamed that way makes torch.load write a file of any name.
-            # All that a checkpoint sets is its state dict's _metadata, which nothing here needs.
-            self.stack.pop()
-
-        def load_binpersid(self):
-            # torch 1.6 believes what the pickle claims of a storage's size, and would read beyond its record's end.
-            if self.archive:
-                _, kind, key, _, count = self.stack[-1]
-                dtype = kind.dtype if isinstance(getattr(kind, "dtype", None), torch.dtype) else kind(0).dtype
-                if key not in self.sizes:
-                    self.sizes[key] = len(self.archive.get_record("data/%s" % key))
-                if not 0 <= count * torch.empty(0, dtype=dtype).element_size() <= self.sizes[key]:
-                    raise pickle.UnpicklingError("it claims %d values in a record of %d bytes" % (count, self.sizes[key]))
-            super().load_binpersid()
-
-        dispatch = dict(pickle._Unpickler.dispatch)
-        dispatch[pickle.BUILD[0]] = load_build
-        dispatch[pickle.BINPERSID[0]] = load_binpersid
-        for opcode in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
-            dispatch[opcode[0]] = load_as_tuple(dispatch[opcode[0]])
-
-    __name__ = "CheckpointPickle"  # torch.load asks every pickle_module for its name
-
-    def __init__(self, archive):
-        self.Unpickler = type("Unpickler", (self.Unpickler,), {"archive": archive, "sizes": {}})
-
-    def load(self, file, **kwargs):
-        return self.Unpickler(file, **kwargs).load()
+class Refused(ValueError):
+    """What is wrong with a file, without the file's name."""
 
 
-def check_container(path):
-    """Raises ValueError unless path is a file of torch.save; returns whether it is its zip format (torch >= 1.6)."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as f:
-        start = f.read(len(MAGIC))
-    if start.startswith(b"PK"):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                members = archive.infolist()
-        except Exception as error:  # zipfile raises many kinds for a damaged file
-            raise ValueError("%s: damaged or cut off (%s)" % (path, error))
-        # torch.load runs a TorchScript archive, which is one with constants.pkl. The name is looked for in the bytes
-        # because zipfile and torch may find different directories in a file that was made to fool one of them.
-        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(b"constants.pkl") >= 0:
-                raise ValueError("%s: a TorchScript archive, not a checkpoint; save model.state_dict()" % path)
-        if not any(member.filename.split("/", 1)[-1] == "data.pkl" for member in members):
-            raise ValueError("%s: a zip file, but no PyTorch checkpoint (it has no data.pkl)" % path)
-        # torch.save compresses nothing, so more content than file is a zip bomb.
-        if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
-            raise ValueError("%s: its content is larger than the file; torch.save writes no such file" % path)
-    elif start != MAGIC:
-        raise ValueError("%s: no PyTorch checkpoint (it begins with %r)" % (path, start))
-    elif tarfile.is_tarfile(path):  # torch.load tries the tar format of torch 0.1 first, and would unpack it
-        raise ValueError("%s: a tar file, not a checkpoint" % path)
-    return start != MAGIC
+class Named(object):
+    """The note of a name in a pickle or, with arguments, of a call; entries: what the pickle puts into the call's result."""
+    __slots__ = "name", "arguments", "entries"
+
+    def __init__(self, name, arguments=None):
+        self.name, self.arguments, self.entries = name, arguments, {}
 
 
-def load_checkpoint(path):
-    """Returns the model's state dict of a checkpoint: OrderedDict, key -> CPU tensor.
+class Storage(object):
+    """Where a tensor's values are: their type, the storage's name in the file, and the part of it (in very old files)."""
+    __slots__ = "kind", "key", "part"
 
-    Reads a bare state dict, {'state_dict': ...} and {'state_dicts': [model, optimizer]}, with or without DataParallel's
-    'module.' prefix, in every format of torch.save, Python 2.7's included. Runs no code of the file.
-    Raises OSError if path cannot be read, ValueError if it is no such checkpoint.
+    def __init__(self, kind, key, part=None):
+        self.kind, self.key, self.part = kind, key, part
+
+
+class Pickle(io.BytesIO):
+    """The bytes of a pickle. Lines must be short, because Python 3.7 takes hours to read a number of a million digits."""
+
+    def readline(self):
+        return super().readline(5000)
+
+
+def put(target, items):
+    """Puts items, [key, value, key, value ...], into a dict or a Named. Any other target stays as it is."""
+    entries = target.entries if isinstance(target, Named) else target
+    if isinstance(entries, dict):
+        for key, value in zip(items[::2], items[1::2]):
+            # A key that is not text becomes a Named, because the hash of a deeply nested tuple can crash Python.
+            entries[key if isinstance(key, str) else Named(type(key).__name__)] = value
+
+
+def call(function, arguments):
+    """Returns the note of a call."""
+    arguments = arguments if isinstance(arguments, tuple) else ()
+    result = Named(function.name if isinstance(function, Named) else type(function).__name__, arguments)
+    if result.name == "collections.OrderedDict" and arguments and isinstance(arguments[0], list):
+        for pair in arguments[0]:  # Python 2 writes an OrderedDict's entries so
+            put(result, pair if isinstance(pair, (list, tuple)) else [])
+    return result
+
+
+def persistent(pid):
+    """Returns what a persistent id of torch.save stands for: a Storage, or a model's class (it comes with its source)."""
+    if isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage":
+        kind, key, part = pid[1], pid[2], pid[5] if len(pid) > 5 else None
+        if isinstance(kind, Named) and isinstance(key, str):
+            return Storage(kind.name.split(".")[-1].replace("Storage", ""), key, part)
+    if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
+        return pid[1]
+    return Named("an unknown persistent id")
+
+
+# Opcodes that push the value which they hold, a constant, an empty container, a tuple of so many values from the stack.
+# A set is read as a list, which needs no hashes.
+LITERALS = set("INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
+               "SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split())
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": list}
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def unpickle(file):
+    """Reads one pickle of a Pickle; returns (its value, {name of a storage: its type}).
+
+    The value consists of plain Python values, Named and Storage. A damaged pickle raises exceptions of many kinds.
     """
+    stack, marks, memo, kinds = [], [], {}, {}
+
+    def pop(count):
+        items = stack[len(stack) - count:]
+        del stack[len(stack) - count:]
+        return items
+
+    def pop_mark():
+        return pop(len(stack) - marks.pop())
+
+    for opcode, argument, _ in pickletools.genops(file):
+        code = opcode.name
+        if code in LITERALS:
+            stack.append(argument)
+        elif code in CONSTANTS:
+            stack.append(CONSTANTS[code])
+        elif code in EMPTY:
+            stack.append(EMPTY[code]())
+        elif code in TUPLES:
+            stack.append(tuple(pop(TUPLES[code])))
+        elif code == "MARK":
+            marks.append(len(stack))
+        elif code == "TUPLE":
+            stack.append(tuple(pop_mark()))
+        elif code in ("LIST", "FROZENSET"):
+            stack.append(pop_mark())
+        elif code == "DICT":
+            items = pop_mark()
+            stack.append({})
+            put(stack[-1], items)
+        elif code in ("SETITEM", "SETITEMS"):
+            items = pop(2) if code == "SETITEM" else pop_mark()
+            put(stack[-1], items)
+        elif code in ("APPEND", "APPENDS", "ADDITEMS"):
+            items = pop(1) if code == "APPEND" else pop_mark()
+            if isinstance(stack[-1], list):
+                stack[-1].extend(items)
+        elif code in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if code == "MEMOIZE" else argument] = stack[-1]
+        elif code in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif code == "GLOBAL":
+            stack.append(Named(argument.replace(" ", ".")))
+        elif code == "STACK_GLOBAL":
+            stack.append(Named(".".join(pop(2))))
+        elif code in ("EXT1", "EXT2", "EXT4"):
+            stack.append(Named("an extension of copyreg"))
+        elif code in ("REDUCE", "NEWOBJ"):
+            stack.append(call(*pop(2)))
+        elif code == "NEWOBJ_EX":
+            stack.append(call(*pop(3)[:2]))
+        elif code == "INST":
+            stack.append(call(Named(argument.replace(" ", ".")), tuple(pop_mark())))
+        elif code == "OBJ":
+            items = pop_mark()
+            stack.append(call(items[0], tuple(items[1:])))
+        elif code == "BUILD":  # it sets attributes; none is needed
+            stack.pop()
+        elif code == "BINPERSID":
+            value = persistent(stack.pop())
+            stack.append(value)
+            if isinstance(value, Storage):
+                kinds[value.key] = value.kind
+        elif code == "DUP":
+            stack.append(stack[-1])
+        elif code == "POP" and marks and marks[-1] == len(stack):
+            marks.pop()
+        elif code == "POP":
+            stack.pop()
+        elif code == "POP_MARK":
+            pop_mark()
+        elif code == "STOP":
+            return stack.pop(), kinds
+        elif code not in ("PROTO", "FRAME"):
+            raise Refused("its pickle has the opcode %s, which torch.save does not write" % code)
+
+
+def read_zip(data):
+    """Reads the zip format of torch >= 1.6; returns (the content, a function: name of a storage -> its bytes)."""
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    members = archive.infolist()
+    names = {member.filename.split("/")[-1]: member.filename for member in members}
+    if "constants.pkl" in names:
+        raise Refused("a TorchScript archive, not a checkpoint; save model.state_dict()")
+    if "data.pkl" not in names:
+        raise Refused("a zip file, but no PyTorch checkpoint (it has no data.pkl)")
+    # torch.save compresses nothing. A zip file can claim to hold much more than its size, to fill the memory.
+    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > len(data):
+        raise Refused("its content is larger than the file, which is not so in files of torch.save; if someone packed it, "
+                      "unpack it and pack it without compression: zip -0 -r")
+    root = names["data.pkl"][:-len("data.pkl")]
+
+    def read(name):
+        member = archive.getinfo(root + name)
+        if getattr(member, "CRC", None) == 0:
+            del member.CRC  # torch.save can leave the checksums out; without the attribute zipfile expects none
+        return archive.read(member)
+
+    if root + "byteorder" in archive.namelist() and read("byteorder") != b"little":
+        raise Refused("it was saved on a big-endian machine, whose files are not supported")
+    # Many tensors can share a storage. Each storage is read once.
+    return unpickle(Pickle(read("data.pkl")))[0], functools.lru_cache(maxsize=None)(lambda key: read("data/" + key))
+
+
+def read_old(data):
+    """Reads the format of torch.save before the zip format, Python 2.7's files too; returns the same as read_zip."""
+    file = Pickle(data)
+    if unpickle(file)[0] != MAGIC:
+        raise Refused("a pickle, but not one of torch.save; save the checkpoint with torch.save")
+    unpickle(file)  # the version of the format
+    system, _ = unpickle(file)
+    if isinstance(system, dict) and system.get("little_endian") is False:
+        raise Refused("it was saved on a big-endian machine, whose files are not supported")
+    content, kinds = unpickle(file)
+    keys, _ = unpickle(file)
+    storages, position = {}, file.tell()
+    for key in keys:  # the storages follow in this order, each after the number of its values
+        count, = struct.unpack_from("<q", data, position)
+        begin, position = position + 8, position + 8 + count * np.dtype(TYPES[kinds[key]]).itemsize
+        if not begin <= position <= len(data):
+            raise Refused("damaged or cut off (it ends within the values of its tensors)")
+        storages[key] = memoryview(data)[begin:position]
+    return content, storages.__getitem__
+
+
+def read_safetensors(data):
+    """Reads a .safetensors file; returns the same as read_zip."""
+    try:
+        from safetensors import deserialize
+    except ImportError as error:
+        raise Refused("a safetensors file, for which a package is missing (%s); install it: "
+                      "python3 -m pip install --prefer-binary safetensors" % error)
+    content, storages = {}, {}
+    for key, tensor in deserialize(data):
+        size, storages[key] = tuple(tensor["shape"]), tensor["data"]
+        stride = tuple(int(np.prod(size[i + 1:])) for i in range(len(size)))
+        kind = SAFETENSORS_TYPES.get(tensor["dtype"], tensor["dtype"])
+        content[key] = Named("_rebuild_tensor", (Storage(kind, key), 0, size, stride))
+    return content, storages.__getitem__
+
+
+def read_file(path):
+    """Reads a checkpoint file of any format; returns (its content, a function: name of a storage -> its bytes)."""
+    if os.path.isdir(path):
+        for folder in [path] + [os.path.join(path, name) for name in sorted(os.listdir(path))]:
+            if os.path.isfile(os.path.join(folder, "data.pkl")):
+                parent, name = os.path.split(os.path.abspath(folder))
+                raise Refused("an unpacked checkpoint; pack its folder again: (cd %s && zip -0 -r %s %s)"
+                              % tuple(shlex.quote(text) for text in (parent, name + ".pth", name)))
+        raise Refused("a folder, not a checkpoint file")
     if not os.path.isfile(path):
         raise FileNotFoundError("%s: no such file; the first argument is the trained checkpoint" % path)
-    zipped = check_container(path)
-    arguments = {"weights_only": False} if "weights_only" in inspect.signature(torch.load).parameters else {}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module = CheckpointPickle(torch._C.PyTorchFileReader(path) if zipped else None)
-            # latin1, because Python 2 wrote numpy's binary data as text.
-            content = torch.load(path, map_location="cpu", pickle_module=module, encoding="latin1",
-                                 **arguments)
-    except pickle.UnpicklingError as error:
-        raise ValueError("%s: cannot be read as a checkpoint: %s" % (path, error))
-    except Exception as error:  # a damaged or hostile file can raise anything here
-        raise ValueError("%s: damaged or cut off (%s: %s)"
-                         % (path, type(error).__name__, str(error).split("\n")[0]))
+        with open(path, "rb") as f:
+            data = f.read()
+    except OSError as error:
+        raise OSError("%s: cannot be read: %s" % (path, error.strerror))
+    if path.endswith(".safetensors") or data[8:9] == b"{" and struct.unpack_from("<Q", data)[0] < len(data):
+        return read_safetensors(data)
+    if data.startswith(b"PK"):
+        return read_zip(data)
+    if data.startswith(b"\x80"):
+        return read_old(data)
+    if tarfile.is_tarfile(path):
+        raise Refused("a tar archive, not a checkpoint; unpack it with tar -xf and give the file in it")
+    raise Refused("no PyTorch checkpoint (it begins with %r)" % data[:15])
 
-    state = content
-    if isinstance(content, dict) and "state_dict" in content:
-        state = content["state_dict"]
-    elif isinstance(content, dict) and "state_dicts" in content:
-        states = content["state_dicts"]
-        state = states[0] if isinstance(states, (list, tuple)) and states else None
-    if not isinstance(state, dict) or not state:
-        raise ValueError("%s: holds no state dict (looked for 'state_dict', 'state_dicts' and a bare one)" % path)
-    size, total = os.path.getsize(path), 0
-    result = OrderedDict()
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise ValueError("%s: holds no state dict: %s is %s, not a tensor" % (
-                path, repr(key) if isinstance(key, str) else "a key", type(value).__name__))
-        if not key.isprintable():  # the keys stand in messages
-            raise ValueError("%s: holds no state dict: it has a key %r" % (path, key))
-        total += value.numel()
-        # The strides, because where they overflow torch 1.6 lets a tensor reach beyond its storage.
-        if max([total] + list(value.shape + value.stride())) > size:
-            raise ValueError("%s: its tensors up to %s have more values than the file has bytes" % (path, key))
-        if value.is_floating_point() and not torch.isfinite(value.float()).all():
-            raise ValueError("%s: %s holds NaN or infinite values" % (path, key))
-        result[key[len("module."):] if key.startswith("module.") else key] = value
-    return result
+
+def shown(text):
+    """A text of the file, fit for an error message."""
+    return text if text.isprintable() and len(text) <= 100 else ascii(text)[:100]
 
 
 def some(items, most=4):
@@ -257,23 +376,219 @@ def some(items, most=4):
     return ", ".join(items[:most]) + (" and %d more" % (len(items) - most) if len(items) > most else "")
 
 
-def build_model(state):
+def described(value):
+    """What a value is: the name of a Named, otherwise the Python type."""
+    return shown(value.name) if isinstance(value, Named) else type(value).__name__
+
+
+class Network(object):
+    """A state dict in the content of a file.
+
+    name says where it is, rank how likely it is the one that is meant. entries is the dict that it is in. keys tells which
+    keys of entries give a key of the network, before what stands before them; others are the remaining keys of entries.
+    """
+
+    def __init__(self, path, entries, keys, before, others):
+        self.name, self.entries, self.keys, self.before, self.others = ".".join(map(str, path)), entries, keys, before, others
+        self.rank = [part if isinstance(part, int) else MAIN.index(part) if part in MAIN else UNKNOWN for part in path]
+
+
+def networks(path, entries):
+    """Returns the Networks in one dict of the content.
+
+    Several can be in one dict, told apart by what stands before their keys: base.conv1.weight, ema.module.base.conv1.weight.
+    """
+    found, others = OrderedDict(), []
+    for key in entries:
+        match = KEY.fullmatch(key) if isinstance(key, str) else None
+        if match:
+            before, name = ([part for part in half.split(".") if part and part not in WRAPPERS] for half in match.groups())
+            found.setdefault(tuple(before), OrderedDict()).setdefault(".".join(name), []).append(key)
+        else:
+            others.append(key)
+    result = []
+    for before, keys in found.items():
+        first = keys.get("classifier.weight", [None])[0]
+        if isinstance(entries.get(first), Named):
+            result.append(Network(path + before, entries, keys, KEY.fullmatch(first).group(1), others))
+    return result
+
+
+def find_networks(content):
+    """Returns the Networks in a checkpoint's content, the outer ones first."""
+    found, seen, level = [], set(), [((), content)]
+    for _ in range(DEPTH):
+        below = []
+        for path, value in level:
+            value = value.entries if isinstance(value, Named) else value
+            if id(value) in seen or not isinstance(value, (dict, list, tuple)):
+                continue
+            seen.add(id(value))
+            if isinstance(value, dict):
+                found += networks(path, value)
+            below += [(path + (key,), item) for key, item in
+                      (value.items() if isinstance(value, dict) else enumerate(value))
+                      if isinstance(key, (str, int)) and isinstance(item, (dict, list, tuple, Named))]
+        level = below
+    return found
+
+
+def choose(content, name, say):
+    """Returns the Network that is meant, by its name where one is given. Tells say which one it is where that is not clear."""
+    found = find_networks(content)
+    if not found:
+        entries = content.entries if isinstance(content, Named) else content
+        if not isinstance(entries, dict) or not entries:
+            raise Refused("holds an object of %s, not a state dict; save model.state_dict()" % described(content))
+        keys = ("%s (%s)" % (shown(key) if isinstance(key, str) else described(key), described(value))
+                for key, value in entries.items())
+        raise Refused("holds no state dict with classifier.weight; save model.state_dict(). It has: %s" % some(keys, 12))
+    names = [shown(network.name) or "(top level)" for network in found]
+    if name is not None:
+        matching = [network for network in found if network.name == name]
+        matching = matching or [network for network in found if network.name.startswith(name + ".")]
+        if len(matching) != 1:
+            raise Refused("has %s state dict %s; it has: %s" % (
+                "more than one" if matching else "no", shown(name), some(names, 12)))
+        best = matching[0]
+    else:
+        best = min(found, key=lambda network: network.rank)
+        if len(found) > 1 and UNKNOWN in best.rank:
+            raise Refused("has several state dicts: %s; choose one with --state-dict NAME" % some(names, 12))
+    taken, others = names[found.index(best)], [name for name, network in zip(names, found) if network is not best]
+    if others:
+        say("took the state dict %s; it also has: %s (--state-dict NAME takes another)" % (taken, some(others, 12)))
+    elif UNKNOWN in best.rank:
+        say("took its only state dict, %s" % taken)
+    return best
+
+
+def tensor_call(value):
+    """Returns the arguments of the call that makes a tensor, inside all calls around it; None if value is no tensor."""
+    while isinstance(value, Named) and value.arguments:
+        function, arguments = value.name[value.name.rfind(".") + 1:], value.arguments
+        if function in TENSORS:
+            # torch >= 1.12 can mark a tensor as negated or conjugated instead of computing that.
+            marks = arguments[6] if len(arguments) > 6 and isinstance(arguments[6], dict) else {}
+            return None if "neg" in marks or "conj" in marks else arguments
+        if function in AROUND_TENSORS:
+            value = arguments[0]
+        elif function in WITH_ATTRIBUTES and len(arguments) > 2:
+            value = call(arguments[0], arguments[2])
+        else:
+            return None
+    return None
+
+
+def make_array(value, read, most):
+    """Returns (a tensor's values as float32 or, if they are whole numbers, as int64; the name of their type in the file).
+
+    read: see read_zip. Raises Refused unless value is a plain tensor of at most so many values, all of them finite.
+    """
+    arguments = tensor_call(value)
+    if arguments is None:
+        raise Refused("is %s, not a plain tensor; save model.state_dict() of the whole model, not sharded or quantised"
+                      % described(value))
+    storage, offset, size, stride = (tuple(arguments) + (None,) * 4)[:4]
+    if not (isinstance(storage, Storage) and isinstance(size, tuple) and isinstance(stride, tuple)
+            and len(size) == len(stride) <= 8
+            and all(isinstance(number, int) and 0 <= number < 1 << 62 for number in (offset,) + size + stride)):
+        raise Refused("is no tensor as torch.save writes it; the file is damaged, or made to do harm")
+    if storage.kind not in TYPES or storage.kind.startswith("Complex"):
+        raise Refused("has values of the type %s; save model.float().state_dict()" % shown(storage.kind))
+    count = 1
+    for number in size:
+        count *= number
+    if max((count,) + size) > most:
+        raise Refused("and the tensors before it have more values than the file has bytes")
+    dtype = np.dtype("<" + TYPES[storage.kind])
+    if not count:
+        return np.zeros(size, "f4"), dtype.name
+    data = read(storage.key)
+    data = np.frombuffer(data, dtype, len(data) // dtype.itemsize)
+    if storage.part is not None:
+        _, begin, length = storage.part
+        data = data[begin:begin + length]
+    # Python's whole numbers do not overflow. In a dimension of size 1 the stride has no meaning.
+    stride = tuple(step if number > 1 else 0 for number, step in zip(size, stride))
+    if offset + sum((number - 1) * step for number, step in zip(size, stride)) >= len(data):
+        raise Refused("reaches beyond its %d values in the file" % len(data))
+    steps = tuple(step * dtype.itemsize for step in stride)
+    array = np.array(np.lib.stride_tricks.as_strided(data[offset:], size, steps), order="C")
+    name = dtype.name
+    if storage.kind == "BFloat16":
+        array, name = (array.reshape(-1).astype("u4") << 16).view("f4").reshape(size), "bfloat16"
+    with np.errstate(all="ignore"):  # a value that is too large for a float32 becomes infinite
+        array = array.astype("f4" if array.dtype.kind == "f" else "i8", copy=False)
+    if not np.isfinite(array).all():
+        raise Refused("holds NaN or infinite values")
+    return array, name
+
+
+def make_state(network, read, most, say):
+    """Returns the state dict of a Network: OrderedDict, key -> tensor; most: how many values its tensors may have."""
+    # Beside model.classifier.weight, what does not begin with model. belongs to something else, such as a loss.
+    own = [key for key in network.others
+           if isinstance(key, str) and key.startswith(network.before) and tensor_call(network.entries[key])]
+    state, types = OrderedDict(), set()
+    for name, originals in list(network.keys.items()) + [(key, [key]) for key in own]:
+        for key in originals:
+            try:
+                array, kind = make_array(network.entries[key], read, most)
+            except Refused as error:
+                raise Refused("%s %s" % (shown(key), error))
+            if not np.array_equal(state.setdefault(name, array), array):
+                raise Refused("%s and %s are the same key of the network, but their values differ; delete the wrong one"
+                              % (shown(originals[0]), shown(key)))
+            most -= array.size
+            types |= {kind} if array.dtype.kind == "f" else set()
+    if types - {"float32"}:
+        say("converted the weights from %s to float32" % some(sorted(types - {"float32"})))
+    if len(own) < len(network.others):
+        say("left out what does not belong to the network: %s" % some(
+            shown(key) if isinstance(key, str) else described(key) for key in network.others if key not in set(own)))
+    return OrderedDict((name, torch.from_numpy(array)) for name, array in state.items())
+
+
+def load_checkpoint(path, state_dict=None, say=lambda text: None):
+    """Returns the model's state dict of a checkpoint: OrderedDict, key -> CPU tensor of float32 (int64 for counts).
+
+    Reads the files of every torch.save, those from Python 2.7 and from Ascend's torch_npu too, and .safetensors. The state
+    dict may be anywhere in the content; state_dict is the name of one of several ('state_dict_ema', 'ema.module'). Prefixes
+    such as 'module.' are removed from its keys. say gets a line of text for each choice that the user should know of.
+    Runs no code of the file. Raises OSError if path cannot be read, ValueError if it is no such checkpoint.
+    """
+    try:
+        content, read = read_file(path)
+        return make_state(choose(content, state_dict, say), read, os.path.getsize(path), say)
+    except Refused as error:
+        raise ValueError("%s: %s" % (path, error))
+    except OSError:
+        raise
+    except Exception as error:  # a damaged or hostile file can raise anything here
+        raise ValueError("%s: damaged or cut off (%s: %s)"
+                         % (path, type(error).__name__, shown(str(error).split("\n")[0])))
+
+
+def build_model(state, last_conv_stride=2):
     """Returns the DeepMAR_ResNet50 of a state dict, in eval mode; the number of attributes is the classifier's.
 
+    A state dict fits both values of last_conv_stride, 1 and 2, and does not tell with which one it was trained.
     Raises ValueError that names what does not fit: missing and unexpected keys, wrong shapes, another backbone.
     """
     weight = state.get("classifier.weight")
     if weight is None or weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != FEATURES:
         raise ValueError("not a DeepMAR ResNet-50 checkpoint: %s instead of classifier.weight [num_att,%d]; its keys are %s"
                          % ("none" if weight is None else list(weight.shape), FEATURES, some(state)))
-    model = DeepMAR_ResNet50(num_att=weight.shape[0])
+    model = DeepMAR_ResNet50(num_att=weight.shape[0], last_conv_stride=last_conv_stride)
     expected = model.state_dict()
     # Checkpoints of torch < 0.4.1 have no num_batches_tracked, and inference does not use it.
     missing = [key for key in expected if key not in state and not key.endswith(".num_batches_tracked")]
-    unexpected = [key for key in state if key not in expected]
+    unexpected = [shown(key) for key in state if key not in expected]
     shapes = ["%s %s instead of %s" % (key, list(state[key].shape), list(expected[key].shape))
               for key in expected if key in state and state[key].shape != expected[key].shape]
-    if missing or unexpected or shapes:
+    whole = [key for key in expected if key in state and expected[key].is_floating_point() > state[key].is_floating_point()]
+    if missing or unexpected or shapes or whole:
         blocks = [len({key.split(".")[2] for key in state if re.match(r"base\.layer%d\.\d+\." % layer, key)})
                   for layer in (1, 2, 3, 4)]
         problems = []
@@ -286,15 +601,17 @@ def build_model(state):
             problems.append("unexpected: %s" % some(unexpected))
         if shapes:
             problems.append("wrong shapes: %s" % some(shapes))
+        if whole:
+            problems.append("whole numbers instead of weights, as in a quantised model: %s" % some(whole))
         raise ValueError("not a DeepMAR ResNet-50 checkpoint: %s" % "; ".join(problems))
     model.load_state_dict(state)
     return model.eval()
 
 
-def load_model(path):
-    """Returns the network of a checkpoint file, in eval mode; raises OSError or ValueError (see load_checkpoint)."""
-    state = load_checkpoint(path)
+def load_model(path, last_conv_stride=2, state_dict=None, say=lambda text: None):
+    """Returns the network of a checkpoint file, in eval mode. Arguments and errors: see load_checkpoint, build_model."""
+    state = load_checkpoint(path, state_dict, say)
     try:
-        return build_model(state)
+        return build_model(state, last_conv_stride)
     except ValueError as error:
         raise ValueError("%s: %s" % (path, error))

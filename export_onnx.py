@@ -5,18 +5,23 @@
 
 The model has the input actual_input_1, float32 [batch size,3,224,224] (RGB, normalised), and the output output1, float32
 [batch size, attributes] (logits). It is written only after onnx's checker accepted it and ONNX Runtime gave PyTorch's
-logits on random input. Its metadata say how it is to be fed, which checkpoint it was, and, with --attributes FILE, the
-attributes' names. Works beside DeepMAR.py, and in the root of the open-source repository, whose
-baseline/model/DeepMAR.py is replaced by ours.
+logits on random input. Its metadata say how to feed it, which checkpoint it is of, and, with --attributes FILE, what the
+attributes are called. The script needs DeepMAR.py beside it, or as baseline/model/DeepMAR.py in the open-source repository,
+where it replaces the file of that name.
+
+The training script has the options --last_conv_stride and --resize. A checkpoint does not tell with which values it was
+trained, and it can be exported with any: give the same values as --last-conv-stride and --size.
 """
 import argparse
 import contextlib
+import fcntl
 import glob
 import hashlib
 import inspect
 import json
 import os
 import re
+import secrets
 import signal
 import sys
 import warnings
@@ -25,24 +30,22 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on, ONNX Runtim
 
 VERSION = "1.0"    # of these scripts, as the model's metadata names it
 OPSET = 11         # the ONNX operator set that atc supports
-SIZE = 224         # height and width of the network's input in pixels
 TOLERANCE = 1e-4   # allowed difference between the logits of ONNX Runtime and PyTorch, relative to the largest logit
 
 
-def export(model, path, batch_size):
-    """Writes the network's graph for a fixed batch size to path, constants folded."""
+def export(model, path, shape):
+    """Writes the network's graph for an input of a fixed shape [N,3,H,W] to path, constants folded."""
     import torch
     # torch 2.9 changed the default to an exporter that cannot emit opset 11 for this network; 1.6 has no such argument.
     arguments = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about that exporter's age, and the pooling window becoming a constant
-        torch.onnx.export(model, torch.zeros(batch_size, 3, SIZE, SIZE), path, opset_version=OPSET,
-                          input_names=["actual_input_1"], output_names=["output1"], do_constant_folding=True,
-                          **arguments)
+        warnings.simplefilter("ignore")  # that exporter warns of its age, and of the pooling window becoming a constant
+        torch.onnx.export(model, torch.zeros(shape), path, opset_version=OPSET, input_names=["actual_input_1"],
+                          output_names=["output1"], do_constant_folding=True, **arguments)
 
 
-def verify(model, path, batch_size):
-    """Compares the ONNX file with the network on seeded random input [batch_size,3,224,224].
+def verify(model, path, shape):
+    """Compares the ONNX file with the network on seeded random input of a shape [N,3,H,W].
 
     Returns (largest absolute difference of the logits, largest absolute logit); raises ValueError where onnx's checker
     refuses the file, or the logits have another shape, are not finite, or differ by more than TOLERANCE.
@@ -51,12 +54,14 @@ def verify(model, path, batch_size):
     import onnx
     import onnxruntime
     import torch
+    with open(path, "rb") as f:
+        content = f.read()  # the libraries do not all find a file whose name is not UTF-8
     try:
-        onnx.checker.check_model(onnx.shape_inference.infer_shapes(onnx.load(path)), full_check=True)
+        onnx.checker.check_model(onnx.shape_inference.infer_shapes(onnx.load_from_string(content)), full_check=True)
     except (onnx.checker.ValidationError, RuntimeError) as error:
         raise ValueError("the exported model is not valid: %s" % " ".join(str(error).split()))
-    images = np.random.RandomState(0).standard_normal((batch_size, 3, SIZE, SIZE)).astype(np.float32)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    images = np.random.RandomState(0).standard_normal(shape).astype(np.float32)
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     ours, = session.run(["output1"], {"actual_input_1": images})
     with torch.no_grad():
         theirs = model(torch.from_numpy(images)).numpy()
@@ -106,15 +111,16 @@ def describe(path, checkpoint, names, size, last_conv_stride):
 @contextlib.contextmanager
 def whole_file(path):
     """Yields the name of a new file beside path, which becomes path if the block succeeds, and goes if it fails."""
-    for left in glob.glob(glob.escape(path) + ".[0-9]*.partial"):
-        if not os.path.exists("/proc/" + left.split(".")[-2]):  # by a run that was killed
-            with contextlib.suppress(FileNotFoundError):  # another run took it away
+    for left in glob.glob(glob.escape(path) + ".*.partial"):
+        with contextlib.suppress(OSError), open(left) as file:
+            if locked(file):  # no process holds it any more: it is left from a run that was killed
                 os.remove(left)
-    temporary = "%s.%d.partial" % (path, os.getpid())
+    temporary = "%s.%s.partial" % (path, secrets.token_hex(4))
     try:
-        open(temporary, "wb").close()
-        yield temporary
-        os.replace(temporary, path)
+        with open(temporary, "xb") as file:
+            locked(file)
+            yield temporary
+            os.replace(temporary, path)
     except OSError as error:
         raise OSError("%s: cannot be written: %s" % (path, error.strerror or error))
     finally:
@@ -122,15 +128,32 @@ def whole_file(path):
             os.remove(temporary)
 
 
+def locked(file):
+    """Locks an open file against other processes; returns whether that was possible."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        usage="export_onnx.py CHECKPOINT OUTPUT BATCH_SIZE [--attributes FILE]\n"
-              "       export_onnx.py --input_file CHECKPOINT --output_file OUTPUT [--batch_size N] [--attributes FILE]")
+        usage="export_onnx.py CHECKPOINT OUTPUT BATCH_SIZE [options]\n"
+              "       export_onnx.py --input_file CHECKPOINT --output_file OUTPUT [--batch_size N] [options]")
     parser.add_argument("positional", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--input_file", metavar="CHECKPOINT", help="the trained checkpoint")
     parser.add_argument("--output_file", metavar="OUTPUT", help="the ONNX file to write")
     parser.add_argument("--batch_size", metavar="N", help="images per inference (default: 1)")
+    parser.add_argument("--last-conv-stride", "--last_conv_stride", metavar="N", type=int, choices=(1, 2), default=2,
+                        help="the network's stride in layer4, 1 or 2, as in training (default: 2)")
+    parser.add_argument("--size", metavar=("H", "W"), nargs=2, default=("224", "224"),
+                        help="height and width of the images in pixels, as in training (default: 224 224)")
+    parser.add_argument("--num-att", "--num_att", metavar="N",
+                        help="the number of attributes that the checkpoint must have (default: any)")
+    parser.add_argument("--state-dict", "--state_dict", metavar="NAME",
+                        help="which state dict of a checkpoint with several, e.g. state_dict_ema or ema.module")
     parser.add_argument("--attributes", metavar="FILE",
                         help="the attributes' names, one a line, to be kept in the model's metadata")
     args = parser.parse_intermixed_args(argv)
@@ -140,40 +163,57 @@ def main(argv=None):
     values = args.positional or named
     if len(values) != 3 or None in values[:2]:
         parser.error("give CHECKPOINT, OUTPUT and BATCH_SIZE")
-    checkpoint, output, batch_size = values
-    batch_size = "1" if batch_size is None else batch_size
-    if not re.fullmatch("[1-9][0-9]{0,8}", batch_size):
-        parser.error("BATCH_SIZE must be a positive whole number, not %r" % batch_size)
-    batch_size = int(batch_size)
 
-    # Until these imports end, Ctrl-C ends the process at once: torch makes errors of its own of a KeyboardInterrupt.
+    def number(name, text):
+        if not re.fullmatch("[1-9][0-9]{0,8}", text):
+            parser.error("%s must be a positive whole number, not %r" % (name, text))
+        return int(text)
+
+    checkpoint, output, batch_size = values
+    batch_size = number("BATCH_SIZE", "1" if batch_size is None else batch_size)
+    height, width = (number("--size", text) for text in args.size)
+    num_att = None if args.num_att is None else number("--num-att", args.num_att)
+
+    # PYTHONSAFEPATH keeps the script's folder out of Python's path, and the script may be started through a link.
+    folder = os.path.dirname(os.path.realpath(__file__))
+    sys.path.insert(0, folder)
+    # torch turns a KeyboardInterrupt during its import into errors of its own: until it is loaded, Ctrl-C ends the process.
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), "DeepMAR.py")):
+    if os.path.exists(os.path.join(folder, "DeepMAR.py")):
         from DeepMAR import load_model
     else:
         from baseline.model.DeepMAR import load_model
-    import onnxruntime  # noqa: F401 - its absence shows before the work is done
+    import onnxruntime  # noqa: F401 - if it is missing, this is said before the work is done
     signal.signal(signal.SIGINT, before)
     names = None if args.attributes is None else read_names(args.attributes)
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, args.last_conv_stride, args.state_dict, lambda text: print("%s: %s" % (checkpoint, text)))
+    if num_att not in (None, model.num_att):
+        raise ValueError("%s: was trained for %d attributes, but --num-att asks for %d; take the checkpoint and the labels of "
+                         "one data set" % (checkpoint, model.num_att, num_att))
     if names is not None and len(names) != model.num_att:
-        raise ValueError("%s: holds %d names, but %s has %d attributes" % (args.attributes, len(names), checkpoint, model.num_att))
+        raise ValueError("%s: holds %d names, but %s has %d attributes"
+                         % (args.attributes, len(names), checkpoint, model.num_att))
     try:
         with whole_file(output) as temporary:
-            export(model, temporary, batch_size)
-            describe(temporary, checkpoint, names, (SIZE, SIZE), 2)
-            difference, largest = verify(model, temporary, batch_size)
+            export(model, temporary, (batch_size, 3, height, width))
+            describe(temporary, checkpoint, names, (height, width), args.last_conv_stride)
+            difference, largest = verify(model, temporary, (batch_size, 3, height, width))
     except (OSError, ValueError):
         raise
     except Exception as error:  # torch, onnx and onnxruntime have kinds of their own, some of many lines
         raise ValueError("%s: not exported: %s: %s" % (output, type(error).__name__, " ".join(str(error).split())))
-    print("%s: batch size %d, %d attributes, opset %d; ONNX Runtime and PyTorch differ by at most %.3g "
-          "(largest logit %.3g)" % (output, batch_size, model.num_att, OPSET, difference, largest))
+    print("%s: batch size %d, images of %d x %d (height x width), last_conv_stride %d, %d attributes, opset %d; ONNX Runtime and "
+          "PyTorch differ by at most %.3g (largest logit %.3g)" % (
+              output, batch_size, height, width, args.last_conv_stride, model.num_att, OPSET, difference, largest))
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError, ImportError) as error:
         sys.exit("export_onnx.py: error: %s" % error)
     except KeyboardInterrupt:

@@ -27,10 +27,14 @@ device_id=${device_id-0}           # the card's device, or several that share th
 work_dir=${work_dir-work}          # where everything is written
 sample_size=${sample_size-200}     # images of the sample
 python=${python-${PYTHON-python3}} # the Python to use, or to make a virtual environment with
-set_env=${set_env-/usr/local/Ascend/ascend-toolkit/set_env.sh} # the toolkit's settings, read where atc is not on the PATH
+set_env=${set_env-}                # CANN's set_env.sh; empty: where atc is not on the PATH, the one that is found
+chips=${chips-}                    # chips of a card, for its rate; empty: what npu-smi info counts, else 4 of a 310, 1 of others
+strict=${strict-}                  # an error, not a note, where ONNX Runtime has a card's provider that does not load
 stage=${stage-0}                   # the first stage to run:
 stop_stage=${stop_stage-8}         # the last stage to run: 0 sample data, 1 ONNX, 2 Pad, 3 atc, 4 bins, 5 info,
                                    # 6 inference, 7 accuracy, 8 report
+check=${check-}                    # only tells what this machine has of what is needed, and how to get the rest
+json=${json-}                      # with --check: a file for its findings
 # --------------------------------------------------------------------------------------------------------------------
 
 here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)

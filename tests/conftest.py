@@ -1,5 +1,7 @@
 """What the tests share: the project's folders on the import path, and a way to run a script as a user would."""
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +36,8 @@ def check_error(process, *texts, code=1):
 
 def run_all(*arguments, root=ROOT, cwd=None, path=None, **variables):
     """Runs run_all.sh with this Python; returns the finished process."""
-    environment = dict(os.environ, PYTHON=sys.executable, sample_size=str(SIZE), set_env="/nonexistent", **variables)
+    environment = dict(os.environ, PYTHON=sys.executable, sample_size=str(SIZE), set_env="/dev/null")  # no CANN of this machine
+    environment.update(variables)
     if path:
         environment["PATH"] = "%s:%s" % (path, environment["PATH"])
     return subprocess.run(["bash", os.path.join(str(root), "run_all.sh")] + [str(argument) for argument in arguments],
@@ -42,11 +45,26 @@ def run_all(*arguments, root=ROOT, cwd=None, path=None, **variables):
                           universal_newlines=True)
 
 
+VERSION = "%d.%d" % sys.version_info[:2]
+
+
 @pytest.fixture(scope="session")
-def first(tmp_path_factory):
-    """The first run, on sample data; (its work folder, the process). tests/run.sh keeps it for tests/stacks.py."""
-    work = os.path.join(os.environ.get("DEEPMAR_TEST_STACKS", str(tmp_path_factory.mktemp("run_all"))),
-                        "work-%d.%d" % sys.version_info[:2])
+def sample(tmp_path_factory):
+    """A folder with the sample of SIZE images. tests/run.sh names a folder that the test files of a Python share."""
+    shared = os.environ.get("DEEPMAR_TEST_SHARED", str(tmp_path_factory.mktemp("shared")))
+    folder = os.path.join(shared, "sample-" + VERSION)
+    with open(folder + ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another file's tests may be making it
+        process = script("tools/sample.py", folder, "--images", SIZE, "--keep")
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def first(sample, tmp_path_factory):
+    """The first run, on sample data: (its work folder, the process)."""
+    work = os.path.join(str(tmp_path_factory.mktemp("run_all")), "work")
+    shutil.copytree(sample, os.path.join(work, "sample"))
     return work, run_all("--work-dir", work)
 
 

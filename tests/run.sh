@@ -1,60 +1,69 @@
 #!/usr/bin/env bash
 # Runs every test on the current Python ($PYTHON, default python3) and on Python 3.7 ($PYTHON37; else python3.7, else
-# pyenv's). Sets up a virtual environment for each where its packages are missing. Arguments go to pytest. The report is
-# looked at in chromium, which is installed where it is missing and this is root; $CHROMIUM names another Chrome.
+# pyenv's): first ruff and shellcheck, then the test files, two at a time. Sets up a virtual environment for each where its
+# packages are missing. Arguments go to pytest. The report is looked at in chromium, which is installed with shellcheck where it
+# is missing and this is root; $CHROMIUM names another Chrome.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." || exit 1
 
 python37=${PYTHON37-$(command -v python3.7)}
 if [ -z "$python37" ] || ! "$python37" --version >/dev/null 2>&1; then
     python37=$(compgen -G "$(pyenv root 2>/dev/null)/versions/3.7.*/bin/python" | head -n 1)
 fi
 
-if ! command -v "${CHROMIUM:=chromium}" >/dev/null; then
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && [ "$CHROMIUM" = chromium ]; then
-        echo "tests/run.sh: installing chromium and a font for it"
-        { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends \
-            chromium fonts-dejavu-core >/dev/null; } ||
-            { echo "tests/run.sh: error: chromium cannot be installed, see above"; exit 1; }
-    else
-        echo "tests/run.sh: error: no $CHROMIUM, the browser that the report's tests need; run as root:" \
-            "apt-get install chromium fonts-dejavu-core, or set CHROMIUM to a Chrome"
-        exit 1
+# needs COMMAND PACKAGES: a program that pip does not install
+needs() {
+    command -v "$1" >/dev/null && return
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "tests/run.sh: installing $2"
+        # shellcheck disable=SC2086 # several packages
+        apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends $2 >/dev/null
     fi
-fi
+    command -v "$1" >/dev/null || { echo "tests/run.sh: error: no $1; run as root: apt-get install $2"; exit 1; }
+}
+needs "${CHROMIUM:=chromium}" "chromium fonts-dejavu-core"
+needs shellcheck shellcheck
 export CHROMIUM
 
-failed=
-pythons=
-DEEPMAR_TEST_STACKS=$(mktemp -d) && export DEEPMAR_TEST_STACKS # where each half leaves its run for tests/stacks.py
-trap 'rm -rf "$DEEPMAR_TEST_STACKS"' EXIT
+export DEEPMAR_TEST_SHARED DEEPMAR_TEST_PYTHONS=
+DEEPMAR_TEST_SHARED=$(mktemp -d) # the sample, which the tests of a Python share, and what tests/stacks.py compares
+trap 'rm -rf "$DEEPMAR_TEST_SHARED"' EXIT
+# Two files run at the same time on two cores, so threads of one process would only wait for each other.
+export OMP_NUM_THREADS=1
 
-run() { # run PYTHON [pytest's arguments]
-    local python file ran=
-    echo "=== tests on $("$1" --version 2>&1)"
-    python=$(PYTHON=$1 tools/python.sh requirements.txt tests/requirements.txt) || { failed="$failed $1"; return; }
-    pythons=$pythons${pythons:+:}$python
-    shift
-    # A process for each file: where a library crashes, the other files' tests run all the same.
-    for file in tests/test_*.py; do
-        "$python" -m pytest -q -p no:cacheprovider --durations=3 --durations-min=5 "$file" "$@"
-        case $? in
-            0) ran=yes ;;
-            5) ;; # the arguments choose none of its tests
-            *) ran=yes failed="$failed $file ($python)" ;;
-        esac
-    done
-    [ -n "$ran" ] || failed="$failed no-test-was-chosen"
+pythons=("${PYTHON:-python3}")
+[ -z "$python37" ] || pythons+=("$python37")
+for index in "${!pythons[@]}"; do
+    pythons[index]=$(PYTHON=${pythons[index]} tools/python.sh requirements.txt tests/requirements.txt) || exit 1
+done
+DEEPMAR_TEST_PYTHONS=$(IFS=: && echo "${pythons[*]}")
+
+shellcheck -x run_all.sh tools/*.sh tests/run.sh .ci/run || exit 1
+"${pythons[0]}" -m ruff check --quiet . || exit 1
+
+# one_file [pytest's arguments] PYTHON FILE: a process for each file, so that where a library crashes, the other files' tests run
+one_file() {
+    local python=${*: -2:1} file=${*: -1} log status
+    log=$(mktemp -p "$DEEPMAR_TEST_SHARED")
+    "$python" -m pytest -q -rs -p no:cacheprovider --durations=3 --durations-min=5 "$file" "${@:1:$#-2}" >"$log" 2>&1
+    status=$?
+    [ "$status" != 5 ] || return 0 # the arguments choose none of its tests
+    echo "$status $file ($("$python" --version))" >>"$DEEPMAR_TEST_SHARED/done"
+    sed "1i === $file, $("$python" --version)" "$log" # in one piece
 }
-run "${PYTHON:-python3}" "$@"
-if [ -n "$python37" ]; then
-    run "$python37" "$@"
-    if [ $# = 0 ] && [ -z "$failed" ]; then
-        echo "=== the two stacks against each other"
-        DEEPMAR_TEST_PYTHONS=$pythons "${pythons%%:*}" -m pytest -q -s -p no:cacheprovider tests/stacks.py ||
-            failed="$failed both"
-    fi
-else
-    echo "NOT RUN: the half on Python 3.7 (the guide's stack): no Python 3.7 on this machine; set PYTHON37 to one"
+export -f one_file
+long=(tests/test_{card,run_all,export,kill,bench,report}.py)
+mapfile -t others < <(printf "%s\n" tests/test_*.py | grep -vxFf <(printf '%s\n' "${long[@]}"))
+for file in "${long[@]}" "${others[@]}"; do
+    for python in "${pythons[@]}"; do printf '%s\0' "$python" "$file"; done
+done | xargs -0 -n 2 -P 2 bash -c 'one_file "$@"' _ "$@"
+
+failed=$(grep -v '^0 ' "$DEEPMAR_TEST_SHARED/done" | cut -d' ' -f2-)
+[ -e "$DEEPMAR_TEST_SHARED/done" ] || failed="no test was chosen"
+if [ $# = 0 ] && [ -z "$failed" ] && [ -n "$python37" ]; then
+    echo "=== the two stacks against each other"
+    "${pythons[0]}" -m pytest -q -s -p no:cacheprovider tests/stacks.py || failed=tests/stacks.py
 fi
-[ -z "$failed" ] || { echo "tests/run.sh: error: failed:$failed"; exit 1; }
+[ -n "$python37" ] ||
+    echo "NOT RUN: the half on Python 3.7 (the guide's stack): no Python 3.7 on this machine; set PYTHON37 to one"
+[ -z "$failed" ] || { echo "tests/run.sh: error: failed: $failed"; exit 1; }

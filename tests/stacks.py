@@ -5,6 +5,7 @@ flips that is not within that of 0.
 """
 import itertools
 import os
+import re
 import subprocess
 
 import numpy as np
@@ -13,22 +14,26 @@ import pytest
 from conftest import ROOT
 
 PYTHONS = os.environ["DEEPMAR_TEST_PYTHONS"].split(":")
-WORK = sorted(os.path.join(os.environ["DEEPMAR_TEST_STACKS"], name)
-              for name in os.listdir(os.environ["DEEPMAR_TEST_STACKS"]))
+SHARED = os.environ["DEEPMAR_TEST_SHARED"]
+SAMPLES = sorted(os.path.join(SHARED, name) for name in os.listdir(SHARED) if re.fullmatch(r"sample-[0-9.]+[0-9]", name))
 
 
-@pytest.mark.parametrize("work", WORK, ids=os.path.basename)
-def test_stacks_agree(work, tmp_path):
-    assert len(PYTHONS) == len(WORK) == 2
+@pytest.mark.parametrize("sample", SAMPLES, ids=os.path.basename)
+def test_stacks_agree(sample, tmp_path):
+    assert len(PYTHONS) == len(SAMPLES) == 2
+
+    def run(python, script, *arguments):
+        subprocess.run([PYTHONS[python], os.path.join(ROOT, script)] + list(arguments), check=True, cwd=str(tmp_path))
+
+    run(0, "preprocess_deepmar_pytorch.py", sample + "/images", "input_bin", sample + "/image.txt")
+    run(0, "get_info.py", "input_bin", "deepmar.info", "224", "224")
     logits = {}
     for exporter, runner in itertools.product(range(2), range(2)):
         if runner == 0:
-            subprocess.run([PYTHONS[exporter], os.path.join(ROOT, "export_onnx.py"), work + "/sample/checkpoint.pth.tar",
-                            str(tmp_path / ("%d.onnx" % exporter)), "1"], check=True)
-        subprocess.run([PYTHONS[runner], os.path.join(ROOT, "tools", "benchmark.py"), "-batch_size=1",
-                        "-om_path=%s" % (tmp_path / ("%d.onnx" % exporter)), "-device_id=%d%d" % (exporter + 1, runner),
-                        "-input_text_path=deepmar.info"], check=True, cwd=work)
-        folder = os.path.join(work, "result", "dumpOutput_device%d%d" % (exporter + 1, runner))
+            run(exporter, "export_onnx.py", sample + "/checkpoint.pth.tar", "%d.onnx" % exporter, "1")
+        run(runner, "tools/benchmark.py", "-batch_size=1", "-om_path=%d.onnx" % exporter,
+            "-device_id=%d%d" % (exporter + 1, runner), "-input_text_path=deepmar.info")
+        folder = str(tmp_path / "result" / ("dumpOutput_device%d%d" % (exporter + 1, runner)))
         logits[exporter, runner] = np.stack([np.fromfile(os.path.join(folder, name), "<f4")
                                              for name in sorted(os.listdir(folder))])
     first = logits[0, 0]

@@ -2,6 +2,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -182,3 +184,35 @@ def test_ctrl_c_while_its_thread_starts(monkeypatch):
         with benchmark.interruptible():
             raise AssertionError
     assert all(thread.daemon for thread in threading.enumerate() if thread not in before)
+
+
+def test_a_provider_that_did_not_load(folder, monkeypatch, capsys):
+    """As onnxruntime-gpu does without a GPU, and onnxruntime-cann without CANN: the session runs on the CPU."""
+    monkeypatch.chdir(str(folder))
+    monkeypatch.setattr(benchmark, "providers", lambda device_id: ["CPUExecutionProvider"])
+    arguments = ["-batch_size=1", "-om_path=bs1.onnx", "-round=1"]
+    for name in benchmark.PROVIDERS[:2]:
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [name, "CPUExecutionProvider"])
+        benchmark.main(arguments)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith("[WARN] %s did not load, so the CPU runs the model; " % name)
+        assert lines[1] == "[INFO] ONNX Runtime %s, CPUExecutionProvider (%s did not load), bs1.onnx" % (
+            onnxruntime.__version__, name)
+        with pytest.raises(ValueError, match=name + " did not load; "):
+            benchmark.main(arguments + ["-strict"])
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    benchmark.main(arguments + ["-strict"])
+    assert "did not load" not in capsys.readouterr().out
+
+
+def test_onnxruntime_of_numpy_1_with_numpy_2(folder, tmp_path):
+    """onnxruntime-cann 1.24.4: NumPy prints a page that begins so, then the import fails."""
+    (tmp_path / "onnxruntime.py").write_text(
+        "import sys\nsys.stderr.write('\\nA module that was compiled using NumPy 1.x cannot be run in\\nNumPy 2.4.6 as it'\n"
+        "                 ' may crash.\\nTraceback (most recent call last):\\n')\nraise ImportError('import numpy failed')\n")
+    code = "import sys; sys.path.insert(0, %r); import benchmark; sys.path.insert(0, %r); benchmark.open_session('bs1.onnx')" % (
+        os.path.dirname(benchmark.__file__), str(tmp_path))
+    process = subprocess.run([sys.executable, "-c", code], cwd=str(folder), stderr=subprocess.PIPE, universal_newlines=True)
+    last = process.stderr.splitlines()[-1]
+    assert "was built for NumPy 1" in last and last.endswith("-m pip install 'numpy<2'"), process.stderr
+    assert "A module that was compiled" not in process.stderr

@@ -5,25 +5,42 @@ set -euo pipefail
 
 benchmark=$here/benchmark.$(uname -m)
 binary=$(basename "$benchmark")
+doctor() { "$python" "$here/tools/doctor.py" "$@"; } # it understands npu-smi's table and CANN's folders
 has_atc() { command -v atc >/dev/null; }
 has_benchmark() { [ -x "$benchmark" ]; }
-has_ais_bench() { "$python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("ais_bench"))' 2>/dev/null; }
+ais_bench_files() { "$python" "$here/tools/ais_bench_files.py" "$@"; }
+has_ais_bench() { ais_bench_files check / 2>/dev/null; }
 has_om() { # whether there will be an OM for every batch size
-    local batch
     runs 3 && has_atc && return
-    for batch in $batch_size; do [ -e "$work_dir/deepmar_bs$batch.om" ] || return; done
+    local batch
+    for batch in $batch_size; do
+        om_missing=$work_dir/deepmar_bs$batch.om
+        [ -e "$om_missing" ] || return
+    done
 }
 
-# read_set_env: the toolkit's settings, where atc is not on the PATH yet
+# read_set_env: reads CANN's set_env.sh, the one that was asked for, or the machine's where atc is not on the PATH
 read_set_env() {
-    if ! has_atc && [ -f "$set_env" ]; then
-        set +eu # the toolkit's script is not written for them
-        # shellcheck disable=SC1090
-        source "$set_env"
-        set -eu
-        say "read $set_env"
+    if [ -n "$set_env" ]; then
+        if [ ! -r "$set_env" ] || [ -d "$set_env" ]; then fail "set_env: $set_env: no such file"; fi
+    else
+        has_atc || set_env=$(doctor set_env)
+        [ -n "$set_env" ] || return 0
     fi
+    set +eu # it is not written for them
+    # shellcheck disable=SC1090
+    source "$set_env"
+    set -eu
     export PATH
+    say "read $set_env"
+}
+
+# check_machine: tells what the machine has and lacks for these variables; its status says whether the backend could run
+check_machine() {
+    local asked=$backend name values=()
+    [ "$backend" != auto ] || choose_backend
+    for name in $names; do values+=("$name=${!name}"); done
+    exec "$python" "$here/tools/doctor.py" check "asked_backend=$asked" "${values[@]}"
 }
 
 # choose_backend: sets backend to what will run the model, and make_om where atc is to make an OM; stops where a piece of a
@@ -43,40 +60,51 @@ choose_backend() {
             elif has_ais_bench; then
                 backend=ais_bench why="no $binary beside the scripts, but $python has the package"
             else
-                backend=onnxruntime why="no $binary beside the scripts, and $python has no ais_bench"
+                backend=onnxruntime why="no $binary beside the scripts, and $python has no ais_bench.infer with aclruntime"
             fi
             [ -z "$why" ] || say "backend $backend: $why" ;;
         benchmark | ais_bench)
-            if [ "$backend" = ais_bench ]; then
-                has_ais_bench || fail "backend ais_bench: $python has no such package; run: $python -m pip install" \
-                    "aclruntime-VERSION-linux_$(uname -m).whl ais_bench-VERSION-py3-none-any.whl"
-            elif [ -e "$benchmark" ]; then
-                has_benchmark || fail "backend benchmark: $benchmark is not executable; run: chmod u+x $benchmark"
-            else
+            if [ "$backend" = benchmark ] && ! has_benchmark; then
+                [ ! -e "$benchmark" ] || fail "backend benchmark: $benchmark is not executable; run: chmod u+x $benchmark"
                 fail "backend benchmark: there is no $benchmark; take it from CANN's benchmark tool, then run:" \
                     "cp $binary $here/ && chmod u+x $benchmark"
             fi
-            has_om || fail "backend $backend: no atc and no OM on this machine; run: source $set_env, after installing the" \
-                "CANN toolkit (./Ascend-cann-toolkit_VERSION_linux-$(uname -m).run --install)" ;;
+            has_om || fail "backend $backend: no atc and no OM on this machine; run: bash" \
+                "./Ascend-cann-toolkit_VERSION_linux-$(uname -m).run --install, or put ${om_missing##*/} into $work_dir" ;;
     esac
     no_om="there is no atc on this machine; an OM in $work_dir is taken as it is"
     [ "$backend" != onnxruntime ] || no_om="the ONNX model runs on ONNX Runtime"
+    if [ "$backend" = ais_bench ] && runs 6; then check_ais_bench; fi
 }
 
-# choose_chip: sets chip_name as atc takes it; empty where no OM is made and nothing names it
+# check_ais_bench: stops where ais_bench does not start, or would refuse what is there; sets ais_bench_help
+check_ais_bench() {
+    local taken=() batch
+    runs 4 || taken+=("$work_dir/input_bin")
+    for batch in $batch_size; do [ -n "$make_om" ] || taken+=("$work_dir/deepmar_bs$batch.om"); done
+    ais_bench_files check "$work_dir" "${taken[@]}" || exit 1
+    ais_bench_help=$(cd / && "$python" -m ais_bench --help 2>&1) ||
+        fail "backend ais_bench: $python -m ais_bench --help ends with: ${ais_bench_help##*$'\n'}; install what is missing, or" \
+            "source CANN's set_env.sh where that is a library"
+}
+
+# choose_chip: sets chip_name as atc takes it, empty where no OM is made and nothing names it, and chips, those of a card
 choose_chip() {
-    if [ -z "$chip_name" ] && command -v npu-smi >/dev/null; then
-        # its table has a line "| 0       310P3     | OK  ..." for each chip
-        chip_name=$(npu-smi info | sed -nE 's/^\| *[0-9]+ +((Ascend)?[0-9]{3}[A-Za-z0-9]*) +\| *[A-Z].*/\1/p' | sort -u) ||
-            fail "npu-smi info failed; run it by hand, or set chip_name"
-        [ -n "$chip_name" ] || fail "npu-smi info names no chip; run it by hand, or set chip_name"
-        [[ $chip_name != *$'\n'* ]] || fail "npu-smi info names several chips, ${chip_name//$'\n'/ and }; set chip_name to one of them"
-        say "npu-smi info names the chip $chip_name"
+    local asked=$chip_name found
+    if command -v npu-smi >/dev/null && { [ -n "$make_om" ] || [ "$backend" != onnxruntime ]; }; then
+        found=$(doctor chip "$chip_name" "${devices[0]}") || exit 1
+        read -r chip_name found <<<"$found"
+        [ -n "$asked" ] || say "npu-smi info names the chip $chip_name"
+        [ "$found" = 0 ] || chips=${chips:-$found}
     fi
     [ -z "$make_om" ] || [ -n "$chip_name" ] ||
-        fail "chip_name is empty, and there is no npu-smi to ask: set it, as in --chip-name 310P3, or --backend onnxruntime for no OM"
+        fail "chip_name is empty, and there is no npu-smi to ask: set it, as in --chip-name 310P3, or --backend onnxruntime for" \
+            "no OM"
     chip_name=${chip_name:+Ascend${chip_name#Ascend}}
+    [ -z "$chips" ] || return 0
     case $chip_name in '') chips=0 ;; Ascend310) chips=4 ;; *) chips=1 ;; esac
+    [ "$chips" = 0 ] || [ "$backend" = onnxruntime ] || ! runs 7 ||
+        say "a card is taken to have $chips of the chip $chip_name, as no npu-smi counts them; --chips tells another number"
 }
 
 # new_scratch NAME: an empty folder in the work folder, for a tool to leave its files in. Its name has the devices, so that
@@ -92,12 +120,20 @@ new_scratch() {
 tool() {
     local log=$1
     shift
-    "$@" 2>&1 | tee "$work_dir/logs/$log" || broken "${log%_bs*} ended with status ${PIPESTATUS[0]}" "$log"
+    "$@" 2>&1 | tee "$work_dir/logs/$log" || broken "${log%_bs*} ended with status ${PIPESTATUS[0]}$(explain "$log")" "$log"
 }
-# broken WHAT LOG: stops with a tool's last words
+# explain LOG: prints what a known failure of atc means, for the end of a sentence
+explain() {
+    local why=
+    case $1 in atc_*) why=$(doctor explain "$work_dir/logs/$1" "$chip_name") || why= ;; esac
+    [ -z "$why" ] || printf ': %s' "$why"
+}
+# broken WHAT LOG: stops with a tool's errors, where it marks them, as its last words may be those of its usage text
 broken() {
-    tail -n 10 "$work_dir/logs/$2" | sed 's/^/    /' >&2
-    fail "$1; above are the last lines of $work_dir/logs/$2"
+    local log=$work_dir/logs/$2 last=10
+    if tr '\r' '\n' <"$log" | grep -F '[ERROR]' | sed -n '1,10s/^/    /p' >&2; then last=3; fi
+    tr '\r' '\n' <"$log" | tail -n "$last" | grep -vF '[ERROR]' | sed 's/^/    /' >&2 || :
+    fail "$1; above are the errors and the last lines of $log"
 }
 # run_atc: makes the OM of one batch size. In a folder of its own, as atc also leaves a fusion_result.json, which is not that of
 # stage 7.
@@ -120,11 +156,10 @@ infer() {
         say "these devices are not cards: ${#devices[@]} processes on ONNX Runtime share this machine's $(nproc) cores"
     wanted=$(wc -l <deepmar.info)
     new_scratch "$result" # the tools write into result/ of the folder that they run in, over what is there
-    ln -s ../input_bin ../deepmar.info "../$model" "$scratch"
+    [ "$backend" = ais_bench ] || ln -s ../input_bin ../deepmar.info "../$model" "$scratch"
     cd "$scratch"
     if [ "$backend" = ais_bench ]; then
         run_ais_bench
-        cp "$work_dir/logs/$log" "result/ais_bench_batchsize_${batch}_device_${device_id// /_}.log"
     elif [ ${#devices[@]} -gt 1 ]; then
         run_devices
     elif [ "$backend" = benchmark ]; then
@@ -153,9 +188,10 @@ collect() {
     mkdir -p "$result"
     for folder in "${folders[@]}"; do record "$folder"; done # of nothing, should this be interrupted here
     for device in "${devices[@]}"; do
-        rm -rf "$result/dumpOutput_device$device" "$result"/perf_vision_batchsize_*"_device_$device.txt"
+        rm -rf "$result/dumpOutput_device$device" "$result/dumpOutput_device${device}_summary.json" \
+            "$result"/perf_vision_batchsize_*"_device_$device.txt"
     done
-    rm -f "$result"/dumpOutput_device*_summary.json "$result"/ais_bench_batchsize_*.log "$result/fusion_result.json"
+    rm -f "$result/fusion_result.json"
     find "$scratch/result" -mindepth 1 -maxdepth 1 -exec mv -t "$result" {} +
     for folder in "${folders[@]}"; do
         record "$folder" info=deepmar.info model="$model" backend="$ran" model_name="$model"
@@ -169,6 +205,7 @@ run_device() {
     if [ "$backend" = onnxruntime ]; then
         command=("$python" "$here/tools/benchmark.py")
         [ ${#devices[@]} = 1 ] || command+=("-threads=$((threads > 0 ? threads : 1))")
+        [ -z "$strict" ] || command+=(-strict)
     fi
     exec "${command[@]}" -model_type=vision -batch_size="$batch" -device_id="$1" -om_path="$model" -input_width="$width" \
         -input_height="$height" -input_text_path="$2" -useDvpp=false -output_binary=true
@@ -191,20 +228,21 @@ run_devices() {
     [ -z "$failed" ] || broken "$backend failed on device $failed" "${backend}_bs${batch}_device${failed%% *}.log"
 }
 
-# run_ais_bench: it splits the images over several devices by itself and leaves a subfolder device<D> for each
+# run_ais_bench: it shares the images among several devices by itself
 run_ais_bench() {
-    local log=ais_bench_bs$batch.log folder=dumpOutput_device${device_id// /_} device from
-    mkdir result
+    local log=ais_bench_bs$batch.log folder=dumpOutput_device$device_id divide=() taken
+    if [ ${#devices[@]} -gt 1 ]; then
+        [ "$wanted" -ge ${#devices[@]} ] || fail "${#devices[@]} devices, but fewer images in $work_dir/deepmar.info"
+        folder=devices
+        # without it, versions since 2024 give each device all images
+        [[ $ais_bench_help != *--divide_input* ]] || divide=(--divide_input 1)
+    fi
+    "$python" "$here/tools/ais_bench_files.py" give ../input_bin "../$model"
     tool "$log" "$requested" -m ais_bench --model "$model" --input input_bin --output result --output_dirname "$folder" \
-        --outfmt BIN --batchsize "$batch" --device "${device_id// /,}"
-    ! grep -q '\[ERROR\]' "$work_dir/logs/$log" || broken "ais_bench reports an error" "$log"
-    [ ${#devices[@]} = 1 ] && return
-    for device in "${devices[@]}"; do
-        # some versions number the processes too: device0_0
-        for from in "result/$folder/device$device" "result/$folder/device$device"_*[0-9]; do
-            [ ! -d "$from" ] || mv -T "$from" "result/part$device"
-        done
-    done
-    mv "result/$folder" "result/whole"
-    for device in "${devices[@]}"; do mv "result/part$device" "result/dumpOutput_device$device"; done
+        --outfmt BIN --batchsize "$batch" --device "${device_id// /,}" "${divide[@]}"
+    ! grep -qF '[ERROR]' "$work_dir/logs/$log" || broken "ais_bench reports an error" "$log"
+    taken=$(sed -n 's/.*filesperbatch:\([0-9]*\) .*/\1/p' "$work_dir/logs/$log" | sort -u)
+    [ -z "$taken" ] || [ "$taken" = "$batch" ] || # it does not compare them, but computes its throughput with --batchsize
+        broken "$model takes $taken images at a time, not $batch; put another there, or run stage 3" "$log"
+    "$python" "$here/tools/ais_bench_files.py" collect ../input_bin "${devices[@]}"
 }

@@ -17,7 +17,7 @@ import sys
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
 from common import command, cores, importing, pixels, progress, replaced_folder, some, write_text
-from session import Clock, calls_at_once, check_shape, input_size, interruptible, open_session, run
+from session import NEEDS, Clock, calls_at_once, check_shape, input_size, interruptible, open_session, provider_note, run
 
 with importing():
     import numpy as np
@@ -134,6 +134,7 @@ def main(argv=None):
     option("round", type=positive, help="pure inference on random input, so many times")
     option("threads", type=positive, help="threads of the CPU provider; at batch size 1 each has an image of its own "
                                           "(default: one a core)")
+    option("strict", action="store_true", help="an error where ONNX Runtime has a card's provider that does not load")
     args = parser.parse_args(argv)
     if (args.input_text_path is None) == (args.round is None):
         parser.error("give -input_text_path for inference on data, or -round for pure inference")
@@ -148,7 +149,14 @@ def main(argv=None):
     check_shape(session, args.om_path, args.batch_size, args.input_height, args.input_width)
     import onnxruntime
     provider = session.get_providers()[0]
-    print("[INFO] ONNX Runtime %s, %s, %s" % (onnxruntime.__version__, provider, args.om_path), flush=True)
+    note = provider_note(session, onnxruntime.get_available_providers())
+    if note:
+        remedy = NEEDS[note.split()[0]]
+        if args.strict:
+            raise ValueError("%s; %s" % (note, remedy))
+        print("[WARN] %s, so the CPU runs the model; %s" % (note, remedy))
+    print("[INFO] ONNX Runtime %s, %s%s, %s" % (onnxruntime.__version__, provider, " (%s)" % note if note else "", args.om_path),
+          flush=True)
     if provider != "CPUExecutionProvider":  # a device takes one call at a time
         calls = 1
     for line in (vision if args.round is None else pure_inference)(session, calls, args):

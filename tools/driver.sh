@@ -4,7 +4,7 @@
 set -euo pipefail
 
 names="checkpoint images image_list label_file attributes thresholds published_acc size last_conv_stride state_dict chip_name backend
-batch_size device_id work_dir sample_size python set_env stage stop_stage"
+batch_size device_id work_dir sample_size python set_env chips strict stage stop_stage check json"
 
 say() { printf '[run_all] %s\n' "$*"; }
 fail() { printf 'run_all.sh: error: %s\n' "$*" >&2; exit 1; }
@@ -19,7 +19,9 @@ start_run() {
     read_options "$@"
     check_options
     check_given
+    command -v "$python" >/dev/null || fail "$python: no such Python; set python to one"
     read_set_env
+    [ -z "$check" ] || check_machine
     choose_backend
     choose_chip
     open_work_folder
@@ -50,6 +52,7 @@ read_options() {
     while [ $# -gt 0 ]; do
         case $1 in
             -h | --help) help && exit ;;
+            --check | --strict) name=$1 value=yes && shift ;;
             --*=*) name=${1%%=*} value=${1#*=} && shift ;;
             --*) [ $# -gt 1 ] || usage "$1 needs a value"
                 name=$1 value=$2 && shift 2
@@ -86,7 +89,10 @@ check_options() {
     for name in stage stop_stage; do
         [[ ${!name} =~ ^[0-8]$ ]] || usage "$name must be one of 0 to 8, not '${!name}'"
     done
-    [[ $chip_name =~ ^((Ascend)?[0-9]+[A-Za-z0-9]*)?$ ]] || usage "chip_name must be as in Ascend310 or 310P3, not '$chip_name'"
+    [[ $chips =~ ^([1-9][0-9]?)?$ ]] || usage "chips must be a positive whole number, not '$chips'"
+    for name in check strict; do [[ ${!name} =~ ^(yes)?$ ]] || usage "$name must be yes or empty, not '${!name}'"; done
+    [ -z "$json" ] || [ -n "$check" ] || usage "json is for --check"
+    [[ $chip_name =~ ^((Ascend)?[0-9]+[A-Za-z0-9_-]*)?$ ]] || usage "chip_name must be as in Ascend310 or 310P3, not '$chip_name'"
     [[ $published_acc =~ ^(100(\.0*)?|[0-9]{1,2}(\.[0-9]*)?|\.[0-9]+)?$ ]] ||
         usage "published_acc must be a number such as 0.789 or 78.9, not '$published_acc'"
     case $backend in auto | benchmark | ais_bench | onnxruntime) ;; *)
@@ -104,10 +110,10 @@ check_given() {
     for name in checkpoint images image_list label_file attributes thresholds; do
         [ -n "${!name}" ] || continue
         case $name in attributes | thresholds) ;; *) sample='' ;; esac
-        [ -e "${!name}" ] || fail "$name: ${!name}: no such file or folder"
-        printf -v "$name" %s "$(realpath -- "${!name}")"
+        [ -e "${!name}" ] || [ -n "$check" ] || fail "$name: ${!name}: no such file or folder"
+        printf -v "$name" %s "$(realpath -m -- "${!name}")"
     done
-    [ -z "$sample" ] || return 0
+    if [ -n "$sample$check" ]; then return; fi
     for needed in "1 checkpoint" "4 images" "4 image_list" "7 image_list" "7 label_file" "8 images"; do
         name=${needed#* }
         ! runs "${needed% *}" || [ -n "${!name}" ] ||

@@ -1,6 +1,7 @@
 """The ONNX session behind stage 6 and the tools: which provider runs the model, and the pipeline from bins to results."""
 import collections
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -18,6 +19,8 @@ with importing():
     import numpy as np
 
 PROVIDERS = ["CANNExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]  # the best first
+NEEDS = {"CANNExecutionProvider": "source CANN's set_env.sh, and see that npu-smi info lists the card",
+         "CUDAExecutionProvider": "it needs a GPU with its driver, CUDA and cuDNN"}
 AHEAD = 2    # batches that are read ahead of inference
 WRITE = 32   # results written at a time: where inference keeps every core busy, few wake-ups disturb it least
 
@@ -31,23 +34,49 @@ def calls_at_once(batch_size, threads):
     return threads if batch_size == 1 else 1
 
 
+def import_onnxruntime():
+    """Returns the module onnxruntime; raises ImportError, with the remedy where it was built for NumPy 1 and finds NumPy 2."""
+    said = io.StringIO()
+    try:
+        with importing(), contextlib.redirect_stderr(said):
+            import onnxruntime
+        return onnxruntime
+    except ImportError:
+        if "compiled using NumPy 1" in said.getvalue():  # at the head of NumPy's page about it, with a traceback
+            said = io.StringIO()
+            raise ImportError("the installed ONNX Runtime was built for NumPy 1 and cannot be imported with NumPy %s; run: "
+                              "%s -m pip install 'numpy<2'" % (np.__version__, sys.executable))
+        raise
+    finally:
+        sys.stderr.write(said.getvalue())
+
+
+def providers(device_id=0):
+    """The execution providers that this ONNX Runtime was built with, for a session to try: the best first, with their options."""
+    available = import_onnxruntime().get_available_providers()
+    return [(name, {} if name.startswith("CPU") else {"device_id": str(device_id)}) for name in PROVIDERS if name in available]
+
+
+def provider_note(session, available):
+    """Returns "CANNExecutionProvider did not load" where the CPU runs the model but ONNX Runtime was built for more; else ''."""
+    better = [name for name in PROVIDERS[:-1] if name in available]
+    return better[0] + " did not load" if better and session.get_providers()[0] == PROVIDERS[-1] else ""
+
+
 def open_session(path, device_id=0, threads=None):
     """Returns an ONNX Runtime session of a DeepMAR model on the best execution provider that this machine has.
 
     threads: of a call, on the CPU provider; by default one a core that this process may use. Raises OSError, or
     ValueError if the file is no such model: one input float32 [N,3,height,width], one output float32 [N,attributes].
     """
-    with importing():
-        import onnxruntime
+    onnxruntime = import_onnxruntime()
     load(path)  # for its checks: onnx's checker, and no weights outside of the file
     options = onnxruntime.SessionOptions()  # all else is best as it is (tests/bench.py: session options)
     # ONNX Runtime 1.10 alone would take half of the cores, and every version ignores taskset's choice of them.
     options.intra_op_num_threads = threads or cores()
     options.log_severity_level = 3  # errors
-    providers = [(name, {} if name.startswith("CPU") else {"device_id": str(device_id)})
-                 for name in PROVIDERS if name in onnxruntime.get_available_providers()]
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=providers)
+        session = onnxruntime.InferenceSession(path, options, providers=providers(device_id))
     except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
         raise ValueError("%s: ONNX Runtime %s cannot load it: %s"
                          % (path, onnxruntime.__version__, one_line(error)))

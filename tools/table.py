@@ -4,8 +4,8 @@
         --run 8 result_bs8 deepmar_bs8.om benchmark.x86_64 --devices 0 --chips 4
 
 --run BATCH_SIZE FOLDER MODEL BACKEND, once for each batch size. The folder holds fusion_result.json of stage 7 and
-perf_vision_batchsize_<N>_device_<D>.txt of each device, or, of backend ais_bench, ais_bench_batchsize_<N>_device_<D>.log, whose
-tool measures no end-to-end rate. Rates are in images per second. With several devices they are the sums of what the
+perf_vision_batchsize_<N>_device_<D>.txt of each device, or, of backend ais_bench, dumpOutput_device<D>_summary.json; that tool
+measures no end-to-end rate. Rates are in images per second. With several devices they are the sums of what the
 devices reached at the same time; with one, the card's rate is the Interface throughputRate times the card's chips
 (4 on a 310, 1 on a 310P). Fails if the accuracy differs between the batch sizes.
 """
@@ -53,21 +53,24 @@ def perf_rates(folder, batch_size, devices):
     return tuple(map(sum, zip(*rates)))
 
 
-def ais_bench_rate(folder, batch_size, devices):
-    """Returns the throughput that ais_bench's log reports, of all devices; raises OSError or ValueError."""
-    path = os.path.join(folder, "ais_bench_batchsize_%d_device_%s.log" % (batch_size, "_".join(devices)))
-    pattern = r"summary throughput: ?(\S+)" if len(devices) > 1 else r"throughput 1000\*batchsize\S*: (\S+)"
-    found = re.findall(pattern, read(path))
-    try:
-        return float(found[-1])
-    except (IndexError, ValueError):
-        raise ValueError("%s: has no line of ais_bench's throughput; run stage 6 again" % path)
+def ais_bench_rate(folder, devices):
+    """Returns the throughput in ais_bench's summaries, summed over the devices; raises OSError or ValueError."""
+    rates = []
+    for device in devices:
+        path = os.path.join(folder, "dumpOutput_device%s_summary.json" % device)
+        try:
+            rates.append(float(json.loads(read(path))["throughput"]))
+            if not 0 <= rates[-1] < 1e15:
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise ValueError("%s: is no summary of ais_bench; run stage 6 again" % path)
+    return sum(rates)
 
 
 def row(batch_size, folder, model, backend, devices, chips):
     """Returns a row of the table, a dict of COLUMNS; None where a figure was not measured."""
     if backend == "ais_bench":
-        e2e, interface = None, ais_bench_rate(folder, batch_size, devices)
+        e2e, interface = None, ais_bench_rate(folder, devices)
     else:
         e2e, interface = perf_rates(folder, batch_size, devices)
     path = os.path.join(folder, "fusion_result.json")

@@ -1,4 +1,8 @@
-"""Stands in for atc (CANN 5.1): the options it knows, its checks of the model's input, its error codes, the files it leaves."""
+"""Stands in for atc: the options it knows, its checks of them in its order, its error codes, the files it leaves.
+
+The codes, and the texts up to CANN 8.3, are the real one's. It is stricter in two things, so that a mistake of ours is found:
+only opset 11, as the guide says, and no Pad.
+"""
 import os
 import re
 import sys
@@ -9,50 +13,84 @@ from om import FAIL, MAGIC, die
 OPTIONS = ("model weight framework output input_format input_shape input_shape_range dynamic_batch_size dynamic_dims log "
            "soc_version insert_op_conf out_nodes output_type precision_mode op_select_implmode enable_small_channel "
            "buffer_optimize fusion_switch_file mode").split()
+SOC = r"Ascend(310|310P[1-7]|310B[1-4]|610|910(A|B|ProA|ProB|PremiumA|B[1-4]|B2C|B4-1|_93\d\d))$"
+FAILURES = {
+    "atc": ["E40000: the compiler is out of memory", "TEFUSION: op[Conv2D_0] failed to compile"],
+    "atc's operators": [
+        "EZ3003: [PID: 4711] No supported Ops kernel and engine are found for [Conv_0], optype [Conv2D].",
+        "        Possible Cause: The operator is not supported by the system. Therefore, no hit is found in any operator "
+        "information library.",
+        "        Solution: 1. Check that the OPP component is installed properly. 2. Submit an issue to request for the support "
+        "of this operator type.", "        TraceBack (most recent call last):"] + ["        build graph failed"] * 12,
+    "atc's Python": [
+        "EC0010: [PID: 4711] Failed to import Python module [ModuleNotFoundError: No module named 'decorator'.].",
+        "        Solution: Check that all required components are properly installed and the specified Python path matches the "
+        "Python installation directory."],
+}
 
 
 def failed(*lines):
-    die("ATC start working now, please wait for a moment.", "ATC run failed, Please check the detail log, Try 'atc --help'"
+    die("ATC start working now, please wait for a moment.", "...", "ATC run failed, Please check the detail log, Try 'atc --help'"
         " for more information", *lines, status=1)
 
 
+def invalid(option, reason):
+    failed("E10001: Value [%s] for parameter [--%s] is invalid. Reason: %s" % (values[option], option, reason),
+           "        Solution: Try again with a valid argument.")
+
+
+if FAIL == "atc's library":  # a machine without a driver
+    die("atc.bin: error while loading shared libraries: libascend_hal.so: cannot open shared object file: No such file or "
+        "directory", status=127)
 values = {}
 for argument in sys.argv[1:]:
     match = re.match("--([a-z_]+)=(.*)$", argument)
     if not match or match.group(1) not in OPTIONS:
         failed("ERROR: unknown command line flag '%s'" % argument.lstrip("-").split("=")[0])
     values[match.group(1)] = match.group(2)
-for name in ("model", "framework", "output", "soc_version"):
+for name in ("soc_version", "output", "model"):
     if not values.get(name):
-        failed("E10004: Value for [--%s] is empty." % name)
+        failed("E10054: The requied parameter [--%s] for ATC is empty. Another possible reason is that the value of some "
+               "parameter is not enclosed by quotation marks (\"\")." % name)  # as it is spelt there
+for name in ("model", "output"):
+    if not re.match("[A-Za-z0-9\u4e00-\u9fa5./_-]+$", values[name]):
+        invalid(name, "The path can only contain 'a-z' 'A-Z' '0-9' '-' '.' '_' and chinese character")
 if not os.path.isfile(values["model"]):
-    failed("E10001: Value [%s] for parameter [--model] is invalid. Reason: file does not exist" % values["model"])
-if values["framework"] != "5":
-    failed("E10007: [--framework] is required. The value must be [0(Caffe) or 1(MindSpore) or 3(TensorFlow) or 5(Onnx)]")
-if not re.match(r"Ascend(310|310P[1-7]|310B[1-4]|610|910[A-Z]?[1-4]?|910Pro[AB])$", values["soc_version"]):
-    failed("E10001: Value [%s] for parameter [--soc_version] is invalid." % values["soc_version"])
-if values.get("input_format", "NCHW") not in ("NCHW", "ND"):
-    failed("E10001: Value [%s] for parameter [--input_format] is invalid." % values["input_format"])
-if values.get("log", "null") not in ("debug", "info", "warning", "error", "null"):
-    failed("E10001: Value [%s] for parameter [--log] is invalid." % values["log"])
+    invalid("model", "No such file or directory")
 if not os.path.isdir(os.path.dirname(values["output"]) or "."):
-    failed("E10001: Value [%s] for parameter [--output] is invalid. Reason: path does not exist" % values["output"])
+    invalid("output", "No such file or directory")
+if values["output"].endswith("/"):
+    failed("E10022: Path [%s] for parameter [--output] does not include the file name." % values["output"])
+if values.get("framework") != "5":
+    failed("E10007: [--framework] is required. The value must be [0(Caffe) or 1(MindSpore) or 3(TensorFlow) or 5(Onnx)].")
+if values.get("input_format", "NCHW") not in ("NCHW", "ND", "NCDHW"):
+    invalid("input_format", "The value must be NCHW, ND or NCDHW in ONNX model.")
+if values.get("log", "null") not in ("debug", "info", "warning", "error", "null"):
+    failed("E10010: Value [%s] for parameter [--log] is invalid." % values["log"])
+if not re.match(SOC, values["soc_version"]):
+    failed("EE1000: Value [%s] is invalid for the SoC version." % values["soc_version"])
 model = onnx.load(values["model"])
 inputs = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
 for part in values.get("input_shape", "").split(";"):
-    name, _, shape = part.rpartition(":")
+    match = re.match(r"(.+):(-?\d+(,-?\d+)*)$", part)
+    if not match:
+        failed("E10002: Value [%s] for parameter [--input_shape] is invalid." % part)
+    name, shape = match.group(1), [int(size) for size in match.group(2).split(",")]
+    if min(shape) <= 0:
+        failed("E10011: Value [%s] for parameter [--input_shape] is invalid. Shape values must be positive integers." % part)
     if name not in inputs:
-        failed("E10016: Opname [%s] specified in [--input_shape] is not found in the model" % name)
-    if [int(size) for size in shape.split(",")] != inputs[name]:
-        failed("E10014: the shape %s of [%s] is not the model's %s" % (shape, name, inputs[name]))
+        failed("E10016: Opname [%s] specified in [--input_shape] is not found in the model." % name)
+    if shape != inputs[name]:
+        failed("the shape %s of [%s] is not the model's %s" % (shape, name, inputs[name]))
 if [entry.version for entry in model.opset_import] != [11]:
-    failed("E19010: No parser is registered for the operators of opset %s" % model.opset_import)
+    failed("E19010: No parser is registered for Op [%s, optype [ai.onnx::%d::%s]]."
+           % (model.graph.node[0].name, model.opset_import[0].version, model.graph.node[0].op_type))
 if any(node.op_type == "Pad" for node in model.graph.node):
     failed("a Pad is left in the model")  # atc itself would take it
 with open("fusion_result.json", "w") as f:  # as atc does: its own, nothing to do with stage 7's
     f.write('{"graph_fusion": {}}')
-if FAIL == "atc":
-    failed("E40000: the compiler is out of memory", "TEFUSION: op[Conv2D_0] failed to compile")
+if FAIL in FAILURES:
+    failed(*FAILURES[FAIL])
 if FAIL != "atc leaves nothing":
     with open(values["model"], "rb") as f:
         content = f.read()

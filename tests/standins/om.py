@@ -21,18 +21,19 @@ def devices():
 
 
 class Model(object):
-    """An "OM" on the CPU: batch_size, shape and run()."""
+    """An "OM" on the CPU: batch_size, shape, run() and run_array(); raises RuntimeError where a file does not fit."""
 
     def __init__(self, path):
-        import onnxruntime
         with open(path, "rb") as f:
             content = f.read()
         if not content.startswith(MAGIC):
-            die("[ERROR] load model from file failed, model file is %s" % path)
+            raise RuntimeError("load model from file failed, model file is %s" % path)
+        import onnxruntime
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(content[len(MAGIC):], options, providers=["CPUExecutionProvider"])
-        self.shape = self.session.get_inputs()[0].shape
+        self.input, self.outputs = self.session.get_inputs()[0], self.session.get_outputs()
+        self.shape = self.input.shape
         self.batch_size = self.shape[0]
 
     def run(self, paths):
@@ -41,6 +42,10 @@ class Model(object):
         for path, row in zip(paths, array):
             data = np.fromfile(path, "<f4")
             if data.size != row.size:
-                die("[ERROR] size of %s is %d, the model's input needs %d" % (path, data.nbytes, row.nbytes))
+                raise RuntimeError("size of %s is %d, the model's input needs %d" % (path, data.nbytes, row.nbytes))
             row[...] = data.reshape(row.shape)
-        return self.session.run(None, {self.session.get_inputs()[0].name: array})[0][:len(paths)]
+        return self.run_array(array)[0][:len(paths)]
+
+    def run_array(self, array):
+        """Returns all outputs for the input of a whole batch."""
+        return self.session.run(None, {self.input.name: array})

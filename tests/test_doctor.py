@@ -1,0 +1,299 @@
+"""What the doctor makes of npu-smi's tables, of CANN as both layouts install it, of atc's failures, and of a whole machine."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import doctor
+from conftest import ROOT, check_error, own_data, run_all
+from test_card import MACHINE, standin
+
+TABLES = {  # a recorded table: what is read from it, (driver, chip, {card: its chips})
+    "20.2.2_300i": ("20.2.2", "310", {"2048": 4, "2049": 4}), "21.0.3.1_200dk": ("21.0.3.1", "310", {"0": 1}),
+    "21.0.4_910a": ("21.0.4", "910A", {"0": 1}), "22.0.2_300i_pro": ("22.0.2", "310P3", {"0": 1, "1": 1}),
+    "23.0.0_200i_dk_a2": ("23.0.0", "310B4", {"0": 1}), "24.1.0.1_300i_duo": ("24.1.0.1", "310P3", {"1": 2, "2": 2}),
+    "24.1.rc3.7_a3": ("24.1.rc3.7", "910", {"0": 2}), "25.0.rc1.1_910b4-1": ("25.0.rc1.1", "910B4-1", {"0": 1, "1": 1}),
+    "25.2.0_300i_duo": ("25.2.0", "310P3", {"2": 2}), "25.3.rc1_300i_pro": ("25.3.rc1", "310P3", {"6": 1}),
+    "26.0.rc1_910b4": ("26.0.rc1", "910B4", {"0": 1})}
+
+
+def table(name):
+    with open(os.path.join(ROOT, "tests", "npu_smi", name + ".txt")) as f:
+        return f.read()
+
+
+@pytest.mark.parametrize("name", sorted(TABLES))
+def test_recorded_tables(name):
+    driver, chip, cards = TABLES[name]
+    found, chips = doctor.read_table(table(name))
+    assert (found, {row[1] for row in chips}) == (driver, {chip})
+    assert {card: doctor.chips_of([row for row in chips if row[0] == card], chip, "0") for card in cards} == cards
+    assert len(chips) == sum(cards.values())
+
+
+def test_every_recorded_table_is_tested():
+    assert sorted(name[:-4] for name in os.listdir(os.path.join(ROOT, "tests", "npu_smi"))) == sorted(TABLES)
+
+
+def test_other_texts_are_no_table():
+    text = table("25.2.0_300i_duo")
+    lines = text.splitlines()
+    for wrong in ("", "Illegal instruction", "\n".join(lines[:6]), "\n".join(lines[:7]), "\n".join(lines[:10]),
+                  text[text.index("| NPU     Chip"):]):
+        with pytest.raises(ValueError):
+            doctor.read_table(wrong)
+
+
+def test_names_for_atc():
+    chips = [("0", "310P3", "OK", "0"), ("1", "310P3", "OK", "1"), ("1", "310P3", "OK", "2")]
+    assert doctor.name_of(chips) == "310P3"
+    assert [doctor.chips_of(chips, "310P3", device) for device in "0129"] == [1, 2, 2, 1]  # of no such device: the first card
+    assert doctor.chips_of(chips, "310", "0") == 0
+    for name, text in (("910", "set chip_name to 910_N"), ("NA", "set chip_name")):
+        with pytest.raises(ValueError, match=text):
+            doctor.name_of([("0", name, "OK", None)])
+
+
+def test_families_of_chips():
+    assert [doctor.family(name) for name in ("310", "310P3", "310B4", "910A", "910B", "910ProB", "910B3", "910B4-1", "910B2C",
+                                             "910_9362", "610")] == [
+        ["ascend310", None], ["ascend310p", "310p"], ["ascend310b", "310b"], ["ascend910", "910"], ["ascend910", "910"],
+        ["ascend910", "910"], ["ascend910b", "910b"], ["ascend910b", "910b"], ["ascend910b", "910b"], ["ascend910_93", "A3"],
+        (None, None)]
+
+
+# --- CANN: trees as its packages install them, with empty files for what is only looked for ---------------------------
+
+def write(path, text=""):
+    os.makedirs(os.path.dirname(str(path)), exist_ok=True)
+    with open(str(path), "w") as f:
+        f.write(text)
+    return path
+
+
+def info(package, version):
+    return "package_name=%s\nversion=%s\narch=%s\nos=linux\n" % (package, version, MACHINE)
+
+
+def install(root, version, *families):
+    """Installs a CANN below root in the layout of its version; returns its folder."""
+    new = version >= "8.5"
+    home = root / ("cann-" + version if new else "ascend-toolkit/" + version)
+    linux = home / (MACHINE + "-linux")
+    write(linux / "ascend_toolkit_install.info", info("Ascend-cann-toolkit", version))
+    write(linux / "bin" / "atc", "#!/bin/sh\n").chmod(0o755)
+    (home / "bin").symlink_to(linux / "bin")
+    for family in families:
+        write(home / "opp/built-in/op_impl/ai_core/tbe/config" / family / ("aic-%s-ops-info.json" % family), "{}")
+        if new:
+            write(linux / "ascend_ops_install.info", info("Ascend-cann-%s-ops" % family.replace("ascend", ""), version))
+    (home / "opp").mkdir(exist_ok=True)
+    (root / "ascend-toolkit").mkdir(exist_ok=True)
+    latest = root / "ascend-toolkit" / "latest"
+    write(home / "set_env.sh" if new else root / "ascend-toolkit" / "set_env.sh",
+          "export ASCEND_TOOLKIT_HOME=%s\nexport ASCEND_HOME_PATH=$ASCEND_TOOLKIT_HOME\n"
+          "export ASCEND_OPP_PATH=$ASCEND_TOOLKIT_HOME/opp\nexport PATH=$ASCEND_TOOLKIT_HOME/bin:$PATH\n"
+          "false || [ -n \"$UNSET_VARIABLE\" ]\n" % (root / "cann" if new else latest))  # what set -e and -u would stop at
+    if new:
+        (root / "cann").symlink_to(home)
+        latest.symlink_to(root / "cann")
+        (root / "ascend-toolkit" / "set_env.sh").symlink_to(latest / "set_env.sh")
+    else:
+        latest.symlink_to(home)
+    return home
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine with a card and its driver: a home folder without CANN, npu-smi, and a python3 that atc can run."""
+    for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_OPP_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    standin(bin / "npu-smi", "npu_smi.py")
+    for module in doctor.PACKAGES:
+        write(tmp_path / "packages" / (module.replace(".", "/") + ".py"), "__version__ = '1.24.0'\n")
+    write(bin / "python3", '#!/bin/sh\nPYTHONPATH=%s exec "%s" "$@"\n' % (tmp_path / "packages", sys.executable)).chmod(0o755)
+    monkeypatch.setenv("PATH", "%s:%s" % (bin, os.environ["PATH"]))
+    return tmp_path
+
+
+def check(machine, *arguments, root=ROOT, **variables):
+    """Runs run_all.sh --check; returns the process and the rows of its JSON, by what they are about."""
+    before = sorted(machine.rglob("*"))
+    process = run_all("--check", "--json", machine / "found.json", "--work-dir", machine / "work", *arguments, root=root,
+                      cwd=machine, **dict({"set_env": ""}, **variables))
+    assert process.returncode in (0, 1) and not process.stderr, process.stderr
+    with open(str(machine / "found.json")) as f:
+        found = json.load(f)
+    (machine / "found.json").unlink()
+    assert sorted(machine.rglob("*")) == before  # it writes nothing else
+    assert found["ok"] == (process.returncode == 0)
+    assert all(("missing" in row["state"]) <= (not found["ok"]) for row in found["rows"])
+    return process, {row["what"]: row for row in found["rows"]}
+
+
+PYTHON_STATE = "ok" if sys.version_info < (3, 12) else "missing"  # of a CANN 8
+
+
+@pytest.mark.parametrize("version, folder", [("8.1.RC1", "ascend-toolkit"), ("8.5.0", "cann")])
+def test_both_layouts_of_cann(machine, version, folder):
+    home = install(machine / "Ascend", version, "ascend310p")
+    process, rows = check(machine, TABLE="25.2.0_300i_duo")
+    assert "read %s" % (machine / "Ascend" / folder / "set_env.sh") in process.stdout
+    assert rows["driver and card"]["found"] == "driver 25.2.0; card 2: 2 x 310P3"
+    assert rows["chip"]["found"] == "Ascend310P3, 2 on a card"
+    assert rows["CANN"]["found"].startswith("CANN %s in %s, atc " % (version, home)) and rows["CANN"]["state"] == "ok"
+    assert rows["operators"]["state"] == "ok" and "310p" in rows["operators"]["found"]
+    assert rows["atc's Python"]["state"] == (PYTHON_STATE if version < "8.5" else "ok"), rows["atc's Python"]
+    assert rows["ONNX Runtime"]["state"] == "ok" and "CPUExecutionProvider" in rows["ONNX Runtime"]["found"]
+    # atc of stage 3 would fail for another chip than the operators are for
+    process, rows = check(machine, "--chip-name", "910B3")
+    assert process.returncode == 1 and rows["operators"]["state"] == "missing"
+    assert "operators" in process.stdout.splitlines()[-1]
+    # the same CANN where a variable points
+    os.rename(str(machine / "Ascend"), str(machine / "elsewhere"))
+    for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME"):
+        latest = machine / "elsewhere" / ("cann-8.5.0" if version == "8.5.0" else "ascend-toolkit/latest")
+        latest_set_env = (latest if version == "8.5.0" else latest.parent) / "set_env.sh"
+        environment = dict(os.environ, **{name: str(latest)})
+        assert subprocess.check_output([sys.executable, os.path.join(ROOT, "tools", "doctor.py"), "set_env"], env=environment,
+                                       universal_newlines=True).strip() == str(latest_set_env)
+
+
+def test_the_package_that_a_chip_needs(machine, monkeypatch):
+    for version, name, package in (("8.1.RC1", "310P3", "Ascend-cann-kernels-310p_8.1.RC1"),
+                                   ("8.5.0", "310P3", "Ascend-cann-310p-ops_8.5.0"),
+                                   ("9.0.0", "910_9362", "Ascend-cann-A3-ops_9.0.0"),
+                                   ("9.0.0-beta.2", "910B4-1", "Ascend-cann-910b-ops_9.0.0-beta.2"), ("8.5.0", "310", None)):
+        command = package and "bash ./%s_linux-%s.run --install" % (package, MACHINE)
+        home = install(machine / version / name, version)
+        monkeypatch.setenv("ASCEND_HOME_PATH", str(home))
+        cann = doctor.Cann()
+        assert cann.version == version and cann.operators == [] and cann.operator_package(name) == command
+    # CANN 5 and 6 tell their version in another file
+    write(machine / "six" / "version.cfg", "toolkit_running_version=[1.84.15.1.310:6.0.1]\n")
+    write(machine / "six/opp/op_impl/built-in/ai_core/tbe/config/ascend310/aic-ascend310-ops-info.json")
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(machine / "six"))
+    assert (doctor.Cann().version, doctor.Cann().operators) == ("6.0.1", ["ascend310"])
+
+
+@pytest.mark.parametrize("version, python, missing, numpy, problem", [
+    ("8.1.RC1", [3, 9, 2], [], "1.24.0", None),
+    ("8.1.RC1", [3, 9, 2], [], "2.0.1", "NumPy 2.0.1, where CANN 8.1.RC1 takes NumPy 1"),
+    ("8.1.RC1", [3, 12, 0], [], "1.26.4", "CANN 8.1.RC1 takes Python 3.7 to 3.11"), ("8.5.0", [3, 12, 0], [], "1.26.4", None),
+    ("8.5.0", [3, 13, 1], [], "2.2.0", None), ("9.0.0", [3, 11, 1], [], "2.2.0", None),
+    ("5.1.RC1", [3, 7, 5], ["decorator", "attr"], "1.18.5", "no attrs, no decorator"),
+    ("8.5.0", [3, 6, 8], [], "1.19.5", "CANN 8.5.0 takes Python 3.7 to 3.13"), ("9.1.0", [3, 14, 0], ["absl"], "2.3.0", None)])
+def test_the_python_that_atc_runs(machine, monkeypatch, version, python, missing, numpy, problem):
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(install(machine / "Ascend", version)))
+    assert doctor.Cann().python_problem(python, missing, numpy)[0] == problem
+
+
+@pytest.mark.parametrize("fail, texts", [
+    ("No supported Ops kernel and engine are found for [Conv_0], optype [Conv2D].",
+     ("has no operators for Ascend310P3, only for ascend910b", "run: bash ./Ascend-cann-310p-ops_8.5.0_linux-")),
+    ("No supported Ops kernel and engine are found for [Abs_1], optype [Odd].",
+     ("for Ascend910B3, but none for the model's Odd",)),
+    ("EC0010: Failed to import Python module [ModuleNotFoundError: No module named 'decorator'.].",
+     ("bin/python3, has no decorator; run: python3 -m pip install decorator",)),
+    ("E40000: ModuleNotFoundError: No module named 'attr'", ("pip install attrs",)),
+    ("atc.bin: error while loading shared libraries: libascend_hal.so: cannot open shared object file",
+     ("devlib:$LD_LIBRARY_PATH",)),
+    ("E10001: Value [x] for parameter [--model] is invalid.", ("None",))])
+def test_atcs_failures_are_explained(machine, monkeypatch, fail, texts):
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(install(machine / "Ascend", "8.5.0", "ascend910b")))
+    said = str(doctor.explain("ATC run failed\n%s\n  TraceBack\n" % fail, "Ascend910B3" if "Odd" in fail else "Ascend310P3"))
+    for text in texts:
+        assert text in said, said
+
+
+def test_set_env_that_was_asked_for(machine):
+    process = run_all("--work-dir", machine / "work", "--set-env", machine / "no.sh")
+    check_error(process, "set_env: %s: no such file" % (machine / "no.sh"))
+    install(machine / "Ascend", "8.5.0", "ascend310p")
+    other = install(machine / "other", "8.1.RC1", "ascend310p")
+    process, rows = check(machine, set_env=str(other.parent / "set_env.sh"))
+    assert "CANN 8.1.RC1" in rows["CANN"]["found"]
+    process, rows = check(machine, set_env="/dev/null")
+    assert rows["CANN"]["state"] == "absent"
+
+
+def test_a_card_that_lacks_something(machine):
+    """Each of the things that a run on a card needs, named with its command; the exit code is the chosen backend's."""
+    process, rows = check(machine, "--backend", "ais_bench", TABLE="22.0.2_300i_pro", **{"device_id": "1 7"})
+    assert process.returncode == 1
+    assert rows["driver and card"]["state"] == "missing" and "no device 7 among 0 1" in rows["driver and card"]["found"]
+    assert rows["CANN"]["state"] == "missing" and "Ascend-cann-toolkit_" in rows["CANN"]["run"]
+    assert rows["ais_bench"]["state"] == "missing" and "pip install aclruntime" in rows["ais_bench"]["run"]
+    assert rows["benchmark." + MACHINE]["state"] == "absent"
+    last = process.stdout.splitlines()[-1]
+    assert last == "backend ais_bench cannot run here: see driver and card, CANN, ais_bench"
+    # an alarm stops nothing; a broken driver does, on a card
+    process, rows = check(machine, TABLE="23.0.0_200i_dk_a2")
+    assert process.returncode == 0 and rows["driver and card"]["state"] == "note"
+    assert rows["driver and card"]["found"].endswith("card 0: Alarm")
+    process, rows = check(machine, "--backend", "benchmark", FAIL="npu-smi")
+    assert rows["driver and card"]["state"] == "missing" and "ret is -8005" in rows["driver and card"]["found"]
+    assert check(machine, FAIL="npu-smi")[0].returncode == 0  # on ONNX Runtime
+    process, rows = check(machine, TABLE="24.1.rc3.7_a3")
+    assert "910_N" in rows["chip"]["found"] and rows["chip"]["state"] == "absent"
+    # names, and too small a disk for the bins
+    process, rows = check(machine, "--backend", "ais_bench", "--work-dir", machine / "a b", sample_size="9" * 12)
+    assert rows["names"]["state"] == rows["disk"]["state"] == "missing", rows
+
+
+def test_ais_bench_is_told_from_its_namesake(machine):
+    site = machine / "site"
+    for path, complete, text in ((None, False, "has no ais_bench"), ("ais_bench/benchmark/__init__.py", False, "language models"),
+                                 ("ais_bench/infer/__init__.py", False, "no aclruntime"), ("aclruntime.py", True, "aclruntime")):
+        if path:
+            write(site / "ais_bench" / "__init__.py")
+            write(site / path)
+        output = subprocess.check_output([sys.executable, "-c", "import doctor, json; print(json.dumps(doctor.ais_bench()))"],
+                                         env=dict(os.environ, PYTHONPATH="%s:%s" % (site, os.path.join(ROOT, "tools"))))
+        found, command = json.loads(output.decode())
+        assert text in found and (command is None) == complete
+        assert ("uninstall ais_bench_benchmark" in str(command)) == ("language" in text)
+
+
+def test_the_users_inputs(machine):
+    sample = machine / "sample"
+    for name in ("checkpoint.pth.tar", "label.json", "images/1.png", "images/x y.png"):
+        write(sample / name)
+    write(sample / "image.txt", "1.png\nx y.png")
+    row = check(machine, *own_data(str(machine)))[1]
+    assert row["inputs"]["state"] == "ok" and row["inputs"]["found"].startswith("2 images, ")
+    assert "1 of 2 images, as x y.png" in row["names"]["found"]
+    write(sample / "image.txt", "1.png\n2.png\n")
+    process, rows = check(machine, *own_data(str(machine)))
+    assert process.returncode == 1 and "1 of the 2 images" in rows["inputs"]["found"] and "as 2.png" in rows["inputs"]["found"]
+    (sample / "checkpoint.pth.tar").unlink()
+    process, rows = check(machine, *own_data(str(machine)))
+    assert process.returncode == 1 and rows["inputs"]["found"] == "no %s" % (sample / "checkpoint.pth.tar")
+
+
+def test_a_python_without_packages(machine):
+    """It looks, and leaves the installation to the first run."""
+    bare, checkout = machine / "bare", machine / "checkout"
+    subprocess.check_call([sys.executable, "-m", "venv", "--without-pip", str(bare)])
+    for name in ("run_all.sh", "requirements.txt", "tools/backend.sh", "tools/doctor.py"):
+        with open(os.path.join(ROOT, name)) as f:
+            write(checkout / name, f.read())
+    process, rows = check(machine, root=checkout, PYTHON=str(bare / "bin" / "python"))
+    assert process.returncode == 0 and rows["Python"]["state"] == rows["ONNX Runtime"]["state"] == "note"
+    assert "the first run installs into %s/.venv-" % checkout in rows["Python"]["found"] and "numpy" in rows["Python"]["found"]
+    process = run_all("--check", PYTHON=str(machine / "none"))
+    check_error(process, "%s: no such Python" % (machine / "none"))
+
+
+def test_its_options(machine):
+    for wrong, text in ((["--chips", "0"], "chips"), (["--json", "x"], "--check"), (["--strict=no"], "strict")):
+        process = run_all("--work-dir", machine / "work", *wrong)
+        assert process.returncode == 2 and text in process.stderr, process.stderr
+    process = run_all("--help")
+    for name in ("--check", "--json", "--chips", "--strict", "--set-env"):
+        assert name in process.stdout

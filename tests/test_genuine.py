@@ -1,0 +1,409 @@
+"""Stage 6 by ais_bench as it is: its stand-in (tests/standins) as of three years, and genuine front ends of it.
+
+    AIS_BENCH=FOLDER[:FOLDER] bash tests/run.sh -k genuine
+
+A FOLDER holds the package ais_bench, as `ais-bench_workload/tool/ais_bench` of the tool's repository does. The front ends
+run over tests/standins/aclruntime in place of a card. What the stand-in refuses is what they refuse: the same tests say so.
+"""
+import concurrent.futures
+import csv
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, check_error, run_all
+from test_card import check_stopped, standin
+from test_predict import write_images, write_model
+
+import ais_bench_files
+import postprocess_deepmar_pytorch as post
+import preprocess_deepmar_pytorch as pre
+
+STANDINS = os.path.join(ROOT, "tests", "standins")
+RUNTIME = os.path.join(STANDINS, "aclruntime")
+GENUINE = [folder for folder in os.environ.get("AIS_BENCH", "").split(":") if folder]
+SIZES = (1, 4, 8)
+PLAIN = ["im%d.png" % i for i in range(13)]
+ODD = ["im %d.png" % i if i % 3 else "行人%d.png" % i for i in range(11)] + ["00000003.png", "-a,b;c.png"]
+
+
+class FrontEnd(object):
+    """A version of ais_bench: its package's folder, the year that it behaves as, and how to run it."""
+
+    def __init__(self, folder, year=None):
+        self.folder, self.genuine = folder, year is None
+        self.name = os.path.basename(folder.rstrip("/")) if self.genuine else "standin%d" % year
+        infer = os.path.join(folder, "ais_bench", "infer")
+        self.year = year or (2025 if os.path.isdir(os.path.join(infer, "common")) else
+                             2024 if os.path.exists(os.path.join(infer, "path_security_check.py")) else 2023)
+
+    def variables(self, **more):
+        return dict(dict(PYTHONPATH="%s:%s" % (self.folder, RUNTIME), AIS_BENCH_YEAR=str(self.year), DEVICES="3"), **more)
+
+    def run(self, folder, **options):
+        """Runs it in a folder by hand; options replace the usual ones, and one of None goes."""
+        options = dict(dict(model="m.om", input="in", output="out", output_dirname="d", outfmt="BIN", batchsize=2), **options)
+        command = [sys.executable, "-m", "ais_bench"]
+        for name, value in options.items():
+            command += [] if value is None else ["--" + name, str(value)]
+        return subprocess.run(command, cwd=str(folder), env=dict(os.environ, **self.variables()), stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, universal_newlines=True, errors="replace", timeout=300)
+
+
+FRONT_ENDS = [FrontEnd(os.path.join(STANDINS, "packages"), year) for year in (2023, 2024, 2025)]
+FRONT_ENDS += [FrontEnd(os.path.abspath(folder)) for folder in GENUINE]
+
+
+# Without a genuine one, the stand-in as of its last year is enough for most tests.
+front_ends = pytest.mark.parametrize("front", FRONT_ENDS if GENUINE else FRONT_ENDS[2:], ids=lambda front: front.name)
+
+
+def test_genuine_front_ends_are_at_hand():
+    if not GENUINE:
+        pytest.skip("NOT RUN with a genuine ais_bench: AIS_BENCH=FOLDER[:FOLDER] names folders that hold one")
+    for folder in GENUINE:
+        assert os.path.isfile(os.path.join(folder, "ais_bench", "infer", "__main__.py")), folder
+
+
+def write_om(path, onnx):
+    """Makes an OM of the stand-ins of an ONNX model."""
+    with open(str(path), "wb") as om, open(str(onnx), "rb") as f:
+        om.write(b"IMOD" + f.read())
+
+
+@pytest.fixture(scope="module")
+def lay(tmp_path_factory):
+    """A function that makes a folder with what a run by hand needs: m.om of batch size 2 and its bins of 8 x 8 pixels."""
+    onnx = write_model(tmp_path_factory.mktemp("model") / "m.onnx", 2, size=8)
+
+    def make(folder, names=("b10.bin", "b9.bin", "B2.x.bin", "a.bin", "c.bin")):
+        (folder / "in").mkdir(parents=True)
+        write_om(folder / "m.om", onnx)
+        for i, name in enumerate(names):
+            np.full(3 * 64, i, "<f4").tofile(str(folder / "in" / name))
+        return folder
+    return make
+
+
+def left(folder):
+    """The results in a folder and its subfolders: {subfolder: {name: first logit}}."""
+    return {str(sub.relative_to(folder)): {path.name: np.fromfile(str(path), "<f4")[0] for path in sub.glob("*.bin")}
+            for sub in [folder] + [path for path in folder.iterdir() if path.is_dir()]}
+
+
+@pytest.mark.parametrize("front", FRONT_ENDS, ids=lambda front: front.name)
+def test_by_hand(front, lay, tmp_path):
+    """Names, values, split, log and summary; a batch size that is not the model's."""
+    one = lay(tmp_path / "one")
+    process = front.run(one, batchsize=16)
+    assert process.returncode == 0, process.stdout
+    results = left(one / "out" / "d")["."]
+    assert set(results) == {"b10_0.bin", "b9_0.bin", "B2_0.bin", "a_0.bin", "c_0.bin"}
+    slope = results["b9_0.bin"]  # of bins of 0, 1, 2, 3, 4 the model makes multiples
+    np.testing.assert_allclose([results[name] for name in ("b10_0.bin", "B2_0.bin", "a_0.bin", "c_0.bin")],
+                               [0, 2 * slope, 3 * slope, 4 * slope], rtol=1e-5)
+    summary = json.loads((one / "out" / "d_summary.json").read_text())
+    assert {"filesinfo", "args", "NPU_compute_time", "H2D_latency", "D2H_latency", "throughput", "npu_compute_time_list",
+            "pid"} <= set(summary)
+    assert set(summary["NPU_compute_time"]) == {"min", "max", "mean", "median", "percentile(99%)", "count"}
+    assert summary["NPU_compute_time"]["count"] == 3 and len(summary["filesinfo"]) == 5
+    assert summary["throughput"] == pytest.approx(1000 * 16 / summary["NPU_compute_time"]["mean"])
+    assert summary["filesinfo"]["0"] == {"infiles": ["in/a.bin"], "outfiles": ["out/d/a_0.bin"]}
+    assert "filesperbatch:2 runcount:3" in process.stdout
+    assert "throughput 1000*batchsize.mean(16)/NPU_compute_time.mean(" in process.stdout
+
+    # contiguous shares of the natural order; device 0 is opened to find them
+    several = lay(tmp_path / "several")
+    process = front.run(several, device="1,2", divide_input=1 if front.year > 2023 else None)
+    assert process.returncode == 0, process.stdout
+    names = ["device1", "device2"] if front.year == 2023 else ["device1_0", "device2_1"]
+    shares = left(several / "out" / "d")
+    assert [set(shares[name]) for name in names] == [{"a_0.bin", "B2_0.bin", "b9_0.bin"}, {"b10_0.bin", "c_0.bin"}]
+    assert process.stdout.count("open device 0 success") == 1
+    rates = [json.loads((several / "out" / "d" / (name + "_summary.json")).read_text())["throughput"] for name in names]
+    total = re.search(r"summary throughput: ?(\S+)", process.stdout).group(1)
+    assert float(total) == pytest.approx(sum(rates))
+    assert set(post.list_results([str(several / "out" / "d")])) == {"a", "B2", "b9", "b10", "c"}  # by stage 7
+    if front.year > 2023:  # without the option, each device has all images
+        every = lay(tmp_path / "every")
+        assert front.run(every, device="1,2").returncode == 0
+        assert {len(left(every / "out" / "d")[name]) for name in names} == {5}
+
+
+def link(path):
+    path.rename(str(path) + ".real")
+    path.symlink_to(path.name + ".real")
+
+
+def output(mode):
+    def make(folder):
+        (folder / "out").mkdir()
+        (folder / "out").chmod(mode)
+    return make
+
+
+def odd_work_folder(folder):
+    (folder / "a b").mkdir()
+    for name in ("in", "m.om"):
+        (folder / name).rename(folder / "a b" / name)
+
+
+def elsewhere(folder):
+    (folder / "m.om").rename(folder / "a b.om")
+
+
+# what is wrong: (from which year on it is refused, what the output says, what makes it wrong, other options)
+LEGAL, OWNER, WRITABLE, ALWAYS, NEVER = "illegal char", "owner or ownergroup", "group writable", 2023, 3000
+REFUSED = {
+    "the model is a link": (2024, "soft link", lambda f: link(f / "m.om"), {}),
+    "the input folder is a link": (2024, "soft link", lambda f: link(f / "in"), {}),
+    "a bin is a link": (2024, "soft link", lambda f: link(f / "in" / "a.bin"), {}),
+    "the output folder is a link": (2024, "soft link", lambda f: (output(0o750)(f), link(f / "out")), {}),
+    "the group may write the model": (2024, WRITABLE, lambda f: (f / "m.om").chmod(0o664), {}),
+    "others may write the model": (2024, WRITABLE, lambda f: (f / "m.om").chmod(0o646), {}),
+    "the group may write the input folder": (2024, WRITABLE, lambda f: (f / "in").chmod(0o775), {}),
+    "the group may write a bin": (2024, WRITABLE, lambda f: (f / "in" / "a.bin").chmod(0o664), {}),
+    "the group may write the output folder": (2024, WRITABLE, output(0o770), {}),
+    "others may read the output folder": (2025, WRITABLE, output(0o755), {}),
+    "an output folder of 0750": (NEVER, "", output(0o750), {}),
+    "a space in a bin's name": (2024, LEGAL, lambda f: (f / "in" / "a.bin").rename(f / "in" / "a b.bin"), {}),
+    "Chinese letters in a bin's name": (2024, LEGAL, lambda f: (f / "in" / "a.bin").rename(f / "in" / "行.bin"), {}),
+    "a space in the model's name": (2024, LEGAL, elsewhere, {"model": "a b.om"}),
+    "a space in the output's name": (2024, LEGAL, None, {"output_dirname": "d e"}),
+    "a space in the current folder": (2025, LEGAL, odd_work_folder, {}),
+    "no such model": (ALWAYS, "", lambda f: (f / "m.om").unlink(), {}),
+    "a model of another ending": (2024, "illegal", lambda f: (f / "m.om").rename(f / "m.bin"), {"model": "m.bin"}),
+    "no such input": (ALWAYS, "", lambda f: shutil.rmtree(str(f / "in")), {}),
+    "no bin in the input": (ALWAYS, "not find valid file", lambda f: [path.unlink() for path in (f / "in").iterdir()], {}),
+    "bins that do not fill the model's input": (ALWAYS, "not match", lambda f: (f / "in" / "a.bin").write_bytes(b"12345"), {}),
+    "an absolute output_dirname": (2024, "abs path", None, {"output_dirname": "/nonexistent/d"}),
+    "an output_dirname alone": (ALWAYS, "output_dirname", None, {"output": None}),
+    "device 256": (ALWAYS, "256", None, {"device": 256}),
+    "a device that there is not": (ALWAYS, "device 3", None, {"device": 3}),
+    "one of two devices that there is not": (ALWAYS, "[ERROR] subprocess run failed", None, {"device": "0,3"}),
+    "batch size 0": (ALWAYS, "0", None, {"batchsize": 0}),
+    "batch size 4097": (2025, "4097", None, {"batchsize": 4097}),
+    "fewer images than devices": (ALWAYS, "", lambda f: [(f / "in" / name).unlink() for name in ("a.bin", "c.bin", "b9.bin")],
+                                  {"device": "0,1,2", "divide_input": 1}),
+}
+if os.geteuid() == 0:
+    groups = os.getgroups()  # which need not hold the effective group
+    REFUSED.update({
+        "another user's model": (2024, OWNER, lambda f: os.chown(str(f / "m.om"), 12345, 12345), {}),
+        "another user's bin": (2024, OWNER, lambda f: os.chown(str(f / "in" / "a.bin"), 12345, 12345), {}),
+        "another user's bin of the own group": (
+            NEVER if groups else 2024, "", lambda f: os.chown(str(f / "in" / "a.bin"), 12345, (groups or [0])[0]), {}),
+        "a bin of another group": (NEVER, "", lambda f: os.chown(str(f / "in" / "a.bin"), os.geteuid(), 12345), {})})
+
+
+@front_ends
+def test_what_it_refuses(front, lay, tmp_path):
+    def problem(what):
+        """What is wrong with the answer to a case, or None."""
+        since, text, change, options = REFUSED[what]
+        folder = lay(tmp_path / re.sub("[^A-Za-z]", "_", what))
+        if change:
+            change(folder)
+        if front.year == 2023:
+            options = {name: value for name, value in options.items() if name != "divide_input"}
+        process = front.run(folder / "a b" if change is odd_work_folder else folder, **options)
+        refused = front.year >= since
+        if (process.returncode != 0) != refused or refused and text not in process.stdout:
+            return "%s: status %d\n%s" % (what, process.returncode, process.stdout[-3000:])
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        wrong = [text for text in pool.map(problem, REFUSED) if text]
+    if front.year == 2023:
+        process = front.run(lay(tmp_path / "option"), divide_input=1)
+        if process.returncode != 2 or "--divide_input" not in process.stdout:
+            wrong.append("--divide_input: status %d\n%s" % (process.returncode, process.stdout))
+    assert not wrong, "\n\n".join(wrong)
+
+
+class Place(object):
+    """A user's data, OMs of all batch sizes, and what the results have to be."""
+
+    def __init__(self, folder):
+        self.folder, self.logits, self.accuracy = folder, {}, {}
+        (folder / "bin").mkdir()
+        standin(folder / "bin" / "atc", "atc.py")
+        for size in SIZES:
+            onnx = write_model(folder / ("deepmar_bs%d_nopad.onnx" % size), size)
+            write_om(folder / ("deepmar_bs%d.om" % size), onnx)
+        import onnxruntime
+        session = onnxruntime.InferenceSession(str(folder / "deepmar_bs1_nopad.onnx"), providers=["CPUExecutionProvider"])
+        for kind, names in (("plain", PLAIN), ("odd", ODD)):
+            (folder / kind).mkdir()
+            images = folder / kind / "images"
+            for own, name in zip(write_images(images, len(names)), names):
+                (images / own).rename(images / (name + ".new"))
+            for name in names:
+                (images / (name + ".new")).rename(images / name)
+            labels = np.random.RandomState(3).randint(0, 2, (len(names), 35))
+            (folder / kind / "label.json").write_text(json.dumps(dict(zip(names, labels.tolist()))))
+            (folder / kind / "image.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+            (folder / kind / "checkpoint").write_text("")
+            self.logits[kind] = {name[:-4]: session.run(None, {"actual_input_1": pre.preprocess(str(images / name))[None]})[0][0]
+                                 for name in names}
+            logits = np.stack([self.logits[kind][name[:-4]] for name in names])
+            self.accuracy[kind] = post.evaluate(logits, labels)[0]["instance_acc"]
+
+    def run(self, front, work, *arguments, kind="plain", umask=0o022, **variables):
+        """Runs stages 4 to 7 by ais_bench in a work folder, to which the OMs are copied where it is new."""
+        data = {name: self.folder / kind / name for name in ("images", "image.txt", "label.json", "checkpoint")}
+        before = os.umask(umask)
+        try:
+            if not work.exists():
+                work.mkdir()
+                for size in SIZES:
+                    shutil.copyfile(str(self.folder / ("deepmar_bs%d.om" % size)), str(work / ("deepmar_bs%d.om" % size)))
+            return run_all("--stage", 4, "--stop-stage", 7, "--backend", "ais_bench", "--work-dir", work, "--checkpoint",
+                           data["checkpoint"], "--images", data["images"], "--image-list", data["image.txt"], "--label-file",
+                           data["label.json"], *arguments, **front.variables(**variables))
+        finally:
+            os.umask(before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return Place(tmp_path_factory.mktemp("place"))
+
+
+RUNS = [(front, devices, umask, kind) for front in FRONT_ENDS if front.genuine
+        for devices, umask, kind in itertools.product(("0", "2 1"), (0o022, 0o002, 0o077), ("plain", "odd"))]
+RUNS += [(FRONT_ENDS[0], "2 1", 0o002, "odd"), (FRONT_ENDS[2], "2 1", 0o002, "odd"), (FRONT_ENDS[2], "0", 0o077, "plain")]
+
+
+@pytest.mark.parametrize("front, devices, umask, kind", RUNS, ids=lambda value: getattr(value, "name", None) or (
+    "%03o" % value if isinstance(value, int) else value))
+def test_run_all(front, devices, umask, kind, place, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    for size in SIZES:
+        shutil.copy(str(place.folder / ("deepmar_bs%d_nopad.onnx" % size)), str(work))
+    process = place.run(front, work, "--stage", 3, "--batch-size", "1 4 8", "--device-id", devices, "--chip-name", "310P3",
+                        kind=kind, umask=umask, path=str(place.folder / "bin"))
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.count("ATC run success") == 3
+    with open(str(work / "throughput.csv"), newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [row["batch_size"] for row in rows] == ["1", "4", "8"]
+    assert len({row["instance_acc"] for row in rows}) == 1
+    assert float(rows[0]["instance_acc"]) == pytest.approx(place.accuracy[kind], rel=1e-12)
+    for row in rows:
+        results, rates = {}, []
+        for device in devices.split():
+            folder = work / ("result_bs" + row["batch_size"]) / ("dumpOutput_device" + device)
+            own = {path.name[:-len("_0.bin")]: np.fromfile(str(path), "<f4") for path in folder.iterdir()}
+            results.update(own)
+            summary = json.loads((folder.parent / (folder.name + "_summary.json")).read_text())
+            rates.append(summary["throughput"])
+            assert {os.path.basename(files["outfiles"][0])[:-len("_0.bin")]
+                    for files in summary["filesinfo"].values()} == set(own)
+        assert set(results) == set(place.logits[kind])
+        for name, logits in results.items():
+            np.testing.assert_allclose(logits, place.logits[kind][name], atol=1e-5)
+        assert float(row["interface_images_per_s"]) == float(row["card_images_per_s"]) == pytest.approx(sum(rates))
+        assert row["backend"] == "ais_bench" and row["e2e_images_per_s"] == ""
+    assert not [name for name in os.listdir(str(work)) if "partial" in name]
+
+
+@front_ends
+def test_its_errors_come_first(front, place, lay, tmp_path):
+    """Not the last ten lines, which may be its usage text."""
+    process = place.run(front, tmp_path / "work", "--device-id", "0 7")
+    lines = process.stderr.splitlines()
+    assert process.returncode == 1 and lines[0].startswith("    [ERROR] "), process.stderr
+    assert "device 7" in process.stderr and "ais_bench ended with status 1" in process.stderr
+
+    if front.year > 2023:  # its refusals
+        (tmp_path / "logs").mkdir()
+        folder = lay(tmp_path / "hand")
+        link(folder / "m.om")
+        process = front.run(folder)
+        assert process.returncode == 2
+        (tmp_path / "logs" / "log").write_text(process.stdout)
+        shown = subprocess.run(["bash", "-c", 'set -euo pipefail; here=. python=false work_dir=$1; fail() { echo "$*"; }; '
+                                '. tools/backend.sh; broken "It ended" log', "bash", str(tmp_path)], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True).stdout.splitlines()
+        assert "[ERROR]" in shown[0] and "soft link" in shown[0], shown
+        assert "illegal" in shown[-2] and shown[-1].startswith("It ended"), shown
+
+
+@front_ends
+def test_before_any_work(front, place, tmp_path):
+    for name in ("a work", "行人"):
+        process = place.run(front, tmp_path / name)
+        check_error(process, "A-Z a-z 0-9", "--work-dir", str(tmp_path / name))
+        assert sorted(os.listdir(str(tmp_path / name))) == ["deepmar_bs%d.om" % size for size in SIZES]
+    if os.geteuid() == 0:
+        work = tmp_path / "work"
+        assert place.run(front, work, "--stop-stage", 5).returncode == 0
+        os.chown(str(work / "input_bin" / "im3.bin"), 12345, 12345)
+        check_error(place.run(front, work, "--stage", 6), "im3.bin", "12345", "run: chown -R 0 %s" % (work / "input_bin"))
+        os.chown(str(work / "deepmar_bs1.om"), 12345, 12345)
+        process = place.run(front, work)
+        check_error(process, "deepmar_bs1.om", "chown")
+        assert "stage 4" not in process.stdout
+
+
+def test_what_there_is(place, tmp_path):
+    front = FRONT_ENDS[2]
+    for name in ("llm/ais_bench/benchmark", "broken"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("llm/ais_bench/__init__.py", "llm/ais_bench/benchmark/__init__.py"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "broken" / "aclruntime.py").write_text("raise ImportError('libascendcl.so: cannot open shared object file')")
+    install = "%s -m pip install aclruntime" % sys.executable
+    for path, texts in ((front.folder, ("has no aclruntime; run: " + install,)),
+                        (RUNTIME, ("has no ais_bench; run: " + install,)),
+                        ("%s:%s" % (tmp_path / "llm", RUNTIME), ("ais_bench_benchmark", "pip uninstall", install)),
+                        ("%s:%s" % (tmp_path / "broken", front.folder), ("libascendcl.so", "set_env.sh"))):
+        process = place.run(front, tmp_path / "work", PYTHONPATH=path)
+        check_error(process, *texts)
+        assert "stage 4" not in process.stdout
+
+
+@front_ends
+def test_an_om_of_another_batch_size(front, place, tmp_path):
+    work = tmp_path / "work"
+    assert place.run(front, work, "--stop-stage", 5).returncode == 0
+    shutil.copyfile(str(place.folder / "deepmar_bs4.om"), str(work / "deepmar_bs1.om"))
+    process = place.run(front, work, "--stage", 6)
+    assert process.returncode == 1 and "deepmar_bs1.om takes 4 images at a time, not 1" in process.stderr, process.stderr
+    process = place.run(front, work, "--stage", 6, "--device-id", ",".join(map(str, range(14))))
+    assert process.returncode == 1 and "14 devices, but fewer images" in process.stderr, process.stderr
+
+
+def test_a_failing_run(place, tmp_path):
+    """The earlier results stay."""
+    front, work = FRONT_ENDS[2], tmp_path / "work"
+    assert place.run(front, work).returncode == 0
+    for fail, text in (("ais_bench", "ais_bench ended with status 1"),
+                       ("ais_bench leaves fewer", "ais_bench left 12 results for 13 images"),
+                       ("ais_bench reports an error", "ais_bench reports an error")):
+        process = place.run(front, work, "--stage", 6, FAIL=fail)
+        check_stopped(process, text, "stage 6 failed")
+    assert len(os.listdir(str(work / "result" / "dumpOutput_device0"))) == 13
+    assert place.run(front, work, "--stage", 7).returncode == 0
+
+
+def test_copies_where_there_can_be_no_hard_links(lay, tmp_path, monkeypatch):
+    lay(tmp_path / "bins", ["a b.bin", "c.bin"])
+    for name in ("linked", "copied"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        if name == "copied":
+            monkeypatch.setattr(os, "link", lambda source, target: os.open("/nonexistent", 0))
+        (tmp_path / "bins" / "m.om").chmod(0o666)
+        ais_bench_files.give(str(tmp_path / "bins" / "in"), str(tmp_path / "bins" / "m.om"))
+        for given, own in (("input_bin/00000000.bin", "in/a b.bin"), ("input_bin/00000001.bin", "in/c.bin"), ("m.om", "m.om")):
+            assert (tmp_path / name / given).read_bytes() == (tmp_path / "bins" / own).read_bytes()
+            assert not (tmp_path / name / given).stat().st_mode & 0o022
+            assert os.path.samefile(given, str(tmp_path / "bins" / own)) == (name == "linked")

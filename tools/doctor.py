@@ -1,0 +1,505 @@
+"""What this machine has of what run_all.sh needs: driver and card, CANN, the tools that run an OM, packages, disk, inputs.
+
+    bash run_all.sh --check [--json FILE]       all of it as a table, before any work; FILE is all that is written
+    python3 tools/doctor.py chip NAME DEVICE    "310P3 2": the chip's name and how many of it the card with this device has, as
+                                                npu-smi info tells them; where NAME is given, it only counts
+    python3 tools/doctor.py set_env             the set_env.sh of this machine's CANN, if there is one
+    python3 tools/doctor.py explain LOG CHIP    what to do about the failure in atc's LOG, if it is a known one
+
+It needs Python alone. npu-smi's table and CANN's folders are understood here and nowhere else.
+"""
+import glob
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+TOOLS = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(TOOLS)
+MACHINE = os.uname().machine
+BIN = 4 * 3 * 224 * 224  # bytes of an image's bin
+OTHER_PYTHON = "export PATH=/FOLDER/OF/SUCH/A/PYTHON/bin:$PATH"
+
+# How a chip's name begins, the folder of its operators in CANN, the word for it in their package's name. The first that fits
+# counts: 910B is an old name of the 910, 910B3 the later 910b.
+FAMILIES = [("310P", "ascend310p", "310p"), ("310B", "ascend310b", "310b"), ("310", "ascend310", None),
+            ("910_93", "ascend910_93", "A3"), ("910B[1-4]", "ascend910b", "910b"), ("910", "ascend910", "910")]
+# From this CANN on: the last Python 3 that its guide allows, and whether NumPy must be below 2 on Pythons before 3.13
+PYTHONS = [((9, 1), 14, False), ((9, 0), 13, False), ((8, 5), 13, True), ((8, 0), 11, True), ((7, 0), 10, True), ((0,), 9, True)]
+# What the guide installs there. Without the first five, atc is known to stop.
+PACKAGES = {"attr": "attrs", "decorator": "decorator", "numpy": "numpy", "psutil": "psutil", "scipy": "scipy", "absl": "absl-py",
+            "cffi": "cffi", "google.protobuf": "protobuf", "pathlib2": "pathlib2", "requests": "requests", "sympy": "sympy",
+            "yaml": "pyyaml"}
+
+# Run by other Pythons than this one; they print JSON.
+ATC_PYTHON = """
+import importlib.util, json, sys
+missing = []
+for name in sys.argv[1:]:
+    try:
+        found = importlib.util.find_spec(name)
+    except ImportError:
+        found = None
+    if not found:
+        missing.append(name)
+numpy = None if "numpy" in missing else __import__("numpy").__version__
+print(json.dumps([list(sys.version_info[:3]), missing, numpy]))
+"""
+PROVIDER = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from session import import_onnxruntime, provider_note, providers
+try:
+    onnxruntime = import_onnxruntime()
+except ImportError as error:
+    print(json.dumps(str(error)))
+else:
+    # a model of one Relu
+    model = bytes.fromhex("08063a330a0c0a0178120179220452656c751201675a0f0a0178120a0a08080112040a0208"
+                          "01620f0a0179120a0a08080112040a0208014202100b")
+    session = onnxruntime.InferenceSession(model, providers=providers())
+    note = provider_note(session, onnxruntime.get_available_providers())
+    print(json.dumps([onnxruntime.__version__, session.get_providers()[0], note]))
+"""
+
+
+def run(command):
+    """Returns a command's (status, output); raises OSError where it cannot be run, or takes longer than a minute."""
+    try:
+        process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+    except subprocess.TimeoutExpired:
+        raise OSError("%s does not answer" % command[0])
+    return process.returncode, process.stdout.decode("utf-8", "replace")
+
+
+def ask(python, program, *arguments):
+    """Returns the JSON that a program ends with in another Python; raises OSError with its last words."""
+    status, output = run([python, "-B", "-c", program] + list(arguments))
+    last = output.strip().split("\n")[-1]
+    try:
+        return json.loads(last)
+    except ValueError:
+        raise OSError("%s: %s" % (python, last or "ended with status %d" % status))
+
+
+def short(name):
+    """A chip's name as npu-smi has it: 310P3 of Ascend310P3."""
+    return name[6:] if name.startswith("Ascend") else name
+
+
+def family(name):
+    """Returns (the folder of a chip's operators, the word in their package's name), None for what is not known."""
+    return next((rest for begin, *rest in FAMILIES if re.match(begin, name)), (None, None))
+
+
+def read(path):
+    """Returns a file's text, '' where it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            return f.read()
+    except OSError:
+        return ""
+
+
+def has(module):
+    """Whether this Python has a module."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
+# --- the card -------------------------------------------------------------------------------------------------------
+
+def read_table(text):
+    """Returns the driver's version and the chips [(card, name, health, device)] from the table of npu-smi info.
+
+    A chip has two rows, "| CARD NAME | HEALTH | ..." and "| CHIP DEVICE | BUS | ...". A card has as many chips as rows begin with
+    its number. The device is None where the table has no such column. Raises ValueError for another text.
+    """
+    version, chips, above, has_device = re.search(r"\bVersion: *([\w.]+)", text), [], None, False
+    for line in text.splitlines():
+        cells = [cell.split() for cell in line.strip().strip("|").split("|")]
+        if cells[0][:2] == ["NPU", "Chip"]:  # from here on: the processes
+            break
+        if cells[0][:1] == ["Chip"]:
+            has_device = cells[0][1:] == ["Device"]
+        elif cells[0] and cells[0][0].isdigit() and len(cells) > 2:
+            if above is None:
+                above = cells
+                continue
+            chips.append((above[0][0], short("".join(above[0][1:])), " ".join(above[1]),
+                          cells[0][1] if has_device and len(cells[0]) > 1 else None))
+            above = None
+    if not chips or above:
+        raise ValueError("npu-smi info prints no table of chips")
+    return version.group(1) if version else "unknown", chips
+
+
+def npu_smi():
+    """Returns read_table() of this machine; raises OSError or ValueError."""
+    status, output = run(["npu-smi", "info"])
+    if status:
+        raise OSError("npu-smi info failed: %s" % output.strip().split("\n")[-1])
+    return read_table(output)
+
+
+def name_of(chips):
+    """Returns the name of these chips; raises ValueError unless it is one that atc takes."""
+    names = sorted({chip[1] for chip in chips})
+    if len(names) > 1:
+        raise ValueError("npu-smi info names several chips, %s; set chip_name to one of them" % " and ".join(names))
+    if names == ["910"]:  # the 910_93: 910_9362, 910_9392 ...
+        raise ValueError("npu-smi info says Ascend910 only; set chip_name to 910_N, N being the NPU Name of: "
+                         "npu-smi info -t board -i %s -c 0" % chips[0][0])
+    if not re.match(r"[0-9]{3}[A-Za-z0-9_-]*$", names[0]):
+        raise ValueError("npu-smi info names the chip %r; set chip_name" % names[0])
+    return names[0]
+
+
+def chips_of(chips, name, device):
+    """Returns how many chips the card with this device has, or else the first card of these chips; 0 without one."""
+    cards = [card for card, chip, _, _ in chips if chip == name]
+    own = [card for card, chip, _, number in chips if (chip, number) == (name, device)]
+    return cards.count((own or cards)[0]) if cards else 0
+
+
+def chip(name, device):
+    """Returns what the command chip prints."""
+    try:
+        _, chips = npu_smi()
+        name = short(name) or name_of(chips)
+        return "%s %d" % (name, chips_of(chips, name, device))
+    except (OSError, ValueError) as error:
+        if name:
+            return short(name) + " 0"
+        raise ValueError(str(error) if "chip_name" in str(error) else "%s; run it by hand, or set chip_name" % error)
+
+
+# --- CANN -----------------------------------------------------------------------------------------------------------
+
+def find_set_env():
+    """Returns the set_env.sh of this machine's CANN, None without one."""
+    folders = []
+    for home in filter(None, map(os.environ.get, ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME"))):
+        folders += [home, os.path.dirname(home.rstrip("/"))]  # up to 8.3 it lies beside the folder latest
+    roots = (os.path.expanduser("~/Ascend"), "/usr/local/Ascend")
+    folders += [os.path.join(root, name) for root in roots for name in ("cann", "ascend-toolkit")]
+    folders += [os.path.join(root, "nnrt") for root in roots]  # without atc: for the card's machine
+    return next((path for path in (os.path.join(folder, "set_env.sh") for folder in folders) if os.path.isfile(path)), None)
+
+
+class Cann(object):
+    """The CANN that this process's environment leads to: home (None without one), version, atc, packages, operators."""
+
+    def __init__(self):
+        self.atc = shutil.which("atc")
+        homes = [os.environ.get("ASCEND_HOME_PATH"), os.environ.get("ASCEND_TOOLKIT_HOME")]
+        folder = os.path.realpath(self.atc) if self.atc else "/"
+        while folder != "/":
+            folder = os.path.dirname(folder)
+            homes.append(folder)
+        self.home = next((os.path.realpath(home) for home in homes if home and os.path.isdir(os.path.join(home, "opp"))), None)
+        self.packages = {}  # name -> version
+        for path in sorted(glob.glob(os.path.join(glob.escape(self.home or "/dev/null"), "*-linux", "ascend_*_install.info"))):
+            text = read(path)
+            found = [re.search(r"^%s[=:] *(\S+)" % key, text, re.MULTILINE) for key in ("package_name", "version")]
+            if all(found):
+                self.packages[found[0].group(1)] = found[1].group(1)
+        versions = [version for name, version in self.packages.items() if not name.endswith("-ops")]
+        older = re.search(r"toolkit_running_version=\[[^]:]*:([^]]+)\]", read(os.path.join(self.home or "", "version.cfg")))
+        self.version = versions[0] if versions else older.group(1) if older else "unknown"
+        self.number = tuple(map(int, re.findall(r"\d+", self.version)[:2]))
+        opp = os.environ.get("ASCEND_OPP_PATH") or os.path.join(self.home or "", "opp")
+        # families of chips: the folders that describe operators; before 6.0 the second place
+        self.operators = sorted({os.path.basename(os.path.dirname(path)) for place in ("built-in/op_impl", "op_impl/built-in")
+                                 for path in glob.glob(os.path.join(glob.escape(opp), place, "ai_core/tbe/config/*/*.json"))})
+
+    def __str__(self):
+        return "CANN %s in %s" % (self.version, self.home) if self.home else "the CANN on the PATH"
+
+    def operator_package(self, name):
+        """Returns the command that installs the operators of a chip, None where no package is known."""
+        word, old = family(name)[1], self.number and self.number < (8, 5)
+        if not word or (old and word == "A3"):
+            return None
+        form = "Ascend-cann-kernels-%s_%s_linux-%s.run" if old else "Ascend-cann-%s-ops_%s_linux-%s.run"
+        return "bash ./%s --install" % (form % (word, self.version if self.number else "VERSION", MACHINE))
+
+    def python_problem(self, version, missing, numpy):
+        """Returns (what is wrong with the Python that atc runs, the command that helps), or (None, None)."""
+        last, old_numpy = next(rule[1:] for rule in PYTHONS if (self.number or (99,)) >= rule[0])
+        if not (3, 7) <= tuple(version[:2]) <= (3, last):
+            return "CANN %s takes Python 3.7 to 3.%d" % (self.version, last), OTHER_PYTHON
+        problems = ["no " + PACKAGES[name] for name in list(PACKAGES)[:5] if name in missing]
+        old_numpy = old_numpy and version[1] < 13
+        if numpy and old_numpy and int(numpy.split(".")[0]) >= 2:
+            problems.append("NumPy %s, where CANN %s takes NumPy 1" % (numpy, self.version))
+        names = ["'numpy<2'" if name == "numpy" and old_numpy else name for name in PACKAGES.values()]
+        return (", ".join(problems), "python3 -m pip install " + " ".join(names)) if problems else (None, None)
+
+
+def explain(log, name):
+    """Returns what to do about the failure in atc's log, None where it is not a known one."""
+    cann, name = Cann(), short(name)
+    found = re.search(r"No supported Ops kernel and engine are found for .*optype \[(\w+)\]", log)
+    if found:
+        if family(name)[0] in cann.operators:
+            return "%s has operators for Ascend%s, but none for the model's %s" % (cann, name, found.group(1))
+        command = cann.operator_package(name)
+        return "%s has no operators for Ascend%s%s; %s" % (
+            cann, name, ", only for %s" % ", ".join(cann.operators) if cann.operators else "",
+            "run: " + command if command else "install a CANN that has them")
+    found = re.search(r"No module named '([\w.]+)'", log)
+    if found:
+        package = PACKAGES.get(found.group(1), found.group(1))
+        return "the Python that atc runs, %s, has no %s; run: python3 -m pip install %s" % (
+            shutil.which("python3"), package, package)
+    if "libascend_hal.so: cannot open" in log:  # it is the driver's; the toolkit has one for machines without a card
+        found = glob.glob(os.path.join(glob.escape(cann.home or "/dev/null"), "*-linux", "devlib", "libascend_hal.so"))
+        return "there is no card's driver here, so atc needs the toolkit's own library; run: export LD_LIBRARY_PATH=%s:%s" % (
+            os.path.dirname(found[0]) if found else "/FOLDER/OF/THE/TOOLKIT/%s-linux/devlib" % MACHINE, "$LD_LIBRARY_PATH")
+    return None
+
+
+# --- the whole machine ----------------------------------------------------------------------------------------------
+
+class Check(object):
+    """What run_all.sh needs under these values of its variables, as rows of {stage, what, state, found, run}.
+
+    The states: ok; note, something to know; missing, without which the run cannot end well; absent, which it can do without.
+    run is the command that provides it.
+    """
+
+    def __init__(self, values):
+        self.values, self.rows, self.cann = values, [], Cann()
+        self.work = os.path.abspath(values["work_dir"])
+        self.place = self.work  # the part of it that exists
+        while not os.path.exists(self.place):
+            self.place = os.path.dirname(self.place)
+        self.oms = [os.path.join(self.work, "deepmar_bs%s.om" % size) for size in values["batch_size"].split()]
+        self.on_card = self.uses("benchmark") or self.uses("ais_bench")
+        self.converts = self.runs(3) and values["asked_backend"] != "onnxruntime" and bool(self.cann.atc) or \
+            self.on_card and not all(map(os.path.exists, self.oms))
+        self.inputs()
+        self.packages()
+        self.card()
+        if self.cann.atc:
+            self.operators()
+            self.atc_python()
+        else:
+            self.row("3", "CANN", self.need(self.converts),
+                     "no atc on the PATH%s" % ("" if find_set_env() else ", and no set_env.sh was found"),
+                     "bash ./Ascend-cann-toolkit_VERSION_linux-%s.run --install" % MACHINE)
+        self.disk()
+        self.tools()
+        self.files()
+
+    def row(self, stage, what, state, found, command=None):
+        self.rows.append({"stage": stage, "what": what, "state": state, "found": found, "run": command})
+
+    @staticmethod
+    def need(needed):
+        return "missing" if needed else "absent"
+
+    def runs(self, stage):
+        return int(self.values["stage"]) <= stage <= int(self.values["stop_stage"])
+
+    def uses(self, backend):
+        return self.runs(6) and self.values["backend"] == backend
+
+    def inputs(self):
+        values = self.values
+        self.names, self.images = [], int(values["sample_size"])
+        if not values["image_list"]:
+            return self.row("1 4 7", "inputs", "note", "none given, so the sample's: %d images, a checkpoint" % self.images)
+        gone = ["no %s" % values[name] for name in ("checkpoint", "images", "image_list", "label_file")
+                if not os.path.exists(values[name])]
+        self.names = [line.strip() for line in read(values["image_list"]).splitlines() if line.strip()]
+        self.images = len(self.names)
+        absent = [name for name in self.names if not os.path.exists(os.path.join(values["images"], name))]
+        if gone:
+            self.row("1 4 7", "inputs", "missing", ", ".join(gone))
+        elif absent:
+            self.row("4", "inputs", self.need(self.runs(4)), "%d of the %d images in %s are not in %s, as %s"
+                     % (len(absent), self.images, values["image_list"], values["images"], absent[0]))
+        else:
+            self.row("1 4 7", "inputs", "ok", "%d images, checkpoint %s" % (self.images, values["checkpoint"]))
+
+    def packages(self):
+        """The Python that tools/python.sh would give; self.python is None where it would have to be made."""
+        self.python, found = sys.executable, "%d.%d.%d, %s" % (sys.version_info[:3] + (sys.executable,))
+        names = set(re.findall("^[A-Za-z0-9_.-]+", read(os.path.join(HERE, "requirements.txt")), re.MULTILINE))
+        missing = sorted(name for name in names if not has({"Pillow": "PIL", "protobuf": "google"}.get(name, name)))
+        if missing:
+            folder = os.path.join(HERE, ".venv-%d.%d" % sys.version_info[:2])
+            self.python = os.path.join(folder, "bin", "python") if os.path.exists(os.path.join(folder, "installed")) else None
+            found += "; " + ("the packages are those of " + folder if self.python else
+                             "the first run installs into %s: %s" % (folder, ", ".join(missing)))
+        self.row("all", "Python", "ok" if self.python else "note", found)
+
+    def card(self):
+        devices, chips, problem = self.values["device_id"].split(), [], "nothing names it"
+        try:
+            if not shutil.which("npu-smi"):
+                raise OSError("no npu-smi on the PATH")
+            driver, chips = npu_smi()
+            found = "driver %s; " % driver + ", ".join(
+                "card %s: %d x %s" % (card, len(own), own[0][1]) for card, own in
+                ((card, [chip for chip in chips if chip[0] == card]) for card in sorted({chip[0] for chip in chips}, key=int)))
+            found += "".join("; card %s: %s" % (chip[0], chip[2]) for chip in chips if chip[2] != "OK")
+            there = [chip[3] for chip in chips if chip[3]]
+            wrong = [device for device in devices if there and device not in there]
+            found += "; no device %s among %s" % (wrong[0], " ".join(there)) if wrong else ""
+            self.row("3 6", "driver and card", self.need(self.on_card) if wrong else
+                     "ok" if all(chip[2] == "OK" for chip in chips) else "note", found,
+                     "bash run_all.sh --device-id %s" % there[0] if wrong else None)
+        except (OSError, ValueError) as error:
+            self.row("3 6", "driver and card", self.need(self.on_card), str(error),
+                     "bash ./Ascend-hdk-CHIP-npu-driver_VERSION_linux-%s.run --full" % MACHINE)
+        self.chip = short(self.values["chip_name"])
+        try:
+            self.chip = self.chip or (name_of(chips) if chips else "")
+        except ValueError as error:
+            problem = str(error)
+        if self.chip:
+            count = self.values["chips"] or chips_of(chips, self.chip, devices[0])
+            self.row("3 7", "chip", "ok", "Ascend%s, %s" % (self.chip, "%s on a card" % count if count else
+                                                            "--chips tells how many a card has"))
+        else:
+            self.row("3 7", "chip", self.need(self.converts), problem, "bash run_all.sh --chip-name 310P3")
+
+    def operators(self):
+        cann = self.cann
+        packages = {name: version for name, version in cann.packages.items() if name.endswith("-ops")}
+        found = ", ".join("%s %s" % item for item in packages.items()) or " ".join(cann.operators) or "none"
+        self.row("3", "CANN", "ok", "%s, atc %s" % (cann, cann.atc))
+        if not cann.home or not self.chip:
+            self.row("3", "operators", "note", "%s; for which chip is not known" % found if cann.home else "of an unknown CANN")
+        elif family(self.chip)[0] not in cann.operators:
+            self.row("3", "operators", self.need(self.converts), "none for Ascend%s, but: %s" % (self.chip, found),
+                     cann.operator_package(self.chip))
+        else:
+            other = set(packages.values()) - {cann.version}
+            self.row("3", "operators", "note" if other else "ok", found + "; CANN itself is %s" % cann.version * bool(other))
+
+    def atc_python(self):
+        python = shutil.which("python3") or "python3"
+        try:
+            version, missing, numpy = ask(python, ATC_PYTHON, *PACKAGES)
+        except OSError as error:
+            return self.row("3", "atc's Python", self.need(self.converts), str(error), OTHER_PYTHON)
+        found = "%s, %s" % (".".join(map(str, version)), python)
+        problem, command = self.cann.python_problem(version, missing, numpy)
+        if problem:
+            self.row("3", "atc's Python", self.need(self.converts), "%s: %s" % (found, problem), command)
+        elif missing:
+            names = [PACKAGES[name] for name in missing]
+            self.row("3", "atc's Python", "note", "%s: no %s" % (found, ", ".join(names)),
+                     "python3 -m pip install " + " ".join(names))
+        else:
+            self.row("3", "atc's Python", "ok", "%s, NumPy %s" % (found, numpy))
+
+    def disk(self):
+        free, bins = shutil.disk_usage(self.place).free, self.images * BIN
+        self.row("4", "disk", "ok" if free > bins else self.need(self.runs(4)), "%.1f GB free in %s, %.1f GB for %d bins"
+                 % (free / 1e9, self.place, bins / 1e9, self.images),
+                 None if free > bins else "bash run_all.sh --work-dir /A/LARGER/DISK")
+
+    def tools(self):
+        binary = os.path.join(HERE, "benchmark." + MACHINE)
+        if os.access(binary, os.X_OK):
+            self.row("6", os.path.basename(binary), "ok", binary)
+        else:
+            there = os.path.exists(binary)
+            self.row("6", os.path.basename(binary), self.need(self.uses("benchmark")),
+                     binary + (" is not executable" if there else " does not exist"),
+                     "chmod u+x %s" % binary if there else "cp %s %s/" % (os.path.basename(binary), HERE))
+        found, command = ais_bench()
+        self.row("6", "ais_bench", self.need(self.uses("ais_bench")) if command else "ok", found, command)
+        if not self.python:
+            return self.row("6", "ONNX Runtime", "note", "comes with the packages")
+        needed = self.uses("onnxruntime")
+        try:
+            answer = ask(self.python, PROVIDER, TOOLS)
+            if isinstance(answer, str):
+                raise OSError(answer)
+            found, note = "%s, %s" % tuple(answer[:2]), answer[2]
+            self.row("6", "ONNX Runtime", "ok" if not note else "missing" if needed and self.values["strict"] else "note",
+                     found + "; " * bool(note) + note)
+        except OSError as error:
+            found, _, command = str(error).partition("; run: ")
+            self.row("6", "ONNX Runtime", self.need(needed), found, command or None)
+
+    def files(self):
+        """What ais_bench refuses: names, and files of other users."""
+        needed, odd = self.need(self.uses("ais_bench")), [name for name in self.names if not re.match("[A-Za-z0-9_./-]+$", name)]
+        if not re.match("[A-Za-z0-9_./-]+$", self.work):
+            self.row("6", "names", needed, "ais_bench refuses the name of %s" % self.work,
+                     "bash run_all.sh --work-dir /A/FOLDER/OF/LETTERS/AND/DIGITS")
+        else:
+            self.row("6", "names", "note" if odd else "ok", "of letters, digits and _-/. alone" if not odd else
+                     "ais_bench is given other names for %d of %d images, as %s" % (len(odd), self.images, odd[0]))
+        own = set(os.getgroups()) | {os.getgid()}
+        for path in [self.place] + self.oms + glob.glob(os.path.join(glob.escape(self.work), "input_bin", "*.bin")):
+            if os.path.exists(path) and os.stat(path).st_uid != os.getuid() and os.stat(path).st_gid not in own:
+                return self.row("6", "owner", needed, "%s is another user's, which ais_bench refuses" % path,
+                                "chown -R %d %s" % (os.getuid(), path))
+        self.row("6", "owner", "ok", "this user, or a group of his")
+
+
+def ais_bench():
+    """Returns what this Python has of ais_bench and the command that installs it, None where it is complete."""
+    command = "%s -m pip install aclruntime-VERSION-linux_%s.whl ais_bench-VERSION-py3-none-any.whl" % (sys.executable, MACHINE)
+    spec, runtime = importlib.util.find_spec("ais_bench"), importlib.util.find_spec("aclruntime")
+    if not spec:
+        return "%s has no ais_bench" % sys.executable, command
+    folders = list(spec.submodule_search_locations or [])
+    if not any(os.path.exists(os.path.join(folder, "infer")) for folder in folders):
+        return ("%s is another ais_bench: it evaluates language models and runs no OM" % folders[0] if folders else spec.origin,
+                "%s -m pip uninstall ais_bench_benchmark && %s" % (sys.executable, command))
+    if not runtime:
+        return "%s, but no aclruntime" % folders[0], command
+    return "%s and %s" % (folders[0], runtime.origin), None
+
+
+def main(arguments):
+    if arguments[:1] == ["chip"] and len(arguments) == 3:
+        print(chip(arguments[1], arguments[2]))
+    elif arguments == ["set_env"]:
+        print(find_set_env() or "")
+    elif arguments[:1] == ["explain"] and len(arguments) == 3:
+        print(explain(read(arguments[1]), arguments[2]) or "")
+    elif arguments[:1] == ["check"]:
+        values = dict(argument.split("=", 1) for argument in arguments[1:])
+        rows = Check(values).rows
+        lacking = [row["what"] for row in rows if row["state"] == "missing"]
+        for row in rows:
+            print("%-6s %-16s %-8s %s" % (row["stage"], row["what"], row["state"], row["found"]))
+            if row["run"]:
+                print("%32s run: %s" % ("", row["run"]))
+        backend = "backend " + values["backend"] if values["backend"] != "auto" else "this part of the pipeline"
+        print("%s cannot run here: see %s" % (backend, ", ".join(lacking)) if lacking else "%s can run here" % backend)
+        if values["json"]:
+            temporary = "%s.%d.partial" % (values["json"], os.getpid())
+            with open(temporary, "w", encoding="utf-8") as f:
+                json.dump({"backend": values["backend"], "ok": not lacking, "rows": rows}, f, indent=1, ensure_ascii=False)
+                f.write("\n")
+            os.replace(temporary, values["json"])
+        return 1 if lacking else 0
+    else:
+        print(__doc__, end="")
+        return 0 if arguments in ([], ["-h"], ["--help"]) else 2
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (OSError, ValueError) as error:
+        sys.exit("doctor.py: error: %s" % error)
+    except KeyboardInterrupt:
+        sys.exit("doctor.py: interrupted")

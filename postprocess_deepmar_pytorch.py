@@ -405,11 +405,10 @@ def main(argv=None):
         row.update(threshold=limit, label_acc_interval=label_acc_interval(row) if args.intervals else None)
     intervals = metric_intervals(logits >= limits, labels == 1, metrics) if args.intervals else None
     undefined = [row["name"] for row in table if row["label_acc"] is None]
-    peta = " (%s)" % ASSUMED if names is PETA else ""
     drop = None if args.published is None else args.published - at_0
     report = dict(metrics, images=len(logits), labelled_images_without_result=without, published_acc=args.published,
                   drop=drop, attributes_without_label_acc=undefined, values=args.values or "logits",
-                  names_assumed=bool(peta), intervals=intervals, attributes=table, instance_acc_at_0=at_0,
+                  names_assumed=names is PETA, intervals=intervals, attributes=table, instance_acc_at_0=at_0,
                   thresholds=thresholds and {key: thresholds[key] for key in ("goal", "images", "checksum")})
     write_text(RESULT, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
@@ -423,11 +422,11 @@ def main(argv=None):
     if args.per_attribute:
         for line in attribute_table(table):
             print(line)
-        if peta:
-            print("the attributes' names:%s" % peta)
     print("scored %d images; %d labelled images had no result" % (len(logits), without))
     if undefined:
-        print("left out of mA, as no image or every image has them: %s%s" % (", ".join(undefined), peta))
+        print("left out of mA, as no image or every image has them: %s" % ", ".join(undefined))
+    if names is PETA and (args.per_attribute or undefined):
+        print(ASSUMED)
     if drop is not None:
         print("accuracy%s %.2f %%, published %.2f %%, drop %.2f %%"
               % (" at a logit of 0" if thresholds else "", 100 * at_0, 100 * args.published, 100 * drop))

@@ -59,28 +59,42 @@ def read_list(path):
 def find_images(folder, names, list_path):
     """Returns the path of each named image in a folder. Raises OSError that names all images that are not there.
 
-    A name that differs from the file's in its Unicode form alone is found, too: a Mac writes letters with accents in two
-    characters, and a list that was made elsewhere has them in one.
+    A file whose name has another Unicode form is found, too, if none has the name itself: a Mac writes a letter with an
+    accent as two characters, and a list that was made elsewhere has it as one. Raises ValueError where two files fit.
     """
     if not os.path.isdir(folder):
         raise FileNotFoundError("%s: no such folder; it is the images' folder" % folder)
     paths = [os.path.join(folder, name) for name in names]
     lost = [i for i, path in enumerate(paths) if not os.path.lexists(path)]
-    if lost:
-        by_form = {}
-        for parent in sorted({os.path.dirname(paths[i]) for i in lost}):
-            with contextlib.suppress(OSError):
-                by_form.update((composed(os.path.join(parent, name)), os.path.join(parent, name))
-                               for name in os.listdir(parent))
-        for i in lost:
-            paths[i] = by_form.get(composed(paths[i]), paths[i])
-        missing = [names[i] for i in lost if not os.path.lexists(paths[i])]
-        if missing:
-            other = [name for name in os.listdir(folder) if re.search("[\ud800-\udfff]", name)]  # undecodable bytes
-            raise FileNotFoundError("%d of the %d images in %s are not in %s: %s%s" % (
-                len(missing), len(names), list_path, folder, joined(missing), "; the folder has file names that are not "
-                "UTF-8, such as %s: rename them, convmv -f GBK -t UTF-8" % ascii(other[0]) if other else ""))
+    listings = {}
+    for i in lost:
+        paths[i] = folder
+        for part in names[i].split("/"):
+            paths[i] = os.path.join(paths[i], another_form(paths[i], part, listings))
+    missing = [names[i] for i in lost if not os.path.lexists(paths[i])]
+    if missing:
+        other = [name for name in os.listdir(folder) if re.search("[\ud800-\udfff]", name)]  # undecodable bytes
+        raise FileNotFoundError("%d of the %d images in %s are not in %s: %s%s" % (
+            len(missing), len(names), list_path, folder, joined(missing), "; the folder has file names that are not "
+            "UTF-8, such as %s: rename them, convmv -f GBK -t UTF-8" % ascii(other[0]) if other else ""))
     return paths
+
+
+def another_form(folder, name, listings):
+    """The name of a file in a folder, in the Unicode form that it has there; the name as given if there is none.
+
+    listings: the folders seen so far, {folder: {composed name: [names]}}.
+    """
+    if folder not in listings:
+        listings[folder] = {}
+        with contextlib.suppress(OSError):
+            for other in os.listdir(folder):
+                listings[folder].setdefault(composed(other), []).append(other)
+    found = listings[folder].get(composed(name), [name])
+    if len(found) > 1 and name not in found:
+        raise ValueError("%s: has several files whose names differ in their Unicode form alone, none of them in that of the "
+                         "list: %s" % (folder, ", ".join(map(ascii, found))))
+    return name if name in found else found[0]
 
 
 def read_image(path, upright=False):

@@ -34,6 +34,14 @@ def check_error(process, *texts, code=1):
         assert text in process.stderr, process.stderr
 
 
+def namespaces(*options):
+    """The beginning of a command that runs in Linux namespaces of its own, as unshare's options name them."""
+    command = ["unshare"] + ["--map-root-user"] * (os.getuid() != 0) + list(options)
+    if subprocess.call(command + ["true"], stderr=subprocess.DEVNULL):
+        pytest.skip("NOT RUN: this user may not make namespaces; run it as root")
+    return command
+
+
 def run_all(*arguments, root=ROOT, cwd=None, path=None, **variables):
     """Runs run_all.sh with this Python; returns the finished process."""
     environment = dict(os.environ, PYTHON=sys.executable, sample_size=str(SIZE), set_env="/dev/null")  # no CANN of this machine

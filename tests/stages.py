@@ -49,9 +49,12 @@ STAGES = {
 }
 
 
-def start(folder, stage, before=(), more=(), **settings):
-    """Starts a stage in its folder, in a process group of its own; before: Python's arguments, more: the stage's."""
-    return subprocess.Popen([sys.executable, "-B"] + list(before) + STAGES[stage][0] + list(more), cwd=str(folder),
+def start(folder, stage, before=(), more=(), prefix=(), **settings):
+    """Starts a stage in its folder, in a process group of its own; before: Python's arguments, more: the stage's.
+
+    prefix: of the whole command.
+    """
+    return subprocess.Popen(list(prefix) + [sys.executable, "-B"] + list(before) + STAGES[stage][0] + list(more), cwd=str(folder),
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
                             start_new_session=True, **settings)
 

@@ -170,22 +170,6 @@ def test_ctrl_c_does_not_wait_for_the_batch(tmp_path):
     assert time.time() - began < whole / 3
 
 
-def test_ctrl_c_while_its_thread_starts(monkeypatch):
-    """It must not be left behind, as the process would wait for it for ever."""
-    start = threading.Thread.start
-
-    def interrupted(self):
-        start(self)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(threading.Thread, "start", interrupted)
-    before = threading.enumerate()
-    with pytest.raises(KeyboardInterrupt):
-        with benchmark.interruptible():
-            raise AssertionError
-    assert all(thread.daemon for thread in threading.enumerate() if thread not in before)
-
-
 def test_a_provider_that_did_not_load(folder, monkeypatch, capsys):
     """As onnxruntime-gpu does without a GPU, and onnxruntime-cann without CANN: the session runs on the CPU."""
     monkeypatch.chdir(str(folder))

@@ -8,7 +8,7 @@ from test_postprocess import independent
 from test_predict import run_stage_6, write_bins, write_images, write_model
 
 import compare
-from postprocess_deepmar_pytorch import PETA
+from postprocess_deepmar_pytorch import ASSUMED, PETA, probabilities
 
 TOOL = "tools/compare.py"
 
@@ -97,7 +97,7 @@ def test_different_runs(tmp_path):
     (0.0625, 0, ["--max-difference", "0.06"], 1)])
 def test_tolerances(tmp_path, step, flips, options, code):
     # 30 images of 35 attributes, 1050 decisions: by default one flip is allowed.
-    logits = np.ones((30, 35), np.float32)
+    logits = np.full((30, 35), 2, np.float32)
     logits[5, :3] = step / 2
     other = logits.copy()
     other[9, 9] += step
@@ -108,12 +108,24 @@ def test_tolerances(tmp_path, step, flips, options, code):
     assert (done.stderr == "") == (code == 0)
 
 
+def test_probabilities_of_the_same_logits(tmp_path):
+    """As of an OM that ends in a Sigmoid, and an ONNX model that does not."""
+    logits = random_logits()
+    a, b = write(tmp_path / "a", probabilities(logits)), write(tmp_path / "b", logits)
+    done = script(TOOL, a, b, "--max-difference", 1e-5, "--max-flips", 0, "--json", tmp_path / "c.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.startswith("note: %s: all values lie between 0 and 1" % a) and done.stderr.count("\n") == 1
+    assert "(%s)\n" % ASSUMED in done.stdout and json.loads((tmp_path / "c.json").read_text())["names_assumed"] is True
+
+
 def test_other_attributes(tmp_path):
-    a, b = write(tmp_path / "a", [[1, 1]]), write(tmp_path / "b", [[1, -1]])
+    a, b = write(tmp_path / "a", [[2, 1]]), write(tmp_path / "b", [[2, -1]])
     assert "  attribute1: 1 (only A has it: 1, only B: 0)" in script(TOOL, a, b).stdout
     names = tmp_path / "names.txt"
     names.write_text("tall\nin a hurry\n")
-    assert "  in a hurry: 1 (" in script(TOOL, a, b, "--attributes", names).stdout
+    done = script(TOOL, a, b, "--attributes", names, "--json", tmp_path / "c.json")
+    assert "  in a hurry: 1 (" in done.stdout and ASSUMED not in done.stdout
+    assert json.loads((tmp_path / "c.json").read_text())["names_assumed"] is False
     names.write_text("tall\n")
     check_error(script(TOOL, a, b, "--attributes", names), "names.txt: holds 1 names, but there are 2")
 
@@ -136,7 +148,7 @@ def test_errors(tmp_path):
     label.write_text(json.dumps({"im%d.png" % i: [1] * 35 for i in (0, 1, 3)}))
     check_error(script(TOOL, a, b, "--labels", label), "label.json: has no label for 1 of 4 images: im2")
     label.write_text(json.dumps({"im%d.png" % i: [1] * 26 for i in range(4)}))
-    check_error(script(TOOL, a, b, "--labels", label), "label.json: has 26 attributes", "35")
+    check_error(script(TOOL, a, b, "--labels", label), "label.json: its rows have 26 attributes, the model's results 35")
     (a / "im0_1.bin").write_bytes(bytes(139))
     check_error(script(TOOL, a, b), "a/im0_1.bin: holds no float32 logits (139 bytes)")
     (a / "im0_1.bin").write_bytes(np.full(35, np.nan, "<f4").tobytes())
@@ -148,12 +160,12 @@ def test_errors(tmp_path):
     check_error(script(TOOL, a, b, "--max-flips", "-1"), "--max-flips", code=2)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, "N"])
-def test_the_other_side_computed(tmp_path, batch_size):
+@pytest.mark.parametrize("batch_size, size", [(1, (224, 224)), (4, (256, 128)), ("N", (224, 224))])
+def test_the_other_side_computed(tmp_path, batch_size, size):
     names = write_images(tmp_path / "images", 6)
-    model = write_model(tmp_path / "m.onnx", batch_size)
-    write_bins(tmp_path, names)
-    result = run_stage_6(tmp_path, model, 2 if batch_size == "N" else batch_size)
+    model = write_model(tmp_path / "m.onnx", batch_size, size=size)
+    write_bins(tmp_path, names, *size)
+    result = run_stage_6(tmp_path, model, 2 if batch_size == "N" else batch_size, 0, *size)
     command = [TOOL, result, "--onnx", model, "--bins", tmp_path / "input_bin", "--max-flips", 0]
     done = script(*(command + ["--max-difference", 1e-6]))
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr

@@ -1,19 +1,21 @@
 """Two runs at the same time: they do not disturb each other, or the second says so and stops."""
-import inspect
 import os
 import shutil
 
 import pytest
-from conftest import check_error
+from conftest import check_error, namespaces
 from stages import STAGES, contents, output, prepare, put_earlier, run, start
 
-import export_onnx
-import get_info
-import postprocess_deepmar_pytorch as post
-import remove_pad
-from preprocess_deepmar_pytorch import replaced_folder
+from common import replaced_folder, whole_file
 
-DEAD = 4194304 + 1  # more than any process's number can be (PID_MAX_LIMIT of linux/threads.h)
+
+# Tells a process's number, and runs a script in it.
+AS_NUMBER_1 = """
+import os, runpy, sys
+print(os.getpid(), flush=True)
+sys.argv[:] = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +71,40 @@ def test_runs_that_write_the_same_file_are_both_whole(folder, stage):
         assert output(folder, stage) == expected and set(contents(folder)) == clean
 
 
-@pytest.mark.parametrize("module", [export_onnx, remove_pad, get_info, post], ids=lambda module: module.__name__)
-def test_only_the_temporary_files_of_dead_runs_go(tmp_path, module):
+def test_two_containers_write_one_file(folder):
+    """In each of them, every process has the number 1."""
+    put_earlier(folder, "get_info")
+    run(folder, "get_info")
+    expected, clean = output(folder, "get_info"), set(contents(folder))
+    alone = namespaces("--pid", "--fork")
+    processes = [start(folder, "get_info", ["-c", AS_NUMBER_1], prefix=alone) for _ in range(3)]
+    for process in [finish(process) for process in processes]:
+        assert process.returncode == 0 and process.stdout.startswith("1\n"), process.stderr
+    assert output(folder, "get_info") == expected and set(contents(folder)) == clean
+
+
+def test_two_files_at_once(tmp_path):
+    """Neither takes the other's away, and what comes last stays."""
+    path = str(tmp_path / "a.onnx")
+    with whole_file(path) as first:
+        with whole_file(path) as second:
+            for name in (first, second):
+                with open(name, "w") as f:
+                    f.write(name)
+        with open(path) as f:
+            assert f.read() == second
+    with open(path) as f:
+        assert f.read() == first and os.listdir(str(tmp_path)) == ["a.onnx"]
+
+
+def test_only_the_files_of_dead_runs_go(tmp_path):
     path = str(tmp_path / "a[1].onnx")  # a name that means something to glob
-    mine = ["%s.%d.partial" % (path, os.getppid()), path + ".partial", path + ".notes.partial", path]
-    for name in mine + ["%s.%d.partial" % (path, number) for number in (DEAD, DEAD + 1)]:
+    mine = [path, path + ".partial", path + ".notes.partial", path + ".1234567.partial", path + "x.12345678.partial"]
+    for name in mine + [path + ".0123abcd.partial"]:
         open(name, "w").close()
-    with module.whole_file(path) as temporary:
+    with whole_file(path) as temporary:
         with open(temporary, "w") as f:
             f.write("new")
     assert sorted(os.path.join(str(tmp_path), name) for name in os.listdir(str(tmp_path))) == sorted(mine)
     with open(path) as f:
         assert f.read() == "new"
-    # Each script stands alone and has the function; it is the same in all.
-    assert inspect.getsource(module.whole_file) == inspect.getsource(get_info.whole_file)

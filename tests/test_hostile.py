@@ -136,7 +136,7 @@ def test_a_model_that_would_read_another_file(tmp_path):
 def scored(tmp_path):
     (tmp_path / "result").mkdir()
     for i in range(8):
-        (tmp_path / "result" / ("%d_1.bin" % i)).write_bytes(np.ones(2, "<f4").tobytes())
+        (tmp_path / "result" / ("%d_1.bin" % i)).write_bytes(np.full(2, 2, "<f4").tobytes())
     (tmp_path / "label.json").write_text(json.dumps({"%d.png" % i: [0, 1] for i in range(20)}))
     return tmp_path
 

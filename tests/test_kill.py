@@ -1,4 +1,4 @@
-"""Every script killed at any moment: nothing torn under a final name, the earlier result whole, a re-run undisturbed.
+"""Every script killed at any moment: no file is half written, the earlier result is whole, a re-run is undisturbed.
 
 DEEPMAR_TEST_CAMPAIGN=50 kills each script, tools/sample.py too, 50 times at random moments and at every operation on
 files; pytest's -s shows the figures.
@@ -6,7 +6,6 @@ files; pytest's -s shows the figures.
 import collections
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from stages import STAGES, contents, output, prepare, put_earlier, run, start
 
 CAMPAIGN = int(os.environ.get("DEEPMAR_TEST_CAMPAIGN", "0"))
 SLOW = {"export_onnx", "sample"}  # they import torch
-ANSWER = 2.0  # seconds until Ctrl-C is answered; a machine that does nothing else needs less than 1
 
 # Runs a script, and kills it at its n-th change of a file's name or opening of a file to write.
 AT_OPERATION = """
@@ -66,10 +64,8 @@ def living(group):
 
 
 def check_killed(folder, stage, process, number, earlier, new):
-    """Waits for a process that was sent a signal; checks what it says and leaves. Returns what became of the output."""
-    sent = time.time()
-    _, errors = process.communicate(timeout=60)
-    answered = time.time() - sent
+    """Waits for a process that was sent a signal; checks what it leaves. Returns what became of the output."""
+    process.communicate(timeout=60)
     parts = output(folder, stage)
     for name, part, old, whole in zip(STAGES[stage][1], parts, earlier, new):
         if not part and number == signal.SIGKILL:  # between the two renames of a folder; the next run takes it back
@@ -82,16 +78,7 @@ def check_killed(folder, stage, process, number, earlier, new):
         time.sleep(0.01)
     else:
         raise AssertionError("%s: left processes behind" % stage)
-    if number == signal.SIGINT:
-        assert answered < ANSWER, (stage, answered, errors)
-        if "Traceback" in errors:  # while Python itself starts, or before the script's first function
-            script = os.path.basename(STAGES[stage][0][0])
-            assert not re.search(script + r'", line \d+, in (?!<module>)', errors), (stage, errors)
-            return "before its own code", answered
-        lines = errors.strip().split("\n")
-        assert process.returncode == 0 and lines == [""] or len(lines) == 1 and "interrupted" in errors or \
-            process.returncode == -signal.SIGINT and lines == [""], (stage, process.returncode, errors)
-    return ("earlier" if parts == earlier else "new" if parts == new else "between"), answered
+    return "earlier" if parts == earlier else "new" if parts == new else "between"
 
 
 def check_rerun(folder, stage, clean, new):
@@ -115,40 +102,38 @@ KINDS = {"killed": signal.SIGKILL, "interrupted": signal.SIGINT}
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if CAMPAIGN or stage != "sample"])
 def test_at_random_moments(folder, stage):
     new, clean, duration = undisturbed(folder, stage)
-    kills = CAMPAIGN or 2 - (stage in SLOW)
+    kills = CAMPAIGN or 1
     for kind, number in KINDS.items():
-        became, longest = collections.Counter(), 0
+        became = collections.Counter()
         for i in range(kills):
             earlier = put_earlier(folder, stage)
             process = start(folder, stage)
             time.sleep(duration * (i + random.random()) / kills)
             # A terminal interrupts the whole group.
             (os.killpg if kind == "interrupted" else os.kill)(process.pid, number)
-            result, answered = check_killed(folder, stage, process, number, earlier, new)
-            became[result], longest = became[result] + 1, max(longest, answered)
+            became[check_killed(folder, stage, process, number, earlier, new)] += 1
             if i % 5 == 4:
                 check_rerun(folder, stage, clean, new)
-        print("%s: %s %d times in %.2f s: %s; gone within %.2f s"
-              % (stage, kind, kills, duration, dict(became), longest))
+        print("%s: %s %d times in %.2f s: %s" % (stage, kind, kills, duration, dict(became)))
     check_rerun(folder, stage, clean, new)
 
 
 @pytest.mark.parametrize("stage", sorted(set(STAGES) - SLOW))
 def test_at_an_operation_on_files(folder, stage):
-    """Where it matters: before each renaming, removal and opening; unless in a campaign, the last 4 and one more."""
+    """Where it matters: before each renaming, removal and opening; unless in a campaign, the last 3 and one more."""
     new, clean, _ = undisturbed(folder, stage)
     put_earlier(folder, stage)
     said, _ = start(folder, stage, ["at_operation.py", "0", "0"]).communicate()
     operations = int(said.split("operations: ")[1])
     assert operations > 1 and output(folder, stage) == new
     chosen = range(1, operations + 1)
-    chosen = chosen if CAMPAIGN else sorted(set(chosen[-4:]) | {random.choice(chosen)})
+    chosen = chosen if CAMPAIGN else sorted(set(chosen[-3:]) | {random.choice(chosen)})
     for kind, number in KINDS.items():
         became = collections.Counter()
         for operation in chosen:
             earlier = put_earlier(folder, stage)
             process = start(folder, stage, ["at_operation.py", str(operation), str(int(number))])
-            became[check_killed(folder, stage, process, number, earlier, new)[0]] += 1
+            became[check_killed(folder, stage, process, number, earlier, new)] += 1
             if CAMPAIGN:
                 check_rerun(folder, stage, clean, new)
         print("%s: %s at %d of %d operations on files: %s" % (stage, kind, len(chosen), operations, dict(became)))
@@ -171,5 +156,6 @@ def test_slow_images_do_not_hold_up_ctrl_c(folder):
     began = time.time()
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate()
-    assert time.time() - began < ANSWER and errors.count(b"\n") == 1 and b"interrupted" in errors, errors
+    assert time.time() - began < 10  # all of the images would take far longer
+    assert errors == b"preprocess_deepmar_pytorch.py: interrupted; no file is half written\n", errors
     assert not living(process.pid) and not (folder / "slow_bins.partial").exists()

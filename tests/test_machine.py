@@ -1,6 +1,7 @@
 """A full disk, a folder that cannot be written, few open files, no temporary folder: clear errors, nothing torn."""
 import ctypes
 import os
+import re
 import resource
 
 import pytest
@@ -80,7 +81,7 @@ def test_few_files_and_no_temporary_folder_do_not_matter(folder, stage):
     expected = output(folder, stage)
     put_earlier(folder, stage)
     process = finish(start(folder, stage, preexec_fn=few_files, env=dict(os.environ, TMPDIR="/nowhere")))
-    assert process.returncode == 0 and process.stderr == "", process.stderr
+    assert process.returncode == 0 and re.fullmatch("(note: PETA's names .*\n)?", process.stderr), process.stderr
     assert output(folder, stage) == expected
 
 
@@ -93,13 +94,3 @@ def test_nothing_is_reported_or_written_at_home(folder, tmp_path, stage):
                                                    HOME=str(tmp_path))))
     assert process.returncode == 0, process.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_too_few_files_is_an_error(folder):
-    """Fewer than the workers' pipes need."""
-    def fewest():
-        resource.setrlimit(resource.RLIMIT_NOFILE, (12, 12))
-    earlier = put_earlier(folder, "preprocess")
-    process = finish(start(folder, "preprocess", preexec_fn=fewest))
-    check_error(process, "Too many open files")
-    assert output(folder, "preprocess") == earlier

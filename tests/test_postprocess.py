@@ -103,7 +103,7 @@ def test_screen_and_file(tmp_path):
     assert [line.split()[0] for line in lines[6:41]] == post.PETA
     assert lines[6].split()[3] == "%.6f" % per_attribute[0][0] and lines[9].split()[3] == "-"
     assert lines[41] == "scored 280 images; 20 labelled images had no result"
-    assert lines[42].endswith(": personalLarger60, upperBodyCasual")
+    assert lines[42].endswith(": personalLarger60, upperBodyCasual") and lines[43] == post.ASSUMED
 
     def constant(name):
         raise AssertionError(name)  # NaN and Infinity are not JSON
@@ -112,7 +112,7 @@ def test_screen_and_file(tmp_path):
     assert (report["images"], report["labelled_images_without_result"]) == (280, 20)
     assert report["published_acc"] == 0.2 and report["drop"] == 0.2 - report["instance_acc"]
     assert report["attributes_without_label_acc"] == ["personalLarger60", "upperBodyCasual"]
-    assert [row["name"] for row in report["attributes"]] == post.PETA
+    assert [row["name"] for row in report["attributes"]] == post.PETA and report["names_assumed"] is True
     for row, (positive, negative), column in zip(report["attributes"], per_attribute, labels[:280].T):
         assert (row["positives"], row["negatives"]) == (column.sum(), (1 - column).sum())
         assert (row["label_pos_acc"] is None) == (positive is None) and (row["label_neg_acc"] is None) == (negative is None)
@@ -136,7 +136,7 @@ def test_both_interfaces_give_the_same(tmp_path):
 def test_published(tmp_path, labels_for, images, drop):
     # Five images of 100 attributes, all true; so many of each predicted.
     hits = int(round(100 * (labels_for - drop)))
-    logits = np.where(np.arange(100) < hits, 1, -1)[None].repeat(images, axis=0)
+    logits = np.where(np.arange(100) < hits, 2, -1)[None].repeat(images, axis=0)
     result, label = write(tmp_path, logits, np.ones((images, 100), int))
     done = script(STAGE, result, label, "--published", labels_for, cwd=tmp_path)
     assert json.loads((tmp_path / "fusion_result.json").read_text())["drop"] == pytest.approx(drop, abs=1e-12)
@@ -145,6 +145,24 @@ def test_published(tmp_path, labels_for, images, drop):
         check_error(done, "more than 1 % below the published 0.7950")
     else:
         assert done.returncode == 0, done.stderr
+
+
+def test_probabilities(tmp_path):
+    logits, labels = random_case()
+    result, label = write(tmp_path, logits, labels)
+    assert script(STAGE, result, label, cwd=tmp_path).returncode == 0
+    expected = json.loads((tmp_path / "fusion_result.json").read_text())
+    check_error(script(STAGE, result, label, "--values=probabilities", cwd=tmp_path), "values below 0 or above 1")
+    write(tmp_path, post.probabilities(logits), labels)
+    check_error(script(STAGE, result, label, cwd=tmp_path), "look like probabilities", "--values probabilities")
+    assert json.loads((tmp_path / "fusion_result.json").read_text()) == expected
+    done = script(STAGE, result, label, "--values", "probabilities", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = json.loads((tmp_path / "fusion_result.json").read_text())
+    assert said == dict(expected, values="probabilities") and expected["values"] == "logits"
+    assert script(STAGE, result, label, "--values=logits", cwd=tmp_path).returncode == 0
+    said = json.loads((tmp_path / "fusion_result.json").read_text())
+    assert said["instance_recall"] == 1 and said["values"] == "logits"  # all attributes of all images are said
 
 
 @pytest.mark.parametrize("attributes, extension, output, prefix",
@@ -158,6 +176,7 @@ def test_other_datasets(tmp_path, attributes, extension, output, prefix):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "fusion_result.json").read_text())
     assert [row["name"] for row in report["attributes"]] == ["a %d" % i for i in range(attributes)]
+    assert report["names_assumed"] is False and post.ASSUMED not in done.stdout
     assert report["instance_acc"] == pytest.approx(independent(logits.tolist(), labels.tolist())[0][0], abs=1e-12)
 
 
@@ -222,7 +241,7 @@ def test_wrong_labels(tmp_path, text, message):
 
 
 def test_label_file_errors_on_the_screen(tmp_path):
-    result, label = write(tmp_path, [[1, 1]], [[0, 1]])
+    result, label = write(tmp_path, [[2, 2]], [[0, 1]])
     check_error(script(STAGE, result, tmp_path / "absent.json", cwd=tmp_path), "absent.json: no such file")
     (tmp_path / "label.json").write_bytes(b'{"a\xff": [0]}')
     check_error(script(STAGE, result, label, cwd=tmp_path), "label.json: is not JSON")

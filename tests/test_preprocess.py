@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT, check_error, script
-from preprocess_deepmar_pytorch import SIZE, preprocess, read_list, replaced_folder
+from preprocess_deepmar_pytorch import ORIENTATION, SIZE, preprocess, read_list, replaced_folder
 
 NAME = "preprocess_deepmar_pytorch.py"
 
 
-def guide(path):
+def guide(path, width=224, height=224):
     """The guide's arithmetic, written down plainly: float32 throughout."""
-    image = Image.open(str(path)).convert("RGB").resize((224, 224), Image.BILINEAR)
+    image = Image.open(str(path)).convert("RGB").resize((width, height), Image.BILINEAR)
     array = np.array(image, dtype=np.float32).transpose(2, 0, 1)
     array = array / 255
     for channel, (mean, std) in enumerate(zip([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])):
@@ -69,10 +69,37 @@ def test_bins_are_the_guides_to_the_bit(images):
         assert len(data) == 602112 and data == guide(images / "images" / name).astype("<f4").tobytes(), name
 
 
+def test_another_size(images):
+    for form in (["images", "input_bin", "image.txt", "--size", "256", "128"],
+                 ["--size", 256, 128, "--file_path=images", "--bin_path=input_bin", "--image_info=image.txt"]):
+        process = script(NAME, *form, cwd=images)
+        assert process.returncode == 0 and "47 bins of float32 [3,256,128]" in process.stdout, process.stderr
+        for name in ("00001", "photo"):
+            path, = (images / "images").glob(name + ".*")
+            assert (images / "input_bin" / (name + ".bin")).read_bytes() == guide(path, 128, 256).tobytes()
+    process = script("get_info.py", "input_bin", "deepmar.info", 128, 256, cwd=images)
+    assert process.returncode == 0 and "0 input_bin/00000.bin 128 256\n" in (images / "deepmar.info").read_text()
+
+
+def test_photographs_with_an_orientation_are_read_as_the_guide_reads_them_and_counted(images):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    with Image.open(str(images / "images" / "photo.jpg")) as photo:
+        photo.save(str(images / "images" / "lying.jpg"), exif=exif.tobytes())
+        photo.save(str(images / "images" / "damaged.jpg"), exif=b"Exif\0\0" + bytes(range(255, 0, -1)))
+    (images / "image.txt").write_text("lying.jpg\n00001.png\ndamaged.jpg\n")
+    process = script(NAME, "images", "input_bin", "image.txt", cwd=images)
+    assert process.returncode == 0 and process.stderr == "", process.stderr
+    assert "note: 1 of 3 images have an EXIF orientation" in process.stdout
+    for name in ("lying.jpg", "damaged.jpg"):
+        assert (images / "input_bin" / (name[:-3] + "bin")).read_bytes() == guide(images / "images" / name).tobytes()
+
+
 def test_both_interfaces_and_no_mixture(images):
     assert script(NAME, "--file_path=images", "--bin_path=a", "--image_info=image.txt", cwd=images).returncode == 0
     assert len(os.listdir(str(images / "a"))) == 47
-    for wrong in ([], ["images"], ["images", "a"], ["images", "b", "image.txt", "x"],
+    for wrong in (["images", "b", "image.txt", "--size", "0", "9"], ["images", "b", "image.txt", "--size", "9"],
+                  [], ["images"], ["images", "a"], ["images", "b", "image.txt", "x"],
                   ["images", "b", "--image_info", "image.txt"], ["--file_path", "images", "--bin_path", "b"]):
         check_error(script(NAME, *wrong, cwd=images), code=2)
     assert not (images / "b").exists()

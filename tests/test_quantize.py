@@ -13,7 +13,7 @@ from conftest import check_error, script
 COUNT, ATTRIBUTES = 12, 5
 
 
-def make_model(path, batch, offset=0):
+def make_model(path, batch, offset=0, size=(224, 224)):
     """A small network of DeepMAR's kinds of layers; offset is added to the first logit."""
     random = np.random.RandomState(1)
     weights = {"w": random.standard_normal((8, 3, 3, 3)) / 5, "scale": np.linspace(0.5, 2, 8),
@@ -25,7 +25,7 @@ def make_model(path, batch, offset=0):
              helper.make_node("Flatten", ["x4"], ["x5"]),
              helper.make_node("Gemm", ["x5", "c", "b"], ["output1"], transB=1)]
     graph = helper.make_graph(
-        nodes, "tiny", [helper.make_tensor_value_info("actual_input_1", TensorProto.FLOAT, [batch, 3, 224, 224])],
+        nodes, "tiny", [helper.make_tensor_value_info("actual_input_1", TensorProto.FLOAT, [batch, 3] + list(size))],
         [helper.make_tensor_value_info("output1", TensorProto.FLOAT, [batch, ATTRIBUTES])],
         [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)])
@@ -91,6 +91,18 @@ def test_the_int8_model_goes_through_the_stages(folder, batch):
         assert process.returncode == 0, process.stderr
     accuracy = json.loads((folder / "fusion_result.json").read_text())["instance_acc"]
     assert "scored 12 images" in process.stdout and accuracy > 0.9
+
+
+def test_another_size(folder):
+    make_model(folder / "tall.onnx", 4, size=(256, 128))
+    (folder / "bins").mkdir()
+    for i in range(6):
+        (folder / "bins" / ("%d.bin" % i)).write_bytes(np.full(3 * 256 * 128, i - 2.5, "<f4").tobytes())
+    (folder / "tall.json").write_text(json.dumps({"%d.png" % i: [1, 0, 1, 0, 1] for i in range(6)}))
+    process = quantize(folder, "tall.onnx", "bins", "int8.onnx", "--labels", "tall.json", "--allow-drop")
+    assert process.returncode == 0 and process.stderr == "", process.stderr
+    assert run(folder / "int8.onnx", np.zeros((4, 3, 256, 128), np.float32)).shape == (4, ATTRIBUTES)
+    check_error(quantize(folder, "tall.onnx", "input_bin", "int8.onnx"), "12 of 12 bins are not float32 [3,256,128]")
 
 
 def test_without_labels(folder):

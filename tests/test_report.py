@@ -10,6 +10,7 @@ from PIL import Image
 from browser import Browser
 from conftest import check_error, script
 
+import postprocess_deepmar_pytorch as post
 import report
 from postprocess_deepmar_pytorch import PETA
 
@@ -131,6 +132,8 @@ def test_figures(browser, run):
     assert texts(browser, ".sortable tbody tr:first-child td") == [
         percent(weakest[0]["label_acc"]), percent(weakest[0]["label_pos_acc"]), percent(weakest[0]["label_neg_acc"]),
         str(weakest[0]["positives"]), str(weakest[0]["negatives"])]
+    assert "PETA's names assumed (--attributes FILE gives others)" in " ".join(
+        texts(browser, "[aria-labelledby=attributes] p.soft")[0].split())
     facts = dict(zip(texts(browser, "header dt"), texts(browser, "header dd")))
     assert facts["Model"] == "deepmar_bs1.onnx, deepmar_bs8.onnx, deepmar_bs16.onnx"
     assert (facts["Backend"], facts["Device"], facts["Images scored"], facts["Results"]) == (
@@ -403,6 +406,23 @@ def test_verdict(browser, small):
         assert word in verdict and "a drop of %.2f perc" % (round(100 * (published - acc), 2) + 0.0) in verdict
 
 
+def test_results_of_probabilities(browser, small):
+    folder = small / "result" / "dumpOutput_device0"
+    logits = {path: np.fromfile(str(path), "<f4") for path in folder.iterdir()}
+    made(small)
+    browser.open(small / "report.html")
+    expected = texts(browser, ".card")
+    for path, row in logits.items():
+        path.write_bytes(post.probabilities(row).astype("<f4").tobytes())
+    for values, doubted in (("probabilities", False), ("logits", True)):
+        script("postprocess_deepmar_pytorch.py", folder, "label.json", "--values", values, cwd=small)
+        done = make(small)
+        assert done.returncode == 0 and ("all values lie between 0 and 1" in done.stderr) == doubted, done.stderr
+        browser.open(small / "report.html")
+        assert ("they look like probabilities" in browser.run("document.body.innerText")) == doubted
+        assert len(expected) == 6 and (texts(browser, ".card") == expected) != doubted
+
+
 def edit(path, change):
     value = json.loads(path.read_text())
     change(value)
@@ -444,9 +464,9 @@ def test_files_that_do_not_belong_together(small):
 def test_bad_pictures(small):
     (small / "images" / "2.png").write_bytes(b"<html>")
     (small / "images" / "4.png").unlink()
-    check_error(make(small), "2 of 6 pictures cannot be read: ", "images/2.png (", "images/4.png (no such file)")
+    check_error(make(small), "1 of the 6 images in image.txt are not in images: 4.png")
     os.mkfifo(str(small / "images" / "4.png"))
-    check_error(make(small), "images/4.png (no such file)")
+    check_error(make(small), "2 of 6 pictures cannot be read: ", "images/2.png (", "images/4.png (not a regular file)")
     assert not (small / "report.html").exists()
 
 
@@ -495,6 +515,7 @@ def test_other_names(browser, small):
     (small / "names.txt").write_text("\n".join("trait %d" % i for i in range(35)))
     made(small, "--attributes", "names.txt")
     browser.open(small / "report.html")
+    assert "PETA's names assumed" not in browser.run("document.body.innerText")
     assert texts(browser, "select[name=attribute] option")[1:] == ["trait %d" % i for i in range(35)]
     (small / "names.txt").write_text("one\n")
     check_error(make(small, "--attributes", "names.txt"), "names.txt: holds 1 names, but there are 35")

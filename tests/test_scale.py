@@ -35,7 +35,7 @@ def measure(folder, *command):
 def pipeline(folder, count):
     """Runs stages 5 to 7 over so many images; returns {stage: (seconds, bytes)}."""
     (folder / "bins").mkdir(parents=True)
-    write_model(folder / "m.onnx", batch_size=64, size=8)
+    write_model(folder / "m.onnx", batch_size=64, size=(8, 8))
     value = np.random.RandomState(0).standard_normal((100, 3, 8, 8)).astype("<f4")
     for i in range(count):  # a file may not have 100,000 links
         path = str(folder / "bins" / ("%06d.bin" % i))

@@ -143,9 +143,9 @@ def whole_file(path):
     """Yields the name of a new file beside path, which becomes path if the block succeeds, and goes if it fails."""
     import glob
     # A file that nobody locks is left from a run that was killed.
-    for left in glob.glob(glob.escape(path) + ".*.partial"):
+    for left in glob.glob(glob.escape(path) + ".%s.partial" % ("[0-9a-f]" * 8)):
         with contextlib.suppress(OSError):
-            file = os.open(left, os.O_RDONLY)
+            file = os.open(left, os.O_RDWR)  # NFS locks no file that is open for reading only
             try:
                 if lock_quietly(file):
                     os.remove(left)

@@ -225,7 +225,7 @@ def thumbnail(path):
     """Returns an image file as a small JPEG, (data: URI, width, height); raises what Pillow raises, or ValueError."""
     from PIL import Image
     if not os.path.isfile(path):
-        raise ValueError("no such file")
+        raise ValueError("not a regular file")
     with Image.open(path) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError("%d x %d pixels are too many" % image.size)

@@ -26,7 +26,7 @@ class Small(torch.nn.Module):
         x = x.mean((2, 3)).repeat(1, 12)[:, :35]
         return %s
 
-def load_model(path):
+def load_model(path, *_):
     torch.manual_seed(0)
     return Small().eval()
 """

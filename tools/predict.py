@@ -123,7 +123,7 @@ def load_font():
         return ImageFont.load_default(), "latin-1"
 
 
-def draw(path, logits, names, limits):
+def draw(path, logits, names, limits=0):
     """Returns an RGB picture of an image file with a row for each attribute beside it, the likeliest first."""
     from PIL import Image, ImageDraw
     font, encoding = load_font()
@@ -132,7 +132,8 @@ def draw(path, logits, names, limits):
         return font.getmask(text).size
 
     order = np.argsort(-logits, kind="stable")
-    chances, limit_chances = probabilities(logits), probabilities(limits)
+    chances, has = probabilities(logits), logits >= limits
+    limit_chances = probabilities(np.full(len(names), limits, np.float32))
     labels = [name.encode(encoding, "replace").decode(encoding) for name in names]
     percents = ["%.1f %%" % (100 * chance) for chance in chances]
     names_width = max(text_size(label)[0] for label in labels)
@@ -151,14 +152,13 @@ def draw(path, logits, names, limits):
     text_y = (ROW - text_size("Hg")[1]) // 2 - 2  # a font's letters begin a little below where they are drawn
     for row, i in enumerate(order):
         y = MARGIN + row * ROW
-        has = logits[i] >= limits[i]
-        canvas.text((name_x, y + text_y), labels[i], fill=BLACK if has else GREY, font=font)
+        canvas.text((name_x, y + text_y), labels[i], fill=BLACK if has[i] else GREY, font=font)
         canvas.rectangle((bar_x, y + 3, bar_x + BAR, y + ROW - 4), outline=PALE)
         length = round(BAR * float(chances[i]))
         if length:
-            canvas.rectangle((bar_x, y + 3, bar_x + length, y + ROW - 4), fill=BLUE if has else PALE)
+            canvas.rectangle((bar_x, y + 3, bar_x + length, y + ROW - 4), fill=BLUE if has[i] else PALE)
         x = percent_x + percent_width - text_size(percents[i])[0]
-        canvas.text((x, y + text_y), percents[i], fill=BLACK if has else GREY, font=font)
+        canvas.text((x, y + text_y), percents[i], fill=BLACK if has[i] else GREY, font=font)
         x = bar_x + int(BAR * limit_chances[i])  # from here on, the image has the attribute
         canvas.line((x, y, x, y + ROW - 1), fill=GREY)
     return picture

@@ -5,8 +5,9 @@
 
 The model has the input actual_input_1, float32 [batch size,3,224,224] (RGB, normalised), and the output output1, float32
 [batch size, attributes] (logits). It is written only after onnx's checker accepted it and ONNX Runtime gave PyTorch's
-logits on random input. The script needs DeepMAR.py beside it, or as baseline/model/DeepMAR.py in the open-source
-repository, where it replaces the file of that name.
+logits on random input. Its metadata say how to feed it, which checkpoint it is of, and, with --attributes FILE, what the
+attributes are called. The script needs DeepMAR.py beside it, or as baseline/model/DeepMAR.py in the open-source repository,
+where it replaces the file of that name.
 
 The training script has the options --last_conv_stride and --resize. A checkpoint does not tell with which values it was
 trained, and it can be exported with any: give the same values as --last-conv-stride and --size.
@@ -15,7 +16,9 @@ import argparse
 import contextlib
 import fcntl
 import glob
+import hashlib
 import inspect
+import json
 import os
 import re
 import secrets
@@ -25,6 +28,7 @@ import warnings
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on, ONNX Runtime reports each model to its makers
 
+VERSION = "1.0"    # of these scripts, as the model's metadata names it
 OPSET = 11         # the ONNX operator set that atc supports
 TOLERANCE = 1e-4   # allowed difference between the logits of ONNX Runtime and PyTorch, relative to the largest logit
 
@@ -68,6 +72,40 @@ def verify(model, path, shape):
         raise ValueError("ONNX Runtime's logits differ from PyTorch's by %.3g (largest logit %.3g)"
                          % (difference, largest))
     return difference, largest
+
+
+def read_names(path):
+    """Returns the attributes' names in a file, one a line; raises OSError, or ValueError where one is there twice."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            names = [line.strip() for line in f.read().split("\n") if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError("%s: is not UTF-8 text; it holds the attributes' names, one a line" % path)
+    if len(set(names)) < len(names):
+        raise ValueError("%s: holds a name more than once: %s" % (path, max(names, key=names.count)))
+    return names
+
+
+def describe(path, checkpoint, names, size, last_conv_stride):
+    """Writes what its user has to know into the ONNX file at path, as metadata, which no tool computes with.
+
+    checkpoint: its path; names: of the attributes, None if unknown; size: (height, width). tools/common.py reads it.
+    """
+    import onnx
+    sha256 = hashlib.sha256()
+    with open(checkpoint, "rb") as f:
+        for block in iter(lambda: f.read(1 << 20), b""):
+            sha256.update(block)
+    values = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],  # preprocess_deepmar_pytorch.py's, ImageNet's
+              "size": size, "layout": "NCHW RGB", "output": "logits", "last_conv_stride": last_conv_stride,
+              "checkpoint_sha256": sha256.hexdigest(), "version": VERSION}
+    if names is not None:
+        values["attributes"] = names
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {
+        "deepmar." + key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in values.items()})
+    onnx.save(model, path)
 
 
 @contextlib.contextmanager
@@ -116,6 +154,8 @@ def main(argv=None):
                         help="the number of attributes that the checkpoint must have (default: any)")
     parser.add_argument("--state-dict", "--state_dict", metavar="NAME",
                         help="which state dict of a checkpoint with several, e.g. state_dict_ema or ema.module")
+    parser.add_argument("--attributes", metavar="FILE",
+                        help="the attributes' names, one a line, to be kept in the model's metadata")
     args = parser.parse_intermixed_args(argv)
     named = [args.input_file, args.output_file, args.batch_size]
     if args.positional and any(value is not None for value in named):
@@ -145,13 +185,18 @@ def main(argv=None):
         from baseline.model.DeepMAR import load_model
     import onnxruntime  # noqa: F401 - if it is missing, this is said before the work is done
     signal.signal(signal.SIGINT, before)
+    names = None if args.attributes is None else read_names(args.attributes)
     model = load_model(checkpoint, args.last_conv_stride, args.state_dict, lambda text: print("%s: %s" % (checkpoint, text)))
     if num_att not in (None, model.num_att):
         raise ValueError("%s: was trained for %d attributes, but --num-att asks for %d; take the checkpoint and the labels of "
                          "one data set" % (checkpoint, model.num_att, num_att))
+    if names is not None and len(names) != model.num_att:
+        raise ValueError("%s: holds %d names, but %s has %d attributes"
+                         % (args.attributes, len(names), checkpoint, model.num_att))
     try:
         with whole_file(output) as temporary:
             export(model, temporary, (batch_size, 3, height, width))
+            describe(temporary, checkpoint, names, (height, width), args.last_conv_stride)
             difference, largest = verify(model, temporary, (batch_size, 3, height, width))
     except (OSError, ValueError):
         raise

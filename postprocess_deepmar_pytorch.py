@@ -9,7 +9,8 @@ as one set, with the subfolders device<D> that ais_bench leaves for several devi
 its file name alone. The metrics are those of Li et al., "A Richly Annotated Dataset for Pedestrian Attribute
 Recognition" (arXiv:1603.07054), section 5. fusion_result.json, written into the current folder, also has the figures of
 each attribute; --per-attribute prints them, --attributes FILE names them (one a line; PETA's 35 need none).
---published 78.9 fails where the accuracy is more than 1 % below that.
+--published 78.9 fails where the accuracy is more than 1 % below that. --intervals adds how far the metrics might be off,
+as 95 % intervals. --thresholds FILE takes each attribute's own limit in place of 0; tools/thresholds.py finds them.
 """
 import argparse
 import collections
@@ -18,16 +19,20 @@ import json
 import os
 import re
 import sys
+import zlib
 
 sys.path[:0] = [os.path.join(os.path.dirname(os.path.realpath(__file__)), "tools")]
-from common import command, composed, importing, read_lines, some, stem, write_text
+from common import (NUMBER, command, composed, description, importing, read_json, read_lines, some, stem, write_text)
 
 with importing():
     import numpy as np
+    from intervals import DRAWS, change_intervals, label_acc_interval, metric_intervals, ratio
 
 RESULT = "fusion_result.json"
 PROBABILITIES = "all values lie between 0 and 1: they look like probabilities (of a model that ends in a Sigmoid), not logits"
 ASSUMED = "PETA's names assumed; --attributes FILE gives others"
+THRESHOLDS = {"attributes": [{"name": str, "threshold": NUMBER}], "names_assumed": bool, "goal": str, "images": int,
+              "checksum": str, "tuned_on": dict}  # what is read of tools/thresholds.py's file
 MAX_DROP = 0.01  # how far below the published accuracy a converted model may be: the guide's 1 %, as percentage points
 
 # The 35 attributes of PETA in the order of the labels and logits: PETA.mat's [1], picked by its [2].
@@ -111,13 +116,20 @@ def check_images(path, results):
         raise ValueError("%s: %s; run stages 4 to 6 again" % (path, ", and ".join(problems)))
 
 
-def attribute_names(count, path=None):
-    """Returns the attributes' names: those in a file, one a line; without one PETA's if there are 35, else attribute0 ...
+def attribute_names(count, path=None, model=None):
+    """Returns the attributes' names: those in a file, one a line; else those that a model's file holds; else PETA's if there
+    are 35; else attribute0 ...
 
-    Raises OSError, or ValueError where the file does not hold count different names.
+    Raises OSError, or ValueError where a file does not hold count different names.
     """
     if path is None:
-        return PETA if count == len(PETA) else ["attribute%d" % i for i in range(count)]
+        names = model and description(model).get("attributes")
+        if not names:
+            return PETA if count == len(PETA) else ["attribute%d" % i for i in range(count)]
+        if len(names) != count:
+            raise ValueError("%s: is a model of %d attributes, but there are %d; give the model of these results"
+                             % (model, len(names), count))
+        return names
     if not os.path.isfile(path):
         raise FileNotFoundError("%s: no such file; it holds the attributes' names, one a line" % path)
     names = [line for line in read_lines(path) if line]
@@ -127,6 +139,44 @@ def attribute_names(count, path=None):
     if twice:
         raise ValueError("%s: holds a name more than once: %s" % (path, some(twice)))
     return names
+
+
+def assumed(names):
+    """Whether names are those that attribute_names() gives where it knows of none."""
+    return names is PETA or names[0] == "attribute0"
+
+
+def read_thresholds(path, names):
+    """Returns (names, limits float32 [attributes], content) of a file that tools/thresholds.py wrote; zeros without a path.
+
+    names: of the attributes, as attribute_names() gave them; assumed ones give way to the file's. Raises OSError or ValueError.
+    """
+    if path is None:
+        return names, np.zeros(len(names), np.float32), None
+    content = read_json(path, THRESHOLDS, "tools/thresholds.py")
+    limits = np.array([row["threshold"] for row in content["attributes"]], np.float32)
+    theirs = names if content["names_assumed"] else [row["name"] for row in content["attributes"]]
+    if len(limits) != len(names) or theirs != names and not assumed(names):
+        raise ValueError("%s: holds the thresholds of other attributes (%s) than these (%s)"
+                         % (path, some(row["name"] for row in content["attributes"]), some(names)))
+    return theirs, limits, content
+
+
+def label_checksum(row):
+    """What tools/thresholds.py notes of the label of an image that it tunes on."""
+    return "%08x" % zlib.crc32(row.tobytes())
+
+
+def check_not_tuned_on(path, tuned_on, images, labels):
+    """Raises ValueError where thresholds were tuned on any of these images: the figures of those would be too good.
+
+    Other images may have the same names by chance, such as 0001.jpg; of those, few have the same labels.
+    """
+    seen = [image for image in images if image in tuned_on]
+    same = [image for image, row in zip(images, labels) if tuned_on.get(image) == label_checksum(row)]
+    if 2 * len(same) > len(seen):
+        raise ValueError("%s: was tuned on %d of these %d images (%s), whose figures would be too good; score others, such as "
+                         "the test split's" % (path, len(seen), len(images), some(seen)))
 
 
 def list_results(folders):
@@ -202,11 +252,6 @@ def logits_from(chances):
     return np.log(chances / (1 - chances)).astype(np.float32)
 
 
-def ratio(part, whole):
-    """part / whole of two arrays, NaN where whole is 0."""
-    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
-
-
 def evaluate(logits, labels):
     """The metrics of Li et al. for logits [images, attributes] and labels 0/1 of the same shape.
 
@@ -240,21 +285,33 @@ def evaluate(logits, labels):
 
 
 def effect(a, b, labels):
-    """The metrics of both logits and a's less b's, {metric: {"a", "b", "change"}}; None where mA is not defined."""
+    """The metrics of both logits and a's less b's, {metric: {"a", "b", "change", "interval"}}; None where mA is not defined.
+
+    interval: the change's 95 % interval, paired; None of few images.
+    """
     of_a, of_b = evaluate(a, labels)[0], evaluate(b, labels)[0]
-    return {name: {"a": of_a[name], "b": of_b[name],
+    intervals = change_intervals(np.asarray(a) >= 0, np.asarray(b) >= 0, np.asarray(labels) == 1, of_a)
+    return {name: {"a": of_a[name], "b": of_b[name], "interval": intervals[name],
                    "change": None if of_a[name] is None else of_a[name] - of_b[name]} for name in of_a}
+
+
+def range_text(interval):
+    """An interval as text; '-' for None."""
+    return "-" if interval is None else "%.4f to %.4f" % tuple(interval)
 
 
 def attribute_table(rows):
     """Returns the lines of a table of the attributes, as fusion_result.json holds them; '-' where a figure is undefined."""
     width = max(len(row["name"]) for row in rows + [{"name": "attribute"}])
-    lines = ["%-*s  positives  negatives  label_pos_acc  label_neg_acc  label_acc" % (width, "attribute")]
+    with_intervals = any(row["label_acc_interval"] for row in rows)
+    lines = ["%-*s  positives  negatives  label_pos_acc  label_neg_acc  label_acc%s"
+             % (width, "attribute", "  95 % interval" * with_intervals)]
     for row in rows:
         accuracies = ["-" if row[key] is None else "%.6f" % row[key]
                       for key in ("label_pos_acc", "label_neg_acc", "label_acc")]
         lines.append("%-*s  %9d  %9d  %13s  %13s  %9s" % ((width, row["name"], row["positives"], row["negatives"])
-                                                          + tuple(accuracies)))
+                                                          + tuple(accuracies))
+                     + ("  " + range_text(row["label_acc_interval"])) * with_intervals)
     return lines
 
 
@@ -279,11 +336,19 @@ def parse(argv):
                         help="stage 4's list of images: results of fewer or of other images are an error")
     parser.add_argument("--attributes", metavar="FILE",
                         help="the attributes' names, one a line (default: PETA's, if there are 35)")
+    parser.add_argument("--model", metavar="FILE",
+                        help="where --attributes is not given: the model of the results, .onnx or the .json beside an OM, whose "
+                             "names of the attributes are taken if it holds them")
     parser.add_argument("--per-attribute", action="store_true",
                         help="also print each attribute's recall of the images that have it, and of those that do not")
     parser.add_argument("--published", type=fraction, metavar="ACC",
                         help="instance_acc to compare with, as 0.789 or 78.9; a drop of more than 1 %% (of percentage "
                              "points) is an error")
+    parser.add_argument("--intervals", action="store_true",
+                        help="also the 95 %% interval of each metric, by the bootstrap over images: half a second for 7600")
+    parser.add_argument("--thresholds", metavar="FILE",
+                        help="the attributes' own limits that tools/thresholds.py found on other images (default: a logit of 0 "
+                             "for all). --published still judges the accuracy at 0, as the published one is")
     parser.add_argument("--values", choices=["logits", "probabilities"],
                         help="what the results hold: logits, where >= 0 means yes (default), or probabilities of a model that "
                              "ends in a Sigmoid, where >= 0.5 does. Needed where all values lie between 0 and 1")
@@ -298,7 +363,10 @@ def parse(argv):
 
 
 def read_run(args):
-    """Returns (logits, labels, how many labelled images have no result) of a run's results; raises OSError or ValueError."""
+    """Returns (the images' names, logits, labels, how many labelled images have no result) of a run's results.
+
+    Raises OSError or ValueError.
+    """
     rows, labels = read_labels(args.label_file)
     results = list_results(args.folders)
     if args.image_list is not None:
@@ -317,27 +385,40 @@ def read_run(args):
     elif args.values is None and look_like_probabilities(logits):
         raise ValueError("%s: %s. Score them with --values probabilities, or with --values logits if they are logits all the "
                          "same" % (", ".join(args.folders), PROBABILITIES))
-    return logits, labels[[rows[name] for name in names]], len(rows) - len(results)
+    return names, logits, labels[[rows[name] for name in names]], len(rows) - len(results)
 
 
 def main(argv=None):
     args = parse(argv)
     gc.disable()  # it would look through all of the labels many times, for a tenth of the whole time
-    logits, labels, without = read_run(args)
-    names = attribute_names(labels.shape[1], args.attributes)
-    metrics, figures = evaluate(logits, labels)
+    images, logits, labels, without = read_run(args)
+    names = attribute_names(labels.shape[1], args.attributes, args.model)
+    names, limits, thresholds = read_thresholds(args.thresholds, names)
+    if thresholds:
+        check_not_tuned_on(args.thresholds, thresholds["tuned_on"], images, labels)
+    metrics, figures = evaluate(logits - limits, labels)
+    at_0 = evaluate(logits, labels)[0]["instance_acc"] if thresholds else metrics["instance_acc"]
     table = [dict({"name": name}, **{key: None if np.isnan(values[i]) else values[i].item()
                                      for key, values in figures.items()})
              for i, name in enumerate(names)]
+    for row, limit in zip(table, limits.tolist()):
+        row.update(threshold=limit, label_acc_interval=label_acc_interval(row) if args.intervals else None)
+    intervals = metric_intervals(logits >= limits, labels == 1, metrics) if args.intervals else None
     undefined = [row["name"] for row in table if row["label_acc"] is None]
-    drop = None if args.published is None else args.published - metrics["instance_acc"]
+    drop = None if args.published is None else args.published - at_0
     report = dict(metrics, images=len(logits), labelled_images_without_result=without, published_acc=args.published,
                   drop=drop, attributes_without_label_acc=undefined, values=args.values or "logits",
-                  names_assumed=names is PETA, attributes=table)
+                  names_assumed=names is PETA, intervals=intervals, attributes=table, instance_acc_at_0=at_0,
+                  thresholds=thresholds and {key: thresholds[key] for key in ("goal", "images", "checksum")})
     write_text(RESULT, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
     for name in ("instance_acc", "instance_precision", "instance_recall", "instance_F1", "mA"):
         print("%s: %s" % (name, "undefined" if metrics[name] is None else metrics[name]))
+    if intervals:
+        print("95 %% intervals (%d draws of %d images): %s" % (
+            DRAWS, len(logits), ", ".join("%s %s" % (name, range_text(intervals[name])) for name in metrics)))
+    if thresholds:
+        print("thresholds: %s, tuned for %s on %d other images" % (args.thresholds, thresholds["goal"], thresholds["images"]))
     if args.per_attribute:
         for line in attribute_table(table):
             print(line)
@@ -347,11 +428,11 @@ def main(argv=None):
     if names is PETA and (args.per_attribute or undefined):
         print(ASSUMED)
     if drop is not None:
-        print("accuracy %.2f %%, published %.2f %%, drop %.2f %%" % (100 * metrics["instance_acc"],
-                                                                   100 * args.published, 100 * drop))
+        print("accuracy%s %.2f %%, published %.2f %%, drop %.2f %%"
+              % (" at a logit of 0" if thresholds else "", 100 * at_0, 100 * args.published, 100 * drop))
         if drop > MAX_DROP + 1e-9:  # 0.789 - 0.779 is a little more than 0.01 in floating point
             raise ValueError("instance_acc %.4f is more than 1 %% below the published %.4f"
-                             % (metrics["instance_acc"], args.published))
+                             % (at_0, args.published))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ images=${images-}                  # the folder of the test images; empty: the s
 image_list=${image_list-}          # image.txt, one file name a line; empty: the sample's
 label_file=${label_file-}          # label.json; empty: the sample's
 attributes=${attributes-}          # the attributes' names, one a line; empty: PETA's are assumed if there are 35
+thresholds=${thresholds-}          # the attributes' own limits, which tools/thresholds.py finds; empty: a logit of 0 for all
 published_acc=${published_acc-}    # instance_acc to compare with, as 0.789 or 78.9; empty: the sample's in PyTorch, else none
 size=${size-224 224}               # height and width of the network's input; a checkpoint does not tell them
 last_conv_stride=${last_conv_stride-2} # of layer4, 1 or 2, as in training; a checkpoint does not tell it
@@ -63,6 +64,7 @@ if begin 2 "Pad removed from ONNX"; then
         names_of "$batch"
         fresh "$onnx" 1 checkpoint="$checkpoint" "${model_settings[@]}"
         "$python" "$here/remove_pad.py" "$onnx" "$nopad"
+        "$python" "$here/tools/describe.py" "$nopad" "${om%.om}.json"
         record "$nopad" onnx="$onnx"
     done
     finish
@@ -132,7 +134,8 @@ if begin 8 "report -> report.html"; then
     done
     fresh throughput.csv 7 "${table_inputs[@]}"
     "$python" "$here/tools/report.py" --images "$images" --list "$image_list" --labels "$label_file" \
-        --results "${folders[@]}" --fusion "$result/fusion_result.json" --throughput throughput.csv --output report.html
+        --results "${folders[@]}" --fusion "$result/fusion_result.json" --throughput throughput.csv --output report.html \
+        "${described[@]}"
     finish
     say "open $work_dir/report.html in a browser"
 fi

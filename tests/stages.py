@@ -71,6 +71,7 @@ def prepare(folder):
     (folder / "baseline" / "model").mkdir(parents=True)
     (folder / "baseline" / "model" / "DeepMAR.py").write_text(NETWORK % "x")
     shutil.copy(os.path.join(ROOT, "export_onnx.py"), str(folder))
+    (folder / "any.pth").write_bytes(b"")
     (folder / "small_sample.py").write_text(SMALL_SAMPLE)
     with open(str(folder / "pad.onnx"), "wb") as f:
         f.write(model_of(between(node("Pad", "r c", "p")), [("c", ZEROS)]).SerializeToString())

@@ -12,6 +12,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on, ONNX Runtim
 # What a file system without locks answers to flock: Lustre without -o flock, some NFS and FUSE mounts.
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 NAMED = 1000  # items that an error names at most
+NUMBER = (int, float)  # in a JSON file, for fits()
 
 
 # --- a script's start and end ---------------------------------------------------------------------------------------
@@ -237,6 +238,66 @@ def put_away(path, old):
         if error.errno != errno.EXDEV:
             raise
         shutil.rmtree(path)
+
+
+# --- JSON files, and what a model says of itself ----------------------------------------------------------------------
+
+def fits(value, shape):
+    """Whether a value of a JSON file is of a shape: a type or types, [the shape of each item] or {key: shape}.
+
+    Numbers must be finite, and not so large that they are no figures of a run.
+    """
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(key in value and fits(value[key], shape[key]) for key in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+    return isinstance(value, shape) and (not isinstance(value, NUMBER) or abs(value) < 1e15)
+
+
+def read_json(path, shape, writer):
+    """Returns the content of a JSON file that has the shape, which writer makes; raises OSError or ValueError."""
+    import json
+    try:
+        with open(path, encoding="utf-8") as f:
+            value = json.load(f)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("%s: is not JSON: %s; %s writes this file" % (path, error, writer))
+    if not fits(value, shape):
+        raise ValueError("%s: is not what %s writes" % (path, writer))
+    return value
+
+
+PREFIX = "deepmar."  # of the names of our entries in an ONNX file's metadata
+TEXTS = ("layout", "output", "checkpoint_sha256", "version")  # the entries that are no JSON
+
+
+def description(path):
+    """Returns what a model says of itself: of an .onnx its metadata, of an OM the .json beside it; {} where it says nothing.
+
+    The keys are those that export_onnx.py writes: attributes, mean, std, size, layout, output, last_conv_stride,
+    checkpoint_sha256, version. Raises OSError or ValueError.
+    """
+    import json
+    if not path.endswith(".onnx"):
+        found = read_json(path, {}, "tools/describe.py")
+    else:
+        with importing():
+            import onnx
+            from google.protobuf.message import DecodeError
+        model = onnx.ModelProto()
+        try:
+            with open(path, "rb") as f:
+                model.ParseFromString(f.read())
+            found = {entry.key[len(PREFIX):]: entry.value for entry in model.metadata_props if entry.key.startswith(PREFIX)}
+            found = {key: value if key in TEXTS else json.loads(value) for key, value in found.items()}
+        except DecodeError:
+            raise ValueError("%s: is no ONNX model" % path)
+        except (ValueError, RecursionError) as error:
+            raise ValueError("%s: its metadata is damaged: %s" % (path, one_line(error)))
+    names = found.get("attributes", [])
+    if not fits(names, [str]) or len(set(names)) < len(names) or not all(len(name.splitlines()) == 1 for name in names):
+        raise ValueError("%s: its attributes are not a list of different names, of a line each" % path)
+    return found
 
 
 # --- names and text --------------------------------------------------------------------------------------------------

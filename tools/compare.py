@@ -99,7 +99,9 @@ def lines(report):
         if values["change"] is None:
             yield "%s: undefined" % name
         else:
-            yield "%s: A %.6f, B %.6f, A - B %+.6f" % (name, values["a"], values["b"], values["change"])
+            yield "%s: A %.6f, B %.6f, A - B %+.6f%s" % (
+                name, values["a"], values["b"], values["change"],
+                " (95 %%: %+.6f to %+.6f)" % tuple(values["interval"]) if values["interval"] else "")
 
 
 def tolerance(text):

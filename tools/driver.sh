@@ -3,7 +3,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154
 set -euo pipefail
 
-names="checkpoint images image_list label_file attributes published_acc size last_conv_stride state_dict chip_name backend
+names="checkpoint images image_list label_file attributes thresholds published_acc size last_conv_stride state_dict chip_name backend
 batch_size device_id work_dir sample_size python set_env chips strict stage stop_stage check json"
 
 say() { printf '[run_all] %s\n' "$*"; }
@@ -108,9 +108,9 @@ check_options() {
 check_given() {
     local name needed
     sample=yes
-    for name in checkpoint images image_list label_file attributes; do
+    for name in checkpoint images image_list label_file attributes thresholds; do
         [ -n "${!name}" ] || continue
-        [ "$name" = attributes ] || sample=''
+        case $name in attributes | thresholds) ;; *) sample='' ;; esac
         [ -e "${!name}" ] || [ -n "$check" ] || fail "$name: ${!name}: no such file or folder"
         printf -v "$name" %s "$(realpath -m -- "${!name}")"
     done
@@ -176,8 +176,9 @@ sample_paths() {
 check_inputs() {
     local count=
     [ -n "$sample" ] || count=$(inputs check ${image_list:+--image-list "$image_list"} ${images:+--images "$images"} \
-        ${label_file:+--label-file "$label_file"} ${attributes:+--attributes "$attributes"}) || exit 1
-    export_options=(${state_dict:+--state-dict "$state_dict"} ${count:+--num-att "$count"})
+        ${label_file:+--label-file "$label_file"} ${attributes:+--attributes "$attributes"} \
+        ${thresholds:+--thresholds "$thresholds"}) || exit 1
+    export_options=(${state_dict:+--state-dict "$state_dict"} ${count:+--num-att "$count"} ${attributes:+--attributes "$attributes"})
     [ "$size" = "224 224" ] || export_options+=(--size "$height" "$width")
     [ "$last_conv_stride" = 2 ] || export_options+=(--last-conv-stride "$last_conv_stride")
 }
@@ -223,6 +224,8 @@ names_of() {
     [ "$batch_size" = "$1" ] || result=result_bs$1
     model=$om model_stage=3
     [ "$backend" != onnxruntime ] || model=$nopad model_stage=2
+    described=()
+    [ ! -e "deepmar_bs$1.json" ] || described=(--model "$work_dir/deepmar_bs$1.json") # what the model says of itself
     folders=("${devices[@]/#/$result/dumpOutput_device}")
 }
 
@@ -262,7 +265,8 @@ score() {
     fi
     new_scratch "$result"
     if ! (cd "$scratch" && "$python" "$here/postprocess_deepmar_pytorch.py" "${folders[@]/#/$work_dir/}" "$label_file" \
-        --image_list "$image_list" ${published:+--published "$published"} ${attributes:+--attributes "$attributes"}); then
+        --image_list "$image_list" ${published:+--published "$published"} ${attributes:+--attributes "$attributes"} \
+        "${described[@]}" ${thresholds:+--thresholds "$thresholds"} --intervals); then
         [ -e "$scratch/fusion_result.json" ] || exit 1
         dropped=${dropped-}${dropped:+, }$batch
     fi

@@ -21,7 +21,7 @@ import zlib
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import command, cores, read_lines, some, write_text
+from common import command, cores, read_lines, some, stem, write_text
 
 RECORDS = ".made_from"
 SEEN = os.path.join(RECORDS, "checksums.json")
@@ -150,10 +150,10 @@ def fresh(product, stage, *arguments):
 def check(arguments):
     """Checks the lists against each other. Returns the number of attributes, None without labels; raises what is wrong."""
     parser = argparse.ArgumentParser(prog="inputs.py check")
-    for name in ("image-list", "images", "label-file", "attributes"):
+    for name in ("image-list", "images", "label-file", "attributes", "thresholds"):
         parser.add_argument("--" + name)
     args = parser.parse_args(arguments)
-    from postprocess_deepmar_pytorch import attribute_names, labels_of, read_labels
+    from postprocess_deepmar_pytorch import attribute_names, check_not_tuned_on, labels_of, read_labels, read_thresholds
     from preprocess_deepmar_pytorch import find_images, read_list
     names = read_list(args.image_list) if args.image_list else []
     if args.images and names:
@@ -161,7 +161,10 @@ def check(arguments):
     count = None
     if args.label_file:
         count = read_labels(args.label_file)[1].shape[1]
-        labels_of(args.label_file, names, count)
+        labels = labels_of(args.label_file, names, count)
+        if args.thresholds:
+            _, _, thresholds = read_thresholds(args.thresholds, attribute_names(count, args.attributes))
+            check_not_tuned_on(args.thresholds, thresholds["tuned_on"], [stem(name) for name in names], labels)
     if args.attributes:
         attribute_names(count or len([line for line in read_lines(args.attributes) if line]), args.attributes)
     return count

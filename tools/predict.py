@@ -1,28 +1,39 @@
-"""One image or a few: what the model says about them, on the screen and as pictures.
+"""Images, or folders of them: what the model says about them, on the screen, as pictures, or in a file.
 
     python3 tools/predict.py person.png --onnx deepmar_bs1_nopad.onnx
     python3 tools/predict.py *.jpg --onnx deepmar_bs1_nopad.onnx --save pictures
+    python3 tools/predict.py crops --onnx deepmar_bs1_nopad.onnx --json crops.json --csv crops.csv
 
 Prints every attribute, the likeliest first: its probability, its logit, and a + where the image has it (the logit is >= 0).
 The logits are those that stages 4 to 6 would write for the image, to the bit, unless a camera noted that it was held
 sideways: such a photograph (with an EXIF orientation) is turned upright here. --save DIR writes DIR/NAME_attributes.png for
-each image: the picture with a bar for each attribute beside it. Images that cannot be read are named at the end, after
-the others' attributes.
+each image: the picture with a bar for each attribute beside it. Of a folder, all images in it and below it are taken, as
+their names' endings tell. --json and --csv write the logits of all images in place of the screen, and what the image has. Images
+that cannot be read are named at the end, after the others' attributes, and in these files.
+
+The attributes' names are those of --attributes, else those in the model's metadata, else PETA's if there are 35. With
+--thresholds, the limits of tools/thresholds.py take the place of 0.
 """
 import argparse
+import collections
+import csv
+import io
+import json
 import os
 import sys
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import command, importing, note, one_line, progress, some, stem, whole_file
+from common import command, importing, note, one_line, progress, some, stem, whole_file, write_text
 from postprocess_deepmar_pytorch import (ASSUMED, PETA, PROBABILITIES, attribute_names, logits_from,
-                                         look_like_probabilities, probabilities)
+                                         look_like_probabilities, probabilities, read_thresholds)
 from preprocess_deepmar_pytorch import preprocess, read_image
 from session import input_size, open_session
 
 with importing():
     import numpy as np
+
+ENDINGS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # of a folder's images
 
 # The picture that --save draws, in pixels, and its colours.
 MARGIN, ROW, BAR, TEXT = 16, 19, 150, 14
@@ -30,26 +41,53 @@ WIDTH = 480  # of the image at most
 WHITE, BLACK, GREY, PALE, BLUE = "white", "#202020", "#707070", "#d8d8d8", "#2f6fb5"
 
 
+def find_images(paths):
+    """Returns the paths with each folder replaced by its images, in order of their names; raises OSError or ValueError."""
+    def broken(error):
+        raise error
+
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        raise FileNotFoundError("no such image file or folder: %s" % some(missing))
+    found = []
+    for path in paths:
+        if not os.path.isdir(path):
+            found.append(path)
+            continue
+        images, others = [], 0
+        for parent, folders, files in os.walk(path, onerror=broken):
+            folders.sort()
+            chosen = sorted(name for name in files if name.lower().endswith(ENDINGS) and not name.startswith("."))
+            images += [os.path.join(parent, name) for name in chosen]
+            others += len(files) - len(chosen)
+        if not images:
+            raise ValueError("%s: holds no image file (%s)" % (path, " ".join(ENDINGS)))
+        if others:
+            note("%s: %d files are left out, as their names do not end as those of images" % (path, others))
+        found += images
+    return list(dict.fromkeys(found))
+
+
 def predict(session, paths, report):
     """Runs the model over image files in batches, the last filled up with zeros, as stages 4 to 6 do.
 
     Images with an EXIF orientation are turned upright. Returns (paths read, their logits float32 [paths read, attributes],
-    why the others could not be read). Calls report(images) after every batch.
+    {path: why it could not be read} of the others). Calls report(images) after every batch.
     """
     import PIL  # noqa: F401 - here, so that its absence is no fault of the images
     name = session.get_inputs()[0].name
-    read, logits, bad = [], [], []
+    read, logits, bad = [], [], {}
     batch_size, height, width = input_size(session)
     batch = np.zeros((batch_size, 3, height, width), "<f4")
-    todo = list(paths)
+    todo = collections.deque(paths)
     while todo:
         used = 0
         while todo and used < batch_size:
-            path = todo.pop(0)
+            path = todo.popleft()
             try:
                 preprocess(path, out=batch[used], upright=True)
             except Exception as error:  # Pillow raises nearly anything on damaged files
-                bad.append("%s (%s)" % (path, one_line(error)))
+                bad[path] = one_line(error)
                 report(1)
                 continue
             read.append(path)
@@ -62,13 +100,13 @@ def predict(session, paths, report):
     return read, np.concatenate(logits) if logits else None, bad
 
 
-def describe(path, logits, names):
-    """The lines to print for an image: logits float32 [attributes], with digits that say them to the bit."""
+def describe(path, logits, names, limits):
+    """The lines to print for an image: logits and limits float32 [attributes], with digits that say the logits to the bit."""
     width = max(len(name) for name in names)
-    chances = probabilities(logits)
-    yield "%s: %d of %d attributes" % (path, (logits >= 0).sum(), len(names))
+    chances, has = probabilities(logits), logits >= limits
+    yield "%s: %d of %d attributes" % (path, has.sum(), len(names))
     for i in np.argsort(-logits, kind="stable"):
-        yield "  %s %6.2f %%  %-*s  logit %.9g" % ("+" if logits[i] >= 0 else " ", 100 * chances[i], width, names[i],
+        yield "  %s %6.2f %%  %-*s  logit %.9g" % ("+" if has[i] else " ", 100 * chances[i], width, names[i],
                                                   logits[i])
 
 
@@ -85,7 +123,7 @@ def load_font():
         return ImageFont.load_default(), "latin-1"
 
 
-def draw(path, logits, names):
+def draw(path, logits, names, limits=0):
     """Returns an RGB picture of an image file with a row for each attribute beside it, the likeliest first."""
     from PIL import Image, ImageDraw
     font, encoding = load_font()
@@ -94,7 +132,8 @@ def draw(path, logits, names):
         return font.getmask(text).size
 
     order = np.argsort(-logits, kind="stable")
-    chances = probabilities(logits)
+    chances, has = probabilities(logits), logits >= limits
+    limit_chances = probabilities(np.full(len(names), limits, np.float32))
     labels = [name.encode(encoding, "replace").decode(encoding) for name in names]
     percents = ["%.1f %%" % (100 * chance) for chance in chances]
     names_width = max(text_size(label)[0] for label in labels)
@@ -113,16 +152,15 @@ def draw(path, logits, names):
     text_y = (ROW - text_size("Hg")[1]) // 2 - 2  # a font's letters begin a little below where they are drawn
     for row, i in enumerate(order):
         y = MARGIN + row * ROW
-        has = logits[i] >= 0
-        canvas.text((name_x, y + text_y), labels[i], fill=BLACK if has else GREY, font=font)
+        canvas.text((name_x, y + text_y), labels[i], fill=BLACK if has[i] else GREY, font=font)
         canvas.rectangle((bar_x, y + 3, bar_x + BAR, y + ROW - 4), outline=PALE)
         length = round(BAR * float(chances[i]))
         if length:
-            canvas.rectangle((bar_x, y + 3, bar_x + length, y + ROW - 4), fill=BLUE if has else PALE)
+            canvas.rectangle((bar_x, y + 3, bar_x + length, y + ROW - 4), fill=BLUE if has[i] else PALE)
         x = percent_x + percent_width - text_size(percents[i])[0]
-        canvas.text((x, y + text_y), percents[i], fill=BLACK if has else GREY, font=font)
-    middle = bar_x + BAR // 2  # 50 %: from here on, the image has the attribute
-    canvas.line((middle, MARGIN, middle, MARGIN + ROW * len(names) - 1), fill=GREY)
+        canvas.text((x, y + text_y), percents[i], fill=BLACK if has[i] else GREY, font=font)
+        x = bar_x + int(BAR * limit_chances[i])  # from here on, the image has the attribute
+        canvas.line((x, y, x, y + ROW - 1), fill=GREY)
     return picture
 
 
@@ -145,23 +183,65 @@ def targets(paths, folder):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="an image file")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="an image file, or a folder")
     parser.add_argument("--onnx", metavar="MODEL", required=True, help="the model, of any batch size")
     parser.add_argument("--attributes", metavar="FILE",
                         help="the attributes' names, one a line (default: PETA's, if there are 35)")
+    parser.add_argument("--thresholds", metavar="FILE", help="tools/thresholds.py's file (default: a logit of 0 for all)")
+    parser.add_argument("--json", metavar="FILE", help="write what the model says here, not on the screen")
+    parser.add_argument("--csv", metavar="FILE", help="the same as a table: a row an image, a column of logits an attribute")
     parser.add_argument("--save", metavar="DIR", help="also draw each image's attributes, into this folder")
     return parser.parse_args(argv)
 
 
+def attributes_of(session):
+    """The number of attributes that a model tells."""
+    count = session.get_outputs()[0].shape[1]
+    if isinstance(count, int):
+        return count
+    batch_size, height, width = input_size(session)
+    return session.run(None, {session.get_inputs()[0].name: np.zeros((batch_size, 3, height, width), "<f4")})[0].shape[1]
+
+
+def digits(logits):
+    """Logits as numbers of no more digits than say them to the bit."""
+    return [float("%.9g" % value) for value in logits]
+
+
+def as_json(model, names, limits, predictions, bad):
+    """What the model says as JSON text. predictions: {image path: logits}; bad: {image path: why it cannot be read}."""
+    return json.dumps({
+        "model": model, "attributes": names, "names_assumed": names is PETA, "thresholds": digits(limits),
+        "images": [{"image": path, "has": [name for name, has in zip(names, row >= limits) if has], "logits": digits(row)}
+                   for path, row in predictions.items()],
+        "errors": [{"image": path, "error": reason} for path, reason in bad.items()]}) + "\n"
+
+
+def as_csv(paths, names, predictions, bad):
+    """The same as CSV text, in the order of the paths; what is no UTF-8 in a file's name is written as \\udc80."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "error"] + names)
+    for path in paths:
+        writer.writerow([path, bad.get(path, "")] + digits(predictions.get(path, [])))
+    return text.getvalue().encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def main(argv=None):
     args = parse(argv)
-    pictures = {} if args.save is None else targets(args.images, args.save)
-    missing = [path for path in args.images if not os.path.isfile(path)]
-    if missing:
-        raise FileNotFoundError("no such image file: %s" % some(missing))
+    paths = find_images(args.images)
+    pictures = {} if args.save is None else targets(paths, args.save)
+    files = [path for path in (args.json, args.csv) if path is not None]
+    for path in files:  # before the work
+        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            raise FileNotFoundError("%s: there is no such folder" % path)
     session = open_session(args.onnx)
-    with progress(len(args.images), "image") as bar:
-        read, logits, bad = predict(session, args.images, bar.update)
+    names = attribute_names(attributes_of(session), args.attributes, args.onnx)
+    names, limits, _ = read_thresholds(args.thresholds, names)
+    if names is PETA:
+        note(ASSUMED)
+    with progress(len(paths), "image") as bar:
+        read, logits, bad = predict(session, paths, bar.update)
     if read:
         if not np.isfinite(logits).all():
             raise ValueError("%s: gives NaN or infinite logits for %s" % (
@@ -169,20 +249,25 @@ def main(argv=None):
         if look_like_probabilities(logits):
             note("%s: %s; the logits below are those that belong to them" % (args.onnx, PROBABILITIES))
             logits = logits_from(logits)
-        names = attribute_names(logits.shape[1], args.attributes)
-        if names is PETA:
-            note(ASSUMED)
+    predictions = dict(zip(read, logits)) if read else {}
     if pictures and read:
         os.makedirs(args.save, exist_ok=True)
-        for path, row in zip(read, logits):
+        for path, row in predictions.items():
             with whole_file(pictures[path]) as temporary:
-                draw(path, row, names).save(temporary, format="PNG")
+                draw(path, row, names, limits).save(temporary, format="PNG")
         print("%s: %d pictures" % (args.save, len(read)))
-    for path, row in zip(read, logits if read else []):
-        for line in describe(path, row, names):
+    if args.json is not None:
+        write_text(args.json, as_json(args.onnx, names, limits, predictions, bad))
+    if args.csv is not None:
+        write_text(args.csv, as_csv(paths, names, predictions, bad))
+    for path in files:
+        print("%s: %d images, %d could not be read" % (path, len(read), len(bad)))
+    for path, row in predictions.items() if not files else ():
+        for line in describe(path, row, names, limits):
             print(line)
     if bad:
-        raise ValueError("%d of %d images cannot be read: %s" % (len(bad), len(args.images), some(bad)))
+        raise ValueError("%d of %d images cannot be read: %s"
+                         % (len(bad), len(paths), some("%s (%s)" % item for item in bad.items())))
 
 
 if __name__ == "__main__":

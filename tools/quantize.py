@@ -49,6 +49,7 @@ def quantize(path, feeds, folder):
     feeds: [{input name: array}] of calibration. Raises ValueError where ONNX Runtime cannot do it.
     """
     import logging
+    import onnx
     import onnxruntime
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -80,6 +81,9 @@ def quantize(path, feeds, folder):
                          % (path, onnxruntime.__version__, type(error).__name__, one_line(error)))
     finally:
         os.chdir(here)
+    model = onnx.load(result)
+    onnx.helper.set_model_props(model, {entry.key: entry.value for entry in load(path).metadata_props})
+    onnx.save(model, result)
     return result
 
 
@@ -113,9 +117,11 @@ def score(int8, float32, bins, labels):
     """Prints the accuracy of two sessions over the bins [(name, path)]; returns that of float32, and int8's drop."""
     of_int8, of_float32 = compute(int8, bins), compute(float32, bins)
     accuracy = effect(of_int8, of_float32, labels)["instance_acc"]
-    drop = -accuracy["change"]
-    print("instance_acc: float32 %r, int8 %r, drop %.2f %%; %d of %d attributes flip"
-          % (accuracy["b"], accuracy["a"], 100 * drop, ((of_int8 >= 0) != (of_float32 >= 0)).sum(), of_int8.size))
+    drop, interval = -accuracy["change"], accuracy["interval"]
+    print("instance_acc: float32 %r, int8 %r, drop %.2f %%%s; %d of %d attributes flip" % (
+        accuracy["b"], accuracy["a"], 100 * drop,
+        " (95 %%: %.2f to %.2f %%)" % (-100 * interval[1], -100 * interval[0]) if interval else "",
+        ((of_int8 >= 0) != (of_float32 >= 0)).sum(), of_int8.size))
     return accuracy["b"], drop
 
 

@@ -15,7 +15,6 @@ import csv
 import hashlib
 import io
 import itertools
-import json
 import math
 import os
 import re
@@ -25,29 +24,33 @@ import warnings
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import command, importing, note, one_line, progress, some, stem, whole_file
-from postprocess_deepmar_pytorch import (MAX_DROP, PROBABILITIES, attribute_names, evaluate, list_results, logits_from,
-                                         look_like_probabilities, probabilities, read_labels, read_logits)
+from common import NUMBER, command, description, fits, importing, note, one_line, progress, read_json, some, stem, whole_file
+from postprocess_deepmar_pytorch import (MAX_DROP, PROBABILITIES, assumed, attribute_names, evaluate, list_results,
+                                         logits_from, look_like_probabilities, probabilities, read_labels, read_logits,
+                                         read_thresholds)
 from preprocess_deepmar_pytorch import MAX_PIXELS, find_images, read_list
 from table import COLUMNS, read_rates
 
 with importing():
     import numpy as np
+    from intervals import label_acc_interval, metric_intervals
 
 PICTURES = 300     # shown at most
 WORST = 150        # of these, the ones with the lowest accuracy; the others are the worst of each attribute
 THUMB = (128, 256)  # width and height of a picture at most, in pixels; PETA's images are not much larger
 WEAKEST = 5        # attributes to mark
 KINDS = [("missed", "○", "Missed"), ("wrong", "✗", "Wrongly said"), ("right", "✓", "Right")]
+METRICS = ["instance_acc", "instance_precision", "instance_recall", "instance_F1", "mA"]
 RATES = [name for name in COLUMNS if name.endswith("images_per_s")]
 UNKNOWN = "not recorded"
 
 # What is read from the two JSON files, as fits() takes it.
-NUMBER, MAYBE = (int, float), (int, float, type(None))
+MAYBE = NUMBER + (type(None),)
 FUSION = {"instance_acc": NUMBER, "instance_precision": NUMBER, "instance_recall": NUMBER, "instance_F1": NUMBER,
           "mA": MAYBE, "images": int, "published_acc": MAYBE,
           "attributes": [{"name": str, "positives": int, "negatives": int, "label_pos_acc": MAYBE,
                           "label_neg_acc": MAYBE, "label_acc": MAYBE}]}
+TUNED = {"goal": str, "images": int}  # of thresholds other than 0
 COMPARISON = {"a": str, "b": str, "images": int, "attributes": int, "max_difference": NUMBER, "mean_difference": NUMBER,
               "cosine_similarity": NUMBER, "lowest_cosine_similarity": NUMBER, "lowest_cosine_similarity_image": str,
               "flips": int, "decisions": int, "images_with_flips": int, "allowed_difference": NUMBER,
@@ -55,30 +58,6 @@ COMPARISON = {"a": str, "b": str, "images": int, "attributes": int, "max_differe
               "flipped_attributes": [{"name": str, "flips": int, "gained": int, "lost": int}],
               "worst_images": [{"name": str, "max_difference": NUMBER, "attribute": str, "flipped": [str]}]}
 CHANGE = {"a": MAYBE, "b": MAYBE, "change": MAYBE}
-
-
-def fits(value, shape):
-    """Whether a value of a JSON file is of a shape: a type or types, [the shape of each item] or {key: shape}.
-
-    Numbers must be finite, and not so large that they are no figures of a run.
-    """
-    if isinstance(shape, dict):
-        return isinstance(value, dict) and all(key in value and fits(value[key], shape[key]) for key in shape)
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
-    return isinstance(value, shape) and (not isinstance(value, NUMBER) or abs(value) < 1e15)
-
-
-def read_json(path, shape, writer):
-    """Returns the content of a JSON file that has the shape, which writer makes; raises OSError or ValueError."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            value = json.load(f)
-    except (ValueError, RecursionError) as error:
-        raise ValueError("%s: is not JSON: %s; %s writes this file" % (path, error, writer))
-    if not fits(value, shape):
-        raise ValueError("%s: is not what %s writes" % (path, writer))
-    return value
 
 
 def number(text):
@@ -159,11 +138,15 @@ def read_perf(paths):
     return sorted(rows, key=lambda row: (row["batch_size"], row["devices"]))
 
 
+def is_interval(value):
+    return value is None or fits(value, [NUMBER]) and len(value) == 2
+
+
 def read_comparison(path, stems, attributes, accuracy):
     """Returns what tools/compare.py wrote; raises OSError, or ValueError if it is of other images or results."""
     report = read_json(path, COMPARISON, "tools/compare.py --json")
     metrics = report["metrics"] or {}
-    if not all(fits(values, CHANGE) for values in metrics.values()):
+    if not all(fits(values, CHANGE) and is_interval(values.setdefault("interval", None)) for values in metrics.values()):
         raise ValueError("%s: is not what tools/compare.py --json writes" % path)
     ours = metrics.get("instance_acc", {"a": accuracy, "b": accuracy})
     if (report["images"], report["attributes"]) != (len(stems), attributes) \
@@ -255,19 +238,19 @@ def thumbnail(path):
     return ("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode(),) + picture.size
 
 
-def gallery(names, paths, logits, true):
+def gallery(names, paths, logits, limits, true):
     """Returns the pictures to show, as dicts for the template; raises ValueError that names the unreadable files.
 
-    names, paths: of the images; logits, true: [images, attributes].
+    names, paths: of the images; logits, true: [images, attributes]; limits: from which logit on an image has them.
     """
     import PIL  # noqa: F401 - here, so that its absence is no fault of the pictures
-    said = logits >= 0
+    said = logits >= limits
     either = (said | true).sum(axis=1)
     accuracy = (said & true).sum(axis=1) / np.maximum(either, 1)
     accuracy[either == 0] = 1  # nothing to say, and nothing said
     chances = probabilities(logits)
     cards, bad = [], []
-    chosen = choose(accuracy, logits, true)
+    chosen = choose(accuracy, logits - limits, true)
     with progress(len(chosen), "picture") as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of oddities in files that it reads all the same
         for image in chosen:
@@ -293,6 +276,10 @@ def percent(value, digits=2):
     return "–" if value is None else "%.*f\N{NO-BREAK SPACE}%%" % (digits, round(100 * value, digits) + 0)
 
 
+def between(interval):
+    return "%s to %s" % tuple(map(percent, interval))
+
+
 def rate(value):
     return "–" if value is None else "%.2f" % value
 
@@ -307,7 +294,7 @@ def render(values):
     import jinja2
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(os.path.dirname(os.path.abspath(__file__))),
                                      autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters.update(percent=percent, rate=rate, source_hash=source_hash)
+    environment.filters.update(percent=percent, between=between, rate=rate, source_hash=source_hash)
     return environment.get_template("report_template.html").render(values)
 
 
@@ -329,15 +316,20 @@ def parse(argv):
     parser.add_argument("--compare", metavar="FILE", help="what tools/compare.py --json wrote")
     parser.add_argument("--attributes", metavar="FILE",
                         help="the attributes' names, one a line (default: those in fusion_result.json)")
+    parser.add_argument("--model", metavar="FILE",
+                        help="the model, .onnx or the .json beside an OM: its names of the attributes, if it holds them, and what "
+                             "else it says of itself")
+    parser.add_argument("--thresholds", metavar="FILE",
+                        help="tools/thresholds.py's file, as stage 7 took it (default: what is in fusion_result.json)")
     parser.add_argument("--output", default="report.html", metavar="FILE",
                         help="the page to write (default: %(default)s)")
     return parser.parse_args(argv)
 
 
 def read_run(args):
-    """Returns (image names, logits, truth, fusion_result.json) of a run, images in the list's order.
+    """Returns (image names, logits, limits, truth, fusion_result.json) of a run, images in the list's order.
 
-    logits float32 and truth bool, [images, attributes]. Raises OSError, or ValueError where they are not of one run.
+    logits float32 and truth bool, [images, attributes]; limits: from which logit on an image has an attribute. Raises OSError, or ValueError where they are not of one run.
     """
     names = read_list(args.list)
     stems = [stem(name) for name in names]
@@ -356,15 +348,28 @@ def read_run(args):
         logits = logits_from(logits)
     elif look_like_probabilities(logits):
         fusion["look"] = PROBABILITIES
-    check_fusion(args.fusion, fusion, *evaluate(logits, true))
+    limits = [row.get("threshold", 0) for row in fusion["attributes"]]
+    tuned = fusion.setdefault("thresholds", None)
+    if not fits(limits, [NUMBER]) or tuned is not None and not fits(tuned, TUNED):
+        raise ValueError("%s: is not what postprocess_deepmar_pytorch.py writes" % args.fusion)
+    recorded = attribute_names(labels.shape[1], args.attributes, args.model)
+    if args.thresholds is not None:
+        recorded, limits, fusion["thresholds"] = read_thresholds(args.thresholds, recorded)
+    if len(limits) != labels.shape[1]:
+        limits = np.zeros(labels.shape[1])  # the check tells
+    limits = np.array(limits, np.float32)
+    check_fusion(args.fusion, fusion, *evaluate(logits - limits, true))
     if fusion["images"] != len(names):
         raise ValueError("%s: is of %d images, the results are of %d; run postprocess_deepmar_pytorch.py on these "
                          "results again" % (args.fusion, fusion["images"], len(names)))
-    if args.attributes is not None:
-        for row, name in zip(fusion["attributes"], attribute_names(labels.shape[1], args.attributes)):
+    for row, name, limit in zip(fusion["attributes"], recorded, limits.tolist()):
+        row.update(threshold=limit, label_acc_interval=label_acc_interval(row))
+        if args.attributes is not None or not assumed(recorded):
             row["name"] = name
-        fusion["names_assumed"] = False
-    return names, logits, true, fusion
+            fusion["names_assumed"] = False
+    fusion["intervals"] = metric_intervals(logits >= limits, true, METRICS)
+    fusion["instance_acc_at_0"] = evaluate(logits, true)[0]["instance_acc"]
+    return names, logits, limits, true, fusion
 
 
 def page_values(args, names, fusion, speeds, comparison, cards):
@@ -374,13 +379,16 @@ def page_values(args, names, fusion, speeds, comparison, cards):
 
     by_accuracy = sorted(fusion["attributes"], key=lambda row: 2 if row["label_acc"] is None else row["label_acc"])
     published = fusion["published_acc"]
-    drop = None if published is None else published - fusion["instance_acc"]
+    drop = None if published is None else published - fusion["instance_acc_at_0"]
+    described = {} if args.model is None else description(args.model)
+    facts = [("Checkpoint", "SHA-256 %s" % described["checkpoint_sha256"])] if "checkpoint_sha256" in described else []
+    if fusion["thresholds"]:
+        facts.append(("Thresholds", "each attribute's own, tuned for %(goal)s on %(images)d other images" % fusion["thresholds"]))
     return {
         "fusion": fusion, "drop": drop, "max_drop": MAX_DROP, "passed": drop is None or drop <= MAX_DROP + 1e-9,
-        "metrics": [(name, fusion[name]) for name in ("instance_acc", "instance_precision", "instance_recall",
-                                                      "instance_F1", "mA")],
+        "metrics": [(name, fusion[name], fusion["intervals"][name]) for name in METRICS],
         "run": [("Model", used("model")), ("Backend", used("backend")), ("Device", used("devices")),
-                ("Images scored", len(names)), ("Results", ", ".join(args.results)),
+                ("Images scored", len(names))] + facts + [("Results", ", ".join(args.results)),
                 ("Scored", time.strftime("%Y-%m-%d %H:%M", time.localtime(os.path.getmtime(args.fusion))))],
         "rows": speeds, "chart": chart(speeds), "attributes": by_accuracy, "comparison": comparison,
         "weakest": [row for row in by_accuracy if row["label_acc"] not in (None, 1)][:WEAKEST],
@@ -389,7 +397,7 @@ def page_values(args, names, fusion, speeds, comparison, cards):
 
 def main(argv=None):
     args = parse(argv)
-    names, logits, true, fusion = read_run(args)
+    names, logits, limits, true, fusion = read_run(args)
     speeds = read_perf(args.perf)
     if args.throughput is not None:
         speeds = read_throughput(args.throughput, len(names), fusion["instance_acc"])
@@ -398,7 +406,7 @@ def main(argv=None):
         comparison = read_comparison(args.compare, [stem(name) for name in names], true.shape[1], fusion["instance_acc"])
     if fusion["look"]:
         note("%s: %s" % (", ".join(args.results), fusion["look"]))
-    cards = gallery(names, find_images(args.images, names, args.list), logits, true)
+    cards = gallery(names, find_images(args.images, names, args.list), logits, limits, true)
     page = render(page_values(args, names, fusion, speeds, comparison, cards))
     data = page.encode("utf-8", "replace")  # names in JSON may hold half a surrogate pair
     with whole_file(args.output) as temporary, open(temporary, "wb") as f:

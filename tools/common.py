@@ -86,11 +86,14 @@ def start_in_utf8():
 
 
 def readable(error):
-    """For codecs: what the output's encoding lacks is escaped; a name's bytes that are letters in it stay as they are."""
-    found = re.compile("[\udc80-\udcff]+").match(error.object, error.start)  # how Python holds bytes that are not UTF-8
+    """For codecs: what the output's encoding lacks is escaped; a name's bytes that are letters in it stay as they are.
+
+    Python holds a byte that is not UTF-8 as U+DC80 to U+DCFF.
+    """
+    found = re.compile("[^\0-\x7f]*[\udc80-\udcff][^\0-\x7f]*").match(error.object, error.start)
     if found:
-        data = found.group().encode("ascii", "surrogateescape")
         with contextlib.suppress(ValueError):
+            data = found.group().encode("utf-8", "surrogateescape")
             if data.decode(error.encoding).isprintable():
                 return data, found.end()
     return codecs.backslashreplace_errors(error)

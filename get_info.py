@@ -59,9 +59,11 @@ def main(argv=None):
             parser.error("WIDTH and HEIGHT must be positive whole numbers, not %r" % text)
 
     names = list_bins(folder, int(width), int(height))
-    broken = [name for name in names + [folder] if re.search("[\n\ud800-\udfff]", name)]  # the latter: not UTF-8
-    if broken:
-        raise ValueError("%r: a line of the info file cannot hold this name" % broken[0])
+    for name in [folder] + names:
+        if "\n" in name:
+            raise ValueError("%r: a line of the info file cannot hold this name" % name)
+        if re.search("[\ud800-\udfff]", name):  # how Python holds what it cannot decode
+            raise ValueError("%s: its name is not UTF-8, as the info file is; rename it: convmv -f GBK -t UTF-8" % name)
     start, end = os.path.join(folder, ""), " %s %s\n" % (width, height)
     with whole_file(info) as temporary, open(temporary, "w", encoding="utf-8") as f:
         f.writelines("%d %s%s%s" % (index, start, name, end) for index, name in enumerate(names))

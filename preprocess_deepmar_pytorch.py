@@ -26,6 +26,7 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as DeepMAR was trained with: red, gr
 STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 64 * 1000 * 1000  # a larger image is no photograph of a pedestrian, but might exhaust the memory
 CHUNK = 64                   # images that a process is handed at a time, at most
+KILLED = "a worker process was killed; was the memory exhausted?"
 ORIENTATION = 274            # the EXIF tag; 1 is upright
 
 
@@ -218,19 +219,15 @@ def start_workers(count, bins, size):
     import multiprocessing
     context = multiprocessing.get_context("fork")
     workers = {}
-    for _ in range(count):
-        ours, theirs = context.Pipe()
-        worker = context.Process(target=work, daemon=True, args=(os.getpid(), theirs, bins, size))
-        try:
-            with uninterrupted():
+    try:
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            with contextlib.closing(theirs), uninterrupted():
+                worker = context.Process(target=work, daemon=True, args=(os.getpid(), theirs, bins, size))
                 worker.start()
-        except OSError as error:  # a limit of processes
-            if not workers:
-                note("no process can be started (%s), so one core does all the work" % error.strerror)
-            break
-        finally:
-            theirs.close()
-        workers[ours] = worker
+            workers[ours] = worker
+    except OSError as error:  # a limit of processes or open files
+        note("%d of %d processes can be started (%s), so this takes longer" % (len(workers), count, error.strerror))
     return workers
 
 
@@ -254,7 +251,10 @@ def convert_all(images, bins, size):
                     yield received(pipe)
                     idle.append(pipe)
                     busy -= 1
-            idle.pop().send(part)
+            try:
+                idle.pop().send(part)
+            except ConnectionError:
+                raise OSError(KILLED)
             busy += 1
         while busy:
             for pipe in wait(list(workers)):
@@ -271,7 +271,7 @@ def received(pipe):
     try:
         results = pipe.recv()
     except (EOFError, ConnectionError):
-        raise OSError("a worker process was killed; was the memory exhausted?")
+        raise OSError(KILLED)
     if isinstance(results, OSError):
         raise results
     return results

@@ -101,8 +101,8 @@ def test_names_of_bins_that_are_not_utf8(tmp_path):
     os.mkdir(str(tmp_path / "input_bin"))
     with open(os.fsencode(str(tmp_path)) + b"/input_bin/\xff.bin", "wb") as f:
         f.truncate(602112)
-    check_error(script("get_info.py", "input_bin", "deepmar.info", 224, 224, cwd=tmp_path), "udcff.bin",
-                "cannot hold this name")
+    check_error(script("get_info.py", "input_bin", "deepmar.info", 224, 224, cwd=tmp_path), "udcff.bin: ",
+                "its name is not UTF-8")
     assert os.listdir(str(tmp_path)) == ["input_bin"]
 
 

@@ -13,11 +13,13 @@ import argparse
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import command, cores, importing, pixels, progress, replaced_folder, some, write_text
-from session import NEEDS, Clock, calls_at_once, check_shape, input_size, interruptible, open_session, provider_note, run
+from common import can_start, command, cores, importing, pixels, progress, replaced_folder, some, write_text
+from session import (NEEDS, Clock, Inline, calls_at_once, check_shape, input_size, interruptible, open_session,
+                     provider_note, run)
 
 with importing():
     import numpy as np
@@ -85,7 +87,6 @@ def vision(session, calls, args):
 
 def pure_inference(session, calls, args):
     """Runs the model on random input; returns what to print."""
-    from concurrent.futures import ThreadPoolExecutor
     shape = (args.batch_size, 3) + input_size(session)[1:]
     feed = {session.get_inputs()[0].name: np.random.RandomState(0).standard_normal(shape).astype(np.float32)}
     clock = Clock()
@@ -94,7 +95,8 @@ def pure_inference(session, calls, args):
         with clock:
             session.run(None, feed, options)
 
-    with interruptible() as options, progress(args.round, "round") as bar, ThreadPoolExecutor(calls) as runner:
+    pool = ThreadPoolExecutor if can_start(calls + 1) else Inline
+    with interruptible() as options, progress(args.round, "round") as bar, pool(calls) as runner:
         session.run(None, feed, options)
         for _ in runner.map(infer, range(args.round)):
             bar.update()

@@ -16,7 +16,7 @@ import tempfile
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import command, composed, importing, one_line, whole_file
+from common import LIMIT, can_start, command, composed, importing, one_line, whole_file
 from get_info import list_bins
 from postprocess_deepmar_pytorch import MAX_DROP, effect, labels_of
 from remove_pad import load
@@ -51,6 +51,8 @@ def quantize(path, feeds, folder):
     import logging
     import onnx
     import onnxruntime
+    if not can_start(os.cpu_count(), else_=None):
+        raise ValueError("%s: ONNX Runtime's quantizer needs a thread for each core, %d, but %s" % (path, os.cpu_count(), LIMIT))
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):

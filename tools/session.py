@@ -7,10 +7,11 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import cores, importing, one_line, progress, some
+from common import can_start, cores, importing, one_line, progress, some
 from postprocess_deepmar_pytorch import attributes_in, read_logits
 from preprocess_deepmar_pytorch import SIZE
 from remove_pad import load
@@ -73,7 +74,8 @@ def open_session(path, device_id=0, threads=None):
     load(path)  # for its checks: onnx's checker, and no weights outside of the file
     options = onnxruntime.SessionOptions()  # all else is best as it is (tests/bench.py: session options)
     # ONNX Runtime 1.10 alone would take half of the cores, and every version ignores taskset's choice of them.
-    options.intra_op_num_threads = threads or cores()
+    threads = threads or cores()
+    options.intra_op_num_threads = threads if can_start(threads) else 1
     options.log_severity_level = 3  # errors
     try:
         session = onnxruntime.InferenceSession(path, options, providers=providers(device_id))
@@ -129,6 +131,9 @@ def interruptible():
     """Yields run options with which session.run() ends at Ctrl-C, instead of with its batch."""
     from onnxruntime import RunOptions
     options = RunOptions()
+    if not can_start(1):  # then Ctrl-C does wait for the batch
+        yield options
+        return
     receiver, sender = os.pipe()
     os.set_blocking(sender, False)
 
@@ -148,6 +153,25 @@ def interruptible():
         os.close(receiver)
 
 
+class Inline(object):
+    """Stands in for a ThreadPoolExecutor where no threads can be started: the caller's thread does the work."""
+    map = staticmethod(map)
+
+    def __init__(self, _):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
 def run(session, bins, batch_size, height, width, folder, report, calls=1):
     """Runs the model over the bins [(name, path)] and writes folder/NAME_1.bin for each, float32 [attributes].
 
@@ -155,7 +179,6 @@ def run(session, bins, batch_size, height, width, folder, report, calls=1):
     under way at a time. Calls report(images) after every batch. Returns {module: Clock}. Raises ValueError for a bin that
     has shrunk or holds NaN.
     """
-    from concurrent.futures import ThreadPoolExecutor
     clocks = {name: Clock() for name in ("e2e", "data read", "preprocess", "infer", "interface", "post")}
     input_name, output_name = session.get_inputs()[0].name, session.get_outputs()[0].name
     batches = [bins[i:i + batch_size] for i in range(0, len(bins), batch_size)]
@@ -185,8 +208,8 @@ def run(session, bins, batch_size, height, width, folder, report, calls=1):
         with clocks["infer"], clocks["interface"]:
             return session.run([output_name], {input_name: buffers[index % len(buffers)]}, options)[0]
 
-    with interruptible() as options, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer, \
-            ThreadPoolExecutor(calls) as runner:
+    pool = ThreadPoolExecutor if can_start(calls + 3) else Inline
+    with interruptible() as options, pool(1) as reader, pool(1) as writer, pool(calls) as runner:
         session.run([output_name], {input_name: buffers[0]}, options)  # the first run also allocates memory
         with clocks["e2e"]:
             running = collections.deque()

@@ -52,7 +52,8 @@ def read_list(path):
                              % (path, number, name))
         if bin_name in seen:
             raise ValueError("%s: lines %d and %d would both write %s.bin; each image's name up to its first dot must "
-                             "be its own (tools/lists.py list --flatten makes such names)" % (path, seen[bin_name], number, bin_name))
+                             "be its own; tools/lists.py list --flatten makes such names"
+                             % (path, seen[bin_name], number, bin_name))
         seen[bin_name] = number
         names.append(name)
     if not names:

@@ -24,11 +24,11 @@ path (cam1/0002.png: cam1_0002_png.png), and the lists hold these names. DIR is 
 import argparse
 import collections
 import csv
-import functools
 import json
 import os
 import pickle
 import re
+import resource
 import sys
 import zlib
 
@@ -47,9 +47,11 @@ UNCLEAR = 2     # a label of RAP where the annotators could not tell
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp")  # the endings in PETA's folders
 BITS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 
-# A data set: the images' names, labels 0 and 1 [images, attributes], the attributes' names (both None where a list has none),
-# and for each partition {"train", "val", "test": rows}, or with "trainval" in place of the first two.
-Annotations = collections.namedtuple("Annotations", "names labels attributes partitions")
+SECONDS = 300   # of the processor, for reading a file; the largest takes 3, and a pickle can be made to take for ever
+
+# What a file says: the images' names, integers [images, columns], the columns' names, those that are the benchmark's attributes
+# (a list of indexes), and for each partition {"train", "val", "test": rows}, or with "trainval" in place of the first two.
+Annotations = collections.namedtuple("Annotations", "names labels attributes used partitions")
 
 
 # --- .mat files ------------------------------------------------------------------------------------------------------
@@ -87,24 +89,11 @@ def texts(cells, what):
 
 def integers(value, what):
     """Returns an array of whole numbers as int64 of the same shape; raises ValueError for any other value."""
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "uif" or not np.array_equal(value, np.floor(value)):
+    whole = isinstance(value, np.ndarray) and (
+        value.dtype.kind in "ui" or value.dtype.kind == "f" and np.array_equal(value, np.floor(value)))
+    if not whole:
         raise ValueError("%s is not an array of whole numbers" % what)
     return value.astype(np.int64)
-
-
-def columns(data, selected, what):
-    """The columns of a matrix that selected counts from 1."""
-    if data.ndim != 2 or not len(selected) or selected.min() < 1 or selected.max() > data.shape[1]:
-        raise ValueError("%s has the shape %s, and selected columns are %s" % (what, list(data.shape), some(selected)))
-    return data[:, selected - 1]
-
-
-def without_unclear(labels):
-    """RAP's labels as 0 and 1. An unclear one becomes 0: then no metric of an image counts it as an attribute it has."""
-    unclear = labels == UNCLEAR
-    if unclear.any():
-        note("%d of %d labels are %d (unclear); they count as 0" % (unclear.sum(), labels.size, UNCLEAR))
-    return np.where(unclear, 0, labels)
 
 
 def read_partitions(cells, parts, rows):
@@ -121,7 +110,7 @@ def rows_of(numbers, rows, what):
     numbers = numbers.ravel().tolist()
     unknown = [number for number in numbers if number not in rows]
     if unknown:
-        raise ValueError("%s holds image %s, which the file does not have" % (what, some(unknown)))
+        raise ValueError("%s holds image %s, which the file does not have" % (what, some(map(str, unknown))))
     return [rows[number] for number in numbers]
 
 
@@ -132,35 +121,29 @@ def counted(first, count):
 
 def read_peta(path):
     data, attributes, selected, partitions = fields(load_mat(path, "peta")["peta"], "peta", 4)[:4]
-    data, selected = integers(data, "data"), integers(selected, "selected_attribute").ravel()
-    attributes = texts(attributes, "attribute")
-    if data.ndim != 2 or data.shape[1] - PETA_FIRST != len(attributes):
-        raise ValueError("it has %d attribute names, and data has the shape %s" % (len(attributes), list(data.shape)))
-    if (selected <= PETA_FIRST).any():
-        raise ValueError("selected_attribute names columns that hold no attribute")
+    data, selected = integers(data, "data"), integers(selected, "selected_attribute")
+    if data.ndim != 2 or data.shape[1] < PETA_FIRST:
+        raise ValueError("data has the shape %s" % list(data.shape))
     numbers = data[:, 0].tolist()
-    return Annotations(["%05d.png" % number for number in numbers], columns(data, selected, "data"),
-                       [attributes[column - 1 - PETA_FIRST] for column in selected],
+    return Annotations(["%05d.png" % number for number in numbers], data[:, PETA_FIRST:], texts(attributes, "attribute"),
+                       selected.ravel() - 1 - PETA_FIRST,
                        read_partitions(partitions, ["train", "val", "test"], dict(zip(numbers, range(len(numbers))))))
 
 
 def read_rap(path):
     partitions, labels, _, _, _, names, attributes = fields(load_mat(path, "RAP_annotation")["RAP_annotation"],
                                                             "RAP_annotation", 7)[:7]
-    names = texts(names, "field 6")
-    return Annotations(names, without_unclear(columns(integers(labels, "field 2"), np.arange(RAP_USED) + 1, "field 2")),
-                       texts(attributes, "field 7")[:RAP_USED],
+    names, attributes = texts(names, "field 6"), texts(attributes, "field 7")
+    return Annotations(names, integers(labels, "field 2")[:, :len(attributes)], attributes, np.arange(RAP_USED),
                        read_partitions(partitions, ["trainval", "test"], counted(1, len(names))))
 
 
 def read_rap2(path):
     names, labels, attributes, selected, partitions = fields(load_mat(path, "RAP_annotation")["RAP_annotation"],
                                                              "RAP_annotation", 5)[:5]
-    names, attributes = texts(names, "name"), texts(attributes, "attribute")
-    labels, selected = integers(labels, "data"), integers(selected, "selected_attribute").ravel()
-    if labels.ndim != 2 or labels.shape[1] != len(attributes):
-        raise ValueError("it has %d attribute names, and data has the shape %s" % (len(attributes), list(labels.shape)))
-    return Annotations(names, without_unclear(columns(labels, selected, "data")), [attributes[i - 1] for i in selected],
+    names = texts(names, "name")
+    return Annotations(names, integers(labels, "data"), texts(attributes, "attribute"),
+                       integers(selected, "selected_attribute").ravel() - 1,
                        read_partitions(partitions, ["train", "val", "test"], counted(1, len(names))))
 
 
@@ -175,7 +158,8 @@ def read_pa100k(path):
         rows[part] = list(range(first, len(names)))
         if len(labels[-1]) != len(rows[part]):
             raise ValueError("it has %d names and %d labels of %s" % (len(rows[part]), len(labels[-1]), part))
-    return Annotations(names, np.concatenate(labels), texts(content["attributes"], "attributes"), [rows])
+    attributes = texts(content["attributes"], "attributes")
+    return Annotations(names, np.concatenate(labels), attributes, np.arange(len(attributes)), [rows])
 
 
 # --- the pickles of "Rethinking of Pedestrian Attribute Recognition" ----------------------------------------------------
@@ -227,14 +211,13 @@ def read_pkl(path):
     with open(path, "rb") as f:
         content = Unpickler(f).load()
     names, attributes = ([text_of(value) for value in content[key]] for key in ("image_name", "attr_name"))
-    used = content["label_idx"]["eval"] if "label_idx" in content else list(range(len(attributes)))
-    labels = columns(integers(array_of(content["label"]), "label"), np.array(used) + 1, "label")
+    used = content["label_idx"]["eval"] if "label_idx" in content else np.arange(len(attributes))
     parts = [part for part in ("train", "val", "trainval", "test") if part in content["partition"]]
     if "train" in parts:
         parts.remove("trainval")
     arrays = [content["partition"][part] for part in parts]  # an array, or one for each partition
     partitions = list(zip(*arrays)) if isinstance(arrays[0], list) else [arrays]
-    return Annotations(names, without_unclear(labels), [attributes[i] for i in used], [
+    return Annotations(names, integers(array_of(content["label"]), "label"), attributes, integers(np.array(used), "eval"), [
         {part: rows_of(integers(array_of(array), part), counted(0, len(names)), part) for part, array in zip(parts, partition)}
         for partition in partitions])
 
@@ -249,27 +232,25 @@ def read_folders(path):
     folders = [folder for folder in sorted(os.listdir(path)) if os.path.isfile(os.path.join(path, folder, "archive/Label.txt"))]
     if not folders:
         raise ValueError("no folder in it has an archive/Label.txt")
-    names, labels, unlabelled = [], [], []
+    names, people, unlabelled = [], [], []
     for folder in folders:
         archive = os.path.join(path, folder, "archive")
-        people = {}
-        for line in read_lines(os.path.join(archive, "Label.txt")):
-            words = [{"footwearSneakers": "footwearSneaker"}.get(word, word) for word in line.split()]  # PETA.mat's name
-            if words:
-                people[words[0]] = [int(name in words) for name in PETA]
+        lines = [line.split() for line in read_lines(os.path.join(archive, "Label.txt"))]
+        # PETA.mat's name of it is another one.
+        words = {line[0]: {word.replace("footwearSneakers", "footwearSneaker") for word in line[1:]} for line in lines if line}
         for file in sorted(file for file in os.listdir(archive) if file.lower().endswith(IMAGES)):
             root = os.path.splitext(file)[0]
-            found = [people[key] for key in (file, root, root.split("_")[0]) if key in people]
-            if found:
-                names.append("%s/archive/%s" % (folder, file))
-                labels.append(found[0])
-            else:
-                unlabelled.append(os.path.join(archive, file))
+            found = [words[key] for key in (file, root, root.split("_")[0]) if key in words]
+            names.append("%s/archive/%s" % (folder, file))
+            people += found[:1]
+            unlabelled += [] if found else names[-1:]
     if unlabelled:
         raise ValueError("%d images have no line in Label.txt: %s" % (len(unlabelled), some(unlabelled)))
-    if not np.any(labels):
-        raise ValueError("none of its images has any of PETA's 35 attributes")
-    return Annotations(names, np.array(labels), PETA, [])
+    if not any(words.intersection(PETA) for words in people):
+        raise ValueError("none of its images has any of PETA's attributes")
+    attributes = PETA + sorted(set().union(*people).difference(PETA))
+    labels = [[name in words for name in attributes] for words in people]
+    return Annotations(names, np.array(labels, int), attributes, np.arange(len(PETA)), [])
 
 
 def read_csv(path):
@@ -279,19 +260,19 @@ def read_csv(path):
     except csv.Error as error:
         raise ValueError("line %d: %s" % (reader.line_num, error))
     if len(rows) < 2 or len(rows[0][1]) < 2:
-        raise ValueError("it needs a line of names (image, attribute, attribute ...) and a line for each image")
+        raise ValueError("its first line is not image,attribute,attribute ... (separated by commas), or no line follows")
     labels, width = [], len(rows[0][1])
     for line, (name, *values) in rows[1:]:
         if len(values) != width - 1 or any(value.lower() not in BITS for value in values):
             raise ValueError("line %d (%s) is not a name and %d values, 0 or 1, separated by commas" % (line, name, width - 1))
         labels.append([BITS[value.lower()] for value in values])
-    return Annotations([row[0] for _, row in rows[1:]], np.array(labels), rows[0][1][1:], [])
+    return Annotations([row[0] for _, row in rows[1:]], np.array(labels), rows[0][1][1:], np.arange(width - 1), [])
 
 
 def read_own(labels_path, path):
     names = [line for line in read_lines(path) if line]
     if labels_path is None:
-        return Annotations(names, None, None, [])
+        return Annotations(names, None, None, None, [])
     with open(labels_path, encoding="utf-8-sig") as f:
         rows = json.load(f)
     missing = [name for name in names if name not in rows]
@@ -300,63 +281,99 @@ def read_own(labels_path, path):
     labels = [list(label_row(rows[name])) for name in names]
     if len({len(row) for row in labels}) > 1:
         raise ValueError("%s has labels of different lengths" % labels_path)
-    return Annotations(names, np.array(labels), None, [])
+    return Annotations(names, np.array(labels), None, None, [])
 
 
 FOUR = ["train", "val", "trainval", "test"]
-# set: (its reader, its file, its splits, its partitions)
+# set: (its reader, what it reads, its splits, its partitions)
 SETS = {"peta": (read_peta, "PETA.mat", FOUR, 5),
         "rap": (read_rap, "RAP_annotation.mat", ["trainval", "test"], 5),
         "rap2": (read_rap2, "RAP_annotation.mat", FOUR, 5),
         "pa100k": (read_pa100k, "annotation.mat", FOUR, 1),
-        "pkl": (read_pkl, "FILE.pkl", FOUR, 5),
-        "peta-folders": (read_folders, "DIR", [], 0),
-        "csv": (read_csv, "FILE.csv", [], 0),
-        "list": (read_own, "image.txt", [], 0)}
+        "pkl": (read_pkl, "pickle", FOUR, 5),
+        "peta-folders": (read_folders, "folder", [], 0),
+        "csv": (read_csv, "table", [], 0),
+        "list": (read_own, "list", [], 0)}
 
 
 # --- what all have in common ------------------------------------------------------------------------------------------
 
-def check(annotations):
-    """Raises ValueError unless the parts of a data set fit each other."""
-    names, labels, attributes = annotations.names, annotations.labels, annotations.attributes
+def chosen(annotations, wanted):
+    """Returns (labels 0 and 1 as uint8 [images, attributes], names) of the wanted attributes, or else of the benchmark's."""
+    names, labels, attributes, used, _ = annotations
+    if labels is None:
+        return None, None
+    if labels.ndim != 2 or len(labels) != len(names) or attributes and labels.shape[1] != len(attributes):
+        raise ValueError("it has %d images, %d attributes and labels of the shape %s"
+                         % (len(names), len(attributes or ()), list(labels.shape)))
+    if wanted:
+        unknown = [name for name in wanted if name not in attributes]
+        if unknown:
+            raise ValueError("it has no attribute %s; it has %s" % (some(unknown), ", ".join(attributes)))
+        used = [attributes.index(name) for name in wanted]
+    if attributes:
+        if not len(used) or min(used) < 0 or max(used) >= len(attributes):
+            raise ValueError("its benchmark has attributes that it does not have")
+        labels, attributes = labels[:, used], [attributes[i] for i in used]
+    wrong = ((labels < 0) | (labels > UNCLEAR)).any(axis=1)
+    if wrong.any():
+        raise ValueError("%s has a label that is neither 0 nor 1" % names[wrong.argmax()])
+    unclear = labels == UNCLEAR
+    if unclear.any():
+        note("%d of %d labels are %d (unclear); they count as 0" % (unclear.sum(), labels.size, UNCLEAR))
+    return (labels == 1).astype(np.uint8), attributes
+
+
+def check(names, attributes, partitions):
+    """Raises ValueError for a name that no list can hold, and for one that is there twice."""
     if not names:
         raise ValueError("it has no image")
     for name in names:
         if not inside(name) or name != name.strip() or not stem(name) or re.search("[\ud800-\udfff]", name):
             raise ValueError("%r is no file name that a list can hold" % name[:200])
-    if labels is not None:
-        if labels.ndim != 2 or len(labels) != len(names) or attributes and labels.shape[1] != len(attributes):
-            raise ValueError("it has %d images, %d attributes and labels of the shape %s"
-                             % (len(names), len(attributes or ()), list(labels.shape)))
-        wrong = ~np.isin(labels, (0, 1)).all(axis=1)
-        if wrong.any():
-            raise ValueError("%s has a label that is neither 0 nor 1" % names[wrong.argmax()])
-    twice = [name for things in (names, attributes or []) for name, count in collections.Counter(things).items() if count > 1]
-    if twice:
-        raise ValueError("%s is there twice" % some(twice))
-    if any(name != name.strip() or not name.isprintable() or not name for name in attributes or []):
+    if any(name != name.strip() or not name.isprintable() or not name for name in attributes or ()):
         raise ValueError("an attribute's name is empty or no printable line: %r" % some(attributes))
-    for i, partition in enumerate(annotations.partitions):
-        count = collections.Counter(row for rows in partition.values() for row in rows)
-        twice = [names[row] for row in count if count[row] > 1]
+    rows = [("partition %d" % i, [names[row] for rows in part.values() for row in rows]) for i, part in enumerate(partitions)]
+    for what, values in [("it", names), ("it", attributes or ())] + rows:
+        twice = [value for value, count in collections.Counter(values).items() if count > 1]
         if twice:
-            raise ValueError("partition %d holds an image twice: %s" % (i, some(twice)))
+            raise ValueError("%s holds %s twice" % (what, some(twice)))
 
 
-def read(path, reader):
-    """Returns the Annotations that a reader makes of a file or folder. Raises OSError, or ValueError with what is wrong."""
+def read(data_set, path, labels_path=None, wanted=None):
+    """Returns (names, labels, attributes, partitions) of a file or folder; labels and attributes as chosen() returns them.
+
+    labels_path: the label.json of a list. Raises OSError, or ValueError with what is wrong.
+    """
+    reader, form = SETS[data_set][:2]
+    try:
+        annotations = reader(labels_path, path) if reader is read_own else reader(path)
+        labels, attributes = chosen(annotations, wanted)
+        check(annotations.names, attributes, annotations.partitions)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # a damaged file makes scipy and pickle raise nearly anything
+        if str(error).startswith(path):
+            raise ValueError(str(error))
+        kind = "" if isinstance(error, ValueError) else type(error).__name__ + ": "
+        raise ValueError("%s: not the %s that lists.py %s takes: %s%s" % (path, form, data_set, kind, one_line(error)[:500]))
+    return annotations.names, labels, attributes, annotations.partitions
+
+
+def read_apart(data_set, path, *more):
+    """read() in a process of its own, as some damaged files crash scipy's reader or keep it busy for ever."""
     import multiprocessing
-    # In a process of its own, as some damaged files crash scipy's reader.
+    if SETS[data_set][1].endswith(".mat"):
+        import scipy.io  # noqa: F401 - here, so that its absence is no fault of the file
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=send, daemon=True, args=(os.getpid(), theirs, path, reader))
+    process = context.Process(target=send, daemon=True, args=(os.getpid(), theirs, data_set, path) + more)
     try:
         with uninterrupted():
             process.start()
     except OSError as error:  # a limit of processes
         note("no process can be started (%s), so a damaged file may crash this one" % error.strerror)
-        return read_here(path, reader)
+        return read(data_set, path, *more)
     finally:
         theirs.close()
     try:
@@ -371,36 +388,25 @@ def read(path, reader):
     return result
 
 
-def send(parent, pipe, path, reader):
-    """The reader's process: sends what read_here() returns, or its exception."""
+def send(parent, pipe, *arguments):
+    """The reader's process: sends what read() returns, or its exception."""
     start_worker(parent)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     try:
-        pipe.send(read_here(path, reader))
+        pipe.send(read(*arguments))
     except Exception as error:  # whatever it is, the parent raises it
         pipe.send(error)
 
 
-def read_here(path, reader):
-    """read(), but a damaged file may end the process."""
-    try:
-        annotations = reader(path)
-        check(annotations)
-    except (OSError, ImportError):
-        raise
-    except Exception as error:  # a damaged file makes scipy and pickle raise nearly anything
-        if str(error).startswith(path):
-            raise ValueError(str(error))
-        raise ValueError("%s: not what it should be: %s" % (path, (
-            "" if isinstance(error, ValueError) else type(error).__name__ + ": ") + one_line(error)))
-    return annotations
-
-
 def flat_names(names):
-    """Returns a name for each image's link: its whole path with _ for / and for dots, and its ending."""
+    """Returns a name for each image's link: its path with _ for / and dots, then its ending.
+
+    a/b_c and a_b/c would have one name, so a checksum follows it.
+    """
     flat = [re.sub("[/.]", "_", name) for name in names]
     count = collections.Counter(map(composed, flat))
-    return ["%s%s%s" % (new, "_%08x" % zlib.crc32(name.encode()) if count[composed(new)] > 1 else "", os.path.splitext(name)[1])
-            for name, new in zip(names, flat)]  # a_b/c and a/b_c get a checksum of the path, too
+    return [new + ("_%08x" % zlib.crc32(name.encode()) if count[composed(new)] > 1 else "") + os.path.splitext(name)[1]
+            for name, new in zip(names, flat)]
 
 
 def link(folder, names, paths):
@@ -417,21 +423,20 @@ def link(folder, names, paths):
 
 def check_stems(path, names):
     """Raises ValueError where two images would have one bin."""
-    seen = {}
+    first, pairs = {}, []
     for name in names:
-        other = seen.setdefault(stem(name), name)
-        if other is not name:
-            raise ValueError("%s: %s and %s would both be %s.bin, and more may; --flatten DIR gives each image a name of its own"
-                             % (path, other, name, stem(name)))
+        if first.setdefault(stem(name), name) is not name:
+            pairs.append("%s and %s" % (first[stem(name)], name))
+    if pairs:
+        raise ValueError("%s: %d images share their name up to the first dot, and so their bin: %s; --flatten DIR gives each one "
+                         "of its own" % (path, len(pairs), some(pairs)))
 
 
-def rows_of_split(path, annotations, partition, split):
-    """The rows of a split of a partition; all rows where the set has none. Raises ValueError where there is no such split."""
-    if split is None:
-        return range(len(annotations.names))
-    if partition >= len(annotations.partitions):
-        raise ValueError("%s: has no partition %d; it has %d" % (path, partition, len(annotations.partitions)))
-    rows = annotations.partitions[partition]
+def rows_of_split(path, partitions, partition, split):
+    """The rows of a split; raises ValueError where there is none."""
+    if partition >= len(partitions):
+        raise ValueError("%s: has no partition %d; it has %d" % (path, partition, len(partitions)))
+    rows = partitions[partition]
     parts = ["train", "val"] if split == "trainval" and "train" in rows else [split]
     if not all(rows.get(part) for part in parts):
         raise ValueError("%s: partition %d has no image in %s; it has %s"
@@ -444,16 +449,19 @@ def parse(argv):
                                      allow_abbrev=False)
     sets = parser.add_subparsers(dest="set", metavar="SET", help="one of those above; lists.py SET --help names its options")
     sets.required = True
-    for name, (_, file, splits, partitions) in SETS.items():
+    for name, (_, form, splits, partitions) in SETS.items():
         one = sets.add_parser(name, allow_abbrev=False)
-        one.set_defaults(partition=0, split=None, labels=None)
-        one.add_argument("file", metavar=file, help="the data set's description")
+        one.set_defaults(partition=0, split=None, labels=None, attributes=None)
+        one.add_argument("file", metavar=form.upper() if form.islower() else form, help="what describes the data set")
         if partitions > 1:
             one.add_argument("--partition", type=int, choices=range(partitions), default=0,
                              help="one of the %d random partitions (default: 0)" % partitions)
         if splits:
             one.add_argument("--split", choices=splits, default="test", help="which images of it (default: test)")
-        if name == "list":
+        if name != "list":
+            one.add_argument("--attributes", metavar="FILE", help="the attributes to list in this order, a name a line, such as "
+                             "those that the model was trained on (default: the benchmark's, in the file's order)")
+        else:
             one.add_argument("--labels", metavar="FILE", help="label.json of these images")
         one.add_argument("--images", metavar="DIR", help="the images' folder, to check that every image is there")
         one.add_argument("--flatten", metavar="DIR", help="a folder to make, of links to the images with names of their own")
@@ -468,17 +476,17 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    reader, file, _, _ = SETS[args.set]
-    if not os.path.exists(args.file) or os.path.isdir(args.file) != (file == "DIR"):
-        raise FileNotFoundError("%s: no such %s; lists.py %s takes %s"
-                                % (args.file, "folder" if file == "DIR" else "file", args.set, file))
-    if file.endswith(".mat"):
-        import scipy.io  # noqa: F401 - here, so that its absence is no fault of the file
-    annotations = read(args.file, functools.partial(reader, args.labels) if args.set == "list" else reader)
-    rows = rows_of_split(args.file, annotations, args.partition, args.split)
-    names = [annotations.names[row] for row in rows]
+    form = SETS[args.set][1]
+    if not os.path.exists(args.file) or os.path.isdir(args.file) != (form == "folder"):
+        raise FileNotFoundError("%s: no such %s; lists.py %s takes the data set's %s"
+                                % (args.file, "folder" if form == "folder" else "file", args.set, form))
+    wanted = args.attributes and [line for line in read_lines(args.attributes) if line]
+    names, labels, attributes, partitions = read_apart(args.set, args.file, args.labels, wanted)
+    if args.split:
+        rows = rows_of_split(args.file, partitions, args.partition, args.split)
+        names, labels = [names[row] for row in rows], labels[rows]
 
-    files = {"image.txt": names, "label.json": annotations.labels, "attributes.txt": annotations.attributes}
+    files = {"image.txt": names, "label.json": labels, "attributes.txt": attributes}
     files = [os.path.join(args.output, name) for name, content in files.items() if content is not None]
     inputs = {os.path.realpath(path) for path in (args.file, args.labels) if path}
     over = [path for path in files if os.path.realpath(path) in inputs]
@@ -497,15 +505,15 @@ def main(argv=None):
         link(args.flatten, names, paths)
         print("%s: links to %d images" % (args.flatten, len(names)))
     os.makedirs(args.output, exist_ok=True)
-    lines = {"image.txt": names, "attributes.txt": annotations.attributes}
     for path in files:
-        content = lines.get(os.path.basename(path))
-        write_text(path, "".join(line + "\n" for line in content) if content else json.dumps(
-            {name: annotations.labels[row].tolist() for name, row in zip(names, rows)}))
+        if path.endswith(".json"):
+            write_text(path, json.dumps(dict(zip(names, labels.tolist()))))
+        else:
+            write_text(path, "".join(line + "\n" for line in (names if path.endswith("image.txt") else attributes)))
     print("%s: %s of %d images%s%s" % (
         args.output, ", ".join(map(os.path.basename, files)), len(names),
-        "" if args.split is None else " (partition %d, %s)" % (args.partition, args.split),
-        "" if annotations.labels is None else " and %d attributes" % annotations.labels.shape[1]))
+        " (partition %d, %s)" % (args.partition, args.split) if args.split else "",
+        "" if labels is None else " and %d attributes" % labels.shape[1]))
 
 
 if __name__ == "__main__":

@@ -464,7 +464,7 @@ def run_stages(folder, lists_command, images, attributes, *options):
     names, labels, attribute_names = read_lists(folder / "lists")
     work, lists = folder / "work", folder / "lists"
     work.mkdir()
-    write_model(work / "deepmar_bs1_nopad.onnx", attributes=attributes, size=32)
+    write_model(work / "deepmar_bs1_nopad.onnx", attributes=attributes, size=(32, 32))
     done = run_all("--work-dir", work, "--images", images, "--image-list", lists / "image.txt", "--label-file",
                    lists / "label.json", "--attributes", lists / "attributes.txt", "--backend", "onnxruntime", "--stage", 4,
                    "--size", "32 32", *options)

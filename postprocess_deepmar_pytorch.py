@@ -62,7 +62,7 @@ def read_labels(path):
     Raises OSError, or ValueError that names the row: values other than 0 and 1, a row of another length, a name twice.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError("%s: no such file; it is the label.json of the images, tools/peta.py writes PETA's" % path)
+        raise FileNotFoundError("%s: no such file; it is the label.json of the images, which tools/lists.py writes" % path)
     try:
         with open(path, encoding="utf-8-sig") as f:
             pairs = json.load(f, object_pairs_hook=list)  # a dict would keep only the last of two equal names

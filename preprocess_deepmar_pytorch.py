@@ -30,6 +30,11 @@ KILLED = "a worker process was killed; was the memory exhausted?"
 ORIENTATION = 274            # the EXIF tag; 1 is upright
 
 
+def inside(name):
+    """Whether a line of a list can be the name of a file inside the images' folder."""
+    return len(name) <= 1000 and not re.search(r"[\0-\x1f\x7f-\x9f]|^/|(^|/)\.\.(/|$)", name)
+
+
 def read_list(path):
     """Returns the image names in a list file, one a line; blank lines, CRLF and a byte order mark do not count.
 
@@ -37,11 +42,10 @@ def read_list(path):
     earlier line.
     """
     names, seen = [], {}
-    outside = re.compile(r"[\0-\x1f\x7f-\x9f]|^/|(^|/)\.\.(/|$)").search
     for number, name in enumerate(read_lines(path), 1):
         if not name:
             continue
-        if len(name) > 1000 or outside(name):
+        if not inside(name):
             raise ValueError("%s: line %d: %r is not a file name inside the images' folder" % (path, number, name[:200]))
         bin_name = stem(name)
         if not bin_name:
@@ -49,7 +53,8 @@ def read_list(path):
                              % (path, number, name))
         if bin_name in seen:
             raise ValueError("%s: lines %d and %d would both write %s.bin; each image's name up to its first dot must "
-                             "be its own" % (path, seen[bin_name], number, bin_name))
+                             "be its own; tools/lists.py list --flatten makes such names"
+                             % (path, seen[bin_name], number, bin_name))
         seen[bin_name] = number
         names.append(name)
     if not names:

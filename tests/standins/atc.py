@@ -3,6 +3,7 @@ import os
 import re
 import sys
 
+import aipp
 import onnx
 from om import FAIL, MAGIC, die
 
@@ -49,6 +50,7 @@ if [entry.version for entry in model.opset_import] != [11]:
     failed("E19010: No parser is registered for the operators of opset %s" % model.opset_import)
 if any(node.op_type == "Pad" for node in model.graph.node):
     failed("a Pad is left in the model")  # atc itself would take it
+insert = aipp.settings(values, list(inputs.values())[0], failed)
 with open("fusion_result.json", "w") as f:  # as atc does: its own, nothing to do with stage 7's
     f.write('{"graph_fusion": {}}')
 if FAIL == "atc":
@@ -57,5 +59,5 @@ if FAIL != "atc leaves nothing":
     with open(values["model"], "rb") as f:
         content = f.read()
     with open(values["output"] + ".om", "wb") as f:
-        f.write(MAGIC + content)
+        f.write(MAGIC + insert + content)
 print("ATC start working now, please wait for a moment.\n...\nATC run success, welcome to the next use.")

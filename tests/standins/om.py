@@ -3,6 +3,7 @@ were handed the ONNX model instead, or no model at all, are found out. FAIL in t
 import os
 import sys
 
+import aipp
 import numpy as np
 
 MAGIC = b"IMOD"
@@ -29,9 +30,10 @@ class Model(object):
             content = f.read()
         if not content.startswith(MAGIC):
             die("[ERROR] load model from file failed, model file is %s" % path)
+        self.aipp, content = aipp.split(content[len(MAGIC):])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(content[len(MAGIC):], options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self.shape = self.session.get_inputs()[0].shape
         self.batch_size = self.shape[0]
 
@@ -39,8 +41,9 @@ class Model(object):
         """Returns the outputs, float32 [len(paths), attributes], for at most batch_size bins."""
         array = np.zeros(self.shape, np.float32)
         for path, row in zip(paths, array):
-            data = np.fromfile(path, "<f4")
+            data = aipp.load(path, self.aipp, self.shape)
             if data.size != row.size:
-                die("[ERROR] size of %s is %d, the model's input needs %d" % (path, data.nbytes, row.nbytes))
+                die("[ERROR] size of %s is %d, the model's input needs %d"
+                    % (path, os.path.getsize(path), row.size if self.aipp else row.nbytes))
             row[...] = data.reshape(row.shape)
         return self.session.run(None, {self.session.get_inputs()[0].name: array})[0][:len(paths)]

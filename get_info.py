@@ -47,7 +47,7 @@ def list_bins(folder, width, height, uint8=None):
     wrong = ["%s (%d bytes)" % item for item in sorted(sizes.items()) if item[1] != size]
     if wrong:
         other, other_size = kind(height, width, not uint8)
-        hint = "; that is the size of %s: run stage 4 again %s --uint8" % (other, "without" if uint8 else "with") \
+        hint = "; that is the size of %s: run stage 4 again %s --uint8" % (other, "with" if uint8 else "without") \
             if other_size in sizes.values() else ""
         raise ValueError("%s: %d of %d bins are not %s (%d bytes): %s%s"
                          % (folder, len(wrong), len(sizes), text, size, some(wrong), hint))

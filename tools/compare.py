@@ -198,7 +198,7 @@ def read_sides(args):
         if logits and values.shape != logits[0].shape:
             raise ValueError("%s: gives %d attributes, the results in %s have %d"
                              % (side, values.shape[1], args.a, logits[0].shape[1]))
-        if look_like_probabilities(values):
+        if np.isfinite(values).all() and look_like_probabilities(values):
             note("%s: %s; compared are the logits that belong to them" % (side, PROBABILITIES))
             values = logits_from(values)
         logits.append(values)
@@ -221,7 +221,7 @@ def rank(rows, most=10):
     """The lines of a ranking of layers(), of the last model in it."""
     yield "relative error of each layer's result, the largest first, and how many times that of its input it is:"
     errors = {row["tensor"]: row["error"][-1] for row in rows}
-    for row in sorted(rows, key=lambda row: -row["error"][-1])[:most]:
+    for row in sorted((row for row in rows if row["op"] != "Relu"), key=lambda row: -row["error"][-1])[:most]:
         before = max([errors[name] for name in row["inputs"] if name in errors] or [0])
         yield "  %.3g %8s  %s (%s), values up to %.3g" % (row["error"][-1], "x %.2f" % (row["error"][-1] / before) if before else "-",
                                                         row["node"], row["op"], row["largest"])

@@ -100,10 +100,9 @@ def layers(exact, others, bins):
 def overflow(rows):
     """The first node whose values go beyond float16's, as text; None where none does."""
     for row in rows:
-        beyond = max([row["largest"]] + row["reach"], key=lambda value: (not np.isfinite(value), value))
-        if not beyond <= LARGEST:
-            return "overflow in %s (%s): its values reach %.3g, and float16 ends at %d" % (row["node"], row["op"],
-                                                                                          row["largest"], LARGEST)
+        beyond = [value for value in [row["largest"]] + row["reach"] if not value <= LARGEST]  # NaN is beyond, too
+        if beyond:
+            return "overflow in %s (%s): its values reach %.3g, and float16 ends at %d" % (row["node"], row["op"], beyond[0], LARGEST)
     return None
 
 

@@ -7,7 +7,6 @@ import pytest
 from conftest import check_error
 from stages import STAGES, contents, output, prepare, put_earlier, run, start
 
-import export_onnx
 import get_info
 import postprocess_deepmar_pytorch as post
 import remove_pad
@@ -69,7 +68,7 @@ def test_runs_that_write_the_same_file_are_both_whole(folder, stage):
         assert output(folder, stage) == expected and set(contents(folder)) == clean
 
 
-@pytest.mark.parametrize("module", [export_onnx, remove_pad, get_info, post], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [remove_pad, get_info, post], ids=lambda module: module.__name__)
 def test_only_the_temporary_files_of_dead_runs_go(tmp_path, module):
     path = str(tmp_path / "a[1].onnx")  # a name that means something to glob
     mine = ["%s.%d.partial" % (path, os.getppid()), path + ".partial", path + ".notes.partial", path]

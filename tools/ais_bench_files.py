@@ -64,7 +64,8 @@ def check(work, *paths):
 def staged_names(bins):
     """Returns {name for ais_bench: name} of a folder's bins: numbers instead of the names where one of these is not safe."""
     names = sorted((name for name in os.listdir(bins) if name.endswith(".bin")), key=natural)
-    return {name if all(map(SAFE, names)) else "%08d.bin" % number: name for number, name in enumerate(names)}
+    safe = all(map(SAFE, names))
+    return {name if safe else "%08d.bin" % number: name for number, name in enumerate(names)}
 
 
 def give_file(source, target):
@@ -113,12 +114,12 @@ def collect(bins, *devices):
         os.rmdir("numbered")
         with open(folder + "_summary.json") as f:
             summary = json.load(f)
-        for files in summary["filesinfo"].values():
+        for files in summary.get("filesinfo", {}).values():
             for kind, paths in files.items():
                 files[kind] = [own(path) for path in paths]
         with open(folder + "_summary.json", "w") as f:
             json.dump(summary, f)
-    os.rmdir("result/devices")
+    shutil.rmtree("result/devices")
 
 
 def main(argv=None):

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs every test on the current Python ($PYTHON, default python3) and on Python 3.7 ($PYTHON37; else python3.7, else
 # pyenv's). Sets up a virtual environment for each where its packages are missing. Arguments go to pytest. The report is
-# looked at in chromium, which is installed where it is missing and this is root; $CHROMIUM names another Chrome.
+# looked at in chromium ($CHROMIUM names another Chrome). It, fontconfig and the locales are installed where they are
+# missing and this is root.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -10,18 +11,18 @@ if [ -z "$python37" ] || ! "$python37" --version >/dev/null 2>&1; then
     python37=$(compgen -G "$(pyenv root 2>/dev/null)/versions/3.7.*/bin/python" | head -n 1)
 fi
 
-if ! command -v "${CHROMIUM:=chromium}" >/dev/null; then
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && [ "$CHROMIUM" = chromium ]; then
-        echo "tests/run.sh: installing chromium and a font for it"
-        { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends \
-            chromium fonts-dejavu-core >/dev/null; } ||
-            { echo "tests/run.sh: error: chromium cannot be installed, see above"; exit 1; }
-    else
-        echo "tests/run.sh: error: no $CHROMIUM, the browser that the report's tests need; run as root:" \
-            "apt-get install chromium fonts-dejavu-core, or set CHROMIUM to a Chrome"
-        exit 1
-    fi
+packages=()
+[ "${CHROMIUM:=chromium}" != chromium ] || command -v chromium >/dev/null || packages+=(chromium fonts-dejavu-core)
+command -v fc-match >/dev/null || packages+=(fontconfig)
+[ -e /usr/share/i18n/charmaps/GBK.gz ] || packages+=(locales)
+if [ ${#packages[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "tests/run.sh: installing ${packages[*]}"
+    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends \
+        "${packages[@]}" >/dev/null; } || echo "tests/run.sh: they cannot be installed, see above"
 fi
+command -v "$CHROMIUM" >/dev/null ||
+    { echo "tests/run.sh: error: no $CHROMIUM, the browser that the report's tests need; run as root:" \
+        "apt-get install chromium fonts-dejavu-core, or set CHROMIUM to a Chrome"; exit 1; }
 export CHROMIUM
 
 failed=
@@ -37,7 +38,7 @@ run() { # run PYTHON [pytest's arguments]
     shift
     # A process for each file: where a library crashes, the other files' tests run all the same.
     for file in tests/test_*.py; do
-        "$python" -m pytest -q -p no:cacheprovider --durations=3 --durations-min=5 "$file" "$@"
+        "$python" -m pytest -q -rs -p no:cacheprovider --durations=3 --durations-min=5 "$file" "$@"
         case $? in
             0) ran=yes ;;
             5) ;; # the arguments choose none of its tests

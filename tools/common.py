@@ -166,12 +166,19 @@ def cores():
     return min(len(os.sched_getaffinity(0)), cgroup_cores() or sys.maxsize)
 
 
+def tasks():
+    """The number of this process's threads, as the kernel counts them; 0 where there is no /proc."""
+    with contextlib.suppress(OSError):
+        return len(os.listdir("/proc/self/task"))
+    return 0
+
+
 def can_start(threads, else_="one thread does all the work"):
     """Whether so many threads can be started now; if not, a note tells what happens else.
 
     To be asked before a library starts threads: ONNX Runtime may wait for ever where only some of them start.
     """
-    go, started, before = threading.Event(), [], len(os.listdir("/proc/self/task"))
+    go, started, before = threading.Event(), [], tasks()
     try:
         for _ in range(threads):
             thread = threading.Thread(target=go.wait, daemon=True)
@@ -186,7 +193,7 @@ def can_start(threads, else_="one thread does all the work"):
         for thread in started:
             thread.join()
         for _ in range(1000):  # they count until the kernel has cleared them away
-            if len(os.listdir("/proc/self/task")) <= before:
+            if tasks() <= before:
                 break
             time.sleep(0.001)
     return True

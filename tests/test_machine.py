@@ -158,7 +158,7 @@ def test_no_threads_for_the_report_and_the_quantizer(folder, tmp_path):
         finish(process)
         assert said in process.stderr, process.stderr
         if process.returncode:
-            check_error(process, "(ulimit -u, or a container's pids limit)")
+            check_error(process, "(ulimit -u and -v, a container's pids limit)")
     assert not [name for name in os.listdir(str(tmp_path)) if ".partial" in name or name == "int8.onnx"]
 
 

@@ -19,7 +19,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")   # numpy's threads, which no
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 NAMED = 1000  # items that an error names at most
 READER_LEFT = 141  # the exit status where the output's reader has left, as head does: a shell's 128 + SIGPIPE
-LIMIT = "the limit of processes and threads is reached (ulimit -u, or a container's pids limit)"
+LIMIT = "the limit of processes, threads or memory is reached (ulimit -u and -v, a container's pids limit)"
 MOUNTED = "%s: something is mounted there, so it cannot be replaced as a whole; give a folder inside it"
 UNFINISHED = "unfinished.bin"
 NOTED = set()
@@ -173,8 +173,8 @@ def tasks():
     return 0
 
 
-def can_start(threads, else_="one thread does all the work"):
-    """Whether so many threads can be started now; if not, a note tells what happens else.
+def can_start(threads, instead="one thread does all the work"):
+    """Whether so many threads can be started now; if not, a note tells what happens instead.
 
     To be asked before a library starts threads: ONNX Runtime may wait for ever where only some of them start.
     """
@@ -185,8 +185,8 @@ def can_start(threads, else_="one thread does all the work"):
             thread.start()
             started.append(thread)
     except RuntimeError:
-        if else_:
-            note("%s, so %s" % (LIMIT, else_))
+        if instead:
+            note("%s, so %s" % (LIMIT, instead))
         return False
     finally:
         go.set()

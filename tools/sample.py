@@ -3,8 +3,8 @@
     python3 tools/sample.py sample
 
 Writes sample/images/*.png, image.txt, label.json and attributes.txt (drawn test images with known PETA attributes),
-checkpoint.pth.tar (a DeepMAR that recognises them) and accuracy.txt (the instance_acc that PyTorch itself reaches on them, through
-torchvision's transforms). The same seed gives the same data. The checkpoint is not trained: a random ResNet-50 takes
+checkpoint.pth.tar (a DeepMAR that recognises them) and accuracy.txt (the instance_acc that PyTorch itself reaches on them,
+through torchvision's transforms). The same seed gives the same data. The checkpoint is not trained: a random ResNet-50 takes
 its BatchNorm statistics from other drawings, and the classifier is fitted to its features by ridge regression.
 It shows that the pipeline computes the right thing; it says nothing about photographs.
 """

@@ -49,12 +49,13 @@ STAGES = {
 }
 
 
-def start(folder, stage, before=(), more=(), prefix=(), **settings):
+def start(folder, stage, before=(), more=(), prefix=(), script=None, **settings):
     """Starts a stage in its folder, in a process group of its own; before: Python's arguments, more: the stage's.
 
-    prefix: of the whole command.
+    prefix: of the whole command; script: in place of the stage's.
     """
-    return subprocess.Popen(list(prefix) + [sys.executable, "-B"] + list(before) + STAGES[stage][0] + list(more), cwd=str(folder),
+    command = [script or STAGES[stage][0][0]] + STAGES[stage][0][1:] + list(more)
+    return subprocess.Popen(list(prefix) + [sys.executable, "-B"] + list(before) + command, cwd=str(folder),
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
                             start_new_session=True, **settings)
 

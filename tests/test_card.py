@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 
+import numpy as np
 import pytest
 
 from conftest import ROOT, SIZE, check_error, own_data, run_all, script
@@ -213,6 +214,29 @@ def test_an_om_converted_elsewhere(card, tmp_path):
     shutil.copy(str(made.work / "deepmar_bs5.om"), str(work))
     process = made.run("--stage", 4, "--batch-size", 5, "--work-dir", work, path=tmp_path)
     assert process.returncode == 0 and "backend benchmark" in process.stdout, process.stderr
+
+
+def test_aipp(card, tmp_path):
+    """An OM with AIPP from uint8 bins; the same on ONNX Runtime, which runs a twin; and neither with the other's bins."""
+    made, _ = card
+    work = tmp_path / "work"
+    shutil.copytree(str(made.work), str(work))
+    arguments = ["--work-dir", work, "--batch-size", 5]
+    process = made.run(*arguments + ["--stage", 3, "--aipp", "yes"])
+    assert process.returncode == 0 and "ATC run success" in process.stdout, process.stderr
+    assert {path.stat().st_size for path in (work / "input_bin").iterdir()} == {150528}
+    assert not (work / "deepmar_bs5_aipp.onnx").exists()
+    card_logits = [np.fromfile(str(work / "result" / "dumpOutput_device0" / name), "<f4") for name in names(1)]
+    process = made.run(*arguments + ["--stage", 3, "--aipp", "yes", "--backend", "onnxruntime"])
+    assert process.returncode == 0 and "deepmar_bs5_aipp.onnx" in process.stdout, process.stderr
+    logits = [np.fromfile(str(work / "result" / "dumpOutput_device0" / name), "<f4") for name in names(1)]
+    float32 = [np.fromfile(str(made.work / "result_bs5" / "dumpOutput_device0" / name), "<f4") for name in names(1)]
+    assert np.abs(np.array(logits) - card_logits).max() < 1e-4
+    assert 1e-4 < np.abs(np.array(logits) - float32).max() < 0.05
+    process = made.run(*arguments + ["--stage", 6])
+    check_error(process, "input_bin was made with aipp yes, not no; run stage 4 again, or give --aipp yes")
+    process = made.run(*arguments + ["--stage", 4])
+    check_error(process, "deepmar_bs5.om was made with aipp yes, not no; run stage 3 again, or give --aipp yes")
 
 
 @pytest.mark.parametrize("wrong", [{"accuracy": 0.9}, {"images": 11}])

@@ -65,7 +65,7 @@ def run_stage_6(folder, model, batch_size, device=0, height=224, width=224):
 
 def parse(text):
     """What predict.py prints -> {image: [(marked, percent, name, logit)]}."""
-    images = {}
+    images, current = {}, None
     for line in text.strip().split("\n"):
         match = re.match(r"  ([+ ]) +([\d.]+) %  (.+?) +logit (\S+)$", line)
         if match:

@@ -69,6 +69,8 @@ choose_backend() {
                 "deepmar_bs${batch_size%% *}.om, into $work_dir, or run: bash" \
                 "./Ascend-cann-toolkit_VERSION_linux-$(uname -m).run --install" ;;
     esac
+    make_twin=''
+    case $aipp$backend$make_om in yesonnxruntime* | yesauto) ! runs 3 || make_twin=yes ;; esac
     no_om="there is no atc on this machine; an OM in $work_dir is taken as it is"
     [ "$backend" != onnxruntime ] || no_om="the ONNX model runs on ONNX Runtime"
 }
@@ -127,10 +129,12 @@ broken() {
 # run_atc: makes the OM of one batch size. In a folder of its own, as atc also leaves a fusion_result.json, which is not that of
 # stage 7.
 run_atc() {
+    local insert=()
+    [ "$aipp" = no ] || insert=(--insert_op_conf=../aipp.cfg --enable_small_channel=1)
     new_scratch atc
     cd "$scratch"
     tool "atc_bs$batch.log" atc --model="../$nopad" --framework=5 --output="${om%.om}" --input_format=NCHW \
-        --input_shape="actual_input_1:$batch,3,$height,$width" --log=error --soc_version="$chip_name"
+        --input_shape="actual_input_1:$batch,3,$height,$width" --log=error --soc_version="$chip_name" "${insert[@]}"
     [ -e "$om" ] || broken "atc left no $om" "atc_bs$batch.log"
     cd "$work_dir"
     mv "$scratch/$om" "$om"

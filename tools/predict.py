@@ -28,7 +28,7 @@ from common import command, importing, note, one_line, progress, some, stem, who
 from postprocess_deepmar_pytorch import (ASSUMED, PETA, PROBABILITIES, attribute_names, logits_from,
                                          look_like_probabilities, probabilities, read_thresholds)
 from preprocess_deepmar_pytorch import preprocess, read_image
-from session import input_size, open_session
+from session import empty_batch, input_size, open_session
 
 with importing():
     import numpy as np
@@ -78,7 +78,7 @@ def predict(session, paths, report):
     name = session.get_inputs()[0].name
     read, logits, bad = [], [], {}
     batch_size, height, width = input_size(session)
-    batch = np.zeros((batch_size, 3, height, width), "<f4")
+    batch = empty_batch(session, batch_size, height, width)
     todo = collections.deque(paths)
     while todo:
         used = 0

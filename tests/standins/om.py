@@ -3,6 +3,7 @@ were handed the ONNX model instead, or no model at all, are found out. FAIL in t
 import os
 import sys
 
+import aipp
 import numpy as np
 
 MAGIC = b"IMOD"
@@ -29,9 +30,10 @@ class Model(object):
         if not content.startswith(MAGIC):
             raise RuntimeError("load model from file failed, model file is %s" % path)
         import onnxruntime
+        self.aipp, content = aipp.split(content[len(MAGIC):])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(content[len(MAGIC):], options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self.input, self.outputs = self.session.get_inputs()[0], self.session.get_outputs()
         self.shape = self.input.shape
         self.batch_size = self.shape[0]
@@ -40,9 +42,10 @@ class Model(object):
         """Returns the outputs, float32 [len(paths), attributes], for at most batch_size bins."""
         array = np.zeros(self.shape, np.float32)
         for path, row in zip(paths, array):
-            data = np.fromfile(path, "<f4")
+            data = aipp.load(path, self.aipp, self.shape)
             if data.size != row.size:
-                raise RuntimeError("size of %s is %d, the model's input needs %d" % (path, data.nbytes, row.nbytes))
+                raise RuntimeError("size of %s is %d, the model's input needs %d"
+                                   % (path, os.path.getsize(path), row.size if self.aipp else row.nbytes))
             row[...] = data.reshape(row.shape)
         return self.run_array(array)[0][:len(paths)]
 

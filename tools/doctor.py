@@ -21,6 +21,7 @@ TOOLS = os.path.dirname(os.path.abspath(__file__))
 HERE = os.path.dirname(TOOLS)
 MACHINE = os.uname().machine
 INPUTS = {"checkpoint": [1], "images": [4, 8], "image_list": [4, 7], "label_file": [7]}  # and the stages that need them
+TOOLKIT = "bash ./Ascend-cann-toolkit_VERSION_linux-%s.run --install" % MACHINE
 OTHER_PYTHON = "export PATH=/FOLDER/OF/SUCH/A/PYTHON/bin:$PATH"
 
 # How a chip's name begins, the folder of its operators in CANN, the word for it in their package's name. The first that fits
@@ -390,8 +391,7 @@ class Check(object):
         cann = self.cann
         if not cann.atc:
             return self.row("3", "CANN", self.need(self.converts),
-                            "no atc on the PATH" + ", and no set_env.sh was found" * (not find_set_env()),
-                            "bash ./Ascend-cann-toolkit_VERSION_linux-%s.run --install" % MACHINE)
+                            "no atc on the PATH" + ", and no set_env.sh was found" * (not find_set_env()), TOOLKIT)
         layout = "cann" if os.path.basename(cann.home or "").startswith("cann") else "ascend-toolkit"
         self.row("3", "CANN", "ok", "%s, layout %s, %s" % (cann, layout, cann.atc))
         self.operators()
@@ -455,10 +455,11 @@ class Check(object):
                      "chmod u+x %s" % binary if there else "cp %s %s/" % (os.path.basename(binary), HERE))
         found = library("libascendcl.so")
         self.row("6", "CANN's library", "ok" if found else self.need(self.on_card), found or "no libascendcl.so, to run an OM",
-                 None if found else "source %s" % (find_set_env() or "/usr/local/Ascend/cann/set_env.sh"))
+                 None if found else "source " + find_set_env() if find_set_env() else TOOLKIT)
         paths = [path for path in self.oms + [os.path.join(self.work, "input_bin")] if os.path.exists(path)]
         status, output = run([sys.executable, "-B", os.path.join(TOOLS, "ais_bench_files.py"), "check", self.work] + paths)
-        found, _, command = output.strip().split("\n")[-1].replace("ais_bench_files.py: error: ", "").partition("; run: ")
+        found = re.sub("^ais_bench_files.py: error: (backend ais_bench: )?", "", output.strip().split("\n")[-1])
+        found, _, command = found.partition("; run: ")
         self.row("6", "ais_bench", self.need(self.uses("ais_bench")) if status else "note" if found else "ok",
                  found or sys.executable, command or None)
         if not self.python or not self.runs(6):

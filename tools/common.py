@@ -387,6 +387,7 @@ def description(path):
     checkpoint_sha256, version. Raises OSError or ValueError.
     """
     import json
+    import warnings
     if not path.endswith(".onnx"):
         found = read_json(path, {}, "tools/describe.py")
     else:
@@ -395,8 +396,11 @@ def description(path):
             from google.protobuf.message import DecodeError
         model = onnx.ModelProto()
         try:
-            with open(path, "rb") as f:
+            with open(path, "rb") as f, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of an old protobuf, about a file that is none
                 model.ParseFromString(f.read())
+            if not model.HasField("graph"):
+                raise DecodeError
             found = {entry.key[len(PREFIX):]: entry.value for entry in model.metadata_props if entry.key.startswith(PREFIX)}
             found = {key: value if key in TEXTS else json.loads(value) for key, value in found.items()}
         except DecodeError:

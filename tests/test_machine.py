@@ -1,6 +1,7 @@
 """Machines that are not like ours: a full disk, no locks, no threads, overlays, quotas ...: it works, or one line says why."""
 import ctypes
 import errno
+import glob
 import os
 import re
 import resource
@@ -157,7 +158,7 @@ def test_no_threads_for_the_report_and_the_quantizer(folder, tmp_path):
         finish(process)
         assert said in process.stderr, process.stderr
         if process.returncode:
-            check_error(process, "(ulimit -u, or a container's pids limit)")
+            check_error(process, "(ulimit -u and -v, a container's pids limit)")
     assert not [name for name in os.listdir(str(tmp_path)) if ".partial" in name or name == "int8.onnx"]
 
 
@@ -279,7 +280,7 @@ def test_no_more_cores_than_the_quota(monkeypatch):
 # --- the terminal, and who reads the output --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stage", sorted(set(STAGES) - {"export_onnx", "sample"}))
-def test_links_to_scripts_and_a_locale_without_utf8(folder, stage):
+def test_a_link_to_a_script_and_a_locale_without_utf8(folder, stage):
     """By a relative path, where Python may not look for modules beside the script, and file names would be ASCII."""
     expected = undisturbed(folder, stage)
     (folder / "links").mkdir(exist_ok=True)
@@ -301,6 +302,17 @@ def shell(command, cwd):
                                env=dict(os.environ, PYTHON=sys.executable, ROOT=ROOT))
     output, errors = process.communicate()
     return process.returncode, output, errors
+
+
+def test_a_link_to_any_script(tmp_path):
+    for path in glob.glob(ROOT + "/*.py") + glob.glob(ROOT + "/tools/*.py"):
+        if "__main__" in open(path, encoding="utf-8").read():
+            link = tmp_path / ("a_" + os.path.basename(path))
+            link.symlink_to(path)
+            process = subprocess.Popen([sys.executable, link.name, "--help"], cwd=str(tmp_path), stdout=subprocess.PIPE,
+                                       stderr=subprocess.PIPE, env=dict(os.environ, PYTHONSAFEPATH="1"))
+            output, errors = process.communicate()
+            assert process.returncode == 0 and output.startswith(b"usage: ") and errors == b"", (path, errors)
 
 
 @pytest.mark.parametrize("stage", ["predict", "get_info"])  # more than a buffer holds, and less

@@ -90,13 +90,17 @@ def percent(value):
     return "–" if value is None else "%.2f\u00a0%%" % (100 * value)
 
 
+def between(interval):
+    return "%s to %s" % tuple(map(percent, interval))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of 400 images with all that a report can hold: its folder, names, labels, logits, fusion_result.json."""
     folder = tmp_path_factory.mktemp("run")
     names = ["%05d.png" % i for i in range(1, 401)]
     true, logits = random_run(len(names))
-    fusion = write_run(folder, names, true, logits, "--published", "99")
+    fusion = write_run(folder, names, true, logits, "--published", "99", "--intervals")
     write_images(folder / "images", names)
     write_results(folder / "other", names, logits + np.float32(0.01))
     script("tools/compare.py", "result/dumpOutput_device0", "other", "--labels", "label.json", "--json", "compare.json",
@@ -118,10 +122,11 @@ def test_figures(browser, run):
     for name in METRICS:
         assert texts(browser, "[data-metric=%s]" % name) == [str(fusion[name])]
         assert percent(fusion[name]) in texts(browser, ".metrics dd")
+        assert texts(browser, "[data-interval=%s]" % name) == ["95 %: " + between(fusion["intervals"][name])]
     verdict, = texts(browser, "header .verdict")
     assert verdict.split("\n")[0] == "✗" and "FAIL" in verdict and percent(fusion["instance_acc"]) in verdict
     assert "published 99.00\u00a0%%: a drop of %.2f percentage points, at most 1.00" % (100 * fusion["drop"]) in verdict
-    rows = browser.run("[...document.querySelectorAll('.sortable tbody tr')].map(row => [...row.cells].map("
+    rows = browser.run("[...document.querySelectorAll('.sortable tbody tr')].map(row => [...row.cells].slice(0, 6).map("
                        "cell => cell.dataset.value))")
     assert sorted(rows) == sorted([row["name"]] + ["" if row[key] is None else str(row[key]) for key in (
         "label_acc", "label_pos_acc", "label_neg_acc", "positives", "negatives")] for row in fusion["attributes"])
@@ -131,7 +136,7 @@ def test_figures(browser, run):
     assert texts(browser, ".weak th") == [row["name"] + "▼ weakest" for row in weakest[:5]]
     assert texts(browser, ".sortable tbody tr:first-child td") == [
         percent(weakest[0]["label_acc"]), percent(weakest[0]["label_pos_acc"]), percent(weakest[0]["label_neg_acc"]),
-        str(weakest[0]["positives"]), str(weakest[0]["negatives"])]
+        str(weakest[0]["positives"]), str(weakest[0]["negatives"]), between(weakest[0]["label_acc_interval"])]
     assert "PETA's names assumed (--attributes FILE gives others)" in " ".join(
         texts(browser, "[aria-labelledby=attributes] p.soft")[0].split())
     facts = dict(zip(texts(browser, "header dt"), texts(browser, "header dd")))
@@ -158,7 +163,7 @@ def test_throughput_and_comparison(browser, run):
     assert comparison["flips"] > 0 and "%d of 14000, in " % comparison["flips"] in section and "WITHIN" in section
     metrics, flipped, worst = tables(browser, "comparison")
     acc = comparison["metrics"]["instance_acc"]
-    assert metrics[0] == ["instance_acc", percent(acc["a"]), percent(acc["b"]), percent(acc["change"])]
+    assert metrics[0] == ["instance_acc", percent(acc["a"]), percent(acc["b"]), percent(acc["change"]), between(acc["interval"])]
     assert flipped == [[row["name"]] + [str(row[key]) for key in ("flips", "gained", "lost")]
                        for row in comparison["flipped_attributes"]]
     assert [row[0] for row in worst] == [row["name"] for row in comparison["worst_images"]]
@@ -167,20 +172,24 @@ def test_throughput_and_comparison(browser, run):
 def test_sorting(browser, run):
     folder, _, _, _, fusion = run
     browser.open(folder / "report.html")
-    keys = ["name", "label_acc", "label_pos_acc", "label_neg_acc", "positives", "negatives"]
+    keys = ["name", "label_acc", "label_pos_acc", "label_neg_acc", "positives", "negatives", "width"]
+    for row in fusion["attributes"]:
+        row["width"] = row["label_acc_interval"] and row["label_acc_interval"][1] - row["label_acc_interval"][0]
 
     def check(column, direction):
         values = browser.run("[...document.querySelectorAll('.sortable tbody tr')].map("
                              "row => row.cells[%d].dataset.value)" % column)
         defined = sorted((row[keys[column]] for row in fusion["attributes"] if row[keys[column]] is not None),
                          key=lambda value: value.lower() if column == 0 else value, reverse=direction == "descending")
-        assert values == [str(value) for value in defined] + [""] * (35 - len(defined))  # undefined ones stay last
+        if column == 6:  # the width of an interval
+            values, defined = [value and round(float(value), 6) for value in values], [round(value, 6) for value in defined]
+        assert [str(value) for value in values] == [str(value) for value in defined] + [""] * (35 - len(defined))
         states = browser.run("[...document.querySelectorAll('.sortable thead th')].map("
                              "header => header.getAttribute('aria-sort'))")
-        assert states == ["none"] * column + [direction] + ["none"] * (5 - column)
+        assert states == ["none"] * column + [direction] + ["none"] * (6 - column)
 
     check(1, "ascending")
-    for column in (0, 2, 3, 4, 5, 1):
+    for column in (0, 2, 3, 4, 5, 6, 1):
         button = ".sortable th:nth-child(%d) button" % (column + 1)
         browser.click(button)
         check(column, "ascending")

@@ -21,7 +21,7 @@ import sys
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import command  # neither needs a package, as the Python of ais_bench may have few
+from common import command, note  # neither needs a package, as the Python of ais_bench may have few
 from get_info import natural
 
 SAFE = re.compile("[A-Za-z0-9_./-]+").fullmatch
@@ -46,6 +46,9 @@ def check(work, *paths):
     missing = [module for module in ("ais_bench", "aclruntime") if not has(module)]
     if missing:
         raise ValueError("backend ais_bench: %s has no %s; run: %s" % (sys.executable, " and no ".join(missing), install))
+    if not has("pkg_resources"):
+        note("%s has no pkg_resources, by which ais_bench finds aclruntime's version: the tool of 2024 fails without it, others "
+             "run in an older mode; run: %s install 'setuptools<81'" % (sys.executable, pip))
     if not SAFE(os.path.realpath(work)):
         raise ValueError("%s: ais_bench takes only paths of A-Z a-z 0-9 _ - / and the dot; choose another --work-dir"
                          % os.path.realpath(work))
@@ -61,7 +64,8 @@ def check(work, *paths):
 def staged_names(bins):
     """Returns {name for ais_bench: name} of a folder's bins: numbers instead of the names where one of these is not safe."""
     names = sorted((name for name in os.listdir(bins) if name.endswith(".bin")), key=natural)
-    return {name if all(map(SAFE, names)) else "%08d.bin" % number: name for number, name in enumerate(names)}
+    safe = all(map(SAFE, names))
+    return {name if safe else "%08d.bin" % number: name for number, name in enumerate(names)}
 
 
 def give_file(source, target):
@@ -110,12 +114,12 @@ def collect(bins, *devices):
         os.rmdir("numbered")
         with open(folder + "_summary.json") as f:
             summary = json.load(f)
-        for files in summary["filesinfo"].values():
+        for files in summary.get("filesinfo", {}).values():
             for kind, paths in files.items():
                 files[kind] = [own(path) for path in paths]
         with open(folder + "_summary.json", "w") as f:
             json.dump(summary, f)
-    os.rmdir("result/devices")
+    shutil.rmtree("result/devices")
 
 
 def main(argv=None):

@@ -20,7 +20,7 @@ NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 NAMED = 1000  # items that an error names at most
 NUMBER = (int, float)  # in a JSON file, for fits()
 READER_LEFT = 141  # the exit status where the output's reader has left, as head does: a shell's 128 + SIGPIPE
-LIMIT = "the limit of processes and threads is reached (ulimit -u, or a container's pids limit)"
+LIMIT = "the limit of processes, threads or memory is reached (ulimit -u and -v, a container's pids limit)"
 MOUNTED = "%s: something is mounted there, so it cannot be replaced as a whole; give a folder inside it"
 UNFINISHED = "unfinished.bin"
 NOTED = set()
@@ -68,7 +68,8 @@ def command(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries it once more when it ends
         status = status or (READER_LEFT if error.errno == errno.EPIPE else
                             "%s: error: the output cannot be written: %s" % (script, error.strerror))
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
 
 def start_in_utf8():
@@ -167,27 +168,34 @@ def cores():
     return min(len(os.sched_getaffinity(0)), cgroup_cores() or sys.maxsize)
 
 
-def can_start(threads, else_="one thread does all the work"):
-    """Whether so many threads can be started now; if not, a note tells what happens else.
+def tasks():
+    """The number of this process's threads, as the kernel counts them; 0 where there is no /proc."""
+    with contextlib.suppress(OSError):
+        return len(os.listdir("/proc/self/task"))
+    return 0
+
+
+def can_start(threads, instead="one thread does all the work"):
+    """Whether so many threads can be started now; if not, a note tells what happens instead.
 
     To be asked before a library starts threads: ONNX Runtime may wait for ever where only some of them start.
     """
-    go, started, before = threading.Event(), [], len(os.listdir("/proc/self/task"))
+    go, started, before = threading.Event(), [], tasks()
     try:
         for _ in range(threads):
             thread = threading.Thread(target=go.wait, daemon=True)
             thread.start()
             started.append(thread)
     except RuntimeError:
-        if else_:
-            note("%s, so %s" % (LIMIT, else_))
+        if instead:
+            note("%s, so %s" % (LIMIT, instead))
         return False
     finally:
         go.set()
         for thread in started:
             thread.join()
         for _ in range(1000):  # they count until the kernel has cleared them away
-            if len(os.listdir("/proc/self/task")) <= before:
+            if tasks() <= before:
                 break
             time.sleep(0.001)
     return True

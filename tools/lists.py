@@ -46,7 +46,6 @@ RAP_USED = 51   # so many of RAP's 92 attributes are frequent enough for the ben
 UNCLEAR = 2     # a label of RAP where the annotators could not tell
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp")  # the endings in PETA's folders
 BITS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
-
 SECONDS = 300   # of the processor, for reading a file; the largest takes 3, and a pickle can be made to take for ever
 
 # What a file says: the images' names, integers [images, columns], the columns' names, those that are the benchmark's attributes
@@ -212,10 +211,9 @@ def read_pkl(path):
         content = Unpickler(f).load()
     names, attributes = ([text_of(value) for value in content[key]] for key in ("image_name", "attr_name"))
     used = content["label_idx"]["eval"] if "label_idx" in content else np.arange(len(attributes))
-    parts = [part for part in ("train", "val", "trainval", "test") if part in content["partition"]]
-    if "train" in parts:
-        parts.remove("trainval")
-    arrays = [content["partition"][part] for part in parts]  # an array, or one for each partition
+    splits = content["partition"]
+    parts = ["train", "val", "test"] if "train" in splits else ["trainval", "test"]
+    arrays = [splits[part] for part in parts]  # an array, or one for each partition
     partitions = list(zip(*arrays)) if isinstance(arrays[0], list) else [arrays]
     return Annotations(names, integers(array_of(content["label"]), "label"), attributes, integers(np.array(used), "eval"), [
         {part: rows_of(integers(array_of(array), part), counted(0, len(names)), part) for part, array in zip(parts, partition)}

@@ -52,7 +52,7 @@ def quantize(path, feeds, folder):
     import logging
     import onnx
     import onnxruntime
-    if not can_start(os.cpu_count(), else_=None):
+    if not can_start(os.cpu_count(), instead=None):
         raise ValueError("%s: ONNX Runtime's quantizer needs a thread for each core, %d, but %s" % (path, os.cpu_count(), LIMIT))
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 

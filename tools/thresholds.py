@@ -50,7 +50,7 @@ def find_limit(logits, true, precision=None, recall=None):
         return None
     if best == len(logits) - 1:
         return logits[best]
-    between = logits[best] / 2 + logits[best + 1] / 2
+    between = np.float32(0.5) * logits[best] + np.float32(0.5) * logits[best + 1]
     return between if between > logits[best + 1] else logits[best]
 
 
@@ -78,11 +78,16 @@ def figures(said, true):
             for row in values]
 
 
+def score(said, true):
+    """The metrics {name: figure} of what is said of the images; NaN where one is not defined."""
+    return {name: float(value) for name, (value,) in metrics(summands(said, true).sum(axis=0)[None], len(true)).items()}
+
+
 def gain(said, at_0, true):
     """The metrics of what tuned limits say and of what the logit 0 says, {metric: {"at_0", "tuned", "gain", "interval"}}."""
-    of_tuned, of_0 = (metrics(summands(side, true).sum(axis=0, keepdims=True), len(true)) for side in (said, at_0))
+    of_tuned, of_0 = score(said, true), score(at_0, true)
     intervals = change_intervals(said, at_0, true, METRICS)
-    return {name: {"at_0": float(of_0[name]), "tuned": float(of_tuned[name]), "gain": float(of_tuned[name] - of_0[name]),
+    return {name: {"at_0": of_0[name], "tuned": of_tuned[name], "gain": of_tuned[name] - of_0[name],
                    "interval": intervals[name]} for name in METRICS if not np.isnan(of_tuned[name] + of_0[name])}
 
 

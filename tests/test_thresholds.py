@@ -1,0 +1,300 @@
+"""tools/thresholds.py: the best limit by trying all, an honest gain, and what stage 7, predict.py and report.py do with it."""
+import contextlib
+import gc
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+from conftest import check_error, script
+from test_predict import parse, write_images, write_model
+from test_postprocess import INSTANCE, STAGE, independent
+from test_report import write_images as write_pictures
+
+import inputs
+import postprocess_deepmar_pytorch as post
+import predict
+import report
+import thresholds
+
+TOOL = "tools/thresholds.py"
+GOALS = [{}, {"precision": 0.7}, {"recall": 0.9}]
+
+
+def random_run(images, attributes=6, seed=0):
+    """Logits and labels whose best limits lie between 0 and -3: the rarer an attribute, the lower."""
+    random = np.random.RandomState(seed)
+    rare = np.linspace(0.5, 0.04, attributes)
+    true = random.random_sample((images, attributes)) < rare
+    logits = 1.5 * true * 2 + np.log(rare / (1 - rare)) - 1.5 + random.standard_normal(true.shape)
+    return logits.astype("<f4"), true.astype(int)
+
+
+def write(folder, logits, labels, first=0, form="%05d"):
+    """Writes folder/result/*_1.bin and folder/label.json for images numbered from first; returns both paths."""
+    (folder / "result").mkdir(parents=True)
+    for i, row in enumerate(logits, first):
+        (folder / "result" / (form % i + "_1.bin")).write_bytes(np.asarray(row, "<f4").tobytes())
+    (folder / "label.json").write_text(json.dumps({form % i + ".png": row.tolist() for i, row in enumerate(labels, first)}))
+    return folder / "result", folder / "label.json"
+
+
+def run(main, folder, arguments):
+    """Runs a script's main() in a folder; returns what it prints."""
+    screen, here = io.StringIO(), os.getcwd()
+    os.chdir(str(folder))
+    try:
+        with contextlib.redirect_stdout(screen):
+            main([str(argument) for argument in arguments])
+    finally:
+        os.chdir(here)
+        gc.enable()
+    return screen.getvalue()
+
+
+def tune(folder, *arguments):
+    screen = run(thresholds.main, folder, arguments)
+    return json.loads((folder / "thresholds.json").read_text()), screen
+
+
+def score(folder, *arguments):
+    screen = run(post.main, folder, arguments)
+    return json.loads((folder / "fusion_result.json").read_text()), screen
+
+
+@pytest.mark.parametrize("goal", GOALS, ids=str)
+def test_the_best_limit_by_trying_all(goal):
+    """Between all two neighbouring logits, of which several are equal; told by the definitions."""
+    random = np.random.RandomState(0)
+    for _ in range(40):
+        logits = np.round(random.standard_normal(30), 1).astype(np.float32)
+        true = random.random_sample(30) < 0.3
+        true[:1] = True
+
+        def value(limit):
+            said = logits >= limit
+            precision, recall = (said & true).sum() / max(1, said.sum()), (said & true).sum() / true.sum()
+            if "precision" in goal:
+                return recall if precision >= 0.7 else -1
+            if "recall" in goal:
+                return precision if recall >= 0.9 else -1
+            return 2 * precision * recall / (precision + recall) if precision + recall else 0
+
+        best = max(value(limit) for limit in np.unique(logits))
+        limit = thresholds.find_limit(logits, true, **goal)
+        assert limit is None if best < 0 else value(limit) == pytest.approx(best, abs=1e-12)
+        assert limit is None or limit.dtype == np.float32 and (limit not in logits or limit == logits.min())
+
+
+def test_neighbouring_floats():
+    low = np.float32(1)
+    high = np.nextafter(low, np.float32(2))
+    assert thresholds.find_limit(np.array([low, high]), np.array([False, True])) == high  # nothing lies between them
+    huge = np.array([3e38, 2e38], np.float32)
+    assert 2e38 < thresholds.find_limit(huge, np.array([True, False])) < 3e38
+
+
+def test_the_gain_is_honest():
+    """On average it is no more than that on new images; that on the images it was found on is more.
+
+    It is a little less, as cross-validation finds its limits on four fifths of the images.
+    """
+    new_logits, new_labels = random_run(20000, seed=99)
+    new_true, tunable, gains = new_labels == 1, np.ones(6, bool), []
+    new_at_0 = thresholds.score(new_logits >= 0, new_true)["label_F1"]
+    for seed in range(40):
+        logits, labels = random_run(400, seed=seed)
+        true = labels == 1
+        limits, _ = thresholds.find_limits(logits, true, tunable, {})
+        said = thresholds.cross_validate(logits, true, tunable, {})
+        at_0 = thresholds.score(logits >= 0, true)["label_F1"]
+        gains.append([thresholds.score(said, true)["label_F1"] - at_0,
+                      thresholds.score(logits >= limits, true)["label_F1"] - at_0,
+                      thresholds.score(new_logits >= limits, new_true)["label_F1"] - new_at_0])
+    told, optimistic, real = np.mean(gains, axis=0)
+    print("gain: told %.4f, real %.4f, on the images it was found on %.4f" % (told, real, optimistic))
+    assert 0.15 < real - 0.02 < told < real + 0.005 < real + 0.015 < optimistic
+
+
+def test_file_and_screen(tmp_path):
+    logits, labels = random_run(300)
+    labels[:, 4] = 0
+    labels[:9, 4] = 1
+    result, label = write(tmp_path, logits, labels)
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\ne\nf\n")
+    content, screen = tune(tmp_path, result, label, "--attributes", "names.txt")
+    assert [row["name"] for row in content["attributes"]] == list("abcdef") and content["names_assumed"] is False
+    assert (content["goal"], content["images"], len(content["tuned_on"])) == ("maximal F1", 300, 300)
+    row = content["attributes"][4]
+    assert row["threshold"] == 0 and row["tuned"] is False and row["at_0"] == row["cross_validated"]
+    assert "thresholds.json: maximal F1, 5 of 6 attributes tuned on 300 images\n" in screen
+    assert "stay at 0 (fewer than 10 images that have it, or have it not): e\n" in screen
+    values = content["gain"]["label_F1"]
+    assert values["interval"][0] < values["gain"] < values["interval"][1] and values["gain"] > 0.05
+    assert values["gain"] == values["tuned"] - values["at_0"]
+    assert "  label_F1           %.4f -> %.4f  %+.4f (%+.4f to %+.4f)\n" % (
+        (values["at_0"], values["tuned"], values["gain"]) + tuple(values["interval"])) in screen
+    of_0, _ = score(tmp_path, result, label)
+    for name in INSTANCE + ["mA"]:
+        assert content["gain"][name]["at_0"] == pytest.approx(of_0[name], abs=1e-12)
+    again, _ = tune(tmp_path, result, label, "--attributes", "names.txt")
+    assert again == content
+    labels[299, 0] ^= 1
+    logits[np.flatnonzero(labels[:, 5] == 0)[0], 5] = 9  # the surest is wrong, and it has few others
+    result, label = write(tmp_path / "other", logits, labels)
+    other, screen = tune(tmp_path, result, label, "--target-precision", 0.95)
+    assert other["checksum"] != content["checksum"] and other["names_assumed"] is True
+    assert other["goal"] == "precision >= 0.95" and "stay at 0 (target not reached): attribute5\n" in screen
+    content, _ = tune(tmp_path, result, label, "--target-recall", 0.9)
+    found = [row["cross_validated"]["recall"] for row in content["attributes"] if row["tuned"]]
+    assert content["goal"] == "recall >= 0.9" and abs(np.mean(found) - 0.9) < 0.05
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """A validation split with its thresholds.json, and a test split: (folder, limits, logits and labels of the test)."""
+    folder = tmp_path_factory.mktemp("split")
+    content, _ = tune(folder, *write(folder / "val", *random_run(300)))
+    limits = np.array([row["threshold"] for row in content["attributes"]])
+    assert (limits < 0).all()
+    logits, labels = random_run(120, seed=1)
+    write(folder / "test", logits, labels, first=5000)
+    return folder, limits, logits, labels
+
+
+@pytest.fixture
+def tuned(split):
+    """The same, and stage 7's arguments: (limits, logits, labels, (RESULT_DIR, LABEL, "--thresholds", FILE))."""
+    folder = split[0]
+    return split[1:] + ((folder / "test" / "result", folder / "test" / "label.json", "--thresholds", folder / "thresholds.json"),)
+
+
+def test_stage_7(tmp_path, tuned):
+    limits, logits, labels, options = tuned
+    report, screen = score(tmp_path, *options)
+    instance, _, mean = independent((logits - limits).tolist(), labels.tolist())
+    assert [report[name] for name in INSTANCE + ["mA"]] == pytest.approx(instance + [mean], rel=0, abs=1e-12)
+    at_0, plain = score(tmp_path, *options[:2])
+    assert report["instance_acc"] > at_0["instance_acc"] + 0.05 and report["instance_acc_at_0"] == at_0["instance_acc"]
+    assert [row["threshold"] for row in report["attributes"]] == limits.tolist()
+    assert {row["threshold"] for row in at_0["attributes"]} == {0} and at_0["thresholds"] is None
+    assert report["thresholds"]["images"] == 300 and ", tuned for maximal F1 on 300 other images\n" in screen
+    assert "thresholds" not in plain
+    # The published accuracy is at 0, so that better limits do not hide a drop of the conversion.
+    done = script(STAGE, *(options + ("--published", at_0["instance_acc"] + 0.02)), cwd=tmp_path)
+    check_error(done, "instance_acc %.4f is more than 1 %% below" % at_0["instance_acc"])
+    assert "accuracy at a logit of 0 %.2f %%, " % (100 * at_0["instance_acc"]) in done.stdout
+
+
+def test_probabilities(tmp_path, tuned):
+    limits, logits, labels, options = tuned
+    expected, _ = score(tmp_path, *options)
+    write(tmp_path / "p", 1 / (1 + np.exp(-logits)), labels, first=5000)
+    report, _ = score(tmp_path, *((tmp_path / "p" / "result",) + options[1:] + ("--values", "probabilities")))
+    assert [report[name] for name in INSTANCE] == [expected[name] for name in INSTANCE]
+
+
+def test_images_that_it_was_tuned_on(tmp_path, tuned):
+    _, logits, labels, options = tuned
+    folder = options[3].parent
+    val = [folder / "val" / "result", folder / "val" / "label.json"]
+    message = r"thresholds.json: was tuned on %d of these %d images \(00000, 00001"
+    check_error(script(STAGE, *(val + list(options[2:])), cwd=tmp_path), "was tuned on 300 of these 300", "the test split's")
+    assert not (tmp_path / "fusion_result.json").exists()
+    part = write(tmp_path / "part", *[values[:7] for values in random_run(300)])
+    with pytest.raises(ValueError, match=message % (7, 7)):
+        score(tmp_path, *(part + options[2:]))
+    both = json.loads(val[1].read_text())
+    both.update(json.loads(options[1].read_text()))
+    (tmp_path / "both.json").write_text(json.dumps(both))
+    with pytest.raises(ValueError, match=message % (300, 420)):
+        score(tmp_path, options[0], val[0], tmp_path / "both.json", *options[2:])
+    # Other images of the same names are not those.
+    score(tmp_path, *(write(tmp_path / "same_names", logits, labels) + options[2:]))
+    # run_all.sh tells before any work
+    (tmp_path / "image.txt").write_text("".join("%05d.png\n" % i for i in range(300)))
+    with pytest.raises(ValueError, match=message % (300, 300)):
+        run(inputs.main, tmp_path, ["check", "--image-list", "image.txt", "--label-file", val[1]] + list(options[2:]))
+
+
+def test_predict(tmp_path):
+    paths = [tmp_path / "images" / name for name in write_images(tmp_path / "images", 3)]
+    options = ["--onnx", write_model(tmp_path / "m.onnx", attributes=3)]
+    plain = parse(run(predict.main, tmp_path, paths + options))[str(paths[0])]
+    middle = float(sorted(logit for _, _, _, logit in plain)[1])
+    (tmp_path / "t.json").write_text(json.dumps({
+        "attributes": [{"name": name, "threshold": middle} for name in ("hat", "bag", "coat")], "names_assumed": False,
+        "goal": "maximal F1", "images": 5, "checksum": "0", "tuned_on": {}}))
+    said = parse(run(predict.main, tmp_path, paths + options + ["--thresholds", "t.json", "--save", "out"]))[str(paths[0])]
+    assert [row[3] for row in said] == [row[3] for row in plain]
+    assert [row[0] for row in said] == [True, True, False] and {row[2] for row in said} == {"hat", "bag", "coat"}
+
+
+def test_report(tmp_path, tuned):
+    limits, logits, labels, options = tuned
+    names = ["%05d.png" % i for i in range(5000, 5120)]
+    (tmp_path / "image.txt").write_text("".join(name + "\n" for name in names))
+    write_pictures(tmp_path / "images", names)
+    fusion, _ = score(tmp_path, *(options + ("--published", "0.5")))
+
+    def page(*more):
+        run(report.main, tmp_path, ("--images", "images", "--results", options[0], "--labels", options[1]) + more)
+        return (tmp_path / "report.html").read_text()
+
+    expected = page()
+    for text in ("tuned for maximal F1 on 300 other images", ">%.3f</td>" % limits[0], " at a logit of 0, published 50.00",
+                 'data-metric="mA">%s<' % fusion["mA"]):
+        assert text in expected, text
+    assert page("--thresholds", options[3]) == expected
+    fusion["attributes"][0]["threshold"] = "low"
+    (tmp_path / "fusion_result.json").write_text(json.dumps(fusion))
+    with pytest.raises(ValueError, match="fusion_result.json: is not what postprocess_deepmar_pytorch.py writes"):
+        page()
+    score(tmp_path, *options[:2])
+    with pytest.raises(ValueError, match="fusion_result.json: its instance_acc is "):
+        page("--thresholds", options[3])
+    assert "tuned for" not in page()
+
+
+def test_names_and_bad_files(tmp_path, tuned):
+    options = tuned[3][:3] + (tmp_path / "thresholds.json",)
+    good = json.loads(tuned[3][3].read_text())
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\ne\nf\n")
+
+    def names(content, *more):
+        options[3].write_text(json.dumps(content))
+        return "".join(row["name"] for row in score(tmp_path, *(options + more))[0]["attributes"])
+
+    assert names(good, "--attributes", "names.txt") == "abcdef"  # those of the thresholds were only assumed
+    good["names_assumed"] = False
+    with pytest.raises(ValueError, match=r"holds the thresholds of other attributes \(attribute0, .* than these \(a, b"):
+        names(good, "--attributes", "names.txt")
+    for row, name in zip(good["attributes"], "ABCDEF"):
+        row["name"] = name
+    assert names(good) == "ABCDEF"  # and here those of the results
+    text = json.dumps(good)
+    for change in (lambda c: c.pop("tuned_on"), lambda c: c.update(tuned_on=[]), lambda c: c.update(attributes=[]),
+                   lambda c: c["attributes"].pop(), lambda c: c["attributes"][0].pop("name"),
+                   lambda c: c["attributes"][0].update(threshold="1"),
+                   lambda c: c["attributes"][0].update(threshold=float("nan")),
+                   lambda c: c["attributes"][0].update(threshold=10 ** 400)):
+        content = json.loads(text)
+        change(content)
+        with pytest.raises(ValueError, match="thresholds.json: (is not what tools|holds the thresholds of other)"):
+            names(content)
+    options[3].write_text("[" * 100000)
+    check_error(script(STAGE, *options, cwd=tmp_path), "thresholds.json: is not JSON")
+
+
+def test_errors(tmp_path):
+    few = write(tmp_path / "few", *random_run(19))
+    check_error(script(TOOL, *few, cwd=tmp_path), "label.json: has no attribute that 10 images have, and as many have not")
+    with pytest.raises(FileNotFoundError, match="absent.json: no such file"):
+        tune(tmp_path, few[0], tmp_path / "absent.json")
+    for wrong in (["--target-precision", "0"], ["--target-recall", "1.1"], ["--target-recall", "0.5", "--target-precision", "1"],
+                  ["--values", "both"]):
+        with pytest.raises(SystemExit):
+            tune(tmp_path, *(list(few) + wrong))
+    check_error(script(TOOL, few[0]), code=2)
+    assert not (tmp_path / "thresholds.json").exists()

@@ -128,8 +128,8 @@ def fields(**changes):
 
 def after_aipp(bins, **changes):
     """What the network is given for the bins, by the stand-in's arithmetic: float32 [images,3,height,width]."""
-    return np.stack([aipp.load(os.path.join(bins, name + ".bin"), fields(**changes), [1, 3, SIZE, SIZE]).reshape(3, SIZE, SIZE)
-                     for name in NAMES])
+    data = b"".join(np.fromfile(os.path.join(bins, name + ".bin"), np.uint8).tobytes() for name in NAMES)
+    return aipp.network_input(data, fields(**changes), [IMAGES, 3, SIZE, SIZE])
 
 
 @pytest.fixture(scope="module")

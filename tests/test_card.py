@@ -221,22 +221,28 @@ def test_aipp(card, tmp_path):
     made, _ = card
     work = tmp_path / "work"
     shutil.copytree(str(made.work), str(work))
-    arguments = ["--work-dir", work, "--batch-size", 5]
-    process = made.run(*arguments + ["--stage", 3, "--aipp", "yes"])
+
+    def run(*arguments, **settings):
+        return made.run("--work-dir", work, "--batch-size", 5, *arguments, **settings)
+
+    def logits(ending=1, folder=work / "result"):
+        return np.array([np.fromfile(str(folder / "dumpOutput_device0" / name), "<f4") for name in names(ending)])
+
+    process = run("--stage", 3, "--stop-stage", 6, "--aipp", "yes")
     assert process.returncode == 0 and "ATC run success" in process.stdout, process.stderr
     assert {path.stat().st_size for path in (work / "input_bin").iterdir()} == {150528}
     assert not (work / "deepmar_bs5_aipp.onnx").exists()
-    card_logits = [np.fromfile(str(work / "result" / "dumpOutput_device0" / name), "<f4") for name in names(1)]
-    process = made.run(*arguments + ["--stage", 3, "--aipp", "yes", "--backend", "onnxruntime"])
+    binary = logits()
+    assert 1e-4 < np.abs(binary - logits(folder=made.work / "result_bs5")).max() < 0.05
+    process = run("--stage", 6, "--stop-stage", 6, "--aipp", "yes", "--backend", "ais_bench", ais_bench=True)
+    assert process.returncode == 0, process.stderr
+    assert np.array_equal(logits(0), binary)
+    process = run("--stage", 3, "--aipp", "yes", "--backend", "onnxruntime")
     assert process.returncode == 0 and "deepmar_bs5_aipp.onnx" in process.stdout, process.stderr
-    logits = [np.fromfile(str(work / "result" / "dumpOutput_device0" / name), "<f4") for name in names(1)]
-    float32 = [np.fromfile(str(made.work / "result_bs5" / "dumpOutput_device0" / name), "<f4") for name in names(1)]
-    assert np.abs(np.array(logits) - card_logits).max() < 1e-4
-    assert 1e-4 < np.abs(np.array(logits) - float32).max() < 0.05
-    process = made.run(*arguments + ["--stage", 6])
-    check_error(process, "input_bin was made with aipp yes, not no; run stage 4 again, or give --aipp yes")
-    process = made.run(*arguments + ["--stage", 4])
-    check_error(process, "deepmar_bs5.om was made with aipp yes, not no; run stage 3 again, or give --aipp yes")
+    assert np.abs(logits() - binary).max() < 1e-4
+    process = run("--stage", 6)
+    assert process.returncode == 1, process.stdout
+    assert "input_bin was made with aipp yes, not no; run stage 4 again, or give --aipp yes" in process.stderr
 
 
 @pytest.mark.parametrize("wrong", [{"accuracy": 0.9}, {"images": 11}])

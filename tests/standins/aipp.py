@@ -79,16 +79,13 @@ def split(content):
     return json.loads(line[len(MARK):].decode()), content
 
 
-def load(path, fields, shape):
-    """The values of a bin as the network takes them, flat: after AIPP where there are fields. shape is the model's."""
+def network_input(data, fields, shape):
+    """What the network is given, of its shape [N,3,H,W], for the bytes of a batch: after AIPP where there are fields."""
     if fields is None:
-        return np.fromfile(path, "<f4")
-    data = np.fromfile(path, np.uint8)
-    if data.size != 3 * shape[2] * shape[3]:
-        return data
-    data = data.reshape(shape[2], shape[3], 3)
+        return np.frombuffer(data, "<f4").reshape(shape)
+    pixels = np.frombuffer(data, np.uint8).reshape(shape[0], shape[2], shape[3], 3)
     if fields.get("rbuv_swap_switch") == "true":
-        data = data[:, :, ::-1]
+        pixels = pixels[..., ::-1]
     mean, low, factor = (np.array([fields.get("%s_chn_%d" % (name, i), default) for i in range(3)], np.float64).astype(np.float16)
                          for name, default in (("mean", 0), ("min", 0), ("var_reci", 1)))
-    return ((data.astype(np.float16) - mean - low) * factor).astype(np.float32).transpose(2, 0, 1).ravel()
+    return np.ascontiguousarray(((pixels.astype(np.float16) - mean - low) * factor).astype(np.float32).transpose(0, 3, 1, 2))

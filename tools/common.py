@@ -79,7 +79,8 @@ def command(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries it once more when it ends
         status = status or (READER_LEFT if error.errno == errno.EPIPE else
                             "%s: error: the output cannot be written: %s" % (script, error.strerror))
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
 
 def start_in_utf8():

@@ -558,6 +558,7 @@ def load_checkpoint(path, state_dict=None, say=lambda text: None):
     such as 'module.' are removed from its keys. say gets a line of text for each choice that the user should know of.
     Runs no code of the file. Raises OSError if path cannot be read, ValueError if it is no such checkpoint.
     """
+    path = os.fspath(path)
     try:
         content, read = read_file(path)
         return make_state(choose(content, state_dict, say), read, os.path.getsize(path), say)

@@ -18,6 +18,7 @@ import fcntl
 import glob
 import hashlib
 import inspect
+import io
 import json
 import os
 import re
@@ -33,29 +34,29 @@ OPSET = 11         # the ONNX operator set that atc supports
 TOLERANCE = 1e-4   # allowed difference between the logits of ONNX Runtime and PyTorch, relative to the largest logit
 
 
-def export(model, path, shape):
-    """Writes the network's graph for an input of a fixed shape [N,3,H,W] to path, constants folded."""
+def export(model, shape):
+    """Returns the network as an ONNX file's content, for input of a fixed shape [N,3,H,W], constants folded."""
     import torch
     # torch 2.9 changed the default to an exporter that cannot emit opset 11 for this network; 1.6 has no such argument.
     arguments = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
+    content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that exporter warns of its age, and of the pooling window becoming a constant
-        torch.onnx.export(model, torch.zeros(shape), path, opset_version=OPSET, input_names=["actual_input_1"],
+        torch.onnx.export(model, torch.zeros(shape), content, opset_version=OPSET, input_names=["actual_input_1"],
                           output_names=["output1"], do_constant_folding=True, **arguments)
+    return content.getvalue()
 
 
-def verify(model, path, shape):
-    """Compares the ONNX file with the network on seeded random input of a shape [N,3,H,W].
+def verify(model, content, shape):
+    """Compares an ONNX file's content with the network on seeded random input of a shape [N,3,H,W].
 
     Returns (largest absolute difference of the logits, largest absolute logit); raises ValueError where onnx's checker
-    refuses the file, or the logits have another shape, are not finite, or differ by more than TOLERANCE.
+    refuses the model, or the logits have another shape, are not finite, or differ by more than TOLERANCE.
     """
     import numpy as np
     import onnx
     import onnxruntime
     import torch
-    with open(path, "rb") as f:
-        content = f.read()  # the libraries do not all find a file whose name is not UTF-8
     try:
         onnx.checker.check_model(onnx.shape_inference.infer_shapes(onnx.load_from_string(content)), full_check=True)
     except (onnx.checker.ValidationError, RuntimeError) as error:
@@ -86,8 +87,8 @@ def read_names(path):
     return names
 
 
-def describe(path, checkpoint, names, size, last_conv_stride):
-    """Writes what its user has to know into the ONNX file at path, as metadata, which no tool computes with.
+def describe(content, checkpoint, names, size, last_conv_stride):
+    """Returns an ONNX file's bytes with what its user has to know in its metadata, which no tool computes with.
 
     checkpoint: its path; names: of the attributes, None if unknown; size: (height, width). tools/common.py reads it.
     """
@@ -101,11 +102,11 @@ def describe(path, checkpoint, names, size, last_conv_stride):
               "checkpoint_sha256": sha256.hexdigest(), "version": VERSION}
     if names is not None:
         values["attributes"] = names
-    model = onnx.load(path)
+    model = onnx.ModelProto.FromString(content)
     onnx.helper.set_model_props(model, {
         "deepmar." + key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for key, value in values.items()})
-    onnx.save(model, path)
+    return model.SerializeToString()
 
 
 @contextlib.contextmanager
@@ -139,7 +140,7 @@ def locked(file):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        prog="export_onnx.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage="export_onnx.py CHECKPOINT OUTPUT BATCH_SIZE [options]\n"
               "       export_onnx.py --input_file CHECKPOINT --output_file OUTPUT [--batch_size N] [options]")
     parser.add_argument("positional", nargs="*", help=argparse.SUPPRESS)
@@ -186,7 +187,8 @@ def main(argv=None):
         from baseline.model.DeepMAR import load_model
     import onnxruntime  # noqa: F401 - if it is missing, this is said before the work is done
     signal.signal(signal.SIGINT, before)
-    model = load_model(checkpoint, args.last_conv_stride, args.state_dict, lambda text: print("%s: %s" % (checkpoint, text)))
+    notes = []
+    model = load_model(checkpoint, args.last_conv_stride, args.state_dict, notes.append)
     if num_att not in (None, model.num_att):
         raise ValueError("%s: was trained for %d attributes, but --num-att asks for %d; take the checkpoint and the labels of "
                          "one data set" % (checkpoint, model.num_att, num_att))
@@ -195,13 +197,17 @@ def main(argv=None):
                          % (args.attributes, len(names), checkpoint, model.num_att))
     try:
         with whole_file(output) as temporary:
-            export(model, temporary, (batch_size, 3, height, width))
-            describe(temporary, checkpoint, names, (height, width), args.last_conv_stride)
-            difference, largest = verify(model, temporary, (batch_size, 3, height, width))
+            content = export(model, (batch_size, 3, height, width))
+            content = describe(content, checkpoint, names, (height, width), args.last_conv_stride)
+            difference, largest = verify(model, content, (batch_size, 3, height, width))
+            with open(temporary, "wb") as f:
+                f.write(content)
     except (OSError, ValueError):
         raise
     except Exception as error:  # torch, onnx and onnxruntime have kinds of their own, some of many lines
         raise ValueError("%s: not exported: %s: %s" % (output, type(error).__name__, " ".join(str(error).split())))
+    for text in notes:
+        print("%s: %s" % (checkpoint, text))
     print("%s: batch size %d, images of %d x %d (height x width), last_conv_stride %d, %d attributes, opset %d; ONNX Runtime and "
           "PyTorch differ by at most %.3g (largest logit %.3g)" % (
               output, batch_size, height, width, args.last_conv_stride, model.num_att, OPSET, difference, largest))
@@ -212,8 +218,9 @@ if __name__ == "__main__":
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the output has left, as head does
+    except BrokenPipeError:  # the reader of the output has left, as head does; the file is written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as a shell reports it: 128 + SIGPIPE
     except (OSError, ValueError, ImportError) as error:
         sys.exit("export_onnx.py: error: %s" % error)
     except KeyboardInterrupt:

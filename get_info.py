@@ -4,7 +4,8 @@
     python3 get_info.py bin ./input_bin deepmar.info 224 224
 
 The second form is that of the generic tool, whose first argument is the files' format. The bins come in natural order
-(2.bin before 10.bin), which does not depend on the file system.
+(2.bin before 10.bin), which does not depend on the file system. They are float32 [3,HEIGHT,WIDTH], or all of them uint8
+[HEIGHT,WIDTH,3], as stage 4 writes them with --uint8.
 """
 import argparse
 import os
@@ -14,7 +15,6 @@ import sys
 sys.path[:0] = [os.path.join(os.path.dirname(os.path.realpath(__file__)), "tools")]
 from common import command, note, some, whole_file
 
-CHANNELS, BYTES = 3, 4  # a bin is float32 [3,height,width]
 DIGITS = re.compile("[0-9]+")
 
 
@@ -23,24 +23,42 @@ def natural(name):
     return DIGITS.sub(lambda run: run.group().zfill(20), name)
 
 
-def list_bins(folder, width, height):
-    """Returns the names of a folder's bins in natural order; raises OSError or ValueError, as for a bin of wrong size."""
+def kind(height, width, uint8):
+    """What a bin holds, as text, and its bytes."""
+    return (("uint8 [%d,%d,3]" if uint8 else "float32 [3,%d,%d]") % (height, width), 3 * height * width * (1 if uint8 else 4))
+
+
+def list_bins(folder, width, height, uint8=None):
+    """Returns the names of a folder's bins in natural order; raises OSError or ValueError, as for a bin of wrong size.
+
+    uint8: whether they must be of that kind; None takes either, but all must be of one.
+    """
     if not os.path.isdir(folder):
         raise FileNotFoundError("%s: no such folder; it is the one that preprocess_deepmar_pytorch.py writes" % folder)
-    size = CHANNELS * height * width * BYTES
-    names, wrong = [], []
+    sizes = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.endswith(".bin") and entry.is_file():
-                names.append(entry.name)
-                if entry.stat().st_size != size:
-                    wrong.append("%s (%d bytes)" % (entry.name, entry.stat().st_size))
+                sizes[entry.name] = entry.stat().st_size
+    if uint8 is None:
+        found = list(sizes.values())
+        uint8 = found.count(kind(height, width, True)[1]) > found.count(kind(height, width, False)[1])
+    text, size = kind(height, width, uint8)
+    wrong = ["%s (%d bytes)" % item for item in sorted(sizes.items()) if item[1] != size]
     if wrong:
-        raise ValueError("%s: %d of %d bins are not float32 [%d,%d,%d] (%d bytes): %s"
-                         % (folder, len(wrong), len(names), CHANNELS, height, width, size, some(sorted(wrong))))
+        other, other_size = kind(height, width, not uint8)
+        hint = "; that is the size of %s: run stage 4 again %s --uint8" % (other, "with" if uint8 else "without") \
+            if other_size in sizes.values() else ""
+        raise ValueError("%s: %d of %d bins are not %s (%d bytes): %s%s"
+                         % (folder, len(wrong), len(sizes), text, size, some(wrong), hint))
+    names = sorted(sorted(sizes), key=natural)  # equal values (1, 01) by their text
     if not names:
         raise ValueError("%s: holds no .bin file; preprocess_deepmar_pytorch.py writes them" % folder)
-    return sorted(sorted(names), key=natural)  # equal values (1, 01) by their text
+    from preprocess_deepmar_pytorch import fault, np
+    why = fault(np.fromfile(os.path.join(folder, names[0]), np.uint8 if uint8 else "<f4"))
+    if why:
+        raise ValueError("%s: is not %s, though its size is: it holds %s" % (os.path.join(folder, names[0]), text, why))
+    return names
 
 
 def main(argv=None):
@@ -59,13 +77,16 @@ def main(argv=None):
             parser.error("WIDTH and HEIGHT must be positive whole numbers, not %r" % text)
 
     names = list_bins(folder, int(width), int(height))
-    broken = [name for name in names + [folder] if re.search("[\n\ud800-\udfff]", name)]  # the latter: not UTF-8
-    if broken:
-        raise ValueError("%r: a line of the info file cannot hold this name" % broken[0])
+    for name in [folder] + names:
+        if "\n" in name:
+            raise ValueError("%r: a line of the info file cannot hold this name" % name)
+        if re.search("[\ud800-\udfff]", name):  # how Python holds what it cannot decode
+            raise ValueError("%s: its name is not UTF-8, as the info file is; rename it: convmv -f GBK -t UTF-8" % name)
     start, end = os.path.join(folder, ""), " %s %s\n" % (width, height)
     with whole_file(info) as temporary, open(temporary, "w", encoding="utf-8") as f:
         f.writelines("%d %s%s%s" % (index, start, name, end) for index, name in enumerate(names))
-    print("%s: %d bins of %s, %s x %s" % (info, len(names), folder, width, height))
+    uint8 = os.path.getsize(os.path.join(folder, names[0])) == kind(int(height), int(width), True)[1]
+    print("%s: %d bins of %s, %s x %s%s" % (info, len(names), folder, width, height, ", uint8" if uint8 else ""))
     spaced = [name for name in [folder] + names if " " in name]
     if spaced:
         note("%r has a space, at which benchmark.x86_64 would cut the line; tools/benchmark.py does not" % spaced[0])

@@ -62,7 +62,7 @@ def read_labels(path):
     Raises OSError, or ValueError that names the row: values other than 0 and 1, a row of another length, a name twice.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError("%s: no such file; it is the label.json of the images, tools/peta.py writes PETA's" % path)
+        raise FileNotFoundError("%s: no such file; it is the label.json of the images, which tools/lists.py writes" % path)
     try:
         with open(path, encoding="utf-8-sig") as f:
             pairs = json.load(f, object_pairs_hook=list)  # a dict would keep only the last of two equal names
@@ -208,8 +208,8 @@ def list_results(folders):
     return results
 
 
-def read_logits(paths, attributes):
-    """Returns the result files' logits, float32 [files, attributes]; raises ValueError for a wrong size or NaN."""
+def read_logits(paths, attributes, finite=True):
+    """Returns the result files' logits, float32 [files, attributes]; raises ValueError for a wrong size or, if finite, NaN."""
     size = 4 * attributes
     data = []
     for path in paths:
@@ -221,10 +221,10 @@ def read_logits(paths, attributes):
         raise ValueError("%d of %d results are not float32 logits of %d attributes (%d bytes): %s"
                          % (len(wrong), len(paths), attributes, size, some(wrong)))
     logits = np.frombuffer(b"".join(data), "<f4").reshape(len(paths), attributes)
-    finite = np.isfinite(logits).all(axis=1)
-    if not finite.all():
+    bad = ~np.isfinite(logits).all(axis=1)
+    if finite and bad.any():
         raise ValueError("%d of %d results hold NaN or infinite logits: %s"
-                         % ((~finite).sum(), len(paths), some(np.array(paths)[~finite])))
+                         % (bad.sum(), len(paths), some(np.array(paths)[bad])))
     return logits
 
 

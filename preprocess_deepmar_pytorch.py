@@ -6,6 +6,8 @@
 NAME.bin holds float32, little endian, [3,224,224]: ((pixel / 255) - mean) / std of the image as RGB, resized to 224x224
 (bilinear, aspect ratio not kept). NAME is the file name up to its first dot. The folder of bins is replaced as a whole
 and only if every image could be read, so it holds the images of the list and no others. Runs on all cores.
+
+With --uint8 it holds the resized pixels, [224,224,3], a quarter of the bytes: for a model that normalises them itself (AIPP).
 """
 import argparse
 import contextlib
@@ -24,9 +26,16 @@ with importing():
 SIZE = 224                   # height and width of the network's input in pixels
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as DeepMAR was trained with: red, green, blue
 STD = (0.229, 0.224, 0.225)
+LIMIT = 10 ** 4              # no value of a normalised picture is near it
 MAX_PIXELS = 64 * 1000 * 1000  # a larger image is no photograph of a pedestrian, but might exhaust the memory
 CHUNK = 64                   # images that a process is handed at a time, at most
+KILLED = "a worker process was killed; was the memory exhausted?"
 ORIENTATION = 274            # the EXIF tag; 1 is upright
+
+
+def inside(name):
+    """Whether a line of a list can be the name of a file inside the images' folder."""
+    return len(name) <= 1000 and not re.search(r"[\0-\x1f\x7f-\x9f]|^/|(^|/)\.\.(/|$)", name)
 
 
 def read_list(path):
@@ -36,11 +45,10 @@ def read_list(path):
     earlier line.
     """
     names, seen = [], {}
-    outside = re.compile(r"[\0-\x1f\x7f-\x9f]|^/|(^|/)\.\.(/|$)").search
     for number, name in enumerate(read_lines(path), 1):
         if not name:
             continue
-        if len(name) > 1000 or outside(name):
+        if not inside(name):
             raise ValueError("%s: line %d: %r is not a file name inside the images' folder" % (path, number, name[:200]))
         bin_name = stem(name)
         if not bin_name:
@@ -48,7 +56,8 @@ def read_list(path):
                              % (path, number, name))
         if bin_name in seen:
             raise ValueError("%s: lines %d and %d would both write %s.bin; each image's name up to its first dot must "
-                             "be its own" % (path, seen[bin_name], number, bin_name))
+                             "be its own; tools/lists.py list --flatten makes such names"
+                             % (path, seen[bin_name], number, bin_name))
         seen[bin_name] = number
         names.append(name)
     if not names:
@@ -121,11 +130,19 @@ def read_image(path, upright=False):
         return image if image.mode == "RGB" else image.convert("RGB"), orientation  # convert() would copy RGB, too
 
 
+def empty_input(size, uint8=False):
+    """An array for one image: the network's input, float32 [3,height,width], or uint8 [height,width,3] for AIPP."""
+    return np.empty(tuple(size) + (3,), np.uint8) if uint8 else np.empty((3,) + tuple(size), "<f4")
+
+
 def normalise(image, out):
-    """Writes a PIL image of mode RGB as the network's input into the array out, float32 [3,height,width]; returns it."""
+    """Writes a PIL image of mode RGB into an array of empty_input(), as pixels where that is uint8; returns it."""
     from PIL import Image
-    height, width = out.shape[1:]
+    height, width = out.shape[:2] if out.dtype == np.uint8 else out.shape[1:]
     resized = image.resize((width, height), Image.BILINEAR)
+    if out.dtype == np.uint8:
+        out[...] = resized
+        return out
     for channel, name, mean, std in zip(out, "RGB", MEAN, STD):
         # One channel at a time: Pillow takes it out of the pixels, and the arithmetic stays in the processor's cache.
         pixels = np.frombuffer(resized.tobytes("raw", name), np.uint8).reshape(height, width)
@@ -136,24 +153,38 @@ def normalise(image, out):
 
 
 def preprocess(path, out=None, upright=False, size=(SIZE, SIZE)):
-    """Returns an image file as the network's input, float32 [3,height,width], in the array out where there is one.
+    """Returns an image file as the network's input, float32 [3,height,width], or in the array out where there is one.
 
     size: (height, width), where there is no out. upright: follow the image's EXIF orientation. Raises what Pillow raises,
     or ValueError.
     """
     if out is None:
-        out = np.empty((3,) + tuple(size), "<f4")
+        out = empty_input(size)
     return normalise(read_image(path, upright)[0], out)
 
 
-def convert(images, bins, size):
-    """Writes the bins of images, [(path, bin's file name)], into the folder bins.
+def fault(array):
+    """Why an array from a bin cannot be of its kind; None where it can.
+
+    A float32 bin has as many bytes as a uint8 one of twice its height and width, so a wrong size would take one for the other.
+    """
+    with np.errstate(all="ignore"):
+        if array.dtype != np.uint8:  # four pixels, read as a float, may be anything: infinite, or 1e30
+            return None if -LIMIT < array.min() and array.max() < LIMIT else "NaN or infinite values, or beyond %d" % LIMIT
+        plane = array.size // 12 * 4  # the bytes of a float32 bin's first channel
+        red = (array.reshape(-1)[:min(plane, 4096)].view("<f4") * np.float32(STD[0]) + np.float32(MEAN[0])) * 255
+        pixels = (np.abs(red - np.rint(red)) < 1e-3) & (red > -1) & (red < 256)
+    return "float32 values, not pixels" if pixels.size and pixels.all() else None
+
+
+def convert(images, bins, array):
+    """Writes the bins of images, [(path, bin's file name)], into the folder bins; array is one of empty_input().
 
     Returns, for each image, None or why it cannot be read, and how many have an EXIF orientation.
     """
     from PIL import Image
     Image.core.set_blocks_max(8)  # Pillow's and our memory serves one image after the other: new memory took a tenth
-    reasons, turned, array = [], 0, np.empty((3,) + size, "<f4")
+    reasons, turned = [], 0
     for path, name in images:
         try:
             image, orientation = read_image(path)
@@ -201,49 +232,45 @@ def chunks(images, workers):
         start = end
 
 
-def work(parent, pipe, bins, size):
+def work(parent, pipe, bins, array):
     """A worker process: converts the images that come through the pipe, and sends back what convert() returns."""
     start_worker(parent)
     try:
         while True:
-            pipe.send(convert(pipe.recv(), bins, size))
+            pipe.send(convert(pipe.recv(), bins, array))
     except EOFError:  # there are no more
         pass
     except OSError as error:
         pipe.send(error)
 
 
-def start_workers(count, bins, size):
+def start_workers(count, bins, array):
     """Starts at most so many worker processes; returns {our end of its pipe: process}, as many as the system allows."""
     import multiprocessing
     context = multiprocessing.get_context("fork")
     workers = {}
-    for _ in range(count):
-        ours, theirs = context.Pipe()
-        worker = context.Process(target=work, daemon=True, args=(os.getpid(), theirs, bins, size))
-        try:
-            with uninterrupted():
+    try:
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            with contextlib.closing(theirs), uninterrupted():
+                worker = context.Process(target=work, daemon=True, args=(os.getpid(), theirs, bins, array))
                 worker.start()
-        except OSError as error:  # a limit of processes
-            if not workers:
-                note("no process can be started (%s), so one core does all the work" % error.strerror)
-            break
-        finally:
-            theirs.close()
-        workers[ours] = worker
+            workers[ours] = worker
+    except OSError as error:  # a limit of processes or open files
+        note("%d of %d processes can be started (%s), so this takes longer" % (len(workers), count, error.strerror))
     return workers
 
 
-def convert_all(images, bins, size):
+def convert_all(images, bins, array):
     """convert() on all cores; yields its results as they come. Raises OSError where a bin cannot be written."""
     from multiprocessing.connection import wait
     from PIL import Image  # noqa: F401 - once, for all processes
     # Processes, as threads hold each other back in Pillow. No pool, whose threads and queues take time from the images.
-    workers = start_workers(min(cores(), len(images)) if len(images) > 1 else 0, bins, size)
+    workers = start_workers(min(cores(), len(images)) if len(images) > 1 else 0, bins, array)
     todo = chunks(images, max(1, len(workers)))
     if not workers:
         for part in todo:
-            yield convert(part, bins, size)
+            yield convert(part, bins, array)
         return
     idle = list(workers)
     busy = 0
@@ -254,7 +281,10 @@ def convert_all(images, bins, size):
                     yield received(pipe)
                     idle.append(pipe)
                     busy -= 1
-            idle.pop().send(part)
+            try:
+                idle.pop().send(part)
+            except ConnectionError:
+                raise OSError(KILLED)
             busy += 1
         while busy:
             for pipe in wait(list(workers)):
@@ -271,7 +301,7 @@ def received(pipe):
     try:
         results = pipe.recv()
     except (EOFError, ConnectionError):
-        raise OSError("a worker process was killed; was the memory exhausted?")
+        raise OSError(KILLED)
     if isinstance(results, OSError):
         raise results
     return results
@@ -280,14 +310,15 @@ def received(pipe):
 def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        usage="preprocess_deepmar_pytorch.py IMAGES BIN_DIR IMAGE_TXT [--size H W]\n"
-              "       preprocess_deepmar_pytorch.py --file_path IMAGES --bin_path BIN_DIR --image_info IMAGE_TXT [--size H W]")
+        usage="preprocess_deepmar_pytorch.py IMAGES BIN_DIR IMAGE_TXT [--size H W] [--uint8]\n"
+              "       preprocess_deepmar_pytorch.py --file_path IMAGES --bin_path BIN_DIR --image_info IMAGE_TXT ...")
     parser.add_argument("positional", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--file_path", metavar="IMAGES", help="the folder of the images")
     parser.add_argument("--bin_path", metavar="BIN_DIR", help="the folder of bins to write")
     parser.add_argument("--image_info", metavar="IMAGE_TXT", help="the list of images, one file name a line")
     parser.add_argument("--size", nargs=2, type=pixels, default=(SIZE, SIZE), metavar=("H", "W"),
                         help="height and width of the network's input (default: 224 224)")
+    parser.add_argument("--uint8", action="store_true", help="write pixels, uint8 [H,W,3], for a model with AIPP")
     args = parser.parse_intermixed_args(argv)
     named = [args.file_path, args.bin_path, args.image_info]
     if args.positional and any(value is not None for value in named):
@@ -295,16 +326,17 @@ def parse(argv):
     values = args.positional or named
     if len(values) != 3 or None in values:
         parser.error("give IMAGES, BIN_DIR and IMAGE_TXT")
-    return values + [tuple(args.size)]
+    return values + [tuple(args.size), args.uint8]
 
 
 def main(argv=None):
-    folder, bins, image_txt, size = parse(argv)
+    folder, bins, image_txt, size, uint8 = parse(argv)
     names = read_list(image_txt)
     paths = find_images(folder, names, image_txt)
     bad, turned = [], 0
     with replaced_folder(bins) as partial:
-        parts = convert_all([(path, stem(name) + ".bin") for path, name in zip(paths, names)], partial, size)
+        parts = convert_all([(path, stem(name) + ".bin") for path, name in zip(paths, names)], partial,
+                            empty_input(size, uint8))
         with contextlib.closing(parts), progress(len(names), "image") as bar:
             for reasons, part_turned in parts:
                 bad += [reason for reason in reasons if reason]
@@ -313,7 +345,8 @@ def main(argv=None):
         if bad:
             raise ValueError("%d of %d images cannot be read, so nothing was written (the other %d are fine): %s"
                              % (len(bad), len(names), len(names) - len(bad), joined(sorted(bad), "; ")))
-    print("%s: %d images -> %d bins of float32 [3,%d,%d]" % ((bins, len(names), len(names)) + size))
+    print("%s: %d images -> %d bins of %s" % (bins, len(names), len(names), ("uint8 [%d,%d,3]" if uint8 else "float32 [3,%d,%d]")
+                                              % size))
     if turned:
         print("note: %d of %d images have an EXIF orientation (a camera held sideways). It is ignored here, as in the "
               "guide's script, so the network sees them lying" % (turned, len(names)))

@@ -101,6 +101,7 @@ def constant(name, scopes, model):
         part.ir_version = model.ir_version
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # an error is told by the exception
+        options.intra_op_num_threads = 1  # enough for this, and possible where no more threads can be started
         session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
         return session.run([name], {})[0]
     except ImportError:

@@ -18,6 +18,7 @@ attributes=${attributes-}          # the attributes' names, one a line; empty: P
 thresholds=${thresholds-}          # the attributes' own limits, which tools/thresholds.py finds; empty: a logit of 0 for all
 published_acc=${published_acc-}    # instance_acc to compare with, as 0.789 or 78.9; empty: the sample's in PyTorch, else none
 size=${size-224 224}               # height and width of the network's input; a checkpoint does not tell them
+aipp=${aipp-no}                    # yes: bins of uint8, a quarter of the bytes, which the card normalises itself (AIPP)
 last_conv_stride=${last_conv_stride-2} # of layer4, 1 or 2, as in training; a checkpoint does not tell it
 state_dict=${state_dict-}          # which state dict of a checkpoint that has several, such as state_dict_ema
 chip_name=${chip_name-}            # the card's chip for atc, Ascend310 or 310P3; empty: what npu-smi info says
@@ -71,12 +72,17 @@ if begin 2 "Pad removed from ONNX"; then
 fi
 
 if begin 3 "ONNX -> OM with atc"; then
+    [ "$aipp" = no ] || "$python" "$here/tools/rehearse.py" cfg aipp.cfg --size "$height" "$width"
     for batch in $batch_size; do
         names_of "$batch"
         fresh "$nopad" 2 onnx="$onnx"
         if [ -n "$make_om" ]; then
             run_atc # tools/backend.sh
-            record "$om" model="$nopad"
+            record "$om" model="$nopad" aipp="$aipp"
+        fi
+        if [ -n "$make_twin" ]; then # what ONNX Runtime runs in place of an OM with AIPP
+            "$python" "$here/tools/rehearse.py" aipp "$nopad" "$twin"
+            record "$twin" model="$nopad" aipp="$aipp"
         fi
     done
     [ -n "$make_om" ] || say "no OM is made: $no_om"
@@ -85,7 +91,7 @@ fi
 
 if begin 4 "images -> input_bin"; then
     need "$image_list" 0
-    "$python" "$here/preprocess_deepmar_pytorch.py" "$images" input_bin "$image_list" --size "$height" "$width"
+    "$python" "$here/preprocess_deepmar_pytorch.py" "$images" input_bin "$image_list" --size "$height" "$width" "${uint8[@]}"
     record input_bin "${data[@]}"
     finish
 fi

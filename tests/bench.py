@@ -268,6 +268,13 @@ def infer(session, feed, runs, calls):
             pass
 
 
+def forget(bins):
+    """Has bins read from the disk again."""
+    for _, path in bins:
+        with open(path, "rb") as f:
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def measure_standin(model, batch, bins, rounds, new_folder):
     """The stand-in, with bins in memory and on the disk, the bare session and, at batch size 1, a plain loop."""
     import onnxruntime
@@ -278,11 +285,6 @@ def measure_standin(model, batch, bins, rounds, new_folder):
     feed = {"actual_input_1": array}
     plain = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     folders = iter([new_folder() for _ in range(4 * rounds)])
-
-    def forget():
-        for _, path in bins:
-            with open(path, "rb") as f:
-                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def remember():
         for _, path in bins:
@@ -303,9 +305,9 @@ def measure_standin(model, batch, bins, rounds, new_folder):
                 logits.tofile(os.path.join(folder, name + "_1.bin"))
         return clock(work, next(folders))
 
-    sides = {"bare": bare, "warm": lambda i: (remember(), standin(i))[1], "cold": lambda i: (forget(), standin(i))[1]}
+    sides = {"bare": bare, "warm": lambda i: (remember(), standin(i))[1], "cold": lambda i: (forget(bins), standin(i))[1]}
     if batch == 1:
-        sides.update(loop=lambda i: (remember(), loop(i))[1], cold_loop=lambda i: (forget(), loop(i))[1])
+        sides.update(loop=lambda i: (remember(), loop(i))[1], cold_loop=lambda i: (forget(bins), loop(i))[1])
     for warmed in (session, plain):
         warmed.run(None, feed)
     return take_turns(rounds, **sides)
@@ -323,6 +325,45 @@ def row_standin(scene):
             for state, loop in (("warm", "loop"), ("cold", "cold_loop")):
                 yield compared("stand-in, batch 1, %s bins" % state, "plain loop", 1.05, times[state], times[loop],
                                times["bare"], "bare session", len(bins))
+
+
+def measure_uint8(kinds, rounds, new_folder):
+    """The stand-in on bins of either kind, on the disk; kinds is {side: (model, bins)}."""
+    from session import calls_at_once, open_session, run
+    calls = calls_at_once(1, CORES)
+
+    def side(model, bins):
+        session = open_session(model, threads=CORES // calls)
+
+        def measure(_):
+            forget(bins)
+            return run(session, bins, 1, 224, 224, new_folder(), lambda done: None, calls)["e2e"].seconds
+        return measure
+    return take_turns(rounds, **{name: side(*kind) for name, kind in kinds.items()})
+
+
+def row_uint8(scene):
+    """uint8 bins, and the model with AIPP that takes them, against float32 bins."""
+    images, image_txt, names = scene.images()
+
+    def stage_4(*more):
+        return lambda _: in_child(clock, preprocess.main, [images, os.path.join(scene.new_folder(), "bins"), image_txt] + list(more))
+    times = take_turns(2 if scene.quick else 5, theirs=stage_4(), ours=stage_4("--uint8"))
+    yield compared("preprocess, uint8 bins", "float32 bins", 1, times["ours"], times["theirs"], count=len(names))
+
+    bins, model, twin = scene.bins(), scene.model(1), scene.path("aipp.onnx")
+    command(sys.executable, os.path.join(ROOT, "tools", "rehearse.py"), "aipp", model, twin)
+    folder = scene.path("uint8_bin")
+    in_child(preprocess.main, [images, folder, scene.path("bins.txt"), "--uint8"])
+    pixels = [(name, os.path.join(folder, name + ".bin")) for name, _ in bins]
+    for _, path in pixels:
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())
+    theirs, ours = (sum(os.path.getsize(path) for _, path in kind) / len(kind) for kind in (bins, pixels))
+    yield {"stage": "uint8 bins, bytes an image", "against": "float32 bins", "unit": "bytes", "theirs": theirs, "ours": ours,
+           "limit": None, "limit_is": "", "ratio": theirs / ours, "reach": ">= 4", "met": theirs == 4 * ours}
+    times = in_child(measure_uint8, {"theirs": (model, bins), "ours": (twin, pixels)}, 1 if scene.quick else 5, scene.new_folder)
+    yield compared("stand-in, batch 1, cold uint8 bins", "float32 bins", 0.95, times["ours"], times["theirs"], count=len(bins))
 
 
 def measure_options(model, runs, rounds):

@@ -1,8 +1,10 @@
 """What the tests share: the project's folders on the import path, and a way to run a script as a user would."""
+import ctypes
 import fcntl
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 
@@ -32,6 +34,30 @@ def check_error(process, *texts, code=1):
         assert len(lines) == 1, process.stderr
     for text in texts:
         assert text in process.stderr, process.stderr
+
+
+# The numbers of system calls on x86_64 and aarch64; None where there is no such call.
+CALLS = {"flock": (73, 32), "clone": (56, 220), "clone3": (435, 435), "fork": (57, None), "vfork": (58, None)}
+
+
+def refused(error, *calls):
+    """A preexec_fn after which the kernel answers these system calls with an error, as other machines' kernels do."""
+    number = {"x86_64": 0, "aarch64": 1}[os.uname().machine]
+    load, equal, end, allow, fail = 0x20, 0x15, 0x06, 0x7fff0000, 0x00050000 | error  # of linux/filter.h, linux/seccomp.h
+    rules = [(load, 0, 0, 0)]
+    for call in calls:
+        if CALLS[call][number] is not None:
+            rules += [(equal, 0, 1, CALLS[call][number]), (end, 0, 0, fail)]
+    rules.append((end, 0, 0, allow))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
+    program = ctypes.create_string_buffer(struct.pack("HP", len(rules), ctypes.addressof(code)))
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def refuse():
+        if prctl(38, 1, 0, 0, 0) or prctl(22, 2, program, 0, 0):  # PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP with a filter
+            raise OSError(ctypes.get_errno(), "seccomp")
+        assert code
+    return refuse
 
 
 def namespaces(*options):

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs every test on the current Python ($PYTHON, default python3) and on Python 3.7 ($PYTHON37; else python3.7, else
 # pyenv's): first ruff and shellcheck, then the test files, two at a time. Sets up a virtual environment for each where its
-# packages are missing. Arguments go to pytest. The report is looked at in chromium, which is installed with shellcheck where it
-# is missing and this is root; $CHROMIUM names another Chrome.
+# packages are missing. Arguments go to pytest. The report is looked at in chromium ($CHROMIUM names another Chrome). This browser,
+# fontconfig, the locales and shellcheck are installed where they are missing and this is root.
 set -uo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." || exit 1
 
@@ -11,18 +11,20 @@ if [ -z "$python37" ] || ! "$python37" --version >/dev/null 2>&1; then
     python37=$(compgen -G "$(pyenv root 2>/dev/null)/versions/3.7.*/bin/python" | head -n 1)
 fi
 
-# needs COMMAND PACKAGES: a program that pip does not install
-needs() {
-    command -v "$1" >/dev/null && return
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        echo "tests/run.sh: installing $2"
-        # shellcheck disable=SC2086 # several packages
-        apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends $2 >/dev/null
-    fi
-    command -v "$1" >/dev/null || { echo "tests/run.sh: error: no $1; run as root: apt-get install $2"; exit 1; }
-}
-needs "${CHROMIUM:=chromium}" "chromium fonts-dejavu-core"
-needs shellcheck shellcheck
+packages=()
+[ "${CHROMIUM:=chromium}" != chromium ] || command -v chromium >/dev/null || packages+=(chromium fonts-dejavu-core)
+command -v shellcheck >/dev/null || packages+=(shellcheck)
+command -v fc-match >/dev/null || packages+=(fontconfig)
+[ -e /usr/share/i18n/charmaps/GBK.gz ] || packages+=(locales)
+if [ ${#packages[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "tests/run.sh: installing ${packages[*]}"
+    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends \
+        "${packages[@]}" >/dev/null; } || echo "tests/run.sh: they cannot be installed, see above"
+fi
+for program in "$CHROMIUM" shellcheck; do
+    command -v "$program" >/dev/null ||
+        { echo "tests/run.sh: error: no $program; run as root: apt-get install chromium fonts-dejavu-core shellcheck"; exit 1; }
+done
 export CHROMIUM
 
 export DEEPMAR_TEST_SHARED DEEPMAR_TEST_PYTHONS=

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
-import test_peta
+import test_lists
 from conftest import ROOT
 from DeepMAR import load_checkpoint
 from test_export_failures import NETWORK
@@ -40,7 +40,7 @@ STAGES = {
                    "-input_text_path=deepmar.info"], ["result/dumpOutput_device0"]),
     "postprocess": ([ROOT + "/postprocess_deepmar_pytorch.py", "logits", "label.json", "--image_list=image.txt"],
                     ["fusion_result.json"]),
-    "peta": ([ROOT + "/tools/peta.py", "PETA.mat", "--output=lists"],
+    "lists": ([ROOT + "/tools/lists.py", "peta", "PETA.mat", "--output=lists"],
              ["lists/image.txt", "lists/label.json", "lists/attributes.txt"]),
     "predict": ([ROOT + "/tools/predict.py", "images/im0.png", "images/im1.png", "--onnx=model.onnx",
                  "--save=pictures"], ["pictures/im0_attributes.png", "pictures/im1_attributes.png"]),
@@ -49,12 +49,13 @@ STAGES = {
 }
 
 
-def start(folder, stage, before=(), more=(), prefix=(), **settings):
+def start(folder, stage, before=(), more=(), prefix=(), script=None, **settings):
     """Starts a stage in its folder, in a process group of its own; before: Python's arguments, more: the stage's.
 
-    prefix: of the whole command.
+    prefix: of the whole command; script: in place of the stage's.
     """
-    return subprocess.Popen(list(prefix) + [sys.executable, "-B"] + list(before) + STAGES[stage][0] + list(more), cwd=str(folder),
+    command = [script or STAGES[stage][0][0]] + STAGES[stage][0][1:] + list(more)
+    return subprocess.Popen(list(prefix) + [sys.executable, "-B"] + list(before) + command, cwd=str(folder),
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
                             start_new_session=True, **settings)
 
@@ -76,7 +77,7 @@ def prepare(folder):
     with open(str(folder / "pad.onnx"), "wb") as f:
         f.write(model_of(between(node("Pad", "r c", "p")), [("c", ZEROS)]).SerializeToString())
     write_model(folder / "model.onnx", batch_size=4)
-    test_peta.write(folder / "PETA.mat", test_peta.content())
+    test_lists.write(folder / "PETA.mat", test_lists.content())
     names = write_images(folder / "images", IMAGES)
     random = np.random.RandomState(0)
     (folder / "image.txt").write_text("".join(name + "\n" for name in names))

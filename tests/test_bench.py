@@ -12,8 +12,9 @@ FIGURES = {"theirs", "ours", "limit", "ratio"}
     (["preprocess", "postprocess", "intervals", "get_info", "startup"],
      ["preprocess", "preprocess, 1 core", "postprocess, 1,000", "postprocess, 1,000, memory", "intervals, 1,000", "get_info, 1,000",
       "start-up, export_onnx.py --help", "start-up, tools/benchmark.py --help"]),
-    (["standin", "options"], ["stand-in, batch 1, warm bins", "stand-in, batch 1, cold bins",
-                              "session options, batch 8"])])
+    (["standin", "uint8", "options"], ["stand-in, batch 1, warm bins", "stand-in, batch 1, cold bins", "preprocess, uint8 bins",
+                                       "uint8 bins, bytes an image", "stand-in, batch 1, cold uint8 bins",
+                                       "session options, batch 8"])])
 def test_quick_run(tmp_path, rows, stages):
     process = script("tests/bench.py", "--quick", "--json", tmp_path / "bench.json", "--only", *rows)
     assert process.returncode == 0, process.stderr

@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import benchmark
+import session
 from conftest import check_error, script
 
 COUNT = 70  # images: more than two groups of writes, and no multiple of the batch size
@@ -173,9 +174,9 @@ def test_ctrl_c_does_not_wait_for_the_batch(tmp_path):
 def test_a_provider_that_did_not_load(folder, monkeypatch, capsys):
     """As onnxruntime-gpu does without a GPU, and onnxruntime-cann without CANN: the session runs on the CPU."""
     monkeypatch.chdir(str(folder))
-    monkeypatch.setattr(benchmark, "providers", lambda device_id: ["CPUExecutionProvider"])
+    monkeypatch.setattr(session, "providers", lambda device_id: ["CPUExecutionProvider"])
     arguments = ["-batch_size=1", "-om_path=bs1.onnx", "-round=1"]
-    for name in benchmark.PROVIDERS[:2]:
+    for name in session.PROVIDERS[:2]:
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [name, "CPUExecutionProvider"])
         benchmark.main(arguments)
         lines = capsys.readouterr().out.splitlines()
@@ -194,7 +195,7 @@ def test_onnxruntime_of_numpy_1_with_numpy_2(folder, tmp_path):
     (tmp_path / "onnxruntime.py").write_text(
         "import sys\nsys.stderr.write('\\nA module that was compiled using NumPy 1.x cannot be run in\\nNumPy 2.4.6 as it'\n"
         "                 ' may crash.\\nTraceback (most recent call last):\\n')\nraise ImportError('import numpy failed')\n")
-    code = "import sys; sys.path.insert(0, %r); import benchmark; sys.path.insert(0, %r); benchmark.open_session('bs1.onnx')" % (
+    code = "import sys; sys.path.insert(0, %r); import session; sys.path.insert(0, %r); session.open_session('bs1.onnx')" % (
         os.path.dirname(benchmark.__file__), str(tmp_path))
     process = subprocess.run([sys.executable, "-c", code], cwd=str(folder), stderr=subprocess.PIPE, universal_newlines=True)
     last = process.stderr.splitlines()[-1]

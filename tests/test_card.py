@@ -4,9 +4,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from conftest import ROOT, SIZE, check_error, own_data, run_all, script
@@ -182,7 +182,7 @@ def test_missing_pieces_are_named_before_any_work(card, tmp_path):
     check_error(made.run(*arguments + ["ais_bench"]), "-m pip install aclruntime")
     (made.root / "away").rename(binary)
     binary.chmod(0o755)
-    check_error(made.run(*arguments + ["benchmark"], path=tmp_path), "no atc", "toolkit", "put deepmar_bs1.om into %s" % tmp_path)
+    check_error(made.run(*arguments + ["benchmark"], path=tmp_path), "no atc", "toolkit", "deepmar_bs1.om, into %s" % tmp_path)
     assert not (tmp_path / "work").exists()
     assert made.run(*arguments + ["npu"]).returncode == 2
 
@@ -214,6 +214,35 @@ def test_an_om_converted_elsewhere(card, tmp_path):
     shutil.copy(str(made.work / "deepmar_bs5.om"), str(work))
     process = made.run("--stage", 4, "--batch-size", 5, "--work-dir", work, path=tmp_path)
     assert process.returncode == 0 and "backend benchmark" in process.stdout, process.stderr
+
+
+def test_aipp(card, tmp_path):
+    """An OM with AIPP from uint8 bins; the same on ONNX Runtime, which runs a twin; and neither with the other's bins."""
+    made, _ = card
+    work = tmp_path / "work"
+    shutil.copytree(str(made.work), str(work))
+
+    def run(*arguments, **settings):
+        return made.run("--work-dir", work, "--batch-size", 5, *arguments, **settings)
+
+    def logits(ending=1, folder=work / "result"):
+        return np.array([np.fromfile(str(folder / "dumpOutput_device0" / name), "<f4") for name in names(ending)])
+
+    process = run("--stage", 3, "--stop-stage", 6, "--aipp", "yes")
+    assert process.returncode == 0 and "ATC run success" in process.stdout, process.stderr
+    assert {path.stat().st_size for path in (work / "input_bin").iterdir()} == {150528}
+    assert not (work / "deepmar_bs5_aipp.onnx").exists()
+    binary = logits()
+    assert 1e-4 < np.abs(binary - logits(folder=made.work / "result_bs5")).max() < 0.05
+    process = run("--stage", 6, "--stop-stage", 6, "--aipp", "yes", "--backend", "ais_bench", ais_bench=True)
+    assert process.returncode == 0, process.stderr
+    assert np.array_equal(logits(0), binary)
+    process = run("--stage", 3, "--aipp", "yes", "--backend", "onnxruntime")
+    assert process.returncode == 0 and "deepmar_bs5_aipp.onnx" in process.stdout, process.stderr
+    assert np.abs(logits() - binary).max() < 1e-4
+    process = run("--stage", 6)
+    assert process.returncode == 1, process.stdout
+    assert "input_bin was made with aipp yes, not no; run stage 4 again, or give --aipp yes" in process.stderr
 
 
 @pytest.mark.parametrize("wrong", [{"accuracy": 0.9}, {"images": 11}])

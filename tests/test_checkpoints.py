@@ -13,7 +13,6 @@ import os
 import pathlib
 import pickle
 import struct
-import subprocess
 import sys
 import tarfile
 import time
@@ -642,7 +641,7 @@ def test_what_is_not_of_the_network_is_left_out(tmp_path):
     wrapped = {"model." + key: value for key, value in STATE.items()}
     state, told = read(saved(tmp_path / "c.pth", {"state_dict": dict(wrapped, **{"criterion.pos_weight": torch.ones(2)})}))
     assert same(state) and told == ["left out what does not belong to the network: criterion.pos_weight"]
-    state, told = read(saved(tmp_path / "c.pth", dict(STATE, epoch=3, path=pathlib.Path("a"), **{"ema_decay": 0.9})))
+    state, told = read(saved(tmp_path / "c.pth", dict(STATE, epoch=3, path=pathlib.Path("a"), ema_decay=0.9)))
     assert same(state) and told == ["left out what does not belong to the network: epoch, path, ema_decay"]
     wrapped["model.attention.weight"] = torch.ones(1)  # but this is of another network, and build_model will say so
     assert list(read(saved(tmp_path / "c.pth", wrapped))[0])[-1] == "model.attention.weight"
@@ -968,7 +967,7 @@ def test_a_flipped_byte_is_refused_or_harmless(tmp_path, zipped):
     with open(path, "rb") as f:
         whole = f.read()
     refused = 0
-    for at in range(0, len(whole)):
+    for at in range(len(whole)):
         with open(path, "wb") as f:
             f.write(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1:])
         try:

@@ -84,7 +84,9 @@ def install(root, version, *families):
     linux = home / (MACHINE + "-linux")
     write(linux / "ascend_toolkit_install.info", info("Ascend-cann-toolkit", version))
     write(linux / "bin" / "atc", "#!/bin/sh\n").chmod(0o755)
-    (home / "bin").symlink_to(linux / "bin")
+    write(linux / "lib64" / "libascendcl.so")
+    for folder in ("bin", "lib64"):
+        (home / folder).symlink_to(linux / folder)
     for family in families:
         write(home / "opp/built-in/op_impl/ai_core/tbe/config" / family / ("aic-%s-ops-info.json" % family), "{}")
         if new:
@@ -95,7 +97,8 @@ def install(root, version, *families):
     write(home / "set_env.sh" if new else root / "ascend-toolkit" / "set_env.sh",
           "export ASCEND_TOOLKIT_HOME=%s\nexport ASCEND_HOME_PATH=$ASCEND_TOOLKIT_HOME\n"
           "export ASCEND_OPP_PATH=$ASCEND_TOOLKIT_HOME/opp\nexport PATH=$ASCEND_TOOLKIT_HOME/bin:$PATH\n"
-          "false || [ -n \"$UNSET_VARIABLE\" ]\n" % (root / "cann" if new else latest))  # what set -e and -u would stop at
+          "export LD_LIBRARY_PATH=$ASCEND_TOOLKIT_HOME/lib64:$LD_LIBRARY_PATH\n"
+          "false || [ -n \"$UNSET_VARIABLE\" ]\n" % (root / "cann" if new else latest))  # set -e and set -u would stop at it
     if new:
         (root / "cann").symlink_to(home)
         latest.symlink_to(root / "cann")
@@ -126,7 +129,7 @@ def check(machine, *arguments, root=ROOT, **variables):
     before = sorted(machine.rglob("*"))
     process = run_all("--check", "--json", machine / "found.json", "--work-dir", machine / "work", *arguments, root=root,
                       cwd=machine, **dict({"set_env": ""}, **variables))
-    assert process.returncode in (0, 1) and not process.stderr, process.stderr
+    assert process.returncode in (0, 1) and not process.stderr, process.stdout + process.stderr
     with open(str(machine / "found.json")) as f:
         found = json.load(f)
     (machine / "found.json").unlink()
@@ -146,7 +149,9 @@ def test_both_layouts_of_cann(machine, version, folder):
     assert "read %s" % (machine / "Ascend" / folder / "set_env.sh") in process.stdout
     assert rows["driver and card"]["found"] == "driver 25.2.0; card 2: 2 x 310P3"
     assert rows["chip"]["found"] == "Ascend310P3, 2 on a card"
-    assert rows["CANN"]["found"].startswith("CANN %s in %s, atc " % (version, home)) and rows["CANN"]["state"] == "ok"
+    assert rows["CANN"]["found"].startswith("CANN %s in %s, layout %s, " % (version, home, folder)), rows["CANN"]
+    assert rows["CANN"]["state"] == rows["CANN's library"]["state"] == "ok"
+    assert "devlib:" in rows["driver's library"]["run"]
     assert rows["operators"]["state"] == "ok" and "310p" in rows["operators"]["found"]
     assert rows["atc's Python"]["state"] == (PYTHON_STATE if version < "8.5" else "ok"), rows["atc's Python"]
     assert rows["ONNX Runtime"]["state"] == "ok" and "CPUExecutionProvider" in rows["ONNX Runtime"]["found"]
@@ -201,6 +206,7 @@ def test_the_python_that_atc_runs(machine, monkeypatch, version, python, missing
     ("EC0010: Failed to import Python module [ModuleNotFoundError: No module named 'decorator'.].",
      ("bin/python3, has no decorator; run: python3 -m pip install decorator",)),
     ("E40000: ModuleNotFoundError: No module named 'attr'", ("pip install attrs",)),
+    ("E40000: ModuleNotFoundError: No module named 'te'", ("has no te; source CANN's set_env.sh",)),
     ("atc.bin: error while loading shared libraries: libascend_hal.so: cannot open shared object file",
      ("devlib:$LD_LIBRARY_PATH",)),
     ("E10001: Value [x] for parameter [--model] is invalid.", ("None",))])
@@ -224,14 +230,14 @@ def test_set_env_that_was_asked_for(machine):
 
 def test_a_card_that_lacks_something(machine):
     """Each of the things that a run on a card needs, named with its command; the exit code is the chosen backend's."""
-    process, rows = check(machine, "--backend", "ais_bench", TABLE="22.0.2_300i_pro", **{"device_id": "1 7"})
+    process, rows = check(machine, "--backend", "ais_bench", TABLE="22.0.2_300i_pro", device_id="1 7")
     assert process.returncode == 1
     assert rows["driver and card"]["state"] == "missing" and "no device 7 among 0 1" in rows["driver and card"]["found"]
     assert rows["CANN"]["state"] == "missing" and "Ascend-cann-toolkit_" in rows["CANN"]["run"]
     assert rows["ais_bench"]["state"] == "missing" and "pip install aclruntime" in rows["ais_bench"]["run"]
     assert rows["benchmark." + MACHINE]["state"] == "absent"
     last = process.stdout.splitlines()[-1]
-    assert last == "backend ais_bench cannot run here: see driver and card, CANN, ais_bench"
+    assert last == "run_all.sh with backend ais_bench lacks: driver and card, CANN, CANN's library, ais_bench"
     # an alarm stops nothing; a broken driver does, on a card
     process, rows = check(machine, TABLE="23.0.0_200i_dk_a2")
     assert process.returncode == 0 and rows["driver and card"]["state"] == "note"
@@ -241,51 +247,58 @@ def test_a_card_that_lacks_something(machine):
     assert check(machine, FAIL="npu-smi")[0].returncode == 0  # on ONNX Runtime
     process, rows = check(machine, TABLE="24.1.rc3.7_a3")
     assert "910_N" in rows["chip"]["found"] and rows["chip"]["state"] == "absent"
-    # names, and too small a disk for the bins
-    process, rows = check(machine, "--backend", "ais_bench", "--work-dir", machine / "a b", sample_size="9" * 12)
-    assert rows["names"]["state"] == rows["disk"]["state"] == "missing", rows
+    # too small a disk for the bins, of which uint8 ones take a quarter
+    rows = check(machine, "--stop-stage", 4, sample_size="9" * 12)[1]
+    quarter = check(machine, "--stop-stage", 4, "--aipp", "yes", sample_size="9" * 12)[1]
+    assert rows["disk"]["state"] == quarter["disk"]["state"] == "missing"
+    assert [float(row["disk"]["found"].split()[-5]) for row in (rows, quarter)] == [602112000.0, 150528000.0]
 
 
-def test_ais_bench_is_told_from_its_namesake(machine):
-    site = machine / "site"
-    for path, complete, text in ((None, False, "has no ais_bench"), ("ais_bench/benchmark/__init__.py", False, "language models"),
-                                 ("ais_bench/infer/__init__.py", False, "no aclruntime"), ("aclruntime.py", True, "aclruntime")):
-        if path:
-            write(site / "ais_bench" / "__init__.py")
-            write(site / path)
-        output = subprocess.check_output([sys.executable, "-c", "import doctor, json; print(json.dumps(doctor.ais_bench()))"],
-                                         env=dict(os.environ, PYTHONPATH="%s:%s" % (site, os.path.join(ROOT, "tools"))))
-        found, command = json.loads(output.decode())
-        assert text in found and (command is None) == complete
-        assert ("uninstall ais_bench_benchmark" in str(command)) == ("language" in text)
+def test_ais_bench(machine):
+    """What it refuses is asked of tools/ais_bench_files.py: here the tool of language models, and a path."""
+    site, arguments = machine / "site", ["--backend", "ais_bench"]
+    write(site / "ais_bench" / "__init__.py")
+    row = check(machine, *arguments, PYTHONPATH=str(site))[1]["ais_bench"]
+    assert row["state"] == "missing" and "language models" in row["found"] and "uninstall ais_bench_benchmark" in row["run"]
+    write(site / "ais_bench" / "infer" / "__init__.py")
+    write(site / "aclruntime.py")
+    assert check(machine, *arguments, PYTHONPATH=str(site))[1]["ais_bench"]["state"] in ("ok", "note")  # without pkg_resources
+    row = check(machine, "--work-dir", machine / "a b", *arguments, PYTHONPATH=str(site))[1]["ais_bench"]
+    assert row["state"] == "missing" and "%s: ais_bench takes only paths" % (machine / "a b") in row["found"]
 
 
 def test_the_users_inputs(machine):
-    sample = machine / "sample"
+    sample, data = machine / "sample", own_data(str(machine)) + ["--stop-stage", 5]
     for name in ("checkpoint.pth.tar", "label.json", "images/1.png", "images/x y.png"):
         write(sample / name)
     write(sample / "image.txt", "1.png\nx y.png")
-    row = check(machine, *own_data(str(machine)))[1]
-    assert row["inputs"]["state"] == "ok" and row["inputs"]["found"].startswith("2 images, ")
-    assert "1 of 2 images, as x y.png" in row["names"]["found"]
+    row = check(machine, *own_data(str(machine)))[1]["inputs"]
+    assert row["state"] == "ok" and row["found"].endswith("label.json, 2 images")
     write(sample / "image.txt", "1.png\n2.png\n")
-    process, rows = check(machine, *own_data(str(machine)))
+    process, rows = check(machine, *data)
     assert process.returncode == 1 and "1 of the 2 images" in rows["inputs"]["found"] and "as 2.png" in rows["inputs"]["found"]
     (sample / "checkpoint.pth.tar").unlink()
-    process, rows = check(machine, *own_data(str(machine)))
+    process, rows = check(machine, *data)
     assert process.returncode == 1 and rows["inputs"]["found"] == "no %s" % (sample / "checkpoint.pth.tar")
+    assert check(machine, "--stage", 5, "--stop-stage", 6, "--checkpoint", sample)[1]["inputs"]["state"] == "ok"
+    row = check(machine, "--stage", 4, "--stop-stage", 4, "--images", sample)[1]["inputs"]
+    assert row["state"] == "missing" and row["found"] == "image_list is not set"
 
 
 def test_a_python_without_packages(machine):
     """It looks, and leaves the installation to the first run."""
     bare, checkout = machine / "bare", machine / "checkout"
     subprocess.check_call([sys.executable, "-m", "venv", "--without-pip", str(bare)])
-    for name in ("run_all.sh", "requirements.txt", "tools/backend.sh", "tools/doctor.py"):
+    for name in ("run_all.sh", "requirements.txt", "get_info.py", "tools/backend.sh", "tools/driver.sh", "tools/doctor.py",
+                 "tools/common.py", "tools/ais_bench_files.py"):
         with open(os.path.join(ROOT, name)) as f:
             write(checkout / name, f.read())
     process, rows = check(machine, root=checkout, PYTHON=str(bare / "bin" / "python"))
     assert process.returncode == 0 and rows["Python"]["state"] == rows["ONNX Runtime"]["state"] == "note"
-    assert "the first run installs into %s/.venv-" % checkout in rows["Python"]["found"] and "numpy" in rows["Python"]["found"]
+    assert "numpy" in rows["Python"]["found"] and " into %s/.venv-" % checkout in rows["Python"]["found"]
+    assert "has no ais_bench and no aclruntime" in rows["ais_bench"]["found"]
+    row = check(machine, "--stage", 5, "--stop-stage", 5, root=checkout, PYTHON=str(bare / "bin" / "python"))[1]["Python"]
+    assert "the run installs numpy into" in row["found"]
     process = run_all("--check", PYTHON=str(machine / "none"))
     check_error(process, "%s: no such Python" % (machine / "none"))
 
@@ -294,6 +307,7 @@ def test_its_options(machine):
     for wrong, text in ((["--chips", "0"], "chips"), (["--json", "x"], "--check"), (["--strict=no"], "strict")):
         process = run_all("--work-dir", machine / "work", *wrong)
         assert process.returncode == 2 and text in process.stderr, process.stderr
+    check_error(run_all("--check", "--json", machine / "none" / "x"), "%s: cannot be written: No such" % (machine / "none" / "x"))
     process = run_all("--help")
     for name in ("--check", "--json", "--chips", "--strict", "--set-env"):
         assert name in process.stdout

@@ -12,11 +12,13 @@ import onnxruntime
 import pytest
 import torch
 
+import DeepMAR
 import export_onnx
 from conftest import ROOT, check_error, script
 from DeepMAR import DeepMAR_ResNet50, load_model
 
 OLD = torch.__version__.startswith("1.6.")  # the guide's stack
+torch.set_num_threads(1)  # threads that wait for each other are slow on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +42,9 @@ def interface(value):
 def test_export(folder, batch, arguments):
     process = script("export_onnx.py", *arguments, cwd=folder)
     assert process.returncode == 0 and process.stderr == "", process.stderr
-    assert re.match(r"deepmar.onnx: batch size %d, 35 attributes, opset 11; ONNX Runtime and PyTorch differ by at most "
-                    r"[0-9.e+-]+ \(largest logit [0-9.e+-]+\)\n$" % batch, process.stdout), process.stdout
+    assert re.match(r"deepmar.onnx: batch size %d, images of 224 x 224 \(height x width\), last_conv_stride 2, 35 attributes, "
+                    r"opset 11; ONNX Runtime and PyTorch differ by at most [0-9.e+-]+ \(largest logit [0-9.e+-]+\)\n$" % batch,
+                    process.stdout), process.stdout
     assert sorted(os.listdir(str(folder))) == ["checkpoint.pth.tar", "deepmar.onnx"]
     model = onnx.load(str(folder / "deepmar.onnx"))
     onnx.checker.check_model(onnx.shape_inference.infer_shapes(model), full_check=True)
@@ -74,45 +77,141 @@ def test_export(folder, batch, arguments):
         assert types["Pad"] == 0
 
 
-def test_a_mismatch_is_an_error_and_leaves_no_file(folder, monkeypatch):
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A folder with c.pth: two state dicts of a small network of 4 attributes. main() takes it for a DeepMAR."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(DeepMAR, "BLOCKS", [1, 1, 1, 1])
+    torch.manual_seed(0)
+    states = [DeepMAR_ResNet50(num_att=4).state_dict() for _ in range(2)]
+    torch.save({"state_dict": states[0], "ema": {"module": {"module." + k: v for k, v in states[1].items()}}}, "c.pth")
+    return tmp_path, states
+
+
+def test_a_mismatch_is_an_error_and_leaves_no_file(small, monkeypatch):
     """Another network's graph in the file: the earlier output stays."""
+    folder, _ = small
     real = export_onnx.export
 
-    def wrong(model, path, batch_size):
-        other = DeepMAR_ResNet50().eval()
-        real(other, path, batch_size)
+    def wrong(model, shape):
+        return real(DeepMAR_ResNet50(num_att=4).eval(), shape)
     monkeypatch.setattr(export_onnx, "export", wrong)
     (folder / "earlier.onnx").write_text("earlier")
     for name in ("earlier.onnx", "new.onnx"):
         with pytest.raises(ValueError, match="differ from PyTorch's by"):
-            export_onnx.main([str(folder / "checkpoint.pth.tar"), str(folder / name), "1"])
+            export_onnx.main(["c.pth", name, "1", "--size", "64", "64"])
     assert (folder / "earlier.onnx").read_text() == "earlier"
-    assert not [name for name in os.listdir(str(folder)) if "partial" in name or name == "new.onnx"]
-    os.remove(str(folder / "earlier.onnx"))
+    assert sorted(os.listdir(str(folder))) == ["c.pth", "earlier.onnx"]
+
+
+@pytest.mark.parametrize("options, stride, size, which", [
+    (["--last-conv-stride", "1"], 1, (224, 224), 0), (["--size", "128", "64", "--last_conv_stride=1"], 1, (128, 64), 0),
+    (["--size", "100", "60", "--state-dict=ema", "--num-att=4"], 2, (100, 60), 1)])
+def test_stride_size_and_state_dict(small, capsys, options, stride, size, which):
+    _, states = small
+    export_onnx.main(options + ["c.pth", "o.onnx", "2"])
+    told, summary = capsys.readouterr().out.splitlines()
+    names = ["state_dict", "ema.module"]
+    assert told == "c.pth: took the state dict %s; it also has: %s (--state-dict NAME takes another)" % (
+        names[which], names[1 - which])
+    assert "o.onnx: batch size 2, images of %d x %d (height x width), last_conv_stride %d, 4 attributes, " % (
+        size + (stride,)) in summary
+    assert [interface(value) for value in onnx.load("o.onnx").graph.input] == [
+        ("actual_input_1", onnx.TensorProto.FLOAT, [2, 3] + list(size))]
+    images = np.random.RandomState(9).standard_normal((2, 3) + size).astype(np.float32)
+    session = onnxruntime.InferenceSession("o.onnx", providers=["CPUExecutionProvider"])
+    logits, = session.run(["output1"], {"actual_input_1": images})
+    expected = {}
+    for other in (1, 2):
+        model = DeepMAR_ResNet50(num_att=4, last_conv_stride=other).eval()
+        model.load_state_dict(states[which])
+        with torch.no_grad():
+            expected[other] = model(torch.from_numpy(images)).numpy()
+    assert np.abs(logits - expected[stride]).max() < 1e-4 * max(1, np.abs(expected[stride]).max())
+    assert np.abs(logits - expected[3 - stride]).max() > 1e-2 * np.abs(expected[stride]).max()  # a wrong one is not noticed
+
+
+def test_another_number_of_attributes_than_asked_for_stops_before_the_export(small, monkeypatch):
+    monkeypatch.setattr(export_onnx, "export", None)
+    with pytest.raises(ValueError, match="c.pth: was trained for 4 attributes, but --num-att asks for 35"):
+        export_onnx.main(["c.pth", "o.onnx", "1", "--num-att", "35"])
+    with pytest.raises(ValueError, match="c.pth: has no state dict momentum; it has: state_dict, ema.module"):
+        export_onnx.main(["c.pth", "o.onnx", "1", "--state-dict", "momentum"])
+    assert os.listdir(".") == ["c.pth"]
+
+
+def test_help_says_that_a_checkpoint_does_not_tell_stride_and_size():
+    process = script("export_onnx.py", "--help")
+    assert "A checkpoint does not tell with which values it was" in process.stdout
+
+
+@pytest.mark.parametrize("wrong", [
+    ["--last-conv-stride", "3"], ["--last-conv-stride", "x"], ["--size", "224"], ["--size", "224", "0"], ["--size", "-1", "2"],
+    ["--size", "2.5", "2"], ["--num-att", "0"], ["--num-att", "x"], ["--num-att"], ["--state-dict"], ["--size", "\u0661", "2"]])
+def test_usage_of_the_options(capsys, wrong):
+    with pytest.raises(SystemExit) as exit_:
+        export_onnx.main(["c.pth", "o.onnx", "1"] + wrong)
+    assert exit_.value.code == 2 and "export_onnx.py: error: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", [
     [], ["c"], ["c", "o"], ["c", "o", "0"], ["c", "o", "-1"], ["c", "o", "x"], ["c", "o", "1.5"], ["c", "o", ""],
     ["c", "o", "1", "2"], ["c", "o", "--batch_size=1"], ["--input_file=c"], ["--input_file=c", "--output_file=o",
                                                                             "--batch_size=0"], ["--bs=1"]])
-def test_usage(folder, wrong):
-    check_error(script("export_onnx.py", *wrong, cwd=folder), code=2)
+def test_usage(capsys, wrong):
+    with pytest.raises(SystemExit) as exit_:
+        export_onnx.main(wrong)
+    assert exit_.value.code == 2 and "export_onnx.py: error: " in capsys.readouterr().err
 
 
-def test_errors(folder, tmp_path):
-    check_error(script("export_onnx.py", "nowhere.pth", "o.onnx", 1, cwd=folder), "nowhere.pth")
-    check_error(script("export_onnx.py", "checkpoint.pth.tar", "nowhere/o.onnx", 1, cwd=folder), "nowhere/o.onnx")
+def test_errors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "page.pth").write_text("<!DOCTYPE html>")
-    check_error(script("export_onnx.py", tmp_path / "page.pth", "o.onnx", 1, cwd=folder), "page.pth", "no PyTorch")
-    assert os.listdir(str(folder)) == ["checkpoint.pth.tar"] or "o.onnx" not in os.listdir(str(folder))
+    check_error(script("export_onnx.py", "page.pth", "o.onnx", 1, cwd=tmp_path), "export_onnx.py: error: page.pth: no PyTorch")
+    with pytest.raises(OSError, match="nowhere.pth: no such file"):
+        export_onnx.main(["nowhere.pth", "o.onnx", "1"])
+    assert os.listdir(".") == ["page.pth"]
 
 
-def test_in_the_open_source_repository(folder, tmp_path):
-    """Copied into its root, where the model is baseline/model/DeepMAR.py."""
-    (tmp_path / "baseline" / "model").mkdir(parents=True)
-    shutil.copy(os.path.join(ROOT, "export_onnx.py"), str(tmp_path))
-    shutil.copy(os.path.join(ROOT, "DeepMAR.py"), str(tmp_path / "baseline" / "model"))
-    process = subprocess.run([sys.executable, "export_onnx.py", str(folder / "checkpoint.pth.tar"), "o.onnx", "1"],
-                             cwd=str(tmp_path), stderr=subprocess.PIPE)
-    assert process.returncode == 0, process.stderr
-    assert (tmp_path / "o.onnx").stat().st_size > 9e7
+@pytest.fixture
+def places(small):
+    """Folders with the two files: copies in the layout of the open-source repository, and a link to a copy of the project."""
+    folder, _ = small
+    (folder / "repository" / "baseline" / "model").mkdir(parents=True)
+    for package in ("baseline", "baseline/model"):
+        (folder / "repository" / package / "__init__.py").write_text("")
+    with open(os.path.join(ROOT, "DeepMAR.py")) as f:
+        source = f.read()
+    assert source.count("BLOCKS = [3, 4, 6, 3]") == 1
+    small_source = source.replace("BLOCKS = [3, 4, 6, 3]", "BLOCKS = [1, 1, 1, 1]")
+    (folder / "repository" / "baseline" / "model" / "DeepMAR.py").write_text(small_source)
+    shutil.copy(os.path.join(ROOT, "export_onnx.py"), str(folder / "repository"))
+    (folder / "project").mkdir()
+    (folder / "project" / "DeepMAR.py").write_text(small_source)
+    shutil.copy(os.path.join(ROOT, "export_onnx.py"), str(folder / "project"))
+    (folder / "link.py").symlink_to(folder / "project" / "export_onnx.py")
+    (folder / "elsewhere").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("place", ["repository/export_onnx.py", "link.py"])
+def test_finds_its_network(places, place):
+    """From another folder and with PYTHONSAFEPATH (Python 3.11). The reader of the output has left, as head does."""
+    process = subprocess.run(
+        '"%s" ../%s ../c.pth o.onnx 1 --size 64 64 | true; echo ${PIPESTATUS[0]}' % (sys.executable, place), shell=True,
+        executable="/bin/bash", env=dict(os.environ, PYTHONSAFEPATH="1"), cwd=str(places / "elsewhere"), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, universal_newlines=True)
+    assert process.stderr == "" and process.stdout == "141\n"
+    assert os.listdir(str(places / "elsewhere")) == ["o.onnx"]
+
+
+def test_names_that_the_terminal_cannot_show(places):
+    """A file name that is not UTF-8, and a state dict with a Chinese name, where only ASCII can be shown."""
+    torch.save({"\u6a21\u578b": DeepMAR_ResNet50(num_att=4).state_dict()}, "c.pth")
+    name = os.fsdecode(b"\xff\xe9.pth")
+    os.rename("c.pth", name)
+    ascii_ = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    process = subprocess.run([sys.executable, "link.py", name, name + ".onnx", "1", "--size", "64", "64"],
+                             env=dict(os.environ, **ascii_), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.returncode == 0 and b"took its only state dict, \\u6a21\\u578b" in process.stdout, process
+    assert os.path.exists(name + ".onnx")

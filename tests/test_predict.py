@@ -1,5 +1,6 @@
 """tools/predict.py on a tiny model: what it prints is what the pipeline's files hold; the pictures it draws."""
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ from PIL import Image, ImageFont
 import postprocess_deepmar_pytorch as post
 import predict
 from preprocess_deepmar_pytorch import ORIENTATION
+
+
+PEN = predict.Pen(["ab 0123456789. %"])
 
 
 def write_model(path, batch_size=1, attributes=35, size=(224, 224), bias=0.0, sigmoid=False):
@@ -65,7 +69,7 @@ def run_stage_6(folder, model, batch_size, device=0, height=224, width=224):
 
 def parse(text):
     """What predict.py prints -> {image: [(marked, percent, name, logit)]}."""
-    images = {}
+    images, current = {}, None
     for line in text.strip().split("\n"):
         match = re.match(r"  ([+ ]) +([\d.]+) %  (.+?) +logit (\S+)$", line)
         if match:
@@ -120,7 +124,7 @@ def test_a_photograph_that_a_camera_held_sideways_took(tmp_path):
     assert all(said[str(path)] == said[str(upright)] for path in paths) and len(paths) == 8
     lying = script("tools/predict.py", paths[4], "--onnx", model)
     assert parse(lying.stdout)[str(paths[4])] == said[str(upright)]
-    pictures = [np.asarray(predict.draw(str(path), np.float32([1, -1]), ["a", "b"])) for path in (paths[4], upright)]
+    pictures = [np.asarray(predict.draw(str(path), np.float32([1, -1]), ["a", "b"], PEN)) for path in (paths[4], upright)]
     assert np.array_equal(*pictures)
 
 
@@ -188,7 +192,7 @@ def test_drawing(tmp_path, monkeypatch, font):
     logits = np.full(35, -40, np.float32)
     logits[[4, 9, 20]] = [40, 0, -1]
     names = ["attribute %d" % i for i in range(34)] + ["\u5e74\u9f84"]
-    picture = predict.draw(str(path), logits, names)
+    picture = predict.draw(str(path), logits, names, predict.Pen(names + ["0123456789. %"]))
     height = predict.ROW * 35
     pixels = np.asarray(picture)
     assert picture.height == height + 2 * predict.MARGIN
@@ -209,9 +213,74 @@ def test_drawing(tmp_path, monkeypatch, font):
 @pytest.mark.parametrize("size", [(1, 900), (900, 1), (3000, 100)])
 def test_drawing_odd_sizes(tmp_path, size):
     Image.new("L", size, 10).save(str(tmp_path / "odd.png"))
-    picture = predict.draw(str(tmp_path / "odd.png"), np.array([1, -1], np.float32), ["a", "b"])
+    picture = predict.draw(str(tmp_path / "odd.png"), np.array([1, -1], np.float32), ["a", "b"], PEN)
     assert picture.width < 1000 and picture.height < 1000
     assert tuple(np.asarray(picture)[predict.MARGIN, predict.MARGIN]) == (10, 10, 10)
+
+
+def write_font(path, letters):
+    """Writes a font in which each of these letters, and no other, is a triangle of its own."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+    builder, glyphs = FontBuilder(1000, isTTF=True), {}
+    for i, name in enumerate([".notdef"] + list(letters)):
+        pen = TTGlyphPen(None)
+        pen.moveTo((0, 0))
+        pen.lineTo((300 + 100 * i, 800))
+        pen.lineTo((900, 0))
+        pen.closePath()
+        glyphs[name if i == 0 else "u%04X" % ord(name)] = pen.glyph()
+    builder.setupGlyphOrder(list(glyphs))
+    builder.setupCharacterMap({ord(letter): "u%04X" % ord(letter) for letter in letters})
+    builder.setupGlyf(glyphs)
+    builder.setupHorizontalMetrics(dict.fromkeys(glyphs, (1000, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Triangles", "styleName": "Regular"})
+    builder.setupOS2(sTypoAscender=800, usWinAscent=800, usWinDescent=200)
+    builder.setupPost()
+    builder.save(str(path))
+
+
+@pytest.fixture
+def fonts(tmp_path, monkeypatch):
+    """A folder, in which alone fontconfig looks for fonts."""
+    if not shutil.which("fc-match"):
+        pytest.skip("NOT RUN: no fontconfig; apt-get install fontconfig")
+    folder = tmp_path / "fonts"
+    folder.mkdir()
+    (tmp_path / "fonts.conf").write_text("<fontconfig><dir>%s</dir><cachedir>%s</cachedir></fontconfig>"
+                                         % (folder, tmp_path / "cache"))
+    monkeypatch.setenv("FONTCONFIG_FILE", str(tmp_path / "fonts.conf"))
+    return folder
+
+
+def test_letters_that_the_usual_font_lacks_come_from_those_that_have_them(fonts):
+    text = "\u6234\u5e3d\u5b50 hat"
+    assert predict.Pen([text]).missing == ["\u5b50", "\u5e3d", "\u6234"]
+    write_font(fonts / "a.ttf", "\u6234\u5e3d\u80cc")
+    write_font(fonts / "b.ttf", "\u5b50")
+    pen = predict.Pen([text])
+    assert pen.missing == []
+    assert [getattr(font, "path", "").rpartition("/")[2] for font, _ in pen.parts(text)][:2] == ["a.ttf", "b.ttf"]
+    assert [part for _, part in pen.parts(text)] == ["\u6234\u5e3d", "\u5b50", " hat"]
+    assert "a.ttf" in predict.Pen(["\u6234"], str(fonts / "b.ttf")).font_of["\u6234"].path
+
+
+def test_a_font_is_named_or_asked_for(fonts, tmp_path):
+    names = write_images(tmp_path / "images", 1)
+    (tmp_path / "names.txt").write_text("\u6234\u5e3d\ntall\n", encoding="utf-8")
+    command = ["tools/predict.py", "images/" + names[0], "--onnx", write_model(tmp_path / "m.onnx", attributes=2),
+               "--attributes=names.txt", "--save=out"]
+    picture = tmp_path / "out" / "im0_attributes.png"
+    done = script(*command, cwd=tmp_path)
+    assert done.returncode == 0 and "note: no font on this machine has \u5e3d, \u6234: boxes" in done.stderr, done.stderr
+    assert "fonts-noto-cjk" in done.stderr and "google-noto-sans-cjk-fonts" in done.stderr
+    boxes = picture.read_bytes()
+    write_font(tmp_path / "font.ttf", "\u6234\u5e3d")
+    done = script(*(command + ["--font=font.ttf"]), cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "" and picture.read_bytes() != boxes, done.stderr
+    check_error(script(*(command + ["--font=names.txt"]), cwd=tmp_path), "names.txt: no font that Pillow can read")
+    check_error(script(*(command + ["--font=absent.ttf"]), cwd=tmp_path), "absent.ttf: no font that Pillow can read")
 
 
 def test_probabilities():

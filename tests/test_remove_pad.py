@@ -62,7 +62,7 @@ def node(op_type, inputs, outputs, **attributes):
 
 
 ZEROS, PADS = np.zeros(8, np.int64), np.array([0, 0, 1, 1, 0, 0, 1, 1])
-POOL = dict(kernel_shape=[4, 4])
+POOL = {"kernel_shape": [4, 4]}
 ENDS = [node("Relu", "x", "r"), node("AveragePool", "p", "y", **POOL)]
 
 

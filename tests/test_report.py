@@ -183,7 +183,7 @@ def test_sorting(browser, run):
                          key=lambda value: value.lower() if column == 0 else value, reverse=direction == "descending")
         if column == 6:  # the width of an interval
             values, defined = [value and round(float(value), 6) for value in values], [round(value, 6) for value in defined]
-        assert [str(value) for value in values] == [str(value) for value in defined] + [""] * (35 - len(defined))  # undefined ones stay last
+        assert [str(value) for value in values] == [str(value) for value in defined] + [""] * (35 - len(defined))
         states = browser.run("[...document.querySelectorAll('.sortable thead th')].map("
                              "header => header.getAttribute('aria-sort'))")
         assert states == ["none"] * column + [direction] + ["none"] * (6 - column)

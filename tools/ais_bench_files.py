@@ -19,8 +19,10 @@ import re
 import shutil
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from get_info import natural  # noqa: E402 - needs no package, as the Python of ais_bench may have few
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+from common import command, note  # neither needs a package, as the Python of ais_bench may have few
+from get_info import natural
 
 SAFE = re.compile("[A-Za-z0-9_./-]+").fullmatch
 
@@ -44,6 +46,9 @@ def check(work, *paths):
     missing = [module for module in ("ais_bench", "aclruntime") if not has(module)]
     if missing:
         raise ValueError("backend ais_bench: %s has no %s; run: %s" % (sys.executable, " and no ".join(missing), install))
+    if not has("pkg_resources"):
+        note("%s has no pkg_resources, by which ais_bench finds aclruntime's version: the tool of 2024 fails without it, others "
+             "run in an older mode; run: %s install 'setuptools<81'" % (sys.executable, pip))
     if not SAFE(os.path.realpath(work)):
         raise ValueError("%s: ais_bench takes only paths of A-Z a-z 0-9 _ - / and the dot; choose another --work-dir"
                          % os.path.realpath(work))
@@ -59,7 +64,8 @@ def check(work, *paths):
 def staged_names(bins):
     """Returns {name for ais_bench: name} of a folder's bins: numbers instead of the names where one of these is not safe."""
     names = sorted((name for name in os.listdir(bins) if name.endswith(".bin")), key=natural)
-    return {name if all(map(SAFE, names)) else "%08d.bin" % number: name for number, name in enumerate(names)}
+    safe = all(map(SAFE, names))
+    return {name if safe else "%08d.bin" % number: name for number, name in enumerate(names)}
 
 
 def give_file(source, target):
@@ -108,26 +114,22 @@ def collect(bins, *devices):
         os.rmdir("numbered")
         with open(folder + "_summary.json") as f:
             summary = json.load(f)
-        for files in summary["filesinfo"].values():
+        for files in summary.get("filesinfo", {}).values():
             for kind, paths in files.items():
                 files[kind] = [own(path) for path in paths]
         with open(folder + "_summary.json", "w") as f:
             json.dump(summary, f)
+    shutil.rmtree("result/devices")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("command", choices=["check", "give", "collect"])
-    parser.add_argument("paths", nargs="+", metavar="ARGUMENT")
+    parser.add_argument("action", choices=["check", "give", "collect"])
+    parser.add_argument("arguments", nargs="+", metavar="ARGUMENT")
     args = parser.parse_args(argv)
-    {"check": check, "give": give, "collect": collect}[args.command](*args.paths)
+    {"check": check, "give": give, "collect": collect}[args.action](*args.arguments)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit("ais_bench_files.py: error: %s" % error)
-    except KeyboardInterrupt:
-        sys.exit("ais_bench_files.py: interrupted")
+    command(main)

@@ -8,15 +8,11 @@ binary=$(basename "$benchmark")
 doctor() { "$python" "$here/tools/doctor.py" "$@"; } # it understands npu-smi's table and CANN's folders
 has_atc() { command -v atc >/dev/null; }
 has_benchmark() { [ -x "$benchmark" ]; }
-ais_bench_files() { "$python" "$here/tools/ais_bench_files.py" "$@"; }
-has_ais_bench() { ais_bench_files check / 2>/dev/null; }
+has_ais_bench() { "$python" "$here/tools/ais_bench_files.py" check / 2>/dev/null; }
 has_om() { # whether there will be an OM for every batch size
-    runs 3 && has_atc && return
     local batch
-    for batch in $batch_size; do
-        om_missing=$work_dir/deepmar_bs$batch.om
-        [ -e "$om_missing" ] || return
-    done
+    runs 3 && has_atc && return
+    for batch in $batch_size; do [ -e "$work_dir/deepmar_bs$batch.om" ] || return; done
 }
 
 # read_set_env: reads CANN's set_env.sh, the one that was asked for, or the machine's where atc is not on the PATH
@@ -40,7 +36,8 @@ check_machine() {
     local asked=$backend name values=()
     [ "$backend" != auto ] || choose_backend
     for name in $names; do values+=("$name=${!name}"); done
-    exec "$python" "$here/tools/doctor.py" check "asked_backend=$asked" "${values[@]}"
+    needed_packages
+    exec "$python" "$here/tools/doctor.py" check "asked_backend=$asked" "packages=${packages[*]}" "${values[@]}"
 }
 
 # choose_backend: sets backend to what will run the model, and make_om where atc is to make an OM; stops where a piece of a
@@ -69,33 +66,28 @@ choose_backend() {
                 fail "backend benchmark: there is no $benchmark; take it from CANN's benchmark tool, then run:" \
                     "cp $binary $here/ && chmod u+x $benchmark"
             fi
-            has_om || fail "backend $backend: no atc and no OM on this machine; run: bash" \
-                "./Ascend-cann-toolkit_VERSION_linux-$(uname -m).run --install, or put ${om_missing##*/} into $work_dir" ;;
+            has_om || fail "backend $backend: no atc and no OM on this machine; put an OM for each batch size, as" \
+                "deepmar_bs${batch_size%% *}.om, into $work_dir, or run: bash" \
+                "./Ascend-cann-toolkit_VERSION_linux-$(uname -m).run --install" ;;
     esac
+    make_twin=''
+    case $aipp$backend$make_om in yesonnxruntime* | yesauto) ! runs 3 || make_twin=yes ;; esac
     no_om="there is no atc on this machine; an OM in $work_dir is taken as it is"
     [ "$backend" != onnxruntime ] || no_om="the ONNX model runs on ONNX Runtime"
-    if [ "$backend" = ais_bench ] && runs 6; then check_ais_bench; fi
-}
-
-# check_ais_bench: stops where ais_bench does not start, or would refuse what is there; sets ais_bench_help
-check_ais_bench() {
-    local taken=() batch
-    runs 4 || taken+=("$work_dir/input_bin")
-    for batch in $batch_size; do [ -n "$make_om" ] || taken+=("$work_dir/deepmar_bs$batch.om"); done
-    ais_bench_files check "$work_dir" "${taken[@]}" || exit 1
-    ais_bench_help=$(cd / && "$python" -m ais_bench --help 2>&1) ||
-        fail "backend ais_bench: $python -m ais_bench --help ends with: ${ais_bench_help##*$'\n'}; install what is missing, or" \
-            "source CANN's set_env.sh where that is a library"
 }
 
 # choose_chip: sets chip_name as atc takes it, empty where no OM is made and nothing names it, and chips, those of a card
 choose_chip() {
     local asked=$chip_name found
     if command -v npu-smi >/dev/null && { [ -n "$make_om" ] || [ "$backend" != onnxruntime ]; }; then
-        found=$(doctor chip "$chip_name" "${devices[0]}") || exit 1
-        read -r chip_name found <<<"$found"
-        [ -n "$asked" ] || say "npu-smi info names the chip $chip_name"
-        [ "$found" = 0 ] || chips=${chips:-$found}
+        if found=$(doctor chip "$chip_name" "${devices[0]}" 2>&1); then
+            read -r chip_name found <<<"$found"
+            [ -n "$asked" ] || say "npu-smi info names the chip $chip_name"
+            [ "$found" = 0 ] || chips=${chips:-$found}
+        else
+            [ -z "$make_om" ] || fail "${found#doctor.py: error: }"
+            say "${found#doctor.py: error: }"
+        fi
     fi
     [ -z "$make_om" ] || [ -n "$chip_name" ] ||
         fail "chip_name is empty, and there is no npu-smi to ask: set it, as in --chip-name 310P3, or --backend onnxruntime for" \
@@ -138,10 +130,12 @@ broken() {
 # run_atc: makes the OM of one batch size. In a folder of its own, as atc also leaves a fusion_result.json, which is not that of
 # stage 7.
 run_atc() {
+    local insert=()
+    [ "$aipp" = no ] || insert=(--insert_op_conf=../aipp.cfg --enable_small_channel=1)
     new_scratch atc
     cd "$scratch"
     tool "atc_bs$batch.log" atc --model="../$nopad" --framework=5 --output="${om%.om}" --input_format=NCHW \
-        --input_shape="actual_input_1:$batch,3,$height,$width" --log=error --soc_version="$chip_name"
+        --input_shape="actual_input_1:$batch,3,$height,$width" --log=error --soc_version="$chip_name" "${insert[@]}"
     [ -e "$om" ] || broken "atc left no $om" "atc_bs$batch.log"
     cd "$work_dir"
     mv "$scratch/$om" "$om"
@@ -228,9 +222,22 @@ run_devices() {
     [ -z "$failed" ] || broken "$backend failed on device $failed" "${backend}_bs${batch}_device${failed%% *}.log"
 }
 
+# check_ais_bench: where ais_bench is to run, stops if it does not start, or would refuse what is there. Sets ais_bench_help.
+check_ais_bench() {
+    local paths=() batch
+    if [ "$backend" != ais_bench ] || ! runs 6; then return 0; fi
+    [[ $python != */* ]] || python=$(realpath -s -- "$python") # it is called in other folders
+    runs 4 || paths+=("$work_dir/input_bin")
+    for batch in $batch_size; do [ -n "$make_om" ] || paths+=("$work_dir/deepmar_bs$batch.om"); done
+    "$python" "$here/tools/ais_bench_files.py" check "$work_dir" "${paths[@]}" || exit 1
+    ais_bench_help=$(cd / && "$python" -m ais_bench --help 2>&1) ||
+        fail "backend ais_bench: $python -m ais_bench --help ends with: ${ais_bench_help##*$'\n'}; install what is missing, or" \
+            "source CANN's set_env.sh where that is a library"
+}
+
 # run_ais_bench: it shares the images among several devices by itself
 run_ais_bench() {
-    local log=ais_bench_bs$batch.log folder=dumpOutput_device$device_id divide=() taken
+    local folder=dumpOutput_device$device_id divide=() taken
     if [ ${#devices[@]} -gt 1 ]; then
         [ "$wanted" -ge ${#devices[@]} ] || fail "${#devices[@]} devices, but fewer images in $work_dir/deepmar.info"
         folder=devices

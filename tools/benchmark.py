@@ -13,19 +13,22 @@ import argparse
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import command, cores, importing, pixels, progress, replaced_folder, some, write_text
-from session import NEEDS, Clock, calls_at_once, check_shape, input_size, interruptible, open_session, provider_note, run
+from common import can_start, command, cores, importing, pixels, progress, replaced_folder, some, write_text
+from get_info import kind
+from session import (NEEDS, Clock, Inline, calls_at_once, check_shape, empty_batch, input_size, interruptible, open_session,
+                     provider_note, run, takes_uint8)
 
 with importing():
     import numpy as np
 
 
-def read_info(path, height, width):
+def read_info(path, height, width, uint8=False):
     """Returns the bins of an info file, [(name, path)]; raises OSError or ValueError, as for a bin of the wrong size."""
-    size = 4 * 3 * height * width
+    text, size = kind(height, width, uint8)
     try:
         with open(path, encoding="utf-8") as f:
             lines = f.read().split("\n")
@@ -52,8 +55,8 @@ def read_info(path, height, width):
         elif os.path.getsize(match.group(2)) != size:
             bad.append("%s (%d bytes)" % (match.group(2), os.path.getsize(match.group(2))))
     if bad:
-        raise ValueError("%s: %d of %d bins are not float32 [3,%d,%d] (%d bytes): %s"
-                         % (path, len(bad), len(bins), height, width, size, some(bad)))
+        raise ValueError("%s: %d of %d bins are not %s (%d bytes), which the model takes: %s"
+                         % (path, len(bad), len(bins), text, size, some(bad)))
     if not bins:
         raise ValueError("%s: names no bin; get_info.py writes this file" % path)
     return bins
@@ -72,7 +75,7 @@ def perf_lines(clocks, images):
 
 def vision(session, calls, args):
     """Runs the model over the info file's bins; returns what to print."""
-    bins = read_info(args.input_text_path, args.input_height, args.input_width)
+    bins = read_info(args.input_text_path, args.input_height, args.input_width, takes_uint8(session))
     folder = os.path.join("result", "dumpOutput_device%d" % args.device_id)
     with replaced_folder(folder) as partial, progress(len(bins), "image") as bar:
         clocks = run(session, bins, args.batch_size, args.input_height, args.input_width, partial, bar.update,
@@ -85,16 +88,17 @@ def vision(session, calls, args):
 
 def pure_inference(session, calls, args):
     """Runs the model on random input; returns what to print."""
-    from concurrent.futures import ThreadPoolExecutor
-    shape = (args.batch_size, 3) + input_size(session)[1:]
-    feed = {session.get_inputs()[0].name: np.random.RandomState(0).standard_normal(shape).astype(np.float32)}
+    batch, random = empty_batch(session, args.batch_size, *input_size(session)[1:]), np.random.RandomState(0)
+    batch[...] = random.randint(0, 256, batch.shape) if takes_uint8(session) else random.standard_normal(batch.shape)
+    feed = {session.get_inputs()[0].name: batch}
     clock = Clock()
 
     def infer(_):
         with clock:
             session.run(None, feed, options)
 
-    with interruptible() as options, progress(args.round, "round") as bar, ThreadPoolExecutor(calls) as runner:
+    pool = ThreadPoolExecutor if can_start(calls + 1) else Inline
+    with interruptible() as options, progress(args.round, "round") as bar, pool(calls) as runner:
         session.run(None, feed, options)
         for _ in runner.map(infer, range(args.round)):
             bar.update()

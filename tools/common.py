@@ -1,18 +1,29 @@
 """What the scripts share: how they start and end, files that are written whole, progress bars, names and text."""
+import codecs
 import contextlib
 import errno
 import os
+import re
 import secrets
 import signal
 import sys
+import threading
+import time
 import unicodedata
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on, ONNX Runtime reports each model to its makers
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")   # numpy's threads, which nothing here needs: where none can be started,
+                                                     # its import would end the process
 
 # What a file system without locks answers to flock: Lustre without -o flock, some NFS and FUSE mounts.
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 NAMED = 1000  # items that an error names at most
 NUMBER = (int, float)  # in a JSON file, for fits()
+READER_LEFT = 141  # the exit status where the output's reader has left, as head does: a shell's 128 + SIGPIPE
+LIMIT = "the limit of processes, threads or memory is reached (ulimit -u and -v, a container's pids limit)"
+MOUNTED = "%s: something is mounted there, so it cannot be replaced as a whole; give a folder inside it"
+UNFINISHED = "unfinished.bin"
+NOTED = set()
 
 
 # --- a script's start and end ---------------------------------------------------------------------------------------
@@ -21,41 +32,92 @@ NUMBER = (int, float)  # in a JSON file, for fits()
 def importing():
     """For the import of a large library. In the block Ctrl-C ends the process at once.
 
-    Otherwise the library may turn the KeyboardInterrupt into an error of its own, such as an ImportError.
+    Otherwise the library may turn the KeyboardInterrupt into an error of its own, such as an ImportError. Ends the process
+    where the library is missing, as this may be before command().
     """
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
+    except ImportError as error:
+        sys.exit(missing(error))
     finally:
         signal.signal(signal.SIGINT, before)
 
 
+def script_name():
+    return os.path.basename(os.path.realpath(sys.argv[0]))
+
+
+def missing(error):
+    """The message of an ImportError."""
+    return "%s: error: %s; the packages that it needs are in requirements.txt" % (script_name(), error)
+
+
 def command(main):
     """Runs a script's main(). What is wrong becomes one line, 'SCRIPT: error: ...', and exit status 1."""
-    script = os.path.basename(os.path.realpath(sys.argv[0]))
-    if sys.getfilesystemencoding() != "utf-8":
-        # The lists, the labels and the info file are UTF-8, so file names have to be, too. What is printed keeps the
-        # terminal's encoding.
-        os.environ.update(PYTHONUTF8="1", PYTHONIOENCODING="%s:backslashreplace" % sys.stdout.encoding)
-        os.execv(sys.executable, [sys.executable] + sys.argv)
-    sys.stdout.reconfigure(errors="backslashreplace")
+    script = script_name()
+    start_in_utf8()
+    status = None
     try:
         main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has left, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # 128 + SIGPIPE, as a shell reports it
+    except SystemExit as stop:  # argparse's
+        status = stop.code
+    except BrokenPipeError:
+        status = READER_LEFT
     except ImportError as error:
-        sys.exit("%s: error: %s; the packages that it needs are in requirements.txt" % (script, error))
+        status = missing(error)
     except (OSError, ValueError) as error:
-        sys.exit("%s: error: %s" % (script, error))
+        status = "%s: error: %s" % (script, error)
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
+            raise
+        status = "%s: error: no more threads can be started: %s" % (script, LIMIT)
     except KeyboardInterrupt:
-        sys.exit("%s: interrupted; no file is half written" % script)
+        status = "%s: interrupted; no file is half written" % script
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries it once more when it ends
+        status = status or (READER_LEFT if error.errno == errno.EPIPE else
+                            "%s: error: the output cannot be written: %s" % (script, error.strerror))
+    if status:
+        sys.exit(status)
+
+
+def start_in_utf8():
+    """Sees to it that file names are UTF-8, as the lists, the labels and the info file are, and to readable output."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "w"))
+    if sys.getfilesystemencoding() != "utf-8":  # such as in the locale zh_CN.GBK
+        os.environ["PYTHONIOENCODING"] = sys.stdout.encoding  # the terminal's stays
+        with open("/proc/self/cmdline", "rb") as f:  # sys.argv as it was before Python decoded it
+            arguments = f.read().split(b"\0")[:-1][-len(sys.argv):]
+        os.execv(sys.executable, [sys.executable, "-X", "utf8"] + ["-B"] * sys.flags.dont_write_bytecode + arguments)
+    codecs.register_error("readable", readable)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="readable")
+
+
+def readable(error):
+    """For codecs: what the output's encoding lacks is escaped; a name's bytes that are letters in it stay as they are.
+
+    Python holds a byte that is not UTF-8 as U+DC80 to U+DCFF.
+    """
+    found = re.compile("[^\0-\x7f]*[\udc80-\udcff][^\0-\x7f]*").match(error.object, error.start)
+    if found:
+        with contextlib.suppress(ValueError):
+            data = found.group().encode("utf-8", "surrogateescape")
+            if data.decode(error.encoding).isprintable():
+                return data, found.end()
+    return codecs.backslashreplace_errors(error)
 
 
 def note(text):
-    """Tells the user something that is no error, on stderr."""
-    print("note: %s" % text, file=sys.stderr)
+    """Tells the user something that is no error, on stderr, once."""
+    if text not in NOTED:
+        NOTED.add(text)
+        print("note: %s" % text, file=sys.stderr)
 
 
 def progress(total, unit):
@@ -116,6 +178,39 @@ def cgroup_cores(root="/sys/fs/cgroup", table="/proc/self/cgroup"):
 def cores():
     """The number of cores that this process may use."""
     return min(len(os.sched_getaffinity(0)), cgroup_cores() or sys.maxsize)
+
+
+def tasks():
+    """The number of this process's threads, as the kernel counts them; 0 where there is no /proc."""
+    with contextlib.suppress(OSError):
+        return len(os.listdir("/proc/self/task"))
+    return 0
+
+
+def can_start(threads, instead="one thread does all the work"):
+    """Whether so many threads can be started now; if not, a note tells what happens instead.
+
+    To be asked before a library starts threads: ONNX Runtime may wait for ever where only some of them start.
+    """
+    go, started, before = threading.Event(), [], tasks()
+    try:
+        for _ in range(threads):
+            thread = threading.Thread(target=go.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    except RuntimeError:
+        if instead:
+            note("%s, so %s" % (LIMIT, instead))
+        return False
+    finally:
+        go.set()
+        for thread in started:
+            thread.join()
+        for _ in range(1000):  # they count until the kernel has cleared them away
+            if tasks() <= before:
+                break
+            time.sleep(0.001)
+    return True
 
 
 def lock(file):
@@ -192,6 +287,8 @@ def replaced_folder(path, ending=".bin"):
     """
     import shutil
     path = os.path.realpath(path)
+    if os.path.ismount(path):
+        raise ValueError(MOUNTED % path)
     if os.path.exists(path):
         others = sorted(name for name in os.listdir(path) if not name.endswith(ending))
         if others:
@@ -207,8 +304,7 @@ def replaced_folder(path, ending=".bin"):
             ours = False
         if not ours:
             raise ValueError("%s: another run is writing this folder" % path)
-        for entry in list(os.scandir(partial)):  # of a run that was killed
-            (shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.remove)(entry.path)
+        empty(partial)  # of a run that was killed
         if os.path.exists(old) and not os.path.exists(path):  # of a run that was killed between the two renames below
             os.rename(old, path)
         shutil.rmtree(old, ignore_errors=True)
@@ -230,14 +326,27 @@ def replaced_folder(path, ending=".bin"):
 
 
 def put_away(path, old):
-    """Renames a folder. One in the lower layer of an overlay (a container's image) can only be deleted."""
-    import shutil
+    """Renames a folder, or deletes it where it cannot be renamed: in the lower layer of an overlay (a container's image)."""
     try:
         os.rename(path, old)
     except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise ValueError(MOUNTED % path)
         if error.errno != errno.EXDEV:
             raise
-        shutil.rmtree(path)
+        # If this is killed halfway, what is left must not pass for a whole folder: no stage takes one with this file.
+        open(os.path.join(path, UNFINISHED), "w").close()
+        empty(path, UNFINISHED)
+        os.remove(os.path.join(path, UNFINISHED))
+        os.rmdir(path)
+
+
+def empty(folder, but=None):
+    """Deletes all that is in a folder, but for the file of this name."""
+    import shutil
+    for entry in list(os.scandir(folder)):
+        if entry.name != but:
+            (shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.remove)(entry.path)
 
 
 # --- JSON files, and what a model says of itself ----------------------------------------------------------------------

@@ -3,6 +3,9 @@
     python3 tools/compare.py result/dumpOutput_device0 result_onnx/dumpOutput_device0
     python3 tools/compare.py result/dumpOutput_device0 --onnx deepmar_bs1_nopad.onnx --bins input_bin --labels label.json
 
+    python3 tools/compare.py result/dumpOutput_device0 --onnx deepmar_bs1_nopad.onnx --rehearsal deepmar_bs1_float16.onnx \\
+        --bins input_bin
+
 For an accuracy that drops: the OM's results against ONNX Runtime's (the second line computes those), those of two batch
 sizes, of two stacks. An attribute flips where one run says that an image has it and the other that it has not. Exits with
 1 where the runs differ by more than the tolerances:
@@ -11,19 +14,28 @@ sizes, of two stacks. An attribute flips where one run says that an image has it
                            moves DeepMAR's logits by some hundredths; float32 on both sides, by less than 0.0001.
     --max-flips N          of all images' attributes together; one in 1000 unless given, which cannot move a metric
                            over many images by much.
+
+--rehearsal, the third line, takes as tolerance what float16 does on these very images: twice as far as the model's float16
+twin (tools/rehearse.py float16) shifts the logits, at most and on average (root mean square). What is beyond has another
+cause. Wrong inputs (BGR, no mean ...), another order of attributes or images, values beyond 65504 and a wrong last layer are
+told from the results alone. A fault in another layer is named where its model can be run here: give the ONNX model that the
+OM was made from in place of A. --layers ranks the layers by what float16 takes from them.
 """
 import argparse
 import json
 import os
+import re
 import sys
+import zlib
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
 from common import command, composed, importing, note, some, write_text
+from faults import FACTOR, IMAGES, explain, judge, layers, overflow
 from get_info import list_bins
 from postprocess_deepmar_pytorch import (ASSUMED, PETA, PROBABILITIES, attribute_names, attributes_in, effect, labels_of,
                                          list_results, logits_from, look_like_probabilities, read_logits)
-from session import compute, input_size, open_session
+from session import compute, input_size, open_session, takes_uint8
 
 with importing():
     import numpy as np
@@ -121,56 +133,113 @@ def count(text):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("a", metavar="A", help="a folder of results, of the benchmark tool or ais_bench")
+    parser.add_argument("a", metavar="A", help="a folder of results, of the benchmark tool or ais_bench; or a model, NAME.onnx")
     parser.add_argument("b", metavar="B", nargs="?", help="the folder to compare it with")
     parser.add_argument("--onnx", metavar="MODEL", help="instead of B: the model that computes the other side")
-    parser.add_argument("--bins", metavar="BIN_DIR", help="with --onnx: its input, the folder that stage 4 wrote")
+    parser.add_argument("--bins", metavar="BIN_DIR", help="the models' input, the folder that stage 4 wrote")
+    parser.add_argument("--rehearsal", metavar="TWIN", help="the float16 twin of --onnx MODEL: A may be as far off as float16 explains")
+    parser.add_argument("--layers", action="store_true", help="rank the layers by the relative error of A, if it is a model, or of TWIN")
     parser.add_argument("--labels", metavar="LABEL", help="label.json, for the effect on each metric")
     parser.add_argument("--attributes", metavar="FILE",
                         help="the attributes' names, one a line (default: PETA's, if there are 35)")
-    parser.add_argument("--max-difference", type=tolerance, default=MAX_DIFFERENCE, metavar="X",
-                        help="allowed difference of a logit (default: %(default)s)")
+    parser.add_argument("--max-difference", type=tolerance, metavar="X",
+                        help="allowed difference of a logit (default: %s)" % MAX_DIFFERENCE)
     parser.add_argument("--max-flips", type=count, metavar="N",
                         help="allowed number of flips (default: one in 1000 of images x attributes)")
     parser.add_argument("--json", metavar="FILE", help="also write the result here")
     args = parser.parse_args(argv)
     if (args.b is None) == (args.onnx is None) or (args.onnx is None) != (args.bins is None):
         parser.error("give either B, or --onnx and --bins")
+    args.a_model = args.a if args.a.endswith(".onnx") else None
+    if args.onnx is None and (args.a_model or args.rehearsal):
+        parser.error("a model is compared with --onnx MODEL, on --bins")
+    if args.layers and not (args.a_model or args.rehearsal):
+        parser.error("--layers needs --rehearsal, or a model as A")
+    if args.rehearsal and (args.max_difference, args.max_flips) != (None, None):
+        parser.error("--rehearsal sets the tolerances; leave out --max-difference and --max-flips")
     return args
 
 
-def read_both(args):
-    """Returns (logits of A, logits of B, the images' names) of the two sides; raises OSError or ValueError."""
-    results = list_results([args.a])
-    names = sorted(results)
-    session = None
-    if args.onnx is None:
-        others = list_results([args.b])
-    else:
-        session = open_session(args.onnx)
-        _, height, width = input_size(session)
-        others = {composed(name[:-len(".bin")]): os.path.join(args.bins, name)
-                  for name in list_bins(args.bins, width, height)}
-    same_images(args.a, args.b or args.bins, results, others)
-    logits = read_logits([results[name] for name in names], attributes_in(results[names[0]]))
-    if session is None:
-        other_logits = read_logits([others[name] for name in names], logits.shape[1])
-    else:
-        other_logits = compute(session, [(name, others[name]) for name in names])
-        if other_logits.shape != logits.shape:
+def bins_of(folder, session):
+    """{name: path} of the bins in a folder, which must be of the kind that a model takes."""
+    _, height, width = input_size(session)
+    return {composed(name[:-len(".bin")]): os.path.join(folder, name)
+            for name in list_bins(folder, width, height, takes_uint8(session))}
+
+
+def check_twin(session, path, model):
+    """Raises ValueError unless a session, opened from a path, is of the twin of a model, also a path."""
+    with open(model, "rb") as f:
+        made_from = "%08x" % zlib.crc32(f.read())
+    if session.get_modelmeta().custom_metadata_map.get("rehearsal_of") != made_from:
+        raise ValueError("%s: is not the float16 twin of %s; make it: python3 tools/rehearse.py float16 %s %s"
+                         % (path, model, model, path))
+
+
+def read_sides(args):
+    """Returns ([logits of A, of B and, with --rehearsal, of TWIN], the images' names, their bins {name: path} or {}, whether
+    the models take uint8); raises OSError or ValueError. With --rehearsal the logits may be NaN or infinite."""
+    sessions = {path: open_session(path) for path in (args.a_model, args.onnx, args.rehearsal) if path}
+    if args.rehearsal:
+        check_twin(sessions[args.rehearsal], args.rehearsal, args.onnx)
+    bins, found = {}, {}
+    for path, session in sessions.items():
+        found[path] = bins = bins_of(args.bins, session)
+    for path in (args.a, args.b):
+        if path is not None and path not in sessions:
+            found[path] = list_results([path])
+    sides = [args.a, args.b or args.onnx] + [args.rehearsal] * bool(args.rehearsal)
+    same_images(args.a, args.b or args.bins, found[sides[0]], found[sides[1]])
+    names, logits = sorted(found[args.a]), []
+    for side in sides:
+        if side in sessions:
+            values = compute(sessions[side], [(name, bins[name]) for name in names], not args.rehearsal)
+        else:
+            width = logits[0].shape[1] if logits else attributes_in(found[side][names[0]])
+            values = read_logits([found[side][name] for name in names], width, not args.rehearsal)
+        if logits and values.shape != logits[0].shape:
             raise ValueError("%s: gives %d attributes, the results in %s have %d"
-                             % (args.onnx, other_logits.shape[1], args.a, logits.shape[1]))
-    sides = []
-    for side, values in ((args.a, logits), (args.b or args.onnx, other_logits)):
-        if look_like_probabilities(values):
+                             % (side, values.shape[1], args.a, logits[0].shape[1]))
+        if np.isfinite(values).all() and look_like_probabilities(values):
             note("%s: %s; compared are the logits that belong to them" % (side, PROBABILITIES))
             values = logits_from(values)
-        sides.append(values)
-    return sides + [names]
+        logits.append(values)
+    return logits, names, bins, any(map(takes_uint8, sessions.values()))
 
 
-def judge(report, args):
+def check_overflow(logits, names, bins, args):
+    """Raises ValueError where a side's logits are NaN or infinite, with the layer where float16 ends."""
+    bad = ~np.isfinite(logits).all(axis=(0, 2))
+    if bad.any():
+        side = next(side for side, values in zip((args.a, args.onnx, args.rehearsal), logits) if not np.isfinite(values).all())
+        models = [path for path in (args.rehearsal, args.a_model) if path]
+        rows = layers(args.onnx, models, [bins[name] for name in np.array(names)[bad][:IMAGES]])
+        raise ValueError("%s: NaN or infinite logits for %d of %d images (%s): %s" % (
+            side, bad.sum(), len(names), some(np.array(names)[bad]), overflow(rows) or "an overflow, though no value of %s is "
+            "beyond float16: of another model, or another input" % args.onnx))
+
+
+def rank(rows, most=10):
+    """The lines of a ranking of layers(), of the last model in it."""
+    yield "relative error of each layer's result, the largest first, and how many times that of its input it is:"
+    errors = {row["tensor"]: row["error"][-1] for row in rows}
+    for row in sorted((row for row in rows if row["op"] != "Relu"), key=lambda row: -row["error"][-1])[:most]:
+        before = max([errors[name] for name in row["inputs"] if name in errors] or [0])
+        yield "  %.3g %8s  %s (%s), values up to %.3g" % (row["error"][-1], "x %.2f" % (row["error"][-1] / before) if before else "-",
+                                                        row["node"], row["op"], row["largest"])
+
+
+def vendors_command(args, path):
+    """How the vendor's tool compares the layers of an OM with those of an ONNX model, on the card's machine."""
+    onnx = re.sub(r"_aipp\.onnx$", "_nopad.onnx", args.onnx)
+    return "msprobe compare -m offline_model -gp %s -tp %s --input_data %s -o msprobe_output" % (
+        onnx, re.sub(r"(_nopad)?(\.onnx)?$", "", onnx) + ".om", path)
+
+
+def judge_fixed(report, args):
     """Adds to a report whether its runs are within the tolerances; returns what is beyond them, as a list of texts."""
+    if args.max_difference is None:
+        args.max_difference = MAX_DIFFERENCE
     max_flips = int(MAX_FLIP_SHARE * report["decisions"]) if args.max_flips is None else args.max_flips
     beyond = []
     if report["max_difference"] > args.max_difference:
@@ -182,24 +251,61 @@ def judge(report, args):
     return beyond
 
 
+def judge_by_twin(report, logits):
+    """Adds to a report whether A is within what float16 explains; returns what is beyond it, as a list of texts."""
+    judged = judge(*logits)
+    within = judged.pop("within")
+    report.update(rehearsal=judged, allowed_difference=judged["allowed"], within_tolerances=within,
+                  allowed_flips=int((np.abs(logits[1]) <= judged["allowed"]).sum()))
+    if within:
+        return []
+    return ["%s difference %.6g is %s times what float16 alone does, %.6g, and %d times is within"
+            % (name, off, "%.3g" % (off / shift) if shift else "infinitely many", shift, FACTOR)
+            for name, off, shift in (("the largest", judged["largest"], judged["shift"]),
+                                     ("the average (root mean square)", judged["typical"], judged["typical_shift"]))
+            if off > FACTOR * shift]
+
+
 def main(argv=None):
     args = parse(argv)
-    logits, other_logits, names = read_both(args)
-    attributes = attribute_names(logits.shape[1], args.attributes)
-    labels = None if args.labels is None else labels_of(args.labels, names, logits.shape[1])
+    logits, names, bins, uint8 = read_sides(args)
+    attributes = attribute_names(logits[0].shape[1], args.attributes)
+    labels = None if args.labels is None else labels_of(args.labels, names, logits[0].shape[1])
+    if args.rehearsal:
+        check_overflow(logits, names, bins, args)
     report = dict({"a": args.a, "b": args.b or "%s on %s" % (args.onnx, args.bins)},
-                  **compare(logits, other_logits, names, attributes))
-    report["metrics"] = None if labels is None else effect(logits, other_logits, labels)
+                  **compare(logits[0], logits[1], names, attributes))
+    report["metrics"] = None if labels is None else effect(logits[0], logits[1], labels)
     report["names_assumed"] = attributes is PETA
-    beyond = judge(report, args)
+    beyond = judge_by_twin(report, logits) if args.rehearsal else judge_fixed(report, args)
     for line in lines(report):
         print(line)
+    if args.rehearsal:
+        print("float16 alone (%s): largest difference %.6g, %d flips; this bounds rounding and simulates no chip: the card's "
+              "order of accumulation and its kernels are unknown"
+              % (args.rehearsal, report["rehearsal"]["shift"], ((logits[2] >= 0) != (logits[1] >= 0)).sum()))
+    if args.layers:
+        spread = np.unique(np.linspace(0, len(names) - 1, IMAGES).round().astype(int))
+        report["layers"] = layers(args.onnx, [args.a_model or args.rehearsal], [bins[names[i]] for i in spread])
+        for line in rank(report["layers"]):
+            print(line)
+    if args.layers or beyond and args.rehearsal:
+        print("the same layers on the card: %s" % vendors_command(args, bins[report["worst_images"][0]["name"] if beyond else names[0]]))
     if args.json is not None:
         write_text(args.json, json.dumps(report, indent=1, allow_nan=False) + "\n")
     if beyond:
-        raise ValueError("%s and %s differ: %s; the worst images above are where to look"
-                         % (report["a"], report["b"], " and ".join(beyond)))
-    print("within the tolerances: difference %.6g, flips %d" % (args.max_difference, report["allowed_flips"]))
+        causes = ["the worst images above are where to look"]
+        if args.rehearsal:
+            causes = explain(*logits, (args.onnx, args.rehearsal, args.a_model), uint8, names, bins, attributes) or [
+                "no other input or order explains it, so a layer or its weights do: give the ONNX model that the OM was made from "
+                "in place of %s, or run the command above on the card" % args.a]
+        raise ValueError("%s and %s differ%s: %s; %s" % (report["a"], report["b"], " by more than float16 explains" if args.rehearsal
+                                                         else "", " and ".join(beyond), "; ".join(causes)))
+    if args.rehearsal:
+        print("within what float16 explains: difference %.6g, which could flip %d attributes" % (
+            report["allowed_difference"], report["allowed_flips"]))
+    else:
+        print("within the tolerances: difference %.6g, flips %d" % (args.max_difference, report["allowed_flips"]))
 
 
 if __name__ == "__main__":

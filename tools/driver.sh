@@ -3,8 +3,8 @@
 # shellcheck shell=bash disable=SC2034,SC2154
 set -euo pipefail
 
-names="checkpoint images image_list label_file attributes thresholds published_acc size last_conv_stride state_dict chip_name backend
-batch_size device_id work_dir sample_size python set_env chips strict stage stop_stage check json"
+names="checkpoint images image_list label_file attributes thresholds published_acc size aipp last_conv_stride state_dict
+chip_name backend batch_size device_id work_dir sample_size python set_env chips strict stage stop_stage check json"
 
 say() { printf '[run_all] %s\n' "$*"; }
 fail() { printf 'run_all.sh: error: %s\n' "$*" >&2; exit 1; }
@@ -24,6 +24,7 @@ start_run() {
     [ -z "$check" ] || check_machine
     choose_backend
     choose_chip
+    check_ais_bench
     open_work_folder
     choose_python
     cd "$work_dir"
@@ -84,6 +85,9 @@ check_options() {
     numbers size '[1-9][0-9]{0,4}' "height and width in pixels, such as 224 224" twice
     [[ $size == *\ * && $size != *\ *\ * ]] || usage "size must be height and width in pixels, such as 224 224, not '$size'"
     height=${size% *} width=${size#* }
+    [[ $aipp =~ ^(yes|no)$ ]] || usage "aipp must be yes or no, not '$aipp'"
+    uint8=()
+    [ "$aipp" = no ] || uint8=(--uint8)
     [[ $last_conv_stride =~ ^[12]$ ]] || usage "last_conv_stride must be 1 or 2, not '$last_conv_stride'"
     [[ $sample_size =~ ^[1-9][0-9]*$ ]] || usage "sample_size must be a positive whole number, not '$sample_size'"
     for name in stage stop_stage; do
@@ -148,16 +152,21 @@ open_work_folder() {
     }
 }
 
-# choose_python: a Python with the packages that the stages to be run need, no others
-choose_python() {
-    local packages=(numpy)
-    requested=$python
+# needed_packages: sets packages to what the stages to be run need, and no others
+needed_packages() {
+    packages=(numpy)
     if [ -n "$sample" ] && runs 0; then packages+=(torch torchvision Pillow tqdm); fi
     if runs 1; then packages+=(torch torchvision onnx onnxruntime); fi
-    if runs 2; then packages+=(onnx onnxruntime); fi
+    if runs 2 || [ -n "${make_twin-}" ]; then packages+=(onnx onnxruntime); fi
     if runs 4; then packages+=(Pillow tqdm); fi
     if runs 6 && [ "$backend" = onnxruntime ]; then packages+=(onnx onnxruntime tqdm); fi
     if runs 8; then packages+=(Pillow tqdm jinja2 matplotlib); fi
+}
+
+# choose_python: a Python with these packages
+choose_python() {
+    requested=$python
+    needed_packages
     python=$(PYTHON=$python "$here/tools/python.sh" requirements.txt "${packages[@]}") ||
         fail "no Python with the packages; see above"
 }
@@ -168,7 +177,7 @@ sample_paths() {
         image_list=$work_dir/sample/image.txt label_file=$work_dir/sample/label.json
         [ -n "$attributes" ] || [ ! -e "$work_dir/sample/attributes.txt" ] && ! runs 0 || attributes=$work_dir/sample/attributes.txt
     fi
-    data=(image_list="$image_list" images="$images" size="$size")
+    data=(image_list="$image_list" images="$images" size="$size" aipp="$aipp")
 }
 
 # check_inputs: the user's lists, before any work
@@ -219,10 +228,11 @@ fresh() { inputs fresh "$@" || exit 1; }
 
 # names_of BATCH: the names of a batch size's files. Several batch sizes have a folder of results each.
 names_of() {
-    onnx=deepmar_bs$1.onnx nopad=deepmar_bs${1}_nopad.onnx om=deepmar_bs$1.om result=result
+    onnx=deepmar_bs$1.onnx nopad=deepmar_bs${1}_nopad.onnx twin=deepmar_bs${1}_aipp.onnx om=deepmar_bs$1.om result=result
     [ "$batch_size" = "$1" ] || result=result_bs$1
     model=$om model_stage=3
     [ "$backend" != onnxruntime ] || model=$nopad model_stage=2
+    [ "$backend$aipp" != onnxruntimeyes ] || model=$twin model_stage=3
     described=()
     [ ! -e "deepmar_bs$1.json" ] || described=(--model "$work_dir/deepmar_bs$1.json") # what the model says of itself
     folders=("${devices[@]/#/$result/dumpOutput_device}")
@@ -235,7 +245,7 @@ belongs() {
     [ ! -e deepmar.info ] || checks+=(-- deepmar.info 5 bins=input_bin)
     [ ! -e "$onnx" ] || checks+=(-- "$onnx" 1 checkpoint="$checkpoint" "${model_settings[@]}")
     [ ! -e "$nopad" ] || checks+=(-- "$nopad" 2 onnx="$onnx")
-    [ "$model" = "$nopad" ] || [ ! -e "$model" ] || checks+=(-- "$model" 3 model="$nopad")
+    [ "$model" = "$nopad" ] || [ ! -e "$model" ] || checks+=(-- "$model" 3 model="$nopad" aipp="$aipp")
     [ ${#checks[@]} = 0 ] || fresh "${checks[@]}"
 }
 

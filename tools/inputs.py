@@ -25,7 +25,7 @@ from common import command, cores, read_lines, some, stem, write_text
 
 RECORDS = ".made_from"
 SEEN = os.path.join(RECORDS, "checksums.json")
-SETTINGS = ("size", "last_conv_stride", "state_dict", "num_att", "backend", "model_name")
+SETTINGS = ("size", "aipp", "last_conv_stride", "state_dict", "num_att", "backend", "model_name")
 
 
 # --- checksums ------------------------------------------------------------------------------------------------------

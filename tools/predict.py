@@ -16,10 +16,13 @@ The attributes' names are those of --attributes, else those in the model's metad
 """
 import argparse
 import collections
+import contextlib
 import csv
 import io
+import itertools
 import json
 import os
+import subprocess
 import sys
 
 HERE = os.path.dirname(os.path.realpath(__file__))
@@ -28,7 +31,7 @@ from common import command, importing, note, one_line, progress, some, stem, who
 from postprocess_deepmar_pytorch import (ASSUMED, PETA, PROBABILITIES, attribute_names, logits_from,
                                          look_like_probabilities, probabilities, read_thresholds)
 from preprocess_deepmar_pytorch import preprocess, read_image
-from session import input_size, open_session
+from session import empty_batch, input_size, open_session
 
 with importing():
     import numpy as np
@@ -78,7 +81,7 @@ def predict(session, paths, report):
     name = session.get_inputs()[0].name
     read, logits, bad = [], [], {}
     batch_size, height, width = input_size(session)
-    batch = np.zeros((batch_size, 3, height, width), "<f4")
+    batch = empty_batch(session, batch_size, height, width)
     todo = collections.deque(paths)
     while todo:
         used = 0
@@ -110,34 +113,94 @@ def describe(path, logits, names, limits):
                                                   logits[i])
 
 
-def load_font():
-    """A font that the system or Pillow >= 10.1 has; before that, Pillow's small bitmaps, of latin-1 letters only."""
+class Pen(object):
+    """Writes text into pictures, each letter in the first of these fonts that has it: that of the file path, DejaVu Sans,
+    those that fontconfig knows, Pillow's own.
+
+    texts: all that will be written. What no font has is in missing, and becomes a box. Raises ValueError for no font file.
+    """
+
+    def __init__(self, texts, path=None):
+        self.missing, self.fonts, self.font_of = sorted(set("".join(texts))), [], {}
+        if path is not None:
+            from PIL import ImageFont
+            try:
+                self.take(ImageFont.truetype(path, TEXT))
+            except (OSError, ImportError) as error:
+                raise ValueError("%s: no font that Pillow can read: %s" % (path, error))
+        for font in open_fonts(self):
+            self.take(font)
+
+    def take(self, font):
+        """Has a font write the letters that the earlier ones lack."""
+        found = [letter for letter in self.missing if has_letter(font, letter)]
+        self.missing = [letter for letter in self.missing if letter not in found]
+        self.font_of.update(dict.fromkeys(found, font))
+        self.fonts.append(font)
+
+    def parts(self, text):
+        """Yields the text in parts of one font each, (font, part)."""
+        for font, letters in itertools.groupby(text, lambda letter: self.font_of.get(letter, self.fonts[0])):
+            part = "".join(letters)
+            yield font, part if hasattr(font, "getmetrics") else part.encode("latin-1", "replace").decode("latin-1")
+
+    def width(self, text):
+        return round(sum(advance(font, part) for font, part in self.parts(text)))
+
+    def write(self, canvas, x, y, text, fill):
+        """Writes the text into a row of the picture that begins at (x, y)."""
+        ascent, descent = metrics(self.fonts[0])
+        for font, part in self.parts(text):
+            top = y + (ROW - ascent - descent) // 2 + ascent - metrics(font)[0]  # all on one line
+            canvas.text((round(x), top), part, fill=fill, font=font)
+            x += advance(font, part)
+
+
+def open_fonts(pen):
+    """Yields the fonts that are at hand; of fontconfig's, those that have a letter which the pen still lacks."""
     from PIL import ImageFont
+    with contextlib.suppress(OSError, ImportError):
+        yield ImageFont.truetype("DejaVuSans.ttf", TEXT)
+    asked = None
+    while pen.missing and pen.missing != asked:
+        asked = pen.missing
+        pattern = "sans-serif:scalable=true:charset=" + " ".join("%x" % ord(letter) for letter in asked)
+        with contextlib.suppress(OSError, ImportError, ValueError, subprocess.CalledProcessError):
+            found = subprocess.check_output(["fc-match", "--format=%{index} %{file}", pattern], stderr=subprocess.DEVNULL)
+            index, path = found.decode("utf-8").split(" ", 1)
+            yield ImageFont.truetype(path, TEXT, index=int(index))
     try:
-        return ImageFont.truetype("DejaVuSans.ttf", TEXT), "utf-8"
-    except (OSError, ImportError):
-        pass
-    try:
-        return ImageFont.load_default(TEXT), "utf-8"
-    except TypeError:
-        return ImageFont.load_default(), "latin-1"
+        yield ImageFont.load_default(TEXT)
+    except (TypeError, ImportError):  # before Pillow 10.1: small bitmaps, of latin-1 letters only
+        yield ImageFont.load_default()
 
 
-def draw(path, logits, names, limits=0):
+def has_letter(font, letter):
+    """Whether a font draws a letter as something else than what it draws for a letter that it lacks."""
+    if not hasattr(font, "getmetrics"):  # Pillow's bitmaps
+        return ord(letter) < 256
+    mask, lacking = font.getmask(letter), font.getmask("\U0010ffff")  # which is a letter in no font
+    return letter.isspace() or mask.size != lacking.size or list(mask) != list(lacking)
+
+
+def advance(font, text):
+    """How far a text moves the pen, in pixels."""
+    return font.getlength(text) if hasattr(font, "getlength") else font.getsize(text)[0]  # before Pillow 8
+
+
+def metrics(font):
+    """The pixels of a font above and below its line."""
+    return font.getmetrics() if hasattr(font, "getmetrics") else (font.getmask("Hg").size[1], 0)
+
+
+def draw(path, logits, names, pen, limits=0):
     """Returns an RGB picture of an image file with a row for each attribute beside it, the likeliest first."""
     from PIL import Image, ImageDraw
-    font, encoding = load_font()
-
-    def text_size(text):
-        return font.getmask(text).size
-
     order = np.argsort(-logits, kind="stable")
     chances, has = probabilities(logits), logits >= limits
     limit_chances = probabilities(np.full(len(names), limits, np.float32))
-    labels = [name.encode(encoding, "replace").decode(encoding) for name in names]
-    percents = ["%.1f %%" % (100 * chance) for chance in chances]
-    names_width = max(text_size(label)[0] for label in labels)
-    percent_width = text_size("100.0 %")[0]
+    names_width = max(pen.width(name) for name in names)
+    percent_width = pen.width("100.0 %")
     height = max(ROW * len(names), 320)
     photo, _ = read_image(path, upright=True)
     scale = min(WIDTH / photo.width, height / photo.height)
@@ -149,16 +212,16 @@ def draw(path, logits, names, limits=0):
     picture = Image.new("RGB", (percent_x + percent_width + MARGIN, height + 2 * MARGIN), WHITE)
     picture.paste(photo, (MARGIN, MARGIN))
     canvas = ImageDraw.Draw(picture)
-    text_y = (ROW - text_size("Hg")[1]) // 2 - 2  # a font's letters begin a little below where they are drawn
     for row, i in enumerate(order):
         y = MARGIN + row * ROW
-        canvas.text((name_x, y + text_y), labels[i], fill=BLACK if has[i] else GREY, font=font)
+        colour = BLACK if has[i] else GREY
+        pen.write(canvas, name_x, y, names[i], colour)
         canvas.rectangle((bar_x, y + 3, bar_x + BAR, y + ROW - 4), outline=PALE)
         length = round(BAR * float(chances[i]))
         if length:
             canvas.rectangle((bar_x, y + 3, bar_x + length, y + ROW - 4), fill=BLUE if has[i] else PALE)
-        x = percent_x + percent_width - text_size(percents[i])[0]
-        canvas.text((x, y + text_y), percents[i], fill=BLACK if has[i] else GREY, font=font)
+        percent = "%.1f %%" % (100 * chances[i])
+        pen.write(canvas, percent_x + percent_width - pen.width(percent), y, percent, colour)
         x = bar_x + int(BAR * limit_chances[i])  # from here on, the image has the attribute
         canvas.line((x, y, x, y + ROW - 1), fill=GREY)
     return picture
@@ -191,6 +254,8 @@ def parse(argv):
     parser.add_argument("--json", metavar="FILE", help="write what the model says here, not on the screen")
     parser.add_argument("--csv", metavar="FILE", help="the same as a table: a row an image, a column of logits an attribute")
     parser.add_argument("--save", metavar="DIR", help="also draw each image's attributes, into this folder")
+    parser.add_argument("--font", metavar="FILE",
+                        help="with --save: a font (default: DejaVu Sans; for letters that it lacks, a font that has them)")
     return parser.parse_args(argv)
 
 
@@ -235,6 +300,8 @@ def main(argv=None):
     for path in files:  # before the work
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise FileNotFoundError("%s: there is no such folder" % path)
+    if args.font is not None:
+        Pen([], args.font)  # what is wrong with it shows before the work is done
     session = open_session(args.onnx)
     names = attribute_names(attributes_of(session), args.attributes, args.onnx)
     names, limits, _ = read_thresholds(args.thresholds, names)
@@ -251,10 +318,14 @@ def main(argv=None):
             logits = logits_from(logits)
     predictions = dict(zip(read, logits)) if read else {}
     if pictures and read:
+        pen = Pen(names + ["0123456789. %"], args.font)
+        if pen.missing:
+            note("no font on this machine has %s: boxes are drawn. Install one (for Chinese fonts-noto-cjk of Debian and "
+                 "Ubuntu, google-noto-sans-cjk-fonts of openEuler, CentOS and Fedora), or give --font FILE" % some(pen.missing))
         os.makedirs(args.save, exist_ok=True)
         for path, row in predictions.items():
             with whole_file(pictures[path]) as temporary:
-                draw(path, row, names, limits).save(temporary, format="PNG")
+                draw(path, row, names, pen, limits).save(temporary, format="PNG")
         print("%s: %d pictures" % (args.save, len(read)))
     if args.json is not None:
         write_text(args.json, as_json(args.onnx, names, limits, predictions, bad))

@@ -17,7 +17,8 @@ for argument; do
 done
 [[ $chosen != *onnx* ]] || chosen="$chosen|protobuf" # onnx 1.7 needs an old one
 wanted=$(grep -hE "^(${chosen:-.*})([ =<>;#]|$)" "${files[@]}" | sort)
-modules=$(sed 's/[ #;=<>].*//; s/^Pillow$/PIL/; s/^protobuf$/google/' <<<"$wanted" | sort -u)
+packages=$(sed 's/[ #;=<>].*//; /^$/d' <<<"$wanted" | sort -u)
+modules=$(sed 's/^Pillow$/PIL/; s/^protobuf$/google/' <<<"$packages")
 if "$python" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1].split())))' "$modules"; then
     echo "$python"
     exit
@@ -29,7 +30,7 @@ flock 9 2>/dev/null || true # a second run waits for the first one's environment
 # What is installed is written down last, so an installation that was interrupted is taken up again.
 missing=$(grep -vxFf "$folder/installed" <<<"$wanted" 2>/dev/null || [ -e "$folder/installed" ] || echo "$wanted")
 if [ -n "$missing" ]; then
-    echo "python.sh: installing ${modules//$'\n'/, } into $folder (some minutes, once)" >&2
+    echo "python.sh: installing ${packages//$'\n'/, } into $folder (some minutes, once)" >&2
     [ -x "$folder/bin/pip" ] || "$python" -m venv "$folder" >&2
     "$folder/bin/pip" install --quiet --disable-pip-version-check -r /dev/stdin <<<"$wanted" >&2
     echo "$missing" >>"$folder/installed"

@@ -16,11 +16,11 @@ import tempfile
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import command, composed, importing, one_line, whole_file
+from common import LIMIT, can_start, command, composed, importing, one_line, whole_file
 from get_info import list_bins
 from postprocess_deepmar_pytorch import MAX_DROP, effect, labels_of
 from remove_pad import load
-from session import compute, input_size, open_session
+from session import compute, empty_batch, input_size, open_session, takes_uint8
 
 with importing():
     import numpy as np
@@ -28,19 +28,20 @@ with importing():
 IMAGES = 64  # calibration images; with 32 the drop was nearly twice as large, with 128 as large as with 64
 
 
-def batches(paths, count, shape):
-    """Yields count of the bins, evenly spread, as float32 of a batch's shape; the last is filled up from the first.
+def batches(paths, count, empty):
+    """Yields count of the bins, evenly spread, as batches like the empty one; the last is filled up from the first.
 
     Raises ValueError for a bin that holds NaN or infinite values, which would become a range.
     """
     chosen = np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int)
-    chosen = np.resize(chosen, -(-len(chosen) // shape[0]) * shape[0])
-    for start in range(0, len(chosen), shape[0]):
-        batch = np.stack([np.fromfile(paths[i], "<f4") for i in chosen[start:start + shape[0]]])
+    size = len(empty)
+    chosen = np.resize(chosen, -(-len(chosen) // size) * size)
+    for start in range(0, len(chosen), size):
+        batch = np.stack([np.fromfile(paths[i], empty.dtype) for i in chosen[start:start + size]])
         finite = np.isfinite(batch).all(axis=1)
         if not finite.all():
             raise ValueError("NaN or infinite values in %s" % paths[chosen[start + int(finite.argmin())]])
-        yield batch.reshape(shape)
+        yield batch.reshape(empty.shape)
 
 
 def quantize(path, feeds, folder):
@@ -51,6 +52,8 @@ def quantize(path, feeds, folder):
     import logging
     import onnx
     import onnxruntime
+    if not can_start(os.cpu_count(), instead=None):
+        raise ValueError("%s: ONNX Runtime's quantizer needs a thread for each core, %d, but %s" % (path, os.cpu_count(), LIMIT))
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
@@ -72,8 +75,10 @@ def quantize(path, feeds, folder):
     try:
         onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         # QOperator, as its per-channel weights need no newer opset than 11; QDQ's need 13.
+        # AIPP's table stays as it is: ONNX Runtime 1.10 would make int8 of it, which its convolution does not take.
         quantize_static(folded, result, Reader(), quant_format=QuantFormat.QOperator, per_channel=True,
-                        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+                        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+                        nodes_to_exclude=["aipp_gather", "aipp_transpose"])
     except (OSError, ValueError):
         raise
     except Exception as error:  # the quantizer's own kinds have no base class, and some many lines
@@ -129,7 +134,8 @@ def main(argv=None):
     args = parse(argv)
     session = open_float32(args.model)
     batch_size, height, width = input_size(session)
-    bins = [(composed(name[:-len(".bin")]), os.path.join(args.bins, name)) for name in list_bins(args.bins, width, height)]
+    bins = [(composed(name[:-len(".bin")]), os.path.join(args.bins, name))
+            for name in list_bins(args.bins, width, height, takes_uint8(session))]
     labels = None
     if args.labels is not None:
         labels = labels_of(args.labels, [name for name, _ in bins], session.get_outputs()[0].shape[1])
@@ -137,7 +143,8 @@ def main(argv=None):
     with whole_file(args.output) as temporary:
         with tempfile.TemporaryDirectory() as folder:
             feeds = [{session.get_inputs()[0].name: batch}
-                     for batch in batches([path for _, path in bins], args.images, (batch_size, 3, height, width))]
+                     for batch in batches([path for _, path in bins], args.images,
+                                          empty_batch(session, batch_size, height, width))]
             shutil.copyfile(quantize(args.model, feeds, folder), temporary)
         if labels is not None:
             accuracy, drop = score(open_session(temporary), session, bins, labels)

@@ -317,8 +317,8 @@ def parse(argv):
     parser.add_argument("--attributes", metavar="FILE",
                         help="the attributes' names, one a line (default: those in fusion_result.json)")
     parser.add_argument("--model", metavar="FILE",
-                        help="the model, .onnx or the .json beside an OM: its names of the attributes, if it holds them, and what "
-                             "else it says of itself")
+                        help="the model, .onnx or the .json beside an OM: its names of the attributes, if it holds them, and "
+                             "what else it says of itself")
     parser.add_argument("--thresholds", metavar="FILE",
                         help="tools/thresholds.py's file, as stage 7 took it (default: what is in fusion_result.json)")
     parser.add_argument("--output", default="report.html", metavar="FILE",
@@ -329,7 +329,8 @@ def parse(argv):
 def read_run(args):
     """Returns (image names, logits, limits, truth, fusion_result.json) of a run, images in the list's order.
 
-    logits float32 and truth bool, [images, attributes]; limits: from which logit on an image has an attribute. Raises OSError, or ValueError where they are not of one run.
+    logits float32 and truth bool, [images, attributes]; limits: from which logit on an image has an attribute. Raises
+    OSError, or ValueError where they are not of one run.
     """
     names = read_list(args.list)
     stems = [stem(name) for name in names]

@@ -16,7 +16,7 @@ import sys
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import command, importing, pixels, progress, replaced_folder
+from common import can_start, command, importing, pixels, progress, replaced_folder
 from postprocess_deepmar_pytorch import PETA, evaluate
 from preprocess_deepmar_pytorch import MEAN, SIZE, STD
 
@@ -305,6 +305,8 @@ def main(argv=None):
     with importing():
         import torch  # noqa: F401
         import torchvision  # noqa: F401
+    if not can_start(torch.get_num_threads()):  # it would end the process
+        torch.set_num_threads(1)
     with replaced_folder(folder, ending="") as partial:
         model = make_model(*pedestrians(TRAIN, args.seed + 1), size=size, last_conv_stride=stride, seed=args.seed)
         images, labels = pedestrians(args.images, args.seed + 2)

@@ -7,12 +7,13 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import cores, importing, one_line, progress, some
+from common import can_start, cores, importing, one_line, progress, some
 from postprocess_deepmar_pytorch import attributes_in, read_logits
-from preprocess_deepmar_pytorch import SIZE
+from preprocess_deepmar_pytorch import SIZE, fault
 from remove_pad import load
 
 with importing():
@@ -67,13 +68,15 @@ def open_session(path, device_id=0, threads=None):
     """Returns an ONNX Runtime session of a DeepMAR model on the best execution provider that this machine has.
 
     threads: of a call, on the CPU provider; by default one a core that this process may use. Raises OSError, or
-    ValueError if the file is no such model: one input float32 [N,3,height,width], one output float32 [N,attributes].
+    ValueError if the file is no such model: one input float32 [N,3,height,width], or uint8 [N,height,width,3] with AIPP, one
+    output float32 [N,attributes].
     """
     onnxruntime = import_onnxruntime()
     load(path)  # for its checks: onnx's checker, and no weights outside of the file
     options = onnxruntime.SessionOptions()  # all else is best as it is (tests/bench.py: session options)
     # ONNX Runtime 1.10 alone would take half of the cores, and every version ignores taskset's choice of them.
-    options.intra_op_num_threads = threads or cores()
+    threads = threads or cores()
+    options.intra_op_num_threads = threads if can_start(threads) else 1
     options.log_severity_level = 3  # errors
     try:
         session = onnxruntime.InferenceSession(path, options, providers=providers(device_id))
@@ -82,27 +85,39 @@ def open_session(path, device_id=0, threads=None):
                          % (path, onnxruntime.__version__, one_line(error)))
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or len(outputs) != 1 or len(inputs[0].shape) != 4 or len(outputs[0].shape) != 2 \
-            or {inputs[0].type, outputs[0].type} != {"tensor(float)"}:
+            or inputs[0].type not in ("tensor(float)", "tensor(uint8)") or outputs[0].type != "tensor(float)":
         raise ValueError("%s: not a DeepMAR model (one input float32 [N,3,224,224], one output float32 [N,attributes]); "
                          "its inputs are %s, its outputs %s"
                          % (path, [(i.name, i.type, i.shape) for i in inputs], [(o.name, o.type, o.shape) for o in outputs]))
     return session
 
 
+def takes_uint8(session):
+    """Whether a model takes pixels, uint8 [N,height,width,3], and normalises them itself: AIPP's twin (tools/rehearse.py)."""
+    return session.get_inputs()[0].type == "tensor(uint8)"
+
+
 def input_size(session):
     """The (batch size, height, width) of a model's input; 1 and 224 where it takes any."""
-    batch_size, _, height, width = session.get_inputs()[0].shape
+    shape = session.get_inputs()[0].shape
+    height, width = shape[1:3] if takes_uint8(session) else shape[2:]
     return tuple(size if isinstance(size, int) else default
-                 for size, default in ((batch_size, 1), (height, SIZE), (width, SIZE)))
+                 for size, default in ((shape[0], 1), (height, SIZE), (width, SIZE)))
+
+
+def empty_batch(session, batch_size, height, width):
+    """A batch of the model's input, all 0."""
+    if takes_uint8(session):
+        return np.zeros((batch_size, height, width, 3), np.uint8)
+    return np.zeros((batch_size, 3, height, width), "<f4")
 
 
 def check_shape(session, path, batch_size, height, width):
-    """Raises ValueError unless the model takes input [batch_size,3,height,width]; symbolic sizes take any."""
-    shape = session.get_inputs()[0].shape
-    for has, wanted in zip(shape, (batch_size, 3, height, width)):
-        if isinstance(has, int) and has != wanted:
-            raise ValueError("%s: its input is %s, not [%d,3,%d,%d]; export it again with this batch size and size"
-                             % (path, shape, batch_size, height, width))
+    """Raises ValueError unless the model takes input of this batch size and size; symbolic sizes take any."""
+    shape, wanted = session.get_inputs()[0].shape, empty_batch(session, batch_size, height, width).shape
+    if any(isinstance(has, int) and has != size for has, size in zip(shape, wanted)):
+        raise ValueError("%s: its input is %s, not [%d,%d,%d,%d]; export it again with this batch size and size"
+                         % ((path, shape) + wanted))
 
 
 class Clock(object):
@@ -129,6 +144,9 @@ def interruptible():
     """Yields run options with which session.run() ends at Ctrl-C, instead of with its batch."""
     from onnxruntime import RunOptions
     options = RunOptions()
+    if not can_start(1):  # then Ctrl-C does wait for the batch
+        yield options
+        return
     receiver, sender = os.pipe()
     os.set_blocking(sender, False)
 
@@ -148,6 +166,25 @@ def interruptible():
         os.close(receiver)
 
 
+class Inline(object):
+    """Stands in for a ThreadPoolExecutor where no threads can be started: the caller's thread does the work."""
+    map = staticmethod(map)
+
+    def __init__(self, _):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
 def run(session, bins, batch_size, height, width, folder, report, calls=1):
     """Runs the model over the bins [(name, path)] and writes folder/NAME_1.bin for each, float32 [attributes].
 
@@ -155,11 +192,10 @@ def run(session, bins, batch_size, height, width, folder, report, calls=1):
     under way at a time. Calls report(images) after every batch. Returns {module: Clock}. Raises ValueError for a bin that
     has shrunk or holds NaN.
     """
-    from concurrent.futures import ThreadPoolExecutor
     clocks = {name: Clock() for name in ("e2e", "data read", "preprocess", "infer", "interface", "post")}
     input_name, output_name = session.get_inputs()[0].name, session.get_outputs()[0].name
     batches = [bins[i:i + batch_size] for i in range(0, len(bins), batch_size)]
-    buffers = [np.zeros((batch_size, 3, height, width), "<f4") for _ in range(min(calls + AHEAD, len(batches)))]
+    buffers = [empty_batch(session, batch_size, height, width) for _ in range(min(calls + AHEAD, len(batches)))]
 
     def read(index):
         batch, buffer = batches[index], buffers[index % len(buffers)]
@@ -170,9 +206,9 @@ def run(session, bins, batch_size, height, width, folder, report, calls=1):
                         raise ValueError("%s: is shorter than %d bytes" % (path, row.nbytes))
         with clocks["preprocess"]:
             buffer[len(batch):] = 0
-            if not np.isfinite(buffer).all():
-                bad = [path for (_, path), row in zip(batch, buffer) if not np.isfinite(row).all()]
-                raise ValueError("NaN or infinite values in %s" % some(bad))
+            faults = [fault(row) for row in buffer[:len(batch)]]
+            if any(faults):
+                raise ValueError("%s in %s" % (next(filter(None, faults)), some(path for (_, path), why in zip(batch, faults) if why)))
 
     def write(results):
         with clocks["post"]:
@@ -185,8 +221,8 @@ def run(session, bins, batch_size, height, width, folder, report, calls=1):
         with clocks["infer"], clocks["interface"]:
             return session.run([output_name], {input_name: buffers[index % len(buffers)]}, options)[0]
 
-    with interruptible() as options, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer, \
-            ThreadPoolExecutor(calls) as runner:
+    pool = ThreadPoolExecutor if can_start(calls + 3) else Inline
+    with interruptible() as options, pool(1) as reader, pool(1) as writer, pool(calls) as runner:
         session.run([output_name], {input_name: buffers[0]}, options)  # the first run also allocates memory
         with clocks["e2e"]:
             running = collections.deque()
@@ -211,11 +247,14 @@ def run(session, bins, batch_size, height, width, folder, report, calls=1):
     return clocks
 
 
-def compute(session, bins):
-    """Runs the model over the bins [(name, path)] as stage 6 does; returns the logits, float32 [bins, attributes]."""
+def compute(session, bins, finite=True):
+    """Runs the model over the bins [(name, path)] as stage 6 does; returns the logits, float32 [bins, attributes].
+
+    Raises ValueError for NaN or infinite logits, if they must be finite.
+    """
     import tempfile
     with tempfile.TemporaryDirectory() as folder:
         with progress(len(bins), "image") as bar:
             run(session, bins, *input_size(session), folder, bar.update)
         results = [os.path.join(folder, name + "_1.bin") for name, _ in bins]
-        return read_logits(results, attributes_in(results[0]))
+        return read_logits(results, attributes_in(results[0]), finite)

@@ -7,7 +7,7 @@
 perf_vision_batchsize_<N>_device_<D>.txt of each device, or, of backend ais_bench, dumpOutput_device<D>_summary.json; that tool
 measures no end-to-end rate. Rates are in images per second. With several devices they are the sums of what the
 devices reached at the same time; with one, the card's rate is the Interface throughputRate times the card's chips
-(4 on a 310, 1 on a 310P). Fails if the accuracy differs between the batch sizes.
+(4 on a 300I, 2 on a 300I Duo, 1 on a 300I Pro). Fails if the accuracy differs between the batch sizes.
 """
 import argparse
 import csv
@@ -105,7 +105,7 @@ def main(argv=None):
     parser.add_argument("--run", nargs=4, action="append", required=True,
                         metavar=("BATCH_SIZE", "FOLDER", "MODEL", "BACKEND"), help="the results at a batch size")
     parser.add_argument("--devices", nargs="+", default=["0"], metavar="D", help="the devices used (default: 0)")
-    parser.add_argument("--chips", type=int, default=0, help="of a card: 4 of a 310, 1 of a 310P (default: unknown)")
+    parser.add_argument("--chips", type=int, default=0, help="of a card, as 4 of a 300I (default: unknown)")
     args = parser.parse_args(argv)
     if not all(re.fullmatch("[1-9][0-9]*", run[0]) for run in args.run):
         parser.error("--run: BATCH_SIZE must be a positive whole number")

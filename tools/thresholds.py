@@ -139,7 +139,8 @@ def main(argv=None):
     said, at_0 = cross_validate(logits, true, tunable, target), logits >= 0
     tuned_on = {image: label_checksum(row) for image, row in zip(images, labels)}
     lines = "".join("%s %s\n" % item for item in sorted(tuned_on.items()))
-    rows = [{"name": name, "threshold": float(limit), "tuned": tuned, "positives": int(count), "at_0": old, "cross_validated": new}
+    rows = [{"name": name, "threshold": float(limit), "tuned": tuned, "positives": int(count), "at_0": old,
+             "cross_validated": new}
             for name, limit, tuned, count, old, new in zip(names, limits, reached, true.sum(axis=0), figures(at_0, true),
                                                            figures(said, true))]
     content = {"goal": goal[0], "images": len(images), "checksum": hashlib.sha256(lines.encode("utf-8")).hexdigest(),

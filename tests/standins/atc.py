@@ -7,6 +7,7 @@ import os
 import re
 import sys
 
+import aipp
 import onnx
 from om import FAIL, MAGIC, die
 
@@ -87,6 +88,7 @@ if [entry.version for entry in model.opset_import] != [11]:
            % (model.graph.node[0].name, model.opset_import[0].version, model.graph.node[0].op_type))
 if any(node.op_type == "Pad" for node in model.graph.node):
     failed("a Pad is left in the model")  # atc itself would take it
+insert = aipp.settings(values, list(inputs.values())[0], failed)
 with open("fusion_result.json", "w") as f:  # as atc does: its own, nothing to do with stage 7's
     f.write('{"graph_fusion": {}}')
 if FAIL in FAILURES:
@@ -95,5 +97,5 @@ if FAIL != "atc leaves nothing":
     with open(values["model"], "rb") as f:
         content = f.read()
     with open(values["output"] + ".om", "wb") as f:
-        f.write(MAGIC + content)
+        f.write(MAGIC + insert + content)
 print("ATC start working now, please wait for a moment.\n...\nATC run success, welcome to the next use.")

@@ -3,6 +3,7 @@ were handed the ONNX model instead, or no model at all, are found out. FAIL in t
 import os
 import sys
 
+import aipp
 import numpy as np
 
 MAGIC = b"IMOD"
@@ -21,7 +22,7 @@ def devices():
 
 
 class Model(object):
-    """An "OM" on the CPU: batch_size, shape, run() and run_array(); raises RuntimeError where a file does not fit."""
+    """An "OM" on the CPU: batch_size, shape, run() and run_bytes(); raises RuntimeError where a file does not fit."""
 
     def __init__(self, path):
         with open(path, "rb") as f:
@@ -29,23 +30,26 @@ class Model(object):
         if not content.startswith(MAGIC):
             raise RuntimeError("load model from file failed, model file is %s" % path)
         import onnxruntime
+        self.aipp, content = aipp.split(content[len(MAGIC):])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(content[len(MAGIC):], options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self.input, self.outputs = self.session.get_inputs()[0], self.session.get_outputs()
         self.shape = self.input.shape
         self.batch_size = self.shape[0]
+        self.bin_bytes = (1 if self.aipp else 4) * int(np.prod(self.shape[1:]))
 
     def run(self, paths):
         """Returns the outputs, float32 [len(paths), attributes], for at most batch_size bins."""
-        array = np.zeros(self.shape, np.float32)
-        for path, row in zip(paths, array):
-            data = np.fromfile(path, "<f4")
-            if data.size != row.size:
-                raise RuntimeError("size of %s is %d, the model's input needs %d" % (path, data.nbytes, row.nbytes))
-            row[...] = data.reshape(row.shape)
-        return self.run_array(array)[0][:len(paths)]
+        data = bytearray(self.batch_size * self.bin_bytes)
+        for i, path in enumerate(paths):
+            with open(path, "rb") as f:
+                content = f.read()
+            if len(content) != self.bin_bytes:
+                raise RuntimeError("size of %s is %d, the model's input needs %d" % (path, len(content), self.bin_bytes))
+            data[i * self.bin_bytes:(i + 1) * self.bin_bytes] = content
+        return self.run_bytes(data)[0][:len(paths)]
 
-    def run_array(self, array):
+    def run_bytes(self, data):
         """Returns all outputs for the input of a whole batch."""
-        return self.session.run(None, {self.input.name: array})
+        return self.session.run(None, {self.input.name: aipp.network_input(data, self.aipp, self.shape)})

@@ -50,9 +50,9 @@ class Tensor(object):
 
 
 class TensorDesc(object):
-    def __init__(self, value):
+    def __init__(self, value, item_bytes=4):
         self.name, self.shape = value.name, value.shape
-        self.size = self.realsize = 4 * int(np.prod(value.shape))
+        self.size = self.realsize = item_bytes * int(np.prod(value.shape))
 
 
 class Summary(object):
@@ -76,7 +76,7 @@ class InferenceSession(object):
         self.model, self._options, self._summary = Model(path), options, Summary()
 
     def get_inputs(self):
-        return [TensorDesc(self.model.input)]
+        return [TensorDesc(self.model.input, 1 if self.model.aipp else 4)]
 
     def get_outputs(self):
         return [TensorDesc(value) for value in self.model.outputs]
@@ -100,7 +100,7 @@ class InferenceSession(object):
         feed, = feeds
         for _ in range(self._options.loop):
             before = time.time()
-            outputs = self.model.run_array(np.frombuffer(feed.data, "<f4").reshape(self.model.shape))
+            outputs = self.model.run_bytes(feed.data)
             self._summary.exec_time_list.append(Milliseconds(1000 * (time.time() - before)))
         return [Tensor(array) for array in outputs]
 

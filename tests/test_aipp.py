@@ -1,0 +1,217 @@
+"""uint8 bins and AIPP: stage 4's pixels, the file for atc, the model with AIPP's arithmetic, and bins that are never mixed."""
+import os
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from conftest import ROOT, check_error, script
+from PIL import Image
+from test_predict import parse, write_images
+from test_rehearse import (IMAGES, NAMES, SIZE, Scene, compute, make_twin, normalised, pictures, weights, write_bins,
+                           write_network)
+
+import compare
+import faults
+import preprocess_deepmar_pytorch as preprocess
+import rehearse
+
+sys.path.insert(0, os.path.join(ROOT, "tests", "standins"))
+import aipp  # noqa: E402
+
+# --- stages 4 and 5 --------------------------------------------------------------------------------------------------
+
+CFG = """aipp_op {
+    aipp_mode: static
+    related_input_rank: 0
+    input_format: RGB888_U8
+    src_image_size_w: 224
+    src_image_size_h: 224
+    csc_switch: false
+    rbuv_swap_switch: false
+    min_chn_0: 123.675
+    min_chn_1: 116.28
+    min_chn_2: 103.53
+    var_reci_chn_0: 0.0171247538316637
+    var_reci_chn_1: 0.0175070028011204
+    var_reci_chn_2: 0.0174291938997821
+}
+"""
+
+
+def test_uint8_bins_are_the_resized_pixels(tmp_path):
+    names = write_images(tmp_path / "images", 5)
+    (tmp_path / "image.txt").write_text("\n".join(names))
+    done = script("preprocess_deepmar_pytorch.py", "images", "bins", "image.txt", "--uint8", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == "bins: 5 images -> 5 bins of uint8 [224,224,3]\n", done.stderr
+    for name in names:
+        with Image.open(str(tmp_path / "images" / name)) as image:
+            expected = np.asarray(image.convert("RGB").resize((224, 224), Image.BILINEAR))
+        content = (tmp_path / "bins" / (name[:-4] + ".bin")).read_bytes()
+        assert len(content) == 150528 and content == expected.tobytes()
+        x = preprocess.preprocess(str(tmp_path / "images" / name))  # the two kinds are of the same pixels
+        assert np.array_equal(x, ((expected / np.float32(255) - np.float32(preprocess.MEAN)) / np.float32(preprocess.STD))
+                              .astype(np.float32).transpose(2, 0, 1))
+    done = script("get_info.py", "bins", "deepmar.info", 224, 224, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == "deepmar.info: 5 bins of bins, 224 x 224, uint8\n", done.stderr
+    assert (tmp_path / "deepmar.info").read_text().startswith("0 bins/im0.bin 224 224\n")
+    (tmp_path / "bins" / "im3.bin").write_bytes(bytes(602112))
+    check_error(script("get_info.py", "bins", "deepmar.info", 224, 224, cwd=tmp_path),
+                "1 of 5 bins are not uint8 [224,224,3] (150528 bytes): im3.bin (602112 bytes); that is the size of float32")
+
+
+def test_bins_of_another_size_are_not_taken_for_the_other_kind(tmp_path):
+    """float32 at half the height and width has as many bytes as uint8."""
+    names = write_images(tmp_path / "images", 2)
+    (tmp_path / "image.txt").write_text("\n".join(names))
+    for more in (["float32", "--size", 16, 16], ["uint8", "--size", 32, 32, "--uint8"]):
+        done = script("preprocess_deepmar_pytorch.py", "images", more[0], "image.txt", *more[1:], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    for folder, size, text in (("float32", 32, "is not uint8 [32,32,3], though its size is: it holds float32 values, not pixels"),
+                               ("uint8", 16, "is not float32 [3,16,16], though its size is: it holds NaN or infinite values")):
+        check_error(script("get_info.py", folder, "deepmar.info", size, size, cwd=tmp_path), "%s/im0.bin" % folder, text)
+        assert script("get_info.py", folder, "deepmar.info", 48 - size, 48 - size, cwd=tmp_path).returncode == 0
+    # and each of a run's bins is looked at, not the first alone
+    model = write_network(tmp_path / "m.onnx", weights())
+    make_twin(model, tmp_path / "a.onnx", "aipp")
+    (tmp_path / "info").write_text("0 uint8/im0.bin 16 16\n")
+    command = ["tools/benchmark.py", "-batch_size=1", "-input_width=16", "-input_height=16", "-input_text_path=info"]
+    check_error(script(*(command + ["-om_path=m.onnx"]), cwd=tmp_path), "NaN or infinite values, or beyond 10000 in uint8/im0.bin")
+    script("preprocess_deepmar_pytorch.py", "images", "quarter", "image.txt", "--size", 8, 8, cwd=tmp_path)
+    (tmp_path / "info").write_text("0 quarter/im0.bin 16 16\n")
+    check_error(script(*(command + ["-om_path=a.onnx"]), cwd=tmp_path), "float32 values, not pixels in quarter/im0.bin")
+    assert preprocess.fault(np.zeros((16, 16, 3), np.uint8)) is None and preprocess.fault(np.full((16, 16, 3), 255, np.uint8)) is None
+
+
+# --- atc's file ------------------------------------------------------------------------------------------------------
+
+def settings(path, **options):
+    """What the stand-in of atc makes of a file, or the text that it fails with."""
+    def failed(*lines):
+        raise ValueError("\n".join(lines))
+    try:
+        return aipp.settings(dict({"insert_op_conf": str(path)}, **options), [1, 3, 224, 224], failed)
+    except ValueError as error:
+        return str(error)
+
+
+def test_the_file_for_atc(tmp_path):
+    assert script("tools/rehearse.py", "cfg", tmp_path / "aipp.cfg").returncode == 0
+    assert (tmp_path / "aipp.cfg").read_text() == CFG
+    assert settings(tmp_path / "aipp.cfg", enable_small_channel="1").startswith(b"AIPP{")
+    assert script("tools/rehearse.py", "cfg", tmp_path / "aipp.cfg", "--size", 256, 128).returncode == 0
+    assert "src_image_size_w: 128\n    src_image_size_h: 256\n" in (tmp_path / "aipp.cfg").read_text()
+    assert "src_image_size_h: 256 is not the model's 224" in settings(tmp_path / "aipp.cfg")
+
+
+@pytest.mark.parametrize("before, after, text", [
+    ("    aipp_mode: static\n", "", "aipp_mode must be configured as static or dynamic"),
+    ("min_chn_0", "minimum_0", 'has no field named "minimum_0"'), ("input_format: RGB888_U8", "", "Input format of AIPP conf is undefined"),
+    ("min_chn_1:", "min_chn_0:", 'Non-repeated field "min_chn_0" is specified multiple times'),
+    ("var_reci_chn_1:", "var_reci_chn_0:", "var_reci_chn_0 can not be configed repeatedly"),
+    ("min_chn_0", "mean_chn_0", 'the value "123.675" of "mean_chn_0"'), ("123.675", "-1", "is not from 0 to 255"),
+    ("false", "False", 'the value "False" of "csc_switch"'), ("aipp_op", "aipp", "no aipp_op"),
+    ("related_input_rank: 0", "related_input_rank: 1", "the model has one input")])
+def test_what_atc_refuses(tmp_path, before, after, text):
+    (tmp_path / "aipp.cfg").write_text(CFG.replace(before, after, 1))
+    assert text in settings(tmp_path / "aipp.cfg")
+    assert "No such file" in settings(tmp_path / "absent.cfg")
+
+
+# --- the model with AIPP ------------------------------------------------------------------------------------------------
+
+def fields(**changes):
+    """The fields of the file that we write, with changes."""
+    lines = [line.split(": ") for line in rehearse.aipp_cfg(SIZE, SIZE).splitlines() if ": " in line]
+    return dict({name.strip(): value for name, value in lines}, **changes)
+
+
+def after_aipp(bins, **changes):
+    """What the network is given for the bins, by the stand-in's arithmetic: float32 [images,3,height,width]."""
+    data = b"".join(np.fromfile(os.path.join(bins, name + ".bin"), np.uint8).tobytes() for name in NAMES)
+    return aipp.network_input(data, fields(**changes), [IMAGES, 3, SIZE, SIZE])
+
+
+@pytest.fixture(scope="module")
+def aipp_scene(tmp_path_factory):
+    """A model with AIPP, its float16 twin, and uint8 bins that have every pixel value."""
+    scene = Scene(tmp_path_factory.mktemp("aipp"))
+    scene.pixels[0] = np.arange(SIZE * SIZE).reshape(SIZE, SIZE, 1)
+    scene.bins = write_bins(scene.folder / "uint8", scene.pixels)
+    scene.float_model, scene.model = scene.model, make_twin(scene.model, scene.folder / "aipp.onnx", "aipp")
+    scene.twin = make_twin(scene.model, scene.folder / "aipp_float16.onnx")
+    return scene
+
+
+def test_the_arithmetic_is_numpys_float16(aipp_scene):
+    bins = [os.path.join(aipp_scene.bins, name + ".bin") for name in NAMES]
+    expected = after_aipp(aipp_scene.bins)
+    for path in (aipp_scene.model, aipp_scene.twin):
+        for value, wanted in zip(faults.tensors(path, ["actual_input_1"], bins), expected):
+            assert np.array_equal(value["actual_input_1"][0], wanted)
+    difference = np.abs(expected[0] - normalised(aipp_scene.pixels)[0]).max(axis=(1, 2))
+    assert rehearse.aipp_differences() == pytest.approx(difference, rel=1e-3) and difference.max() < 0.003
+    logits = compute(aipp_scene.values, expected)["output1"]
+    found = np.concatenate([value["output1"] for value in faults.tensors(aipp_scene.twin, ["output1"], bins)])
+    assert np.abs(found - logits).max() < 0.01
+
+
+def test_all_tools_take_it(aipp_scene, tmp_path):
+    """stage 6, compare, predict and quantize; with float32 bins, each says that they are the other kind."""
+    names = write_images(tmp_path / "images", IMAGES)
+    (tmp_path / "image.txt").write_text("\n".join(names))
+    for more in (["bins", "--uint8"], ["float_bins"]):
+        assert script("preprocess_deepmar_pytorch.py", "images", more[0], "image.txt", "--size", SIZE, SIZE, *more[1:],
+                      cwd=tmp_path).returncode == 0
+    assert script("get_info.py", "bins", "deepmar.info", SIZE, SIZE, cwd=tmp_path).returncode == 0
+    command = ["tools/benchmark.py", "-batch_size=1", "-input_width=%d" % SIZE, "-input_height=%d" % SIZE]
+    run = command + ["-input_text_path=deepmar.info"]
+    assert script(*(run + ["-om_path=%s" % aipp_scene.model]), cwd=tmp_path).returncode == 0
+    assert script(*(command + ["-round=2", "-om_path=%s" % aipp_scene.model]), cwd=tmp_path).returncode == 0
+    result = tmp_path / "result" / "dumpOutput_device0"
+    done = script("tools/compare.py", result, "--onnx", aipp_scene.model, "--bins", tmp_path / "bins", "--max-difference", 1e-6)
+    assert done.returncode == 0, done.stderr
+    done = script("tools/compare.py", result, "--onnx", aipp_scene.float_model, "--bins", tmp_path / "float_bins")  # today's bins
+    assert done.returncode == 0 and "largest difference: 0\n" not in done.stdout, done.stderr
+    done = script("tools/predict.py", "images/im3.png", "--onnx", aipp_scene.model, cwd=tmp_path)
+    logits = np.fromfile(str(result / "im3_1.bin"), "<f4")
+    assert [row[3] for row in parse(done.stdout)["images/im3.png"]] == sorted(logits, reverse=True), done.stderr
+    done = script("tools/quantize.py", aipp_scene.model, "bins", "int8.onnx", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "QLinearConv" in {node.op_type for node in onnx.load(str(tmp_path / "int8.onnx")).graph.node}
+    done = script("tools/compare.py", result, "--onnx", "int8.onnx", "--bins", "bins", "--max-difference", 1, "--max-flips", 9,
+                  cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    wrong = "bins are not uint8 [16,16,3] (768 bytes)"
+    check_error(script("tools/compare.py", result, "--onnx", aipp_scene.model, "--bins", "float_bins", cwd=tmp_path), wrong)
+    check_error(script("tools/quantize.py", aipp_scene.model, "float_bins", "i.onnx", cwd=tmp_path), wrong, "with --uint8")
+    check_error(script("tools/compare.py", result, "--onnx", aipp_scene.float_model, "--bins", "bins", cwd=tmp_path),
+                "bins are not float32 [3,16,16] (3072 bytes)", "without --uint8")
+    check_error(script(*(run + ["-om_path=%s" % aipp_scene.float_model]), cwd=tmp_path), "are not float32 [3,16,16]")
+    script("get_info.py", "float_bins", "deepmar.info", SIZE, SIZE, cwd=tmp_path)
+    check_error(script(*(run + ["-om_path=%s" % aipp_scene.model]), cwd=tmp_path), wrong)
+    check_error(script("tools/compare.py", aipp_scene.model, "--onnx", aipp_scene.float_model, "--bins", "bins", cwd=tmp_path),
+                "bins are not float32")
+
+
+@pytest.mark.parametrize("changes, text", [
+    ({}, None), ({"rbuv_swap_switch": "true"}, "BGR instead of RGB (stage 4's channels, or rbuv_swap_switch in aipp.cfg)"),
+    ({"min_chn_0": 0, "min_chn_1": 0, "min_chn_2": 0}, "without the mean subtracted (min_chn in aipp.cfg)"),
+    ({"var_reci_chn_0": 1 / 255, "var_reci_chn_1": 1 / 255, "var_reci_chn_2": 1 / 255}, "without the division by")])
+def test_a_card_with_other_settings_is_found(aipp_scene, capsys, changes, text):
+    side = aipp_scene.card(inputs=after_aipp(aipp_scene.bins, **changes))
+    if text is None:
+        aipp_scene.compare(side)
+        assert "within what float16 explains" in capsys.readouterr().out
+        with pytest.raises(ValueError, match="bins are not float32"):
+            compare.main([side, "--onnx", aipp_scene.float_model, "--bins", aipp_scene.bins])
+    else:
+        assert "these are the results for an input " + text in aipp_scene.refused(side)
+
+
+def test_any_batch_size(tmp_path):
+    model = write_network(tmp_path / "m.onnx", weights(), 8)
+    make_twin(model, tmp_path / "a.onnx", "aipp")
+    bins = write_bins(tmp_path / "bins", pictures())
+    done = script("tools/compare.py", tmp_path / "a.onnx", "--onnx", tmp_path / "a.onnx", "--bins", bins, "--max-difference", 0)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,497 @@
+"""tools/lists.py on small files of each data set's structure, and run_all.sh with what it writes."""
+import csv
+import json
+import os
+import pickle
+import pickletools
+
+import numpy as np
+import pytest
+from conftest import check_error, run_all, script
+from PIL import Image
+from scipy.io import savemat
+from test_predict import write_model
+
+import lists as tool
+from postprocess_deepmar_pytorch import PETA, labels_of
+from preprocess_deepmar_pytorch import read_list
+
+IMAGES, ATTRIBUTES, SELECTED = 40, 9, 6
+LISTS = {"image.txt", "label.json", "attributes.txt"}
+
+
+# --- data sets, in small ----------------------------------------------------------------------------------------------
+
+def cells(values, shape=(-1, 1)):
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array.reshape(shape)
+
+
+def content():
+    """The struct peta as scipy writes it: 40 images in shuffled rows, 9 attributes of which columns 5 ... 10 are selected."""
+    random = np.random.RandomState(0)
+    data = np.zeros((IMAGES, 4 + ATTRIBUTES), np.uint16)
+    data[:, 0] = random.permutation(IMAGES) + 1
+    data[:, 1:4] = 77
+    data[:, 4:] = random.randint(0, 2, (IMAGES, ATTRIBUTES))
+    partitions = []
+    for _ in range(5):
+        order = (random.permutation(IMAGES) + 1).astype(np.uint16)[:, None]
+        partitions.append({"train": order[:20], "val": order[20:25], "test": order[25:]})
+    return {"data": data, "attribute": cells(["attribute %d" % i for i in range(ATTRIBUTES)]),
+            "selected_attribute": np.arange(5, 5 + SELECTED, dtype=np.uint8)[None],
+            "partion_attribute": cells(partitions)}
+
+
+def write(path, peta):
+    savemat(str(path), {"peta": peta}, do_compression=True)
+    return path
+
+
+def orders(sizes, shape):
+    """Five partitions of shuffled image numbers from 1, cut into parts."""
+    random = np.random.RandomState(1)
+    return [[(part + 1).astype(np.uint16).reshape(shape)
+             for part in np.split(random.permutation(sum(sizes)), np.cumsum(sizes)[:-1])] for _ in range(5)]
+
+
+def write_rap(path):
+    """RAP's layout; returns what each split holds: {split: [(names, labels) of each partition]}, and the attributes."""
+    random = np.random.RandomState(2)
+    names = ["CAM%02d_frame%d.png" % (i % 3, i) for i in random.permutation(30)]
+    labels = random.randint(0, 2, (30, 92)).astype(np.uint8)
+    labels[3, 7] = labels[9, 80] = 2  # unclear; the second one is of no attribute of the benchmark
+    partitions, attributes = orders([24, 6], (1, -1)), ["attribute-%d" % i for i in range(51)]
+    savemat(str(path), {"RAP_annotation": {
+        "partion": cells([dict(zip(["train_index", "test_index"], parts)) for parts in partitions]), "label": labels,
+        "attribute_chinese": cells(["\u5c5e\u6027%d" % i for i in range(92)]),
+        "attribute_eng": cells(["english-%d" % i for i in range(92)]), "position": np.zeros((30, 16), np.int16),
+        "imagesname": cells(names), "attribute_exp": cells(attributes)}})
+    splits = dict(zip(["trainval", "test"], zip(*partitions)))
+    return expected(names, np.where(labels == 2, 0, labels)[:, :51], splits), attributes
+
+
+def write_rap2(path):
+    """RAP v2's layout; returns the same."""
+    random = np.random.RandomState(3)
+    names = ["CAM%02d-frame%d.png" % (i % 3, i) for i in random.permutation(30)]
+    labels = random.randint(0, 2, (30, 152)).astype(np.int32)
+    labels[:, 120:] = random.randint(3, 900, (30, 32))  # the places of the parts of the body
+    selected = np.sort(random.permutation(110)[:54])
+    partitions = orders([18, 6, 6], (1, -1))
+    savemat(str(path), {"RAP_annotation": {
+        "name": cells(names), "data": labels, "attribute": cells(["attr-%d" % i for i in range(152)]),
+        "selected_attribute": (selected + 1).astype(np.uint8)[None],
+        "partition_attribute": cells([dict(zip(["train_index", "val_index", "test_index"], parts)) for parts in partitions],
+                                     (1, -1)),
+        "person_identity": np.zeros((30, 1), np.int16), "partition_reid": {"train": np.arange(3), "test": np.arange(3)}}})
+    train, val, test = zip(*partitions)
+    both = [np.concatenate(pair, axis=1) for pair in zip(train, val)]
+    return (expected(names, labels[:, selected], {"train": train, "val": val, "trainval": both, "test": test}),
+            ["attr-%d" % i for i in selected])
+
+
+def expected(names, labels, splits):
+    return {split: [([names[i - 1] for i in numbers.ravel()], labels[numbers.ravel() - 1]) for numbers in partitions]
+            for split, partitions in splits.items()}
+
+
+def write_pa100k(path, sizes=(8, 3, 5)):
+    """PA-100K's layout; returns the same."""
+    random = np.random.RandomState(4)
+    numbers, attributes = random.permutation(sum(sizes)) + 1, ["Attribute%d&Co" % i for i in range(26)]
+    mat, result, end = {"attributes": cells(attributes)}, {}, 0
+    for part, size in zip(["train", "val", "test"], sizes):
+        names = ["%06d.jpg" % number for number in numbers[end:end + size]]
+        result[part] = [(names, random.randint(0, 2, (size, 26)).astype(np.uint8))]
+        mat[part + "_images_name"], mat[part + "_label"] = cells(names), result[part][0][1]
+        end += size
+    savemat(str(path), mat)
+    (names, labels), (more_names, more_labels) = result["train"][0], result["val"][0]
+    result["trainval"] = [(names + more_names, np.concatenate([labels, more_labels]))]
+    return result, attributes
+
+
+class EasyDict(dict):
+    """What easydict's class of this name leaves in a pickle."""
+
+    def __init__(self, **items):
+        super().__init__(items)
+        self.__dict__.update(items)
+
+
+EasyDict.__module__ = "easydict"
+
+
+def write_pkl(path, partitions, monkeypatch):
+    """The layout of dataset_all.pkl, or of dataset_zs_run0.pkl where there is one partition; returns the same."""
+    import sys
+    random = np.random.RandomState(5)
+    names = [np.array("%05d.png" % i)[()] for i in range(30)]  # numpy's strings, as scipy gives them
+    labels = np.asfortranarray(random.randint(0, 3, (30, 8)).astype("u2"))
+    used = [5, 0, 3]
+    parts = [[part.ravel().astype("i8") - 1 for part in order] for order in orders([18, 6, 6], -1)][:partitions]
+    arrays = dict(zip(["train", "val", "test"], zip(*parts)))
+    arrays["trainval"] = [np.concatenate(pair) for pair in zip(arrays["train"], arrays["val"])]
+    splits = {split: list(value) if partitions > 1 else value[0] for split, value in arrays.items()}
+    monkeypatch.setitem(sys.modules, "easydict", sys.modules[__name__])
+    path.write_bytes(pickle.dumps(EasyDict(
+        description="peta", image_name=names, label=labels, attr_name=[np.array("attr-%d" % i)[()] for i in range(8)],
+        label_idx=EasyDict(eval=used, color=[1, 2], extra=range(6, 8)), partition=EasyDict(**splits),
+        weight_train=[labels.mean(axis=0)]), protocol=4))
+    monkeypatch.undo()
+    return (expected(list(map(str, names)), (labels == 1)[:, used].astype(int),
+                     {split: [array + 1 for array in value] for split, value in arrays.items()}),
+            ["attr-%d" % i for i in used])
+
+
+def read_lists(folder):
+    """(names, labels, attributes) in a folder, which holds nothing else."""
+    assert {path.name for path in folder.iterdir()} == LISTS
+    names = (folder / "image.txt").read_text(encoding="utf-8").split("\n")
+    pairs = json.loads((folder / "label.json").read_text(), object_pairs_hook=list)
+    assert [name for name, _ in pairs] + [""] == names
+    return names[:-1], [row for _, row in pairs], (folder / "attributes.txt").read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def run(*arguments):
+    tool.main([str(argument) for argument in arguments])
+
+
+def refuses(*arguments):
+    """Returns the error's text."""
+    with pytest.raises((OSError, ValueError)) as caught:
+        run(*arguments)
+    return str(caught.value)
+
+
+# --- each data set ----------------------------------------------------------------------------------------------------
+
+def check_peta(folder, peta, numbers):
+    """The folder holds the lists of these image numbers, in this order."""
+    rows = {row[0]: row[4:4 + SELECTED].tolist() for row in peta["data"]}
+    assert read_lists(folder) == (["%05d.png" % number for number in numbers], [rows[number] for number in numbers],
+                                  ["attribute %d" % i for i in range(SELECTED)])
+
+
+def test_default_is_the_test_set_of_partition_0(tmp_path):
+    peta = content()
+    write(tmp_path / "PETA.mat", peta)
+    (tmp_path / "here").mkdir()
+    done = script("tools/lists.py", "peta", "../PETA.mat", cwd=tmp_path / "here")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "15 images (partition 0, test) and 6 attributes" in done.stdout
+    check_peta(tmp_path / "here", peta, peta["partion_attribute"][0, 0]["test"].ravel())
+
+
+@pytest.mark.parametrize("partition, split", [(0, "train"), (4, "val"), (2, "trainval"), (3, "test")])
+def test_peta(tmp_path, partition, split):
+    peta = content()
+    run("peta", write(tmp_path / "PETA.mat", peta), "--partition", partition, "--split", split, "--output", tmp_path / "a" / "b")
+    chosen = peta["partion_attribute"][partition, 0]
+    numbers = np.concatenate([chosen["train"], chosen["val"]]) if split == "trainval" else chosen[split]
+    check_peta(tmp_path / "a" / "b", peta, numbers.ravel())
+
+
+@pytest.mark.parametrize("data_set, make, partitions", [
+    ("rap", write_rap, 5), ("rap2", write_rap2, 5), ("pa100k", write_pa100k, 1), ("pkl", write_pkl, 5), ("pkl", write_pkl, 1)])
+def test_every_partition_and_split(tmp_path, capfd, monkeypatch, data_set, make, partitions):
+    path = tmp_path / "file"
+    splits, attributes = make(path, partitions, monkeypatch) if make is write_pkl else make(path)
+    for split, lists in splits.items():
+        assert len(lists) == partitions
+        for i in {0, partitions - 1}:
+            option = () if data_set == "pa100k" else ("--partition", i)
+            run(data_set, path, "--split", split, "--output", tmp_path / "out", *option)
+            assert read_lists(tmp_path / "out") == (lists[i][0], lists[i][1].tolist(), attributes)
+    errors = capfd.readouterr().err
+    assert (data_set in ("rap", "pkl")) == ("are 2 (unclear); they count as 0" in errors)
+    if data_set == "rap":
+        assert "1 of 1530 labels" in errors
+        check_error(script("tools/lists.py", "rap", path, "--split", "val"), "--split", code=2)
+    if data_set == "pa100k":
+        check_error(script("tools/lists.py", "pa100k", path, "--partition", 1), "--partition", code=2)
+    if data_set == "pkl" and partitions == 1:
+        assert "has no partition 1; it has 1" in refuses("pkl", path, "--partition", 1)
+
+
+def test_attributes_of_another_order(tmp_path):
+    path = write(tmp_path / "PETA.mat", content())
+    run("peta", path, "--output", tmp_path / "all")
+    names, labels, attributes = read_lists(tmp_path / "all")
+    (tmp_path / "mine.txt").write_text("attribute 8\nattribute 3\nattribute 0\n")  # 8 is not one of the benchmark's
+    run("peta", path, "--attributes", tmp_path / "mine.txt", "--output", tmp_path / "some")
+    mine = read_lists(tmp_path / "some")
+    data = {"%05d.png" % row[0]: row[4:] for row in content()["data"]}
+    assert mine == (names, [[data[name][i] for i in (8, 3, 0)] for name in names], ["attribute 8", "attribute 3", "attribute 0"])
+    (tmp_path / "mine.txt").write_text("attribute 1\nattribute x\n")
+    assert "it has no attribute attribute x; it has attribute 0, " in refuses("peta", path, "--attributes", tmp_path / "mine.txt")
+
+
+# Two sub-sets, with the same file names in both; in CUHK a line is a file's, elsewhere a person's.
+FOLDERS = {"CUHK": ({"0001.png": "personalMale upperBodyCasual", "0002.png": "hairLong footwearSneakers"},
+                    ["0001.png", "0002.png"]),
+           "i-LID": ({"0001": "personalLess30 lowerBodyJeans unheardOf", "12": "accessoryHat"},
+                     ["0001.png", "0001_2.jpg", "0001_2.BMP", "12_a.jpeg"])}
+
+
+def write_folders(path):
+    for i, (folder, (labels, images)) in enumerate(FOLDERS.items()):
+        archive = path / folder / "archive"
+        archive.mkdir(parents=True)
+        (archive / "Label.txt").write_text("".join("%s %s\r\n" % item for item in labels.items()))
+        for j, name in enumerate(images):
+            Image.new("RGB", (20, 50), (40 * i, 30 * j, 200)).save(str(archive / name), format="PNG")
+
+
+def test_petas_folders(tmp_path):
+    write_folders(tmp_path / "PETA dataset")
+    command = ["peta-folders", tmp_path / "PETA dataset", "--output", tmp_path / "out"]
+    assert "share their name up to the first dot" in refuses(*command) and not (tmp_path / "out").exists()
+    run(*command, "--flatten", tmp_path / "flat")
+    names, labels, attributes = read_lists(tmp_path / "out")
+    assert attributes == PETA
+    found = {name: {PETA[i] for i in np.flatnonzero(row)} for name, row in zip(names, labels)}
+    less = {"personalLess30", "lowerBodyJeans"}
+    assert found == {"CUHK_archive_0001_png.png": {"personalMale", "upperBodyCasual"},
+                     "CUHK_archive_0002_png.png": {"hairLong", "footwearSneaker"},
+                     "i-LID_archive_0001_png.png": less, "i-LID_archive_0001_2_jpg.jpg": less,
+                     "i-LID_archive_0001_2_BMP.BMP": less, "i-LID_archive_12_a_jpeg.jpeg": {"accessoryHat"}}
+    assert sorted(os.listdir(str(tmp_path / "flat"))) == sorted(names)
+    for name in names:
+        folder, _, file = name.split("_", 2)
+        original = tmp_path / "PETA dataset" / folder / "archive" / (file.rpartition(".")[0][::-1].replace("_", ".", 1)[::-1])
+        assert os.path.samefile(str(tmp_path / "flat" / name), str(original))
+    (tmp_path / "PETA dataset/CUHK/archive/0003.png").write_bytes(b"")
+    assert "1 images have no line in Label.txt: CUHK/archive/0003.png" in refuses(*command)
+
+
+def write_csv(path, names, labels, attributes):
+    with open(str(path), "w", encoding="utf-8-sig", newline="") as f:
+        csv.writer(f).writerows([["image"] + attributes] + [[name] + list(row) for name, row in zip(names, labels)])
+
+
+def test_csv(tmp_path):
+    names, attributes = ["b.png", "a, b.jpg", "sub/\u4eba.png"], ["Male", "Bag, small", "\u5e3d\u5b50"]
+    write_csv(tmp_path / "t.csv", names, [[0, 1, 1], ["1.0", "0.0", "1.0"], ["True", "False", "false"]], attributes)
+    run("csv", tmp_path / "t.csv", "--output", tmp_path / "out")
+    assert read_lists(tmp_path / "out") == (names, [[0, 1, 1], [1, 0, 1], [1, 0, 0]], attributes)
+    for text, message in [("", "first line is not"), ("image,a\n", "first line is not"), ("image\nx.png\n", "first line is not"),
+                          ("image,a\nx.png,2\n", "line 2 (x.png)"), ("image,a\n\nx.png,1,1\n", "line 3 (x.png)"),
+                          ("image,a\nx.png,\n", "line 2 (x.png)"), ("image;a\nx.png;1\n", "separated by commas"),
+                          ("image,a,a\nx.png,1,1\n", "holds a twice"), ("image,a,\nx.png,1,1\n", "name is empty"),
+                          ("image,a\nx.png,1\nx.png,0\n", "holds x.png twice"), ("image,a\n../x.png,1\n", "no file name"),
+                          ("image,a\n/x.png,1\n", "no file name"), ("image,a\n.png,1\n", "no file name"),
+                          ("image,a\n%s,1\n" % ("x" * 2 ** 18), "line 2: field larger"),
+                          ("image,a\nx.png,1\nx.jpg,1\n", "1 images share their name")]:
+        (tmp_path / "bad.csv").write_text(text)
+        error = refuses("csv", tmp_path / "bad.csv", "--output", tmp_path / "new")
+        assert error.startswith(str(tmp_path / "bad.csv") + ": ") and message in error, error
+    (tmp_path / "bad.csv").write_bytes("image,\u5e3d\u5b50\nx.png,1\n".encode("gbk"))
+    assert "iconv -f GBK" in refuses("csv", tmp_path / "bad.csv", "--output", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+def test_images_are_checked(tmp_path):
+    peta = content()
+    path, images, output = write(tmp_path / "PETA.mat", peta), tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    names = ["%05d.png" % number for number in peta["partion_attribute"][0, 0]["test"].ravel()]
+    for name in names[2:]:
+        (images / name).write_bytes(b"")
+    command = ["peta", path, "--images", images, "--output", output]
+    error = refuses(*command)
+    assert "2 of the 15 images" in error and error.endswith("%s, %s" % tuple(names[:2]))
+    for name in names[:2]:
+        (images / name).mkdir()
+    assert "2 of the 15 images are no files" in refuses(*command)
+    assert not output.exists()
+    for name in names[:2]:
+        (images / name).rmdir()
+        (images / name).write_bytes(b"")
+    run(*command)
+    check_peta(output, peta, peta["partion_attribute"][0, 0]["test"].ravel())
+    assert "absent: no such folder" in refuses("peta", path, "--images", tmp_path / "absent")
+
+
+def test_own_list_is_flattened(tmp_path):
+    names = ["a/0002.png", "b/0002.png", "b/0002.jpg", "0002.v1.png", "0002.v2.png", "x_y/1.png", "x/y_1.png", "plain.png"]
+    for name in names:
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).write_text(name)
+    labels = {name: [i % 2, 1] for i, name in enumerate(names)}
+    (tmp_path / "image.txt").write_text("\r\n".join(names))
+    (tmp_path / "label.json").write_text(json.dumps(dict(labels, other=[0, 0])))
+    command = ["list", tmp_path / "image.txt", "--labels", tmp_path / "label.json", "--images", tmp_path / "images"]
+    error = script("preprocess_deepmar_pytorch.py", "images", "bins", "image.txt", cwd=tmp_path)
+    check_error(error, "would both write 0002.bin", "tools/lists.py list --flatten")
+    assert "share their name" in refuses(*command, "--output", tmp_path / "out")
+    assert "image.txt: would be overwritten" in refuses(*command, "--flatten", tmp_path / "flat", "--output", tmp_path)
+    command += ["--flatten", tmp_path / "flat", "--output", tmp_path / "out"]
+    run(*command)
+    flat = read_list(str(tmp_path / "out" / "image.txt"))  # stage 4 takes it
+    assert flat[:5] + flat[7:] == ["a_0002_png.png", "b_0002_png.png", "b_0002_jpg.jpg", "0002_v1_png.png", "0002_v2_png.png",
+                                   "plain_png.png"]
+    assert [(tmp_path / "flat" / name).read_text() for name in flat] == names
+    assert labels_of(str(tmp_path / "out" / "label.json"), flat, 2).tolist() == list(labels.values())  # so does stage 7
+    run(*command)  # the links may be there
+    (tmp_path / "flat" / flat[0]).unlink()
+    (tmp_path / "flat" / flat[0]).write_text("mine")
+    assert "is there already" in refuses(*command) and (tmp_path / "flat" / flat[0]).read_text() == "mine"
+    # A list without labels; what is no label
+    run("list", tmp_path / "image.txt", "--images", tmp_path / "images", "--flatten", tmp_path / "new",
+        "--output", tmp_path / "o")
+    assert os.listdir(str(tmp_path / "o")) == ["image.txt"]
+    for bad, message in [("{}", "has no label for 8 of its 8 images"), ("[", "Expecting value"), ("3", "TypeError"),
+                         (json.dumps(dict(labels, **{names[1]: [1]})), "different lengths"),
+                         (json.dumps(dict(labels, **{names[1]: [7, 1]})), "b/0002.png has a label that is neither 0 nor 1")]:
+        (tmp_path / "label.json").write_text(bad)
+        assert message in refuses(*command)
+    check_error(script("tools/lists.py", "list", "image.txt", "--flatten", "flat", cwd=tmp_path), "--images", code=2)
+
+
+# --- bad files --------------------------------------------------------------------------------------------------------
+
+def changed(field, change):
+    peta = content()
+    peta[field] = change(peta[field])
+    return peta
+
+
+def with_split(name, value):
+    peta = content()
+    peta["partion_attribute"][0, 0][name] = value
+    return peta
+
+
+@pytest.mark.parametrize("peta, message", [
+    ({"data": np.zeros((3, 7))}, "peta is not one struct of 4 fields"),
+    (np.zeros((3, 3)), "peta is not one struct"),
+    ("text", "peta is not one struct"),
+    (changed("data", lambda data: data[:, :3]), "data has the shape [40, 3]"),
+    (changed("data", lambda data: data[:, :-1]), "9 attributes and labels of the shape [40, 8]"),
+    (changed("data", lambda data: data + 0.5), "data is not an array of whole numbers"),
+    (changed("data", lambda data: data * ([1] + [3] * 12)), "neither 0 nor 1"),
+    (changed("data", lambda data: np.vstack([data, data[:1]])), "holds 00023.png twice"),
+    (changed("data", lambda data: "text"), "data is not an array of whole numbers"),
+    (changed("attribute", lambda names: names[:-1]), "8 attributes and labels of the shape [40, 9]"),
+    (changed("attribute", lambda names: cells([np.zeros((2, 2))] * ATTRIBUTES)), "attribute is not a list of names"),
+    (changed("attribute", lambda names: cells(["same"] * ATTRIBUTES)), "it holds same twice"),
+    (changed("selected_attribute", lambda columns: columns - 1), "attributes that it does not have"),
+    (changed("selected_attribute", lambda columns: columns + 9), "attributes that it does not have"),
+    (changed("selected_attribute", lambda columns: columns[:, :0]), "attributes that it does not have"),
+    (changed("partion_attribute", lambda partitions: partitions[:4]), "it has 4 partitions"),
+    (changed("partion_attribute", lambda partitions: np.zeros((5, 1))), "partition 0 is not one struct"),
+    (with_split("val", np.array([[41]])), "val holds image 41, which the file does not have"),
+    (with_split("test", np.array([[0]])), "test holds image 0, which the file does not have"),
+    (with_split("val", np.array([[3], [3]])), "partition 0 holds 00003.png twice"),
+    (with_split("test", np.zeros((0, 1))), "no image in test"),
+])
+def test_another_content(tmp_path, peta, message):
+    path = write(tmp_path / "PETA.mat", peta)
+    error = refuses("peta", path, "--output", tmp_path / "out")
+    assert error.startswith("%s: " % path) and message in error, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_file_of_another_set(tmp_path):
+    path = tmp_path / "RAP_annotation.mat"
+    write_rap(path)
+    assert "not the RAP_annotation.mat that lists.py rap2 takes: name is not a list of names" in refuses("rap2", path)
+    assert "it has no peta" in refuses("peta", path) and "it has no attributes" in refuses("pa100k", path)
+    write_rap2(path)
+    assert "not the RAP_annotation.mat that lists.py rap takes: field 6 is not" in refuses("rap", path)
+    write_pa100k(path, (3, 3, 0))
+    assert "no image in test; it has train, val" in refuses("pa100k", path)
+
+
+def test_damaged_files(tmp_path):
+    path = tmp_path / "PETA.mat"
+    check_error(script("tools/lists.py", "peta", path), "PETA.mat: no such file")
+    good = write(path, content()).read_bytes()
+    hdf5 = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(400)
+    for bad in (b"", b"text", b"\x89PNG\r\n\x1a\n" * 40, good[:len(good) // 2], good[:140], good[:-40] + bytes(40), hdf5):
+        path.write_bytes(bad)
+        for data_set in ("peta", "pkl"):
+            error = refuses(data_set, path, "--output", tmp_path / "out")
+            assert error.startswith("%s: " % path) and ("-v7" in error) == (bad == hdf5 and data_set != "pkl"), error
+    check_error(script("tools/lists.py", "peta", path, "--output", tmp_path / "out"), "save this one again in MATLAB")
+    assert not (tmp_path / "out").exists()
+    check_error(script("tools/lists.py", "peta", path, "--partition", 5), "--partition", code=2)
+    check_error(script("tools/lists.py", "peta", path, "--split", "all"), "--split", code=2)
+    check_error(script("tools/lists.py"), "SET", code=2)
+
+
+def test_a_pickle_runs_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "dataset_zs_run0.pkl"
+    write_pkl(path, 1, monkeypatch)
+    good = path.read_bytes()
+    for name in (b"os system", b"builtins exec", b"numpy.testing._private.utils runstring", b"easydict os.system"):
+        path.write_bytes(b"c" + name.replace(b" ", b"\n") + b"\n(Vtouch %s\ntR." % os.fsencode(str(tmp_path / "ran")))
+        assert "pkl takes: " in refuses("pkl", path)
+    assert not (tmp_path / "ran").exists()
+    for end in [op[2] for op in pickletools.genops(good)][5::90] + [len(good) - 1]:
+        path.write_bytes(good[:end])
+        assert "pkl takes: " in refuses("pkl", path)
+    monkeypatch.setattr(tool, "SECONDS", 1)
+    path.write_bytes(b"\x80\x04})" + b"2\x86" * 100 + b"Ns.")  # a key whose hash takes for ever
+    assert "its reader crashes on it" in refuses("pkl", path)
+
+
+def test_a_crash_of_the_reader_is_an_error(tmp_path, monkeypatch):
+    path = write(tmp_path / "PETA.mat", content())
+    assert len(tool.read_apart("peta", str(path))[0]) == IMAGES
+    monkeypatch.setattr(tool, "read", lambda *_: os._exit(1))
+    with pytest.raises(ValueError, match="PETA.mat: damaged; its reader crashes on it"):
+        tool.read_apart("peta", str(path))
+
+
+# --- all stages -------------------------------------------------------------------------------------------------------
+
+def draw(folder, names):
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 50), (60 * i % 256, 90, 25 * i % 256)).save(str(folder / name))
+
+
+def run_stages(folder, lists_command, images, attributes, *options):
+    """Makes the lists and runs stages 4 to 7 or 8, with a small model as the user's own; returns what lists.py wrote."""
+    done = script("tools/lists.py", *lists_command, "--images", "images", "--output", "lists", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    names, labels, attribute_names = read_lists(folder / "lists")
+    work, lists = folder / "work", folder / "lists"
+    work.mkdir()
+    write_model(work / "deepmar_bs1_nopad.onnx", attributes=attributes, size=(32, 32))
+    done = run_all("--work-dir", work, "--images", images, "--image-list", lists / "image.txt", "--label-file",
+                   lists / "label.json", "--attributes", lists / "attributes.txt", "--backend", "onnxruntime", "--stage", 4,
+                   "--size", "32 32", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    fusion = json.loads((work / "fusion_result.json").read_text())
+    assert fusion["images"] == len(names) and [row["name"] for row in fusion["attributes"]] == attribute_names
+    assert [row["positives"] for row in fusion["attributes"]] == np.sum(labels, axis=0).tolist()
+    assert {name[:-len(".bin")] for name in os.listdir(str(work / "input_bin"))} == {name.partition(".")[0] for name in names}
+    return names, attribute_names
+
+
+def test_stages_with_26_attributes(tmp_path):
+    splits, attributes = write_pa100k(tmp_path / "annotation.mat")
+    draw(tmp_path / "images", splits["test"][0][0])
+    assert run_stages(tmp_path, ["pa100k", "annotation.mat"], tmp_path / "images", 26, "--stop-stage", 7) == (
+        splits["test"][0][0], attributes)
+
+
+def test_stages_with_51_attributes_and_one_name_in_two_folders(tmp_path):
+    names = ["a/0002.png", "b/0002.png", "b/0002.jpg", "b/0003.png"]
+    labels = np.random.RandomState(0).randint(0, 2, (4, 51))
+    write_csv(tmp_path / "people.csv", names, labels, ["ub-%02d" % i for i in range(51)])
+    draw(tmp_path / "images", names)
+    flat, attributes = run_stages(tmp_path, ["csv", "people.csv", "--flatten", "flat"], tmp_path / "flat", 51)
+    page = (tmp_path / "work" / "report.html").read_text(encoding="utf-8")
+    assert all(">%s<" % name in page for name in attributes)
+    done = script("tools/predict.py", "flat/" + flat[0], "--onnx", "work/deepmar_bs1_nopad.onnx",
+                  "--attributes", "lists/attributes.txt", cwd=tmp_path)
+    assert done.returncode == 0 and all(" %s " % name in done.stdout for name in attributes), done.stderr
+    assert "of 51 attributes" in done.stdout and "assumed" not in done.stdout + done.stderr

@@ -1,0 +1,337 @@
+"""The float16 twin against numpy's float16, and compare --rehearsal: it passes another float16 and names each seeded fault."""
+import os
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from conftest import check_error, script
+from onnx import TensorProto, helper, numpy_helper
+
+import compare
+import faults
+import rehearse
+from preprocess_deepmar_pytorch import MEAN, STD
+
+SIZE, CHANNELS, ATTRIBUTES, IMAGES = 16, 8, 6, 12
+NAMES = ["im%02d" % i for i in range(IMAGES)]
+
+
+def half(array):
+    """Rounds to float16, as numpy does."""
+    with np.errstate(over="ignore"):
+        return array.astype(np.float16).astype(np.float64)
+
+
+# --- a small network, in ONNX and in numpy ---------------------------------------------------------------------------
+
+def grid(array):
+    """Values that rounding to float16 makes multiples of 1/16, of which float32 adds up hundreds exactly, in any order."""
+    array = np.rint(array * 16) / 16
+    return (array + np.where(array == 0, 0, 2.0 ** -17)).astype("<f4")
+
+
+def weights():
+    random = np.random.RandomState(5)
+    shapes = {"conv1.weight": (CHANNELS, 3, 3, 3), "conv1.bias": (CHANNELS,), "conv2.weight": (CHANNELS, CHANNELS, 3, 3),
+              "conv2.bias": (CHANNELS,), "classifier.weight": (ATTRIBUTES, CHANNELS), "classifier.bias": (ATTRIBUTES,)}
+    return {name: (random.standard_normal(shape) / 3).astype(np.float32) for name, shape in shapes.items()}
+
+
+def write_network(path, values, batch=1):
+    """DeepMAR's kinds of layers: two convolutions, a shortcut around the second, pooling, the classifier."""
+    nodes = [helper.make_node("Conv", ["actual_input_1", "conv1.weight", "conv1.bias"], ["c1"], "conv1", pads=[1] * 4),
+             helper.make_node("Relu", ["c1"], ["r1"], "relu1"),
+             helper.make_node("MaxPool", ["r1"], ["p1"], "pool1", kernel_shape=[4, 4], strides=[4, 4]),
+             helper.make_node("Conv", ["p1", "conv2.weight", "conv2.bias"], ["c2"], "conv2", pads=[1] * 4),
+             helper.make_node("Add", ["c2", "p1"], ["a2"], "add2"), helper.make_node("Relu", ["a2"], ["r2"], "relu2"),
+             helper.make_node("AveragePool", ["r2"], ["p2"], "pool2", kernel_shape=[4, 4]),
+             helper.make_node("Flatten", ["p2"], ["f"], "flatten"),
+             helper.make_node("Gemm", ["f", "classifier.weight", "classifier.bias"], ["output1"], "classifier", transB=1)]
+    graph = helper.make_graph(
+        nodes, "small", [helper.make_tensor_value_info("actual_input_1", TensorProto.FLOAT, [batch, 3, SIZE, SIZE])],
+        [helper.make_tensor_value_info("output1", TensorProto.FLOAT, [batch, ATTRIBUTES])],
+        [numpy_helper.from_array(value, name) for name, value in values.items()])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)])
+    model.ir_version = 6
+    onnx.save(model, str(path))
+    return str(path)
+
+
+def conv(x, weight, bias):
+    height, width = x.shape[2:]
+    x = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)), "constant")
+    return bias[:, None, None] + sum(
+        np.einsum("oc,nchw->nohw", weight[:, :, i, j], x[:, :, i:i + height, j:j + width]) for i in range(3) for j in range(3))
+
+
+def pool(x, how):
+    return how(x.reshape(x.shape[:2] + (x.shape[2] // 4, 4, x.shape[3] // 4, 4)), axis=(3, 5))
+
+
+def compute(values, x, rounded=half, fused=False):
+    """{tensor: value} of the network in numpy. fused: as a card may do it, a convolution is rounded with what follows it."""
+    w = {name: rounded(value.astype(np.float64)) for name, value in values.items()}
+    inner = (lambda array: array) if fused else rounded
+    t = {"c1": inner(conv(rounded(x.astype(np.float64)), w["conv1.weight"], w["conv1.bias"]))}
+    t["r1"] = rounded(np.maximum(t["c1"], 0))
+    t["p1"] = pool(t["r1"], np.max)
+    t["c2"] = inner(conv(t["p1"], w["conv2.weight"], w["conv2.bias"]))
+    t["a2"] = inner(t["c2"] + t["p1"])
+    t["r2"] = rounded(np.maximum(t["a2"], 0))
+    t["p2"] = rounded(pool(t["r2"], np.mean))
+    t["f"] = t["p2"].reshape(len(x), -1)
+    t["output1"] = rounded(t["f"].dot(w["classifier.weight"].T) + w["classifier.bias"])
+    return t
+
+
+def write_bins(folder, arrays):
+    folder.mkdir()
+    for name, array in zip(NAMES, arrays):
+        (folder / (name + ".bin")).write_bytes(array.tobytes())
+    return str(folder)
+
+
+def pictures():
+    """Random pictures, uint8 [images,height,width,3], with a colour and a brightness of their own each."""
+    random = np.random.RandomState(2)
+    return (random.randint(0, 256, (IMAGES, 1, 1, 3)) + random.randint(-60, 60, (IMAGES, SIZE, SIZE, 3))).clip(0, 255).astype(np.uint8)
+
+
+def normalised(pixels):
+    """What stage 4 makes of them."""
+    return ((pixels.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)).transpose(0, 3, 1, 2).astype("<f4")
+
+
+def make_twin(path, target, action="float16"):
+    done = script("tools/rehearse.py", action, path, target)
+    assert done.returncode == 0, done.stderr
+    return str(target)
+
+
+# --- the twin ---------------------------------------------------------------------------------------------------------
+
+def test_every_layer_is_numpys_float16(tmp_path):
+    """To the bit."""
+    values = {name: grid(value) for name, value in weights().items()}
+    x = grid(np.random.RandomState(0).standard_normal((IMAGES, 3, SIZE, SIZE)) * 3)
+    write_bins(tmp_path / "bins", x)
+    twin = make_twin(write_network(tmp_path / "m.onnx", values), tmp_path / "t.onnx")
+    expected, rounded = compute(values, x), 0
+    exact = compute({name: half(value) for name, value in values.items()}, half(x), rounded=lambda array: array)
+    bins = [str(tmp_path / "bins" / (name + ".bin")) for name in NAMES]
+    for i, found in enumerate(faults.tensors(twin, list(expected), bins)):
+        for name, value in found.items():
+            assert np.array_equal(value[0], expected[name][i]), name
+            rounded += (value[0] != exact[name][i]).sum()
+    assert rounded > 1000  # there was something to round
+
+
+@pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL"])
+def test_no_optimization_takes_the_rounding_out(level):
+    """ONNX Runtime 1.10 drops a Cast to float16 and the Cast back, at any level."""
+    values = np.float32([1 + 2.0 ** -12, 3.14159265, 1e-8, 70000])
+    nodes = []
+    for i in range(3):
+        nodes.append(helper.make_node("Mul", ["y%d" % i, "w"], ["x%d" % (i + 1)]))
+        nodes += rehearse.rounding("x%d" % (i + 1), "y%d" % (i + 1), 1)
+    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("y0", TensorProto.FLOAT, [4])],
+                              [helper.make_tensor_value_info("y3", TensorProto.FLOAT, [4])],
+                              [numpy_helper.from_array(np.float32([1.001]), "w"),
+                               numpy_helper.from_array(np.zeros(1, np.int64), "shape_of_rank_1")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)])
+    model.ir_version = 6
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    expected = values
+    for _ in range(3):
+        expected = half(expected * np.float32(1.001)).astype(np.float32)
+    assert np.array_equal(session.run(None, {"y0": values})[0], expected) and np.isinf(expected[3])
+
+
+def test_bad_models(tmp_path):
+    model = write_network(tmp_path / "m.onnx", weights())
+    (tmp_path / "cut.onnx").write_bytes((tmp_path / "m.onnx").read_bytes()[:100])
+    check_error(script("tools/rehearse.py", "float16", tmp_path / "cut.onnx", tmp_path / "t.onnx"), "cut.onnx: no valid ONNX model")
+    check_error(script("tools/rehearse.py", "float16", model, model), "OUTPUT is MODEL", code=2)
+    check_error(script("tools/rehearse.py"), "give cfg, aipp or float16", code=2)
+    make_twin(model, tmp_path / "a.onnx", "aipp")
+    check_error(script("tools/rehearse.py", "aipp", tmp_path / "a.onnx", tmp_path / "t.onnx"), "has it AIPP already")
+    assert not (tmp_path / "t.onnx").exists()
+
+
+# --- the card's results, judged by the twin ----------------------------------------------------------------------------
+
+class Scene(object):
+    """A model, its twin and bins; what a card leaves is computed in numpy."""
+
+    def __init__(self, folder):
+        self.folder, self.values, self.pixels = folder, weights(), pictures()
+        self.bins = write_bins(folder / "bins", normalised(self.pixels))
+        self.model = write_network(folder / "m.onnx", self.values)
+        self.twin = make_twin(self.model, folder / "t.onnx")
+
+    def card(self, values=None, inputs=None):
+        """Writes the results of a card that computes with these weights on these inputs; returns the folder."""
+        inputs = normalised(self.pixels) if inputs is None else inputs
+        logits = compute(self.values if values is None else values, inputs, fused=True)["output1"]
+        self.folder.joinpath("result").mkdir(exist_ok=True)
+        for name, row in zip(NAMES, logits):
+            (self.folder / "result" / (name + "_1.bin")).write_bytes(row.astype("<f4").tobytes())
+        return str(self.folder / "result")
+
+    def compare(self, side, *more):
+        """What compare's --rehearsal says of a side."""
+        compare.main([side, "--onnx", self.model, "--rehearsal", self.twin, "--bins", self.bins] + list(more))
+
+    def refused(self, side):
+        with pytest.raises(ValueError) as error:
+            self.compare(side)
+        return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    return Scene(tmp_path_factory.mktemp("rehearse"))
+
+
+def changed(values, **changes):
+    """A copy of weights with some of them changed by functions; a name has _ in place of the dot."""
+    copies = {name: value.copy() for name, value in values.items()}
+    for name, change in changes.items():
+        name = name.replace("_", ".")
+        copies[name] = np.ascontiguousarray(change(copies[name]), np.float32)
+    return copies
+
+
+def plus(index, value):
+    def change(array):
+        array[index] += value
+        return array
+    return change
+
+
+def swap(i, j):
+    def change(array):
+        array[[i, j]] = array[[j, i]]
+        return array
+    return change
+
+
+def test_another_float16_is_within(scene, capsys):
+    scene.compare(scene.card(), "--json", str(scene.folder / "c.json"))
+    out = capsys.readouterr().out
+    assert "within what float16 explains: difference" in out and "simulates no chip" in out
+    assert "order of accumulation and its kernels are unknown" in out
+    report = compare.json.loads((scene.folder / "c.json").read_text())
+    logits = np.stack([np.fromfile(str(scene.folder / "result" / (name + "_1.bin")), "<f4") for name in NAMES])
+    x = normalised(scene.pixels)
+    exact, twin = compute(scene.values, x, lambda array: array)["output1"], compute(scene.values, x)["output1"]
+    assert report["rehearsal"]["shift"] == pytest.approx(np.abs(twin - exact).max(), rel=1e-3, abs=1e-6)
+    assert report["rehearsal"]["largest"] == pytest.approx(np.abs(logits - exact).max(), rel=1e-3, abs=1e-6)
+    assert 0 < report["rehearsal"]["typical"] <= report["allowed_difference"] and report["within_tolerances"]
+    compare.main([scene.twin, "--onnx", scene.model, "--bins", scene.bins])  # the twin itself, against the fixed tolerances
+    assert "largest difference: %.6g" % report["rehearsal"]["shift"] in capsys.readouterr().out
+
+
+INPUTS = {
+    "BGR instead of RGB": lambda pixels: normalised(pixels[..., ::-1]),
+    "without the mean subtracted (min_chn in aipp.cfg)":
+        lambda pixels: (pixels / 255 / np.array(STD)).transpose(0, 3, 1, 2).astype("<f4"),
+    "without the division by the standard deviation":
+        lambda pixels: (pixels / 255 - np.array(MEAN)).transpose(0, 3, 1, 2).astype("<f4"),
+    "pixels from 0 to 255": lambda pixels: pixels.transpose(0, 3, 1, 2).astype("<f4"),
+    "in the order [height,width,3]": lambda pixels: normalised(pixels).transpose(0, 2, 3, 1).reshape(-1, 3, SIZE, SIZE)}
+
+
+@pytest.mark.parametrize("name", sorted(INPUTS))
+def test_wrong_inputs_are_named(scene, name):
+    said = scene.refused(scene.card(inputs=INPUTS[name](scene.pixels)))
+    assert "differ by more than float16 explains" in said and said.count("these are the results for an input") == 1
+    assert "these are the results for an input " + name in said
+
+
+@pytest.mark.parametrize("changes, text", [
+    ({"classifier_weight": plus((2, 3), 0.5)}, "only 1 of 6 attributes are off, so look at the last layer: attribute2 (by"),
+    ({"classifier_bias": plus(4, 0.5)}, "attribute4 (by +0.5 in all images: its bias)"),
+    ({"classifier_weight": swap(1, 5), "classifier_bias": swap(1, 5)},
+     "the attributes are in another order: attribute1 has what belongs to attribute5, attribute5 has what"),
+    ({"conv2_weight": plus((5, 2, 1, 1), 0.5)}, "no other input or order explains it, so a layer or its weights do")])
+def test_wrong_weights_are_told_from_the_results(scene, changes, text):
+    assert text in scene.refused(scene.card(changed(scene.values, **changes)))
+
+
+def test_other_images_and_one_bad_image(scene):
+    inputs = normalised(scene.pixels)
+    assert "im00 has the results of im01" in scene.refused(scene.card(inputs=np.roll(inputs, -1, axis=0)))
+    inputs[7] = 0
+    assert "only 1 of 12 images are off: im07" in scene.refused(scene.card(inputs=inputs))
+
+
+@pytest.mark.parametrize("changes, text", [
+    ({"conv2_weight": plus((5, 2, 1, 1), 0.5)},
+     "the first layer to differ is conv2 (Conv): ", ),
+    ({"conv2_weight": swap(1, 6), "conv2_bias": swap(1, 6)}, "its channels are in another order: 1 has what belongs to 6"),
+    ({"conv1_weight": lambda array: array[:, ::-1]}, "the first layer to differ is conv1 (Conv)"),
+    ({"conv1_weight": plus(slice(None), 0.01)}, "all of its channels are off")])
+def test_the_layer_is_named_where_the_model_is_at_hand(scene, changes, text):
+    """In place of the card's results, the ONNX model that the OM was made from."""
+    said = scene.refused(write_network(scene.folder / "faulty.onnx", changed(scene.values, **changes)))
+    assert text in said
+    if "conv2 (Conv)" in text:
+        assert "only 1 of its 8 channels are off (5)" in said
+
+
+@pytest.mark.parametrize("given", ["a card that has infinity", "a card that stops at 65504", "the model"])
+def test_overflow_is_named(scene, given, tmp_path):
+    """Weights that are fine in float32, and in float16, too: the first layer's results are not."""
+    values = changed(scene.values, conv1_weight=lambda array: array * np.float32(2.0 ** 15), conv1_bias=lambda array: array * 2.0 ** 15,
+                     conv2_weight=lambda array: array * np.float32(2.0 ** -5), classifier_weight=lambda array: array * 2.0 ** -15)
+    other = Scene(tmp_path)
+    other.model = write_network(tmp_path / "large.onnx", values)
+    other.twin = make_twin(other.model, tmp_path / "large_t.onnx")
+    with np.errstate(invalid="ignore"):
+        side = other.model if given == "the model" else other.card(values)
+    if given.endswith("65504"):
+        for name in NAMES:
+            path = tmp_path / "result" / (name + "_1.bin")
+            path.write_bytes(np.nan_to_num(np.fromfile(str(path), "<f4")).tobytes())
+    said = other.refused(side)
+    assert "overflow in conv1 (Conv): its values reach" in said and "float16 ends at 65504" in said
+
+
+def test_an_overflow_of_another_model(scene):
+    folder = scene.card()
+    (scene.folder / "result" / "im03_1.bin").write_bytes(np.full(ATTRIBUTES, np.inf, "<f4").tobytes())
+    assert "result: NaN or infinite logits for 1 of 12 images (im03): an overflow, though no value of" in scene.refused(folder)
+
+
+def test_layers_are_ranked(scene, capsys):
+    scene.compare(scene.card(), "--layers")
+    out = capsys.readouterr().out
+    assert "relative error of each layer's result" in out and "conv2 (Conv)" in out
+    assert "msprobe compare -m offline_model -gp %s -tp %s --input_data %s" % (
+        scene.model, scene.model.replace(".onnx", ".om"), os.path.join(scene.bins, "im00.bin")) in out
+    rows = faults.layers(scene.model, [scene.twin], [os.path.join(scene.bins, name + ".bin") for name in NAMES])
+    x = normalised(scene.pixels)
+    exact, twin = compute(scene.values, x, lambda array: array), compute(scene.values, x)
+    for row in rows:
+        expected = np.sqrt(((twin[row["tensor"]] - exact[row["tensor"]]) ** 2).sum() / (exact[row["tensor"]] ** 2).sum())
+        assert row["error"][0] == pytest.approx(expected, rel=0.02) and 0 < row["error"][0] < 0.002
+    assert [row["node"] for row in rows] == ["conv1", "relu1", "pool1", "conv2", "add2", "relu2", "pool2", "flatten", "classifier"]
+
+
+def test_usage_and_a_twin_of_another_model(scene, tmp_path):
+    side = scene.card()
+    other = write_network(tmp_path / "other.onnx", changed(scene.values, conv1_bias=plus(0, 1)))
+    check_error(script("tools/compare.py", side, "--onnx", other, "--rehearsal", scene.twin, "--bins", scene.bins),
+                "t.onnx: is not the float16 twin of", "tools/rehearse.py float16")
+    for more in (["--layers"], ["--rehearsal", scene.twin, "--max-flips", 1], ["--rehearsal", scene.twin, "--max-difference", 1]):
+        check_error(script("tools/compare.py", side, "--onnx", scene.model, "--bins", scene.bins, *more), code=2)
+    check_error(script("tools/compare.py", scene.twin, side), "--onnx MODEL", code=2)
+    batch = write_network(tmp_path / "bs4.onnx", scene.values, 4)
+    twin = make_twin(batch, tmp_path / "bs4_t.onnx")
+    command = ["tools/compare.py", side, "--onnx", batch, "--rehearsal", twin, "--bins", scene.bins]
+    assert script(*command).returncode == 0
+    check_error(script(*(command + ["--layers"])), "bs4.onnx: its batch size is 4", "give models of batch size 1")

@@ -1,0 +1,225 @@
+"""For tools/compare.py --rehearsal: how far float16 shifts logits, in which layer two models part, and what a fault looks like.
+
+values are the logits to be judged, exact those of the float32 model, half those of its float16 twin (tools/rehearse.py): arrays
+[images, attributes] over the same images.
+"""
+import os
+import sys
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+from common import cores, importing, some
+from postprocess_deepmar_pytorch import logits_from, look_like_probabilities
+from preprocess_deepmar_pytorch import MEAN, STD
+from remove_pad import load
+from session import empty_batch, input_size
+
+with importing():
+    import numpy as np
+
+FACTOR = 2       # how many times the twin's own shift is still within: other orders of accumulation, other kernels
+LARGEST = 65504  # of float16
+IMAGES = 8       # to look into
+MEANS, STDS = (np.array(values).reshape(3, 1, 1) for values in (MEAN, STD))
+
+# What an input may be by mistake, made of the pixels, float64 [3,height,width] from 0 to 255.
+INPUTS = {
+    "BGR instead of RGB (stage 4's channels, or rbuv_swap_switch in aipp.cfg)": lambda x: (x[::-1] / 255 - MEANS) / STDS,
+    "without the mean subtracted (min_chn in aipp.cfg)": lambda x: x / 255 / STDS,
+    "without the division by the standard deviation (var_reci_chn in aipp.cfg)": lambda x: x / 255 - MEANS,
+    "pixels from 0 to 1, neither mean nor standard deviation applied": lambda x: x / 255,
+    "pixels from 0 to 255, not normalised": lambda x: x,
+    "in the order [height,width,3]": lambda x: ((x / 255 - MEANS) / STDS).transpose(1, 2, 0).reshape(x.shape)}
+
+
+def judge(values, exact, half):
+    """How far logits are off, how far float16 alone shifts them, and whether the one is within FACTOR times the other."""
+    def sizes(array):
+        array = np.abs(array.astype(np.float64) - exact)
+        return float(array.max()), float(np.sqrt((array ** 2).mean()))
+    (largest, typical), (shift, typical_shift) = sizes(values), sizes(half)
+    return {"largest": largest, "typical": typical, "shift": shift, "typical_shift": typical_shift,
+            "allowed": FACTOR * shift, "within": largest <= FACTOR * shift and typical <= FACTOR * typical_shift}
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+def session_of(model):
+    """An ONNX Runtime session of an onnx.ModelProto on the CPU."""
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = cores()
+    options.log_severity_level = 3  # errors
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def tensors(path, names, bins):
+    """Yields {name: value} of the named tensors of a model for each bin, a path."""
+    import onnx
+    model = load(path)
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = session_of(model)
+    batch_size, height, width = input_size(session)
+    if batch_size != 1:
+        raise ValueError("%s: its batch size is %d, and layers are compared at 1; give models of batch size 1"
+                         % (path, batch_size))
+    batch = empty_batch(session, 1, height, width)
+    for path in bins:
+        batch[0] = np.fromfile(path, batch.dtype).reshape(batch.shape[1:])
+        yield dict(zip(names, session.run(names, {session.get_inputs()[0].name: batch})))
+
+
+def layers(exact, others, bins):
+    """Compares the results of the nodes that some models, paths, have in common, over bins.
+
+    Returns [{"node", "op", "tensor", "largest": absolute value in the exact model, "reach": that in each other model, "error":
+    relative error of each other model}], in the order of the graph.
+    """
+    made = [{name for node in load(path).graph.node for name in node.output} for path in others]
+    rows = [{"node": node.name or name, "op": node.op_type, "tensor": name, "inputs": list(node.input), "largest": 0.0,
+             "reach": [0.0] * len(others), "error": [0.0] * len(others), "size": 0.0}
+            for node in load(exact).graph.node for name in node.output if all(name in names for names in made)]
+    names = [row["tensor"] for row in rows]
+    for values in zip(*[tensors(path, names, bins) for path in [exact] + others]):
+        for row in rows:
+            array, *rest = [value[row["tensor"]].astype(np.float64) for value in values]
+            row["largest"] = max(row["largest"], float(np.abs(array).max()))
+            row["size"] += float((array ** 2).sum())
+            for i, other in enumerate(rest):
+                with np.errstate(invalid="ignore"):
+                    row["reach"][i] = float(np.maximum(row["reach"][i], np.abs(other).max()))  # NaN stays
+                    row["error"][i] += float(((other - array) ** 2).sum())
+    for row in rows:
+        row["error"] = [float(np.sqrt(error / row["size"])) if row["size"] else 0.0 if not error else float("inf")
+                        for error in row["error"]]
+        del row["size"]
+    return rows
+
+
+def overflow(rows):
+    """The first node whose values go beyond float16's, as text; None where none does."""
+    for row in rows:
+        beyond = [value for value in [row["largest"]] + row["reach"] if not value <= LARGEST]  # NaN is beyond, too
+        if beyond:
+            return "overflow in %s (%s): its values reach %.3g, and float16 ends at %d" % (row["node"], row["op"], beyond[0], LARGEST)
+    return None
+
+
+def channel_fault(exact, half, other):
+    """What is wrong with a tensor [1,channels,...], as text."""
+    exact, half, other = (array.reshape(array.shape[1], -1) for array in (exact, half, other))
+    allowed = FACTOR * np.abs(half - exact).max()
+    off = np.flatnonzero(~(np.abs(other - exact).max(axis=1) <= allowed))
+    order = np.array([np.abs(exact - other[i]).max(axis=1).argmin() for i in off], int)
+    if len(off) > 1 and sorted(order) == sorted(off) and (np.abs(exact[order] - other[off]).max(axis=1) <= allowed).all():
+        return "its channels are in another order: %s" % some("%d has what belongs to %d" % pair for pair in zip(off, order))
+    if 0 < len(off) < len(exact):
+        return "only %d of its %d channels are off (%s), so a weight or bias of theirs is wrong" % (
+            len(off), len(exact), some(map(str, off)))
+    return "all of its channels are off" if len(off) else "its channels are off by little each"
+
+
+def first_fault(exact, half, other, bins):
+    """The first layer in which a model differs by more than float16 explains, as text."""
+    rows = layers(exact, [half, other], bins)
+    if overflow(rows):
+        return overflow(rows)
+    for row in rows:
+        if not row["error"][1] <= FACTOR * row["error"][0] + 1e-6:
+            arrays = [next(tensors(path, [row["tensor"]], bins[:1]))[row["tensor"]] for path in (exact, half, other)]
+            return "the first layer to differ is %s (%s): its relative error is %.3g, by float16 alone %.3g; %s" % (
+                row["node"], row["op"], row["error"][1], row["error"][0], channel_fault(*arrays))
+    return "no layer that both models have differs by more than float16 explains"
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+def network(path):
+    """A session of a model without the AIPP before it: it takes float32."""
+    model = load(path)
+    aipp = [node for node in model.graph.node if node.name.startswith("aipp_")]
+    if aipp:
+        image = next(value for value in model.graph.value_info if value.name == aipp[-1].output[0])
+        del model.graph.input[:]
+        model.graph.input.add().CopyFrom(image)
+        for node in aipp:
+            model.graph.node.remove(node)
+    return session_of(model)
+
+
+def run(session, arrays):
+    """The logits of a session for inputs, arrays [3,height,width]."""
+    size, height, width = input_size(session)
+    batch, outputs = empty_batch(session, size, height, width), []
+    for start in range(0, len(arrays), size):
+        part = arrays[start:start + size]
+        batch[:len(part)] = part
+        outputs.append(session.run(None, {session.get_inputs()[0].name: batch})[0][:len(part)])
+    outputs = np.concatenate(outputs)
+    return logits_from(outputs) if look_like_probabilities(outputs) else outputs
+
+
+def pixels(path, uint8, height, width):
+    """The pixels of a bin, float64 [3,height,width] from 0 to 255."""
+    if uint8:
+        return np.fromfile(path, np.uint8).reshape(height, width, 3).transpose(2, 0, 1).astype(np.float64)
+    return (np.fromfile(path, "<f4").reshape(3, height, width) * STDS + MEANS) * 255
+
+
+def wrong_inputs(values, exact, half, uint8, bins):
+    """Yields what the input of these results was, by mistake, as text; exact and half are models' paths."""
+    exact, half = network(exact), network(half)
+    _, height, width = input_size(exact)
+    images = [pixels(path, uint8, height, width) for path in bins]
+    for text, change in INPUTS.items():
+        arrays = [change(image).astype(np.float16 if uint8 else np.float32).astype(np.float32) for image in images]
+        with np.errstate(invalid="ignore"):  # of infinite logits
+            if judge(values, run(exact, arrays), run(half, arrays))["within"]:
+                yield "these are the results for an input %s" % text
+
+
+def wrong_order(values, half, near, worst, names, attributes):
+    """Yields how results are in another order than the twin's, as text; near: how far equal ones may be apart."""
+    columns = np.array([np.abs(half - values[:, i:i + 1]).max(axis=0) for i in range(values.shape[1])])
+    order = columns.argmin(axis=1)
+    if (columns.min(axis=1) <= near).all() and len(set(order)) == len(order) and (order != np.arange(len(order))).any():
+        yield "the attributes are in another order: %s" % some(
+            "%s has what belongs to %s" % (attributes[i], attributes[j]) for i, j in enumerate(order) if i != j)
+    rows = np.array([np.abs(half - values[i]).max(axis=1) for i in worst])
+    order = rows.argmin(axis=1)
+    if (rows.min(axis=1) <= near).all() and (order != worst).any():
+        yield "the images are in another order: %s" % some(
+            "%s has the results of %s" % (names[i], names[j]) for i, j in zip(worst, order) if i != j)
+
+
+def few(values, exact, half, allowed, names, attributes):
+    """Yields which attributes or images alone are off, as text."""
+    off = ~(np.abs(values - exact) <= allowed)
+    columns, rows = np.flatnonzero(off.any(axis=0)), np.flatnonzero(off.any(axis=1))
+    if 0 < len(columns) <= len(attributes) / 2:
+        parts = []
+        for i in columns:
+            shift = (values - half)[:, i]
+            constant = len(shift) > 2 and shift.max() - shift.min() <= allowed
+            parts.append("%s (%s)" % (attributes[i], "by %+.3g in all images: its bias" % shift.mean() if constant else
+                                      "by %.3g at most: its weights" % np.abs(shift).max()))
+        yield "only %d of %d attributes are off, so look at the last layer: %s" % (len(columns), len(attributes), some(parts))
+    elif 0 < len(rows) <= len(names) / 2:
+        yield "only %d of %d images are off: %s" % (len(rows), len(names), some(names[i] for i in rows))
+
+
+def explain(values, exact, half, models, uint8, names, bins, attributes):
+    """Returns what would explain results beyond the bound, as texts; none where only a layer's own fault is left.
+
+    models: the paths of the float32 model, its twin and, or None, the model that gave the values. uint8: whether they take
+    such bins, which are {name: path}.
+    """
+    judged = judge(values, exact, half)
+    worst = np.argsort(-np.abs(values - exact).max(axis=1), kind="stable")[:IMAGES]
+    paths = [bins[names[i]] for i in worst]
+    texts = list(wrong_order(values, half, judged["allowed"] + judged["shift"], worst, names, attributes))
+    texts += wrong_inputs(values[worst], models[0], models[1], uint8, paths)
+    if models[2] is not None:
+        texts.append(first_fault(models[0], models[1], models[2], paths))
+    return texts or list(few(values, exact, half, judged["allowed"], names, attributes))

@@ -1,0 +1,518 @@
+"""A data set's lists for the stages: its annotations -> image.txt, label.json and attributes.txt.
+
+    python3 tools/lists.py peta PETA.mat --images /home/HwHiAiUser/dataset/peta/images
+    python3 tools/lists.py rap RAP_annotation.mat --partition 3 --split trainval --output lists
+
+    peta          PETA.mat: 35 attributes, 5 partitions; split train, val, trainval or test
+    rap           RAP_annotation.mat of RAP (v1): 51 attributes, 5 partitions; split trainval or test
+    rap2          RAP_annotation.mat of RAP v2: 54 attributes, 5 partitions; split train, val, trainval or test
+    pa100k        annotation.mat of PA-100K: 26 attributes; split train, val, trainval or test
+    pkl           dataset_zs_run0.pkl (the zero-shot PETA and RAP v2) or dataset_all.pkl of "Rethinking of Pedestrian
+                  Attribute Recognition"; its attributes have an order of their own. Nothing in the file is executed
+    peta-folders  the folder of PETA's ten sub-sets, each with archive/Label.txt: the 35 attributes, all images
+    csv           a table: its first column names the images, each other column is an attribute, 0 or 1, with its name on top
+    list          your own image.txt and, with --labels, label.json, to --flatten them
+
+By default the lists are those of partition 0's test set. image.txt has a file name a line, in evaluation order; label.json is
+{file name: [0 or 1 for each attribute]}; attributes.txt has the attributes' names, one a line, in the order of the labels.
+With --images, nothing is written unless every image of the list is there.
+
+Each image needs a name of its own up to the first dot, as its bin and its result are called by it. Where a set has 0002.png in
+several folders or 0002.png beside 0002.jpg, --flatten DIR makes a folder of links, each named by the image's whole
+path (cam1/0002.png: cam1_0002_png.png), and the lists hold these names. DIR is then the images' folder for all stages.
+"""
+import argparse
+import collections
+import csv
+import json
+import os
+import pickle
+import re
+import resource
+import sys
+import zlib
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+from common import command, composed, importing, note, one_line, read_lines, some, stem, write_text
+from postprocess_deepmar_pytorch import PETA, label_row
+from preprocess_deepmar_pytorch import find_images, inside, start_worker, uninterrupted
+
+with importing():
+    import numpy as np
+
+PETA_FIRST = 4  # the column of PETA's data that holds the first attribute; before it are the image's number and three others
+RAP_USED = 51   # so many of RAP's 92 attributes are frequent enough for the benchmark; they come first
+UNCLEAR = 2     # a label of RAP where the annotators could not tell
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp")  # the endings in PETA's folders
+BITS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+SECONDS = 300   # of the processor, for reading a file; the largest takes 3, and a pickle can be made to take for ever
+
+# What a file says: the images' names, integers [images, columns], the columns' names, those that are the benchmark's attributes
+# (a list of indexes), and for each partition {"train", "val", "test": rows}, or with "trainval" in place of the first two.
+Annotations = collections.namedtuple("Annotations", "names labels attributes used partitions")
+
+
+# --- .mat files ------------------------------------------------------------------------------------------------------
+
+def load_mat(path, *variables):
+    """scipy's loadmat of some variables; raises ValueError for any file that is no .mat file of them."""
+    from scipy.io import loadmat
+    try:
+        content = loadmat(path, appendmat=False, variable_names=variables)
+    except NotImplementedError:
+        raise ValueError("%s: is a MATLAB 7.3 (HDF5) file; get the data set's own file, or save this one again in MATLAB: "
+                         "s = load('%s'); save('new.mat', '-struct', 's', '-v7')" % (path, os.path.basename(path)))
+    except Exception as error:  # a damaged file makes scipy raise nearly anything
+        raise ValueError("%s: cannot be read as a .mat file, get it again: %s" % (path, one_line(error)))
+    missing = [name for name in variables if name not in content]
+    if missing:
+        raise ValueError("it has no %s" % ", ".join(missing))
+    return content
+
+
+def fields(struct, what, count):
+    """The values of a struct's fields, in their order; raises ValueError unless there are at least so many."""
+    if not isinstance(struct, np.ndarray) or struct.size != 1 or len(struct.dtype.names or ()) < count:
+        raise ValueError("%s is not one struct of %d fields" % (what, count))
+    return struct.ravel()[0].item()
+
+
+def texts(cells, what):
+    """The strings of a cell array."""
+    values = [np.asarray(cell) for cell in np.asarray(cells).ravel()]
+    if any(value.size != 1 or not isinstance(value.item(), str) for value in values):
+        raise ValueError("%s is not a list of names" % what)
+    return [value.item() for value in values]
+
+
+def integers(value, what):
+    """Returns an array of whole numbers as int64 of the same shape; raises ValueError for any other value."""
+    whole = isinstance(value, np.ndarray) and (
+        value.dtype.kind in "ui" or value.dtype.kind == "f" and np.array_equal(value, np.floor(value)))
+    if not whole:
+        raise ValueError("%s is not an array of whole numbers" % what)
+    return value.astype(np.int64)
+
+
+def read_partitions(cells, parts, rows):
+    """The five partitions of a cell array of structs of image numbers; rows: {image number: row}."""
+    cells = np.asarray(cells).ravel()
+    if len(cells) != 5:
+        raise ValueError("it has %d partitions, not 5" % len(cells))
+    return [{part: rows_of(integers(numbers, "partition %d" % i), rows, "partition %d's %s" % (i, part))
+             for part, numbers in zip(parts, fields(cell, "partition %d" % i, len(parts)))} for i, cell in enumerate(cells)]
+
+
+def rows_of(numbers, rows, what):
+    """The rows of an array of image numbers; raises ValueError for one that is not there."""
+    numbers = numbers.ravel().tolist()
+    unknown = [number for number in numbers if number not in rows]
+    if unknown:
+        raise ValueError("%s holds image %s, which the file does not have" % (what, some(map(str, unknown))))
+    return [rows[number] for number in numbers]
+
+
+def counted(first, count):
+    """{image number: row} of images that are numbered from first on."""
+    return dict(zip(range(first, first + count), range(count)))
+
+
+def read_peta(path):
+    data, attributes, selected, partitions = fields(load_mat(path, "peta")["peta"], "peta", 4)[:4]
+    data, selected = integers(data, "data"), integers(selected, "selected_attribute")
+    if data.ndim != 2 or data.shape[1] < PETA_FIRST:
+        raise ValueError("data has the shape %s" % list(data.shape))
+    numbers = data[:, 0].tolist()
+    return Annotations(["%05d.png" % number for number in numbers], data[:, PETA_FIRST:], texts(attributes, "attribute"),
+                       selected.ravel() - 1 - PETA_FIRST,
+                       read_partitions(partitions, ["train", "val", "test"], dict(zip(numbers, range(len(numbers))))))
+
+
+def read_rap(path):
+    partitions, labels, _, _, _, names, attributes = fields(load_mat(path, "RAP_annotation")["RAP_annotation"],
+                                                            "RAP_annotation", 7)[:7]
+    names, attributes = texts(names, "field 6"), texts(attributes, "field 7")
+    return Annotations(names, integers(labels, "field 2")[:, :len(attributes)], attributes, np.arange(RAP_USED),
+                       read_partitions(partitions, ["trainval", "test"], counted(1, len(names))))
+
+
+def read_rap2(path):
+    names, labels, attributes, selected, partitions = fields(load_mat(path, "RAP_annotation")["RAP_annotation"],
+                                                             "RAP_annotation", 5)[:5]
+    names = texts(names, "name")
+    return Annotations(names, integers(labels, "data"), texts(attributes, "attribute"),
+                       integers(selected, "selected_attribute").ravel() - 1,
+                       read_partitions(partitions, ["train", "val", "test"], counted(1, len(names))))
+
+
+def read_pa100k(path):
+    parts = ["train", "val", "test"]
+    content = load_mat(path, "attributes", *["%s_%s" % (part, what) for part in parts for what in ("images_name", "label")])
+    names, labels, rows = [], [], {}
+    for part in parts:
+        first = len(names)
+        names += texts(content[part + "_images_name"], part + "_images_name")
+        labels.append(integers(content[part + "_label"], part + "_label"))
+        rows[part] = list(range(first, len(names)))
+        if len(labels[-1]) != len(rows[part]):
+            raise ValueError("it has %d names and %d labels of %s" % (len(rows[part]), len(labels[-1]), part))
+    attributes = texts(content["attributes"], "attributes")
+    return Annotations(names, np.concatenate(labels), attributes, np.arange(len(attributes)), [rows])
+
+
+# --- the pickles of "Rethinking of Pedestrian Attribute Recognition" ----------------------------------------------------
+
+class Noted(dict):
+    """Stands for every object that a pickle asks for: notes what it would be made of, and runs nothing."""
+
+    def __new__(cls, *args):
+        noted = super().__new__(cls)
+        noted.args, noted.state = args, None
+        return noted
+
+    def __init__(self, *args):
+        super().__init__()
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class Unpickler(pickle.Unpickler):
+    """Makes plain values and Noted, whatever the pickle says."""
+
+    def find_class(self, module, name):
+        if module.split(".")[0] not in ("numpy", "easydict") and name not in ("range", "xrange"):
+            raise ValueError("it refers to %s.%s, which no data set needs" % (module, name))
+        return Noted
+
+
+def type_of(noted):
+    """numpy's type of a noted one, such as '<U12'. Raises ValueError unless it is of numbers or text."""
+    code = "%s%s" % (noted.state[1].replace("|", ""), noted.args[0])
+    if not re.match("[<>]?([biuf][1248]|U[0-9]{1,4})$", code):
+        raise ValueError("it has values of the type %s" % code)
+    return code
+
+
+def array_of(noted):
+    """The array that was noted."""
+    _, shape, dtype, fortran, data = noted.state
+    return np.frombuffer(data, type_of(dtype)).reshape(shape, order="F" if fortran else "C")
+
+
+def text_of(value):
+    """A text, which numpy may have written."""
+    return value if isinstance(value, str) else str(np.frombuffer(value.args[1], type_of(value.args[0]))[0])
+
+
+def read_pkl(path):
+    with open(path, "rb") as f:
+        content = Unpickler(f).load()
+    names, attributes = ([text_of(value) for value in content[key]] for key in ("image_name", "attr_name"))
+    used = content["label_idx"]["eval"] if "label_idx" in content else np.arange(len(attributes))
+    splits = content["partition"]
+    parts = ["train", "val", "test"] if "train" in splits else ["trainval", "test"]
+    arrays = [splits[part] for part in parts]  # an array, or one for each partition
+    partitions = list(zip(*arrays)) if isinstance(arrays[0], list) else [arrays]
+    return Annotations(names, integers(array_of(content["label"]), "label"), attributes, integers(np.array(used), "eval"), [
+        {part: rows_of(integers(array_of(array), part), counted(0, len(names)), part) for part, array in zip(parts, partition)}
+        for partition in partitions])
+
+
+# --- other forms ----------------------------------------------------------------------------------------------------
+
+def read_folders(path):
+    """PETA's sub-sets: a line of Label.txt is a person's number, or a file name, and the person's attributes.
+
+    An image is the person's whose number stands before the first underscore of its name.
+    """
+    folders = [folder for folder in sorted(os.listdir(path)) if os.path.isfile(os.path.join(path, folder, "archive/Label.txt"))]
+    if not folders:
+        raise ValueError("no folder in it has an archive/Label.txt")
+    names, people, unlabelled = [], [], []
+    for folder in folders:
+        archive = os.path.join(path, folder, "archive")
+        lines = [line.split() for line in read_lines(os.path.join(archive, "Label.txt"))]
+        # PETA.mat's name of it is another one.
+        words = {line[0]: {word.replace("footwearSneakers", "footwearSneaker") for word in line[1:]} for line in lines if line}
+        for file in sorted(file for file in os.listdir(archive) if file.lower().endswith(IMAGES)):
+            root = os.path.splitext(file)[0]
+            found = [words[key] for key in (file, root, root.split("_")[0]) if key in words]
+            names.append("%s/archive/%s" % (folder, file))
+            people += found[:1]
+            unlabelled += [] if found else names[-1:]
+    if unlabelled:
+        raise ValueError("%d images have no line in Label.txt: %s" % (len(unlabelled), some(unlabelled)))
+    if not any(words.intersection(PETA) for words in people):
+        raise ValueError("none of its images has any of PETA's attributes")
+    attributes = PETA + sorted(set().union(*people).difference(PETA))
+    labels = [[name in words for name in attributes] for words in people]
+    return Annotations(names, np.array(labels, int), attributes, np.arange(len(PETA)), [])
+
+
+def read_csv(path):
+    reader = csv.reader(read_lines(path))
+    try:
+        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
+    except csv.Error as error:
+        raise ValueError("line %d: %s" % (reader.line_num, error))
+    if len(rows) < 2 or len(rows[0][1]) < 2:
+        raise ValueError("its first line is not image,attribute,attribute ... (separated by commas), or no line follows")
+    labels, width = [], len(rows[0][1])
+    for line, (name, *values) in rows[1:]:
+        if len(values) != width - 1 or any(value.lower() not in BITS for value in values):
+            raise ValueError("line %d (%s) is not a name and %d values, 0 or 1, separated by commas" % (line, name, width - 1))
+        labels.append([BITS[value.lower()] for value in values])
+    return Annotations([row[0] for _, row in rows[1:]], np.array(labels), rows[0][1][1:], np.arange(width - 1), [])
+
+
+def read_own(labels_path, path):
+    names = [line for line in read_lines(path) if line]
+    if labels_path is None:
+        return Annotations(names, None, None, None, [])
+    with open(labels_path, encoding="utf-8-sig") as f:
+        rows = json.load(f)
+    missing = [name for name in names if name not in rows]
+    if missing:
+        raise ValueError("%s has no label for %d of its %d images: %s" % (labels_path, len(missing), len(names), some(missing)))
+    labels = [list(label_row(rows[name])) for name in names]
+    if len({len(row) for row in labels}) > 1:
+        raise ValueError("%s has labels of different lengths" % labels_path)
+    return Annotations(names, np.array(labels), None, None, [])
+
+
+FOUR = ["train", "val", "trainval", "test"]
+# set: (its reader, what it reads, its splits, its partitions)
+SETS = {"peta": (read_peta, "PETA.mat", FOUR, 5),
+        "rap": (read_rap, "RAP_annotation.mat", ["trainval", "test"], 5),
+        "rap2": (read_rap2, "RAP_annotation.mat", FOUR, 5),
+        "pa100k": (read_pa100k, "annotation.mat", FOUR, 1),
+        "pkl": (read_pkl, "pickle", FOUR, 5),
+        "peta-folders": (read_folders, "folder", [], 0),
+        "csv": (read_csv, "table", [], 0),
+        "list": (read_own, "list", [], 0)}
+
+
+# --- what all have in common ------------------------------------------------------------------------------------------
+
+def chosen(annotations, wanted):
+    """Returns (labels 0 and 1 as uint8 [images, attributes], names) of the wanted attributes, or else of the benchmark's."""
+    names, labels, attributes, used, _ = annotations
+    if labels is None:
+        return None, None
+    if labels.ndim != 2 or len(labels) != len(names) or attributes and labels.shape[1] != len(attributes):
+        raise ValueError("it has %d images, %d attributes and labels of the shape %s"
+                         % (len(names), len(attributes or ()), list(labels.shape)))
+    if wanted:
+        unknown = [name for name in wanted if name not in attributes]
+        if unknown:
+            raise ValueError("it has no attribute %s; it has %s" % (some(unknown), ", ".join(attributes)))
+        used = [attributes.index(name) for name in wanted]
+    if attributes:
+        if not len(used) or min(used) < 0 or max(used) >= len(attributes):
+            raise ValueError("its benchmark has attributes that it does not have")
+        labels, attributes = labels[:, used], [attributes[i] for i in used]
+    wrong = ((labels < 0) | (labels > UNCLEAR)).any(axis=1)
+    if wrong.any():
+        raise ValueError("%s has a label that is neither 0 nor 1" % names[wrong.argmax()])
+    unclear = labels == UNCLEAR
+    if unclear.any():
+        note("%d of %d labels are %d (unclear); they count as 0" % (unclear.sum(), labels.size, UNCLEAR))
+    return (labels == 1).astype(np.uint8), attributes
+
+
+def check(names, attributes, partitions):
+    """Raises ValueError for a name that no list can hold, and for one that is there twice."""
+    if not names:
+        raise ValueError("it has no image")
+    for name in names:
+        if not inside(name) or name != name.strip() or not stem(name) or re.search("[\ud800-\udfff]", name):
+            raise ValueError("%r is no file name that a list can hold" % name[:200])
+    if any(name != name.strip() or not name.isprintable() or not name for name in attributes or ()):
+        raise ValueError("an attribute's name is empty or no printable line: %r" % some(attributes))
+    rows = [("partition %d" % i, [names[row] for rows in part.values() for row in rows]) for i, part in enumerate(partitions)]
+    for what, values in [("it", names), ("it", attributes or ())] + rows:
+        twice = [value for value, count in collections.Counter(values).items() if count > 1]
+        if twice:
+            raise ValueError("%s holds %s twice" % (what, some(twice)))
+
+
+def read(data_set, path, labels_path=None, wanted=None):
+    """Returns (names, labels, attributes, partitions) of a file or folder; labels and attributes as chosen() returns them.
+
+    labels_path: the label.json of a list. Raises OSError, or ValueError with what is wrong.
+    """
+    reader, form = SETS[data_set][:2]
+    try:
+        annotations = reader(labels_path, path) if reader is read_own else reader(path)
+        labels, attributes = chosen(annotations, wanted)
+        check(annotations.names, attributes, annotations.partitions)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # a damaged file makes scipy and pickle raise nearly anything
+        if str(error).startswith(path):
+            raise ValueError(str(error))
+        kind = "" if isinstance(error, ValueError) else type(error).__name__ + ": "
+        raise ValueError("%s: not the %s that lists.py %s takes: %s%s" % (path, form, data_set, kind, one_line(error)[:500]))
+    return annotations.names, labels, attributes, annotations.partitions
+
+
+def read_apart(data_set, path, *more):
+    """read() in a process of its own, as some damaged files crash scipy's reader or keep it busy for ever."""
+    import multiprocessing
+    if SETS[data_set][1].endswith(".mat"):
+        import scipy.io  # noqa: F401 - here, so that its absence is no fault of the file
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=send, daemon=True, args=(os.getpid(), theirs, data_set, path) + more)
+    try:
+        with uninterrupted():
+            process.start()
+    except OSError as error:  # a limit of processes
+        note("no process can be started (%s), so a damaged file may crash this one" % error.strerror)
+        return read(data_set, path, *more)
+    finally:
+        theirs.close()
+    try:
+        result = ours.recv()
+    except EOFError:
+        raise ValueError("%s: damaged; its reader crashes on it. Get it again" % path)
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def send(parent, pipe, *arguments):
+    """The reader's process: sends what read() returns, or its exception."""
+    start_worker(parent)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    try:
+        pipe.send(read(*arguments))
+    except Exception as error:  # whatever it is, the parent raises it
+        pipe.send(error)
+
+
+def flat_names(names):
+    """Returns a name for each image's link: its path with _ for / and dots, then its ending.
+
+    a/b_c and a_b/c would have one name, so a checksum follows it.
+    """
+    flat = [re.sub("[/.]", "_", name) for name in names]
+    count = collections.Counter(map(composed, flat))
+    return [new + ("_%08x" % zlib.crc32(name.encode()) if count[composed(new)] > 1 else "") + os.path.splitext(name)[1]
+            for name, new in zip(names, flat)]
+
+
+def link(folder, names, paths):
+    """Makes a folder of links, {name: path}; a link that is there already may stay."""
+    os.makedirs(folder, exist_ok=True)
+    for name, path in zip(names, paths):
+        place, target = os.path.join(folder, name), os.path.abspath(path)
+        try:
+            os.symlink(target, place)
+        except FileExistsError:
+            if not os.path.islink(place) or os.readlink(place) != target:
+                raise ValueError("%s: is there already, and is no link to %s; give --flatten a new folder" % (place, target))
+
+
+def check_stems(path, names):
+    """Raises ValueError where two images would have one bin."""
+    first, pairs = {}, []
+    for name in names:
+        if first.setdefault(stem(name), name) is not name:
+            pairs.append("%s and %s" % (first[stem(name)], name))
+    if pairs:
+        raise ValueError("%s: %d images share their name up to the first dot, and so their bin: %s; --flatten DIR gives each one "
+                         "of its own" % (path, len(pairs), some(pairs)))
+
+
+def rows_of_split(path, partitions, partition, split):
+    """The rows of a split; raises ValueError where there is none."""
+    if partition >= len(partitions):
+        raise ValueError("%s: has no partition %d; it has %d" % (path, partition, len(partitions)))
+    rows = partitions[partition]
+    parts = ["train", "val"] if split == "trainval" and "train" in rows else [split]
+    if not all(rows.get(part) for part in parts):
+        raise ValueError("%s: partition %d has no image in %s; it has %s"
+                         % (path, partition, split, ", ".join(part for part in rows if rows[part])))
+    return [row for part in parts for row in rows[part]]
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    sets = parser.add_subparsers(dest="set", metavar="SET", help="one of those above; lists.py SET --help names its options")
+    sets.required = True
+    for name, (_, form, splits, partitions) in SETS.items():
+        one = sets.add_parser(name, allow_abbrev=False)
+        one.set_defaults(partition=0, split=None, labels=None, attributes=None)
+        one.add_argument("file", metavar=form.upper() if form.islower() else form, help="what describes the data set")
+        if partitions > 1:
+            one.add_argument("--partition", type=int, choices=range(partitions), default=0,
+                             help="one of the %d random partitions (default: 0)" % partitions)
+        if splits:
+            one.add_argument("--split", choices=splits, default="test", help="which images of it (default: test)")
+        if name != "list":
+            one.add_argument("--attributes", metavar="FILE", help="the attributes to list in this order, a name a line, such as "
+                             "those that the model was trained on (default: the benchmark's, in the file's order)")
+        else:
+            one.add_argument("--labels", metavar="FILE", help="label.json of these images")
+        one.add_argument("--images", metavar="DIR", help="the images' folder, to check that every image is there")
+        one.add_argument("--flatten", metavar="DIR", help="a folder to make, of links to the images with names of their own")
+        one.add_argument("--output", metavar="DIR", default=".", help="where to write (default: the current folder)")
+    args = parser.parse_args(argv)
+    if args.set == "peta-folders" and args.images is None:
+        args.images = args.file
+    if args.flatten is not None and args.images is None:
+        parser.error("--flatten needs --images, the folder of the images to link to")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    form = SETS[args.set][1]
+    if not os.path.exists(args.file) or os.path.isdir(args.file) != (form == "folder"):
+        raise FileNotFoundError("%s: no such %s; lists.py %s takes the data set's %s"
+                                % (args.file, "folder" if form == "folder" else "file", args.set, form))
+    wanted = args.attributes and [line for line in read_lines(args.attributes) if line]
+    names, labels, attributes, partitions = read_apart(args.set, args.file, args.labels, wanted)
+    if args.split:
+        rows = rows_of_split(args.file, partitions, args.partition, args.split)
+        names, labels = [names[row] for row in rows], labels[rows]
+
+    files = {"image.txt": names, "label.json": labels, "attributes.txt": attributes}
+    files = [os.path.join(args.output, name) for name, content in files.items() if content is not None]
+    inputs = {os.path.realpath(path) for path in (args.file, args.labels) if path}
+    over = [path for path in files if os.path.realpath(path) in inputs]
+    if over:
+        raise ValueError("%s: would be overwritten; give --output another folder" % over[0])
+    if args.images is not None:
+        paths = find_images(args.images, names, args.file)
+        others = [path for path in paths if not os.path.isfile(path)]
+        if others:
+            raise ValueError("%d of the %d images are no files: %s" % (len(others), len(names), some(others)))
+    if args.flatten is not None:
+        names = flat_names(names)
+    check_stems(args.file, names)
+
+    if args.flatten is not None:
+        link(args.flatten, names, paths)
+        print("%s: links to %d images" % (args.flatten, len(names)))
+    os.makedirs(args.output, exist_ok=True)
+    for path in files:
+        if path.endswith(".json"):
+            write_text(path, json.dumps(dict(zip(names, labels.tolist()))))
+        else:
+            write_text(path, "".join(line + "\n" for line in (names if path.endswith("image.txt") else attributes)))
+    print("%s: %s of %d images%s%s" % (
+        args.output, ", ".join(map(os.path.basename, files)), len(names),
+        " (partition %d, %s)" % (args.partition, args.split) if args.split else "",
+        "" if labels is None else " and %d attributes" % labels.shape[1]))
+
+
+if __name__ == "__main__":
+    command(main)

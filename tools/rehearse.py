@@ -1,0 +1,227 @@
+"""What the card will do, before there is a card: AIPP's settings for atc, and twins of the ONNX model that compute alike.
+
+    python3 tools/rehearse.py cfg aipp.cfg
+    python3 tools/rehearse.py aipp deepmar_bs1_nopad.onnx deepmar_bs1_aipp.onnx
+    python3 tools/rehearse.py float16 deepmar_bs1_nopad.onnx deepmar_bs1_float16.onnx
+
+cfg writes the file for atc's --insert_op_conf: the card then takes stage 4's uint8 bins and normalises them itself.
+aipp writes the model with that arithmetic before it. Its input is uint8 [N,height,width,3].
+float16 writes the model with its weights, its input and the result of each node rounded to float16. Products are added up in
+float32, as the card's cube unit does. tools/compare.py --rehearsal judges the card's results by it.
+
+Twins run on ONNX Runtime as any model does: in stages 6 and 7, compare, predict and quantize. They are a bound on rounding, no
+simulation of the chip: the card's order of accumulation and its kernels are unknown.
+"""
+import argparse
+import os
+import sys
+import zlib
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+from common import command, importing, note, one_line, pixels, whole_file, write_text
+from preprocess_deepmar_pytorch import MEAN, SIZE, STD
+from remove_pad import load, nested
+
+with importing():
+    import numpy as np
+
+MIN = [255 * mean for mean in MEAN]          # AIPP's min_chn and var_reci_chn: it computes (pixel - min) * var_reci
+VAR_RECI = [1 / (255 * std) for std in STD]
+LARGEST = 65504                              # of float16
+
+# Operators that only pick or move values, which are rounded already.
+MOVES = {"Relu", "MaxPool", "Flatten", "Reshape", "Transpose", "Identity", "Gather", "Squeeze", "Unsqueeze"}
+
+
+def aipp_cfg(height, width):
+    """The text of AIPP's settings for atc, in protobuf's text format."""
+    fields = ["aipp_mode: static", "related_input_rank: 0", "input_format: RGB888_U8", "src_image_size_w: %d" % width,
+              "src_image_size_h: %d" % height, "csc_switch: false", "rbuv_swap_switch: false"]
+    for name, values in (("min", MIN), ("var_reci", VAR_RECI)):
+        fields += ["%s_chn_%d: %.15g" % (name, i, value) for i, value in enumerate(values)]
+    return "aipp_op {\n    %s\n}\n" % "\n    ".join(fields)
+
+
+def aipp_table():
+    """What AIPP makes of each pixel value, float32 [3 channels,256]: its settings and both results are float16."""
+    pixel = np.arange(256).astype(np.float16)
+    return np.stack([(pixel - np.float16(low)) * np.float16(factor) for low, factor in zip(MIN, VAR_RECI)]).astype(np.float32)
+
+
+def aipp_differences():
+    """How far AIPP's values are from stage 4's at most, over all pixel values, for each channel."""
+    pixel = np.arange(256, dtype=np.float32) / np.float32(255)
+    exact = [(pixel - np.float32(mean)) / np.float32(std) for mean, std in zip(MEAN, STD)]
+    return np.abs(aipp_table() - exact).max(axis=1)
+
+
+def image_input(model, path):
+    """Returns the input of the model's graph; raises ValueError if it has several."""
+    weights = {tensor.name for tensor in model.graph.initializer}  # which older exporters list among the inputs
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    if len(inputs) != 1 or len(inputs[0].type.tensor_type.shape.dim) != 4:
+        raise ValueError("%s: not a DeepMAR model, which has one input [N,3,224,224]" % path)
+    return inputs[0]
+
+
+def add_aipp(model, path):
+    """Puts AIPP before an onnx.ModelProto, in place. Its nodes are called aipp_...; the network keeps its names."""
+    from onnx import TensorProto, helper, numpy_helper
+    graph, image = model.graph, image_input(model, path)
+    if image.type.tensor_type.elem_type != TensorProto.FLOAT:
+        raise ValueError("%s: does not take float32; has it AIPP already?" % path)
+    batch, _, height, width = image.type.tensor_type.shape.dim
+    uint8 = helper.make_tensor_value_info("aipp_pixels", TensorProto.UINT8, [1, 1, 1, 3])
+    for dim, source in zip(uint8.type.tensor_type.shape.dim, (batch, height, width)):
+        dim.CopyFrom(source)
+    graph.value_info.add().CopyFrom(image)
+    graph.input.remove(image)
+    graph.input.insert(0, uint8)
+    # A table says it all: a channel has 256 values.
+    graph.initializer.extend([numpy_helper.from_array(aipp_table().ravel(), "aipp_table"),
+                              numpy_helper.from_array(np.array([0, 256, 512], np.int32), "aipp_rows")])
+    nodes = [helper.make_node("Cast", ["aipp_pixels"], ["aipp_values"], "aipp_cast", to=TensorProto.INT32),
+             helper.make_node("Add", ["aipp_values", "aipp_rows"], ["aipp_places"], "aipp_add"),
+             helper.make_node("Gather", ["aipp_table", "aipp_places"], ["aipp_nhwc"], "aipp_gather", axis=0),
+             helper.make_node("Transpose", ["aipp_nhwc"], [image.name], "aipp_transpose", perm=[0, 3, 1, 2])]
+    nodes += graph.node
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def round_weights(graph):
+    """Rounds the graph's float32 initializers to float16, in place; returns their number."""
+    from onnx import TensorProto, numpy_helper
+    weights = [tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT]
+    for tensor in weights:
+        values = numpy_helper.to_array(tensor)
+        with np.errstate(over="ignore"):
+            rounded = values.astype(np.float16).astype(np.float32)
+        if not np.isfinite(rounded).all():
+            note("%s: %d weights are beyond %d, where float16 ends" % (tensor.name, (~np.isfinite(rounded)).sum(), LARGEST))
+        tensor.CopyFrom(numpy_helper.from_array(rounded, tensor.name))
+    return len(weights)
+
+
+def rounding(source, target, rank):
+    """The nodes that round a float32 tensor to float16.
+
+    ONNX Runtime 1.10 takes a Cast to float16 and the one back for nothing and drops both. It keeps them with a Reshape between
+    them, which changes nothing (each size is the input's) and copies nothing.
+    """
+    from onnx import TensorProto, helper
+    half, same = target + "/float16", target + "/float16_kept"
+    return [helper.make_node("Cast", [source], [half], half, to=TensorProto.FLOAT16),
+            helper.make_node("Reshape", [half, "shape_of_rank_%d" % rank], [same], same),
+            helper.make_node("Cast", [same], [target], target + "/float32", to=TensorProto.FLOAT)]
+
+
+def tensor_types(model):
+    """{name: type} of the tensors of a model's graph, as far as onnx can infer them."""
+    import onnx
+    from onnx import helper
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    graph = model.graph
+    listed = {value.name for value in graph.input}
+    graph.input.extend(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+                       for tensor in graph.initializer if tensor.name not in listed)  # onnx 1.7 sees only what is listed
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    return {value.name: value.type.tensor_type for values in (graph.input, graph.value_info, graph.output) for value in values}
+
+
+def round_results(model, path):
+    """Rounds the input and each node's result to float16, in place; returns how many. A rounded result keeps its name."""
+    import onnx
+    from onnx import TensorProto, numpy_helper
+    graph, types = model.graph, tensor_types(model)
+    image, nodes, ranks = image_input(model, path), [], set()
+
+    def add_rounding(source, target, name):
+        rank = len(types[name].shape.dim)
+        ranks.add(rank)
+        nodes.extend(rounding(source, target, rank))
+
+    rounded = image.name
+    if types[image.name].elem_type == TensorProto.FLOAT:
+        rounded = image.name + "/rounded"
+        add_rounding(image.name, rounded, image.name)
+    for node in graph.node:
+        inputs = [rounded if name == image.name else name for name in node.input]
+        del node.input[:]
+        node.input.extend(inputs)
+        nodes.append(node)
+        for i, name in enumerate(node.output):
+            if name and not types.get(name):
+                raise ValueError("%s: the type of %s, of a node %s, is unknown" % (path, name, node.op_type))
+            if name and types[name].elem_type == TensorProto.FLOAT and node.op_type not in MOVES:
+                node.output[i] = name + "/unrounded"
+                add_rounding(node.output[i], name, name)
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]  # del below would empty the graph's own
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(numpy_helper.from_array(np.zeros(rank, np.int64), "shape_of_rank_%d" % rank)
+                             for rank in sorted(ranks))
+    return sum(node.op_type == "Reshape" and node.name.endswith("/float16_kept") for node in nodes)
+
+
+def save(model, path):
+    """Writes a model, checked, whole or not at all."""
+    import onnx
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise ValueError("%s: no valid ONNX model: %s" % (path, one_line(error)))
+    with whole_file(path) as temporary, open(temporary, "wb") as f:
+        f.write(model.SerializeToString())
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION")
+    action = actions.add_parser("cfg", help="AIPP's settings for atc", allow_abbrev=False)
+    action.add_argument("output", metavar="FILE", help="the file to write")
+    action.add_argument("--size", nargs=2, type=pixels, default=(SIZE, SIZE), metavar=("H", "W"),
+                        help="height and width of the network's input (default: 224 224)")
+    for name, text in (("aipp", "the model with AIPP before it"), ("float16", "the model rounded to float16")):
+        action = actions.add_parser(name, help=text, allow_abbrev=False)
+        action.add_argument("model", metavar="MODEL", help="the model that stage 2 wrote")
+        action.add_argument("output", metavar="OUTPUT", help="the model to write")
+    args = parser.parse_args(argv)
+    if args.action is None:
+        parser.error("give cfg, aipp or float16")
+    if args.action != "cfg" and os.path.realpath(args.output) == os.path.realpath(args.model):
+        parser.error("OUTPUT is MODEL, which atc still needs; give another name")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.action == "cfg":
+        write_text(args.output, aipp_cfg(*args.size))
+        print("%s: AIPP for uint8 bins of %d x %d, for atc's --insert_op_conf" % (args.output, args.size[1], args.size[0]))
+        return
+    model = load(args.model)
+    if len(list(nested(model.graph))) > 1:
+        raise ValueError("%s: has graphs within its graph, as no DeepMAR has" % args.model)
+    if args.action == "aipp":
+        add_aipp(model, args.model)
+        save(model, args.output)
+        print("%s: takes uint8 bins; AIPP's values are off stage 4's by at most %s (red, green, blue), over all pixel values"
+              % (args.output, ", ".join("%.2g" % value for value in aipp_differences())))
+        return
+    weights = round_weights(model.graph)
+    results = round_results(model, args.model)
+    with open(args.model, "rb") as f:
+        model.metadata_props.add(key="rehearsal_of", value="%08x" % zlib.crc32(f.read()))
+    save(model, args.output)
+    print("%s: %d tensors of weights and %d results are rounded to float16; a bound on rounding, no simulation of the chip"
+          % (args.output, weights, results))
+    print("next: python3 tools/compare.py %s --onnx %s --bins input_bin\n"
+          "      python3 tools/compare.py result/dumpOutput_device0 --onnx %s --rehearsal %s --bins input_bin"
+          % (args.output, args.model, args.model, args.output))
+
+
+if __name__ == "__main__":
+    command(main)

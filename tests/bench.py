@@ -30,6 +30,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tools")]
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in all scripts
 import get_info  # noqa: E402
+import intervals  # noqa: E402
 import postprocess_deepmar_pytorch as postprocess  # noqa: E402
 import preprocess_deepmar_pytorch as preprocess  # noqa: E402
 
@@ -534,6 +535,26 @@ def row_postprocess(scene):
         for call in ("bench.guides_postprocess(folder, labels)", "bench.postprocess.main([folder, labels])"))
     yield {"stage": stage + ", memory", "against": "the guide's way", "unit": "MB", "theirs": theirs, "ours": mine,
            "limit": None, "limit_is": "", "ratio": mine / theirs, "reach": "300 MB", "met": mine < 300}
+
+
+def loop_over_draws(logits, labels, draws):
+    """The plain way: the metrics of each draw's images."""
+    random = np.random.RandomState(0)
+    for _ in range(draws):
+        chosen = random.randint(len(labels), size=len(labels))
+        postprocess.evaluate(logits[chosen], labels[chosen])
+
+
+def row_intervals(scene):
+    count = 1000 if scene.quick else 7600
+    random = np.random.RandomState(0)
+    logits, labels = random.standard_normal((count, 35)).astype("<f4"), random.randint(0, 2, (count, 35))
+    metrics = list(postprocess.evaluate(logits, labels)[0])
+    times = take_turns(2 if scene.quick else 5, theirs=lambda _: 50 * in_child(
+        clock, loop_over_draws, logits, labels, intervals.DRAWS // 50), ours=lambda _: in_child(
+            clock, intervals.metric_intervals, logits >= 0, labels == 1, metrics))
+    row = compared("intervals, {:,}".format(count), "a loop over the draws", 1, times["ours"], times["theirs"])
+    yield dict(row, reach="3 s", met=row["ours"] < 3)
 
 
 def scan(folder):

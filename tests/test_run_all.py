@@ -11,7 +11,9 @@ import time
 import pytest
 import torch
 
+from common import description
 from conftest import ROOT, SIZE, own_data, run_all
+from postprocess_deepmar_pytorch import PETA, label_checksum, read_labels
 
 WRONG_CHECKPOINT = "bs1.onnx was made from another checkpoint.pth.tar; run stage 1"
 
@@ -94,6 +96,31 @@ def test_a_drop_beyond_one_percent_fails_and_says_which_stage(first):
     assert "published 100.00 %" in process.stdout
     with open(os.path.join(work, "report.html")) as f:  # is made all the same, to see why
         assert "FAIL" in f.read()
+
+
+def test_names_intervals_and_thresholds(first, tmp_path):
+    """The model says what it is, beside an OM too; stage 7 and the report take limits that were found on other images."""
+    work, _ = first
+    described = description(os.path.join(work, "deepmar_bs1_nopad.onnx"))
+    assert described == description(os.path.join(work, "deepmar_bs1.json"))
+    assert (described["attributes"], described["size"], described["last_conv_stride"]) == (PETA, [224, 224], 2)
+    content = {"attributes": [{"name": name, "threshold": 0.5} for name in PETA], "names_assumed": False, "goal": "maximal F1",
+               "images": 99, "checksum": "0", "tuned_on": {}}
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    process = run_all("--work-dir", work, "--stage", 7, "--thresholds", tmp_path / "t.json")
+    assert process.returncode == 0 and "tuned for maximal F1 on 99 other images" in process.stdout, process.stderr
+    with open(os.path.join(work, "fusion_result.json")) as f:
+        report = json.load(f)
+    assert {row["threshold"] for row in report["attributes"]} == {0.5} and report["names_assumed"] is False
+    assert report["intervals"]["instance_acc"][0] < report["instance_acc"] < report["intervals"]["instance_acc"][1]
+    with open(os.path.join(work, "report.html")) as f:
+        assert "tuned for maximal F1 on 99 other images" in f.read()
+    rows, labels = read_labels(os.path.join(work, "sample", "label.json"))
+    content["tuned_on"] = {image: label_checksum(labels[row]) for image, row in rows.items()}
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    process = run_all("--work-dir", work, *own_data(work) + ["--thresholds", str(tmp_path / "t.json")])
+    assert process.returncode == 1 and "was tuned on %d of these %d images" % (SIZE, SIZE) in process.stderr, process.stderr
+    assert "stage 1" not in process.stdout
 
 
 def test_a_failing_stage_stops_the_run(first, tmp_path):

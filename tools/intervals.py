@@ -58,12 +58,11 @@ def drawn(sides, true, draws=DRAWS):
     parts = [summands(said, true) for said in sides]
     columns, images = np.hstack(parts), len(true)
     random = np.random.RandomState(SEED)
-    sums = []
-    for start in range(0, draws, max(1, BLOCK // images)):
-        count = min(max(1, BLOCK // images), draws - start)
-        chosen = random.randint(images, size=(count, images)) + images * np.arange(count)[:, None]
-        times = np.bincount(chosen.ravel(), minlength=count * images).reshape(count, images)
-        sums.append(times.astype(np.float64) @ columns)
+    sums, at_once = [], max(1, BLOCK // images)
+    for start in range(0, draws, at_once):
+        times = [np.bincount(random.randint(images, size=images), minlength=images)  # how often each image is drawn
+                 for _ in range(min(at_once, draws - start))]
+        sums.append(np.array(times, np.float64) @ columns)
     return [metrics(part, images) for part in np.split(np.concatenate(sums), len(sides), axis=1)]
 
 

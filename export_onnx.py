@@ -173,6 +173,7 @@ def main(argv=None):
     checkpoint, output, batch_size = values
     batch_size = number("BATCH_SIZE", "1" if batch_size is None else batch_size)
     height, width = (number("--size", text) for text in args.size)
+    names = None if args.attributes is None else read_names(args.attributes)
     num_att = None if args.num_att is None else number("--num-att", args.num_att)
 
     # PYTHONSAFEPATH keeps the script's folder out of Python's path, and the script may be started through a link.
@@ -186,7 +187,6 @@ def main(argv=None):
         from baseline.model.DeepMAR import load_model
     import onnxruntime  # noqa: F401 - if it is missing, this is said before the work is done
     signal.signal(signal.SIGINT, before)
-    names = None if args.attributes is None else read_names(args.attributes)
     notes = []
     model = load_model(checkpoint, args.last_conv_stride, args.state_dict, notes.append)
     if num_att not in (None, model.num_att):

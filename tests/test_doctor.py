@@ -247,51 +247,58 @@ def test_a_card_that_lacks_something(machine):
     assert check(machine, FAIL="npu-smi")[0].returncode == 0  # on ONNX Runtime
     process, rows = check(machine, TABLE="24.1.rc3.7_a3")
     assert "910_N" in rows["chip"]["found"] and rows["chip"]["state"] == "absent"
-    # names, and too small a disk for the bins
-    process, rows = check(machine, "--backend", "ais_bench", "--work-dir", machine / "a b", sample_size="9" * 12)
-    assert rows["names"]["state"] == rows["disk"]["state"] == "missing", rows
+    # too small a disk for the bins, of which uint8 ones take a quarter
+    rows = check(machine, "--stop-stage", 4, sample_size="9" * 12)[1]
+    quarter = check(machine, "--stop-stage", 4, "--aipp", "yes", sample_size="9" * 12)[1]
+    assert rows["disk"]["state"] == quarter["disk"]["state"] == "missing"
+    assert [float(row["disk"]["found"].split()[-5]) for row in (rows, quarter)] == [602112000.0, 150528000.0]
 
 
-def test_ais_bench_is_told_from_its_namesake(machine):
-    site = machine / "site"
-    for path, complete, text in ((None, False, "has no ais_bench"), ("ais_bench/benchmark/__init__.py", False, "language models"),
-                                 ("ais_bench/infer/__init__.py", False, "no aclruntime"), ("aclruntime.py", True, "aclruntime")):
-        if path:
-            write(site / "ais_bench" / "__init__.py")
-            write(site / path)
-        output = subprocess.check_output([sys.executable, "-c", "import doctor, json; print(json.dumps(doctor.ais_bench()))"],
-                                         env=dict(os.environ, PYTHONPATH="%s:%s" % (site, os.path.join(ROOT, "tools"))))
-        found, command = json.loads(output.decode())
-        assert text in found and (command is None) == complete
-        assert ("uninstall ais_bench_benchmark" in str(command)) == ("language" in text)
+def test_ais_bench(machine):
+    """What it refuses is asked of tools/ais_bench_files.py: here the tool of language models, and a path."""
+    site, arguments = machine / "site", ["--backend", "ais_bench"]
+    write(site / "ais_bench" / "__init__.py")
+    row = check(machine, *arguments, PYTHONPATH=str(site))[1]["ais_bench"]
+    assert row["state"] == "missing" and "language models" in row["found"] and "uninstall ais_bench_benchmark" in row["run"]
+    write(site / "ais_bench" / "infer" / "__init__.py")
+    write(site / "aclruntime.py")
+    assert check(machine, *arguments, PYTHONPATH=str(site))[1]["ais_bench"]["state"] in ("ok", "note")  # without pkg_resources
+    row = check(machine, "--work-dir", machine / "a b", *arguments, PYTHONPATH=str(site))[1]["ais_bench"]
+    assert row["state"] == "missing" and "%s: ais_bench takes only paths" % (machine / "a b") in row["found"]
 
 
 def test_the_users_inputs(machine):
-    sample = machine / "sample"
+    sample, data = machine / "sample", own_data(str(machine)) + ["--stop-stage", 5]
     for name in ("checkpoint.pth.tar", "label.json", "images/1.png", "images/x y.png"):
         write(sample / name)
     write(sample / "image.txt", "1.png\nx y.png")
-    row = check(machine, *own_data(str(machine)))[1]
-    assert row["inputs"]["state"] == "ok" and row["inputs"]["found"].startswith("2 images, ")
-    assert "1 of 2 images, as x y.png" in row["names"]["found"]
+    row = check(machine, *own_data(str(machine)))[1]["inputs"]
+    assert row["state"] == "ok" and row["found"].endswith("label.json, 2 images")
     write(sample / "image.txt", "1.png\n2.png\n")
-    process, rows = check(machine, *own_data(str(machine)))
+    process, rows = check(machine, *data)
     assert process.returncode == 1 and "1 of the 2 images" in rows["inputs"]["found"] and "as 2.png" in rows["inputs"]["found"]
     (sample / "checkpoint.pth.tar").unlink()
-    process, rows = check(machine, *own_data(str(machine)))
+    process, rows = check(machine, *data)
     assert process.returncode == 1 and rows["inputs"]["found"] == "no %s" % (sample / "checkpoint.pth.tar")
+    assert check(machine, "--stage", 5, "--stop-stage", 6, "--checkpoint", sample)[1]["inputs"]["state"] == "ok"
+    row = check(machine, "--stage", 4, "--stop-stage", 4, "--images", sample)[1]["inputs"]
+    assert row["state"] == "missing" and row["found"] == "image_list is not set"
 
 
 def test_a_python_without_packages(machine):
     """It looks, and leaves the installation to the first run."""
     bare, checkout = machine / "bare", machine / "checkout"
     subprocess.check_call([sys.executable, "-m", "venv", "--without-pip", str(bare)])
-    for name in ("run_all.sh", "requirements.txt", "tools/backend.sh", "tools/driver.sh", "tools/doctor.py"):
+    for name in ("run_all.sh", "requirements.txt", "get_info.py", "tools/backend.sh", "tools/driver.sh", "tools/doctor.py",
+                 "tools/common.py", "tools/ais_bench_files.py"):
         with open(os.path.join(ROOT, name)) as f:
             write(checkout / name, f.read())
     process, rows = check(machine, root=checkout, PYTHON=str(bare / "bin" / "python"))
     assert process.returncode == 0 and rows["Python"]["state"] == rows["ONNX Runtime"]["state"] == "note"
-    assert "numpy" in rows["Python"]["found"] and "installs all packages into %s/.venv-" % checkout in rows["Python"]["found"]
+    assert "numpy" in rows["Python"]["found"] and " into %s/.venv-" % checkout in rows["Python"]["found"]
+    assert "has no ais_bench and no aclruntime" in rows["ais_bench"]["found"]
+    row = check(machine, "--stage", 5, "--stop-stage", 5, root=checkout, PYTHON=str(bare / "bin" / "python"))[1]["Python"]
+    assert "the run installs numpy into" in row["found"]
     process = run_all("--check", PYTHON=str(machine / "none"))
     check_error(process, "%s: no such Python" % (machine / "none"))
 

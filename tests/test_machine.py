@@ -315,6 +315,16 @@ def test_a_link_to_any_script(tmp_path):
             assert process.returncode == 0 and output.startswith(b"usage: ") and errors == b"", (path, errors)
 
 
+@pytest.mark.parametrize("package, stage", [("numpy", "postprocess"), ("numpy", "predict"), ("PIL", "preprocess"),
+                                            ("onnx", "remove_pad"), ("onnxruntime", "benchmark"), ("scipy", "peta")])
+def test_a_missing_package(folder, tmp_path, package, stage):
+    (tmp_path / (package + ".py")).write_text("raise ImportError('No module named %s')" % package)
+    earlier = put_earlier(folder, stage)
+    process = finish(start(folder, stage, env=dict(os.environ, PYTHONPATH=str(tmp_path))))
+    check_error(process, "error: No module named %s; the packages that it needs are in requirements.txt" % package)
+    assert output(folder, stage) == earlier
+
+
 @pytest.mark.parametrize("stage", ["predict", "get_info"])  # more than a buffer holds, and less
 def test_a_reader_that_leaves(folder, stage):
     reader, writer = os.pipe()

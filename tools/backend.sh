@@ -36,7 +36,8 @@ check_machine() {
     local asked=$backend name values=()
     [ "$backend" != auto ] || choose_backend
     for name in $names; do values+=("$name=${!name}"); done
-    exec "$python" "$here/tools/doctor.py" check "asked_backend=$asked" "${values[@]}"
+    needed_packages
+    exec "$python" "$here/tools/doctor.py" check "asked_backend=$asked" "packages=${packages[*]}" "${values[@]}"
 }
 
 # choose_backend: sets backend to what will run the model, and make_om where atc is to make an OM; stops where a piece of a

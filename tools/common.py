@@ -32,18 +32,30 @@ NOTED = set()
 def importing():
     """For the import of a large library. In the block Ctrl-C ends the process at once.
 
-    Otherwise the library may turn the KeyboardInterrupt into an error of its own, such as an ImportError.
+    Otherwise the library may turn the KeyboardInterrupt into an error of its own, such as an ImportError. Ends the process
+    where the library is missing, as this may be before command().
     """
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
+    except ImportError as error:
+        sys.exit(missing(error))
     finally:
         signal.signal(signal.SIGINT, before)
 
 
+def script_name():
+    return os.path.basename(os.path.realpath(sys.argv[0]))
+
+
+def missing(error):
+    """The message of an ImportError."""
+    return "%s: error: %s; the packages that it needs are in requirements.txt" % (script_name(), error)
+
+
 def command(main):
     """Runs a script's main(). What is wrong becomes one line, 'SCRIPT: error: ...', and exit status 1."""
-    script = os.path.basename(os.path.realpath(sys.argv[0]))
+    script = script_name()
     start_in_utf8()
     status = None
     try:
@@ -53,7 +65,7 @@ def command(main):
     except BrokenPipeError:
         status = READER_LEFT
     except ImportError as error:
-        status = "%s: error: %s; the packages that it needs are in requirements.txt" % (script, error)
+        status = missing(error)
     except (OSError, ValueError) as error:
         status = "%s: error: %s" % (script, error)
     except RuntimeError as error:
@@ -375,6 +387,7 @@ def description(path):
     checkpoint_sha256, version. Raises OSError or ValueError.
     """
     import json
+    import warnings
     if not path.endswith(".onnx"):
         found = read_json(path, {}, "tools/describe.py")
     else:
@@ -383,8 +396,11 @@ def description(path):
             from google.protobuf.message import DecodeError
         model = onnx.ModelProto()
         try:
-            with open(path, "rb") as f:
+            with open(path, "rb") as f, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of an old protobuf, about a file that is none
                 model.ParseFromString(f.read())
+            if not model.HasField("graph"):
+                raise DecodeError
             found = {entry.key[len(PREFIX):]: entry.value for entry in model.metadata_props if entry.key.startswith(PREFIX)}
             found = {key: value if key in TEXTS else json.loads(value) for key, value in found.items()}
         except DecodeError:

@@ -20,7 +20,8 @@ import sys
 TOOLS = os.path.dirname(os.path.abspath(__file__))
 HERE = os.path.dirname(TOOLS)
 MACHINE = os.uname().machine
-BIN = 4 * 3 * 224 * 224  # bytes of an image's bin
+INPUTS = {"checkpoint": [1], "images": [4, 8], "image_list": [4, 7], "label_file": [7]}  # and the stages that need them
+TOOLKIT = "bash ./Ascend-cann-toolkit_VERSION_linux-%s.run --install" % MACHINE
 OTHER_PYTHON = "export PATH=/FOLDER/OF/SUCH/A/PYTHON/bin:$PATH"
 
 # How a chip's name begins, the folder of its operators in CANN, the word for it in their package's name. The first that fits
@@ -35,7 +36,7 @@ PACKAGES = {"attr": "attrs", "decorator": "decorator", "numpy": "numpy", "psutil
             "yaml": "pyyaml"}
 
 # Run by other Pythons than this one; they print JSON.
-ATC_PYTHON = """
+MODULES = """
 import importlib.util, json, sys
 missing = []
 for name in sys.argv[1:]:
@@ -305,7 +306,6 @@ class Check(object):
         self.toolkit()
         self.disk()
         self.tools()
-        self.files()
 
     def row(self, stage, what, state, found, command=None):
         self.rows.append({"stage": stage, "what": what, "state": state, "found": found, "run": command})
@@ -320,35 +320,41 @@ class Check(object):
     def uses(self, backend):
         return self.runs(6) and self.values["backend"] == backend
 
+    def packages(self):
+        """The Python that tools/python.sh would give; self.python is the one that runs a model, None where it has to be made."""
+        names = self.values["packages"].split()
+        modules = {{"Pillow": "PIL"}.get(name, name) for name in names} | {"google" for name in names if "onnx" in name}
+        self.python, found = sys.executable, "%d.%d.%d, %s" % (sys.version_info[:3] + (sys.executable,))
+        missing = sorted(module for module in modules if not has(module))
+        if missing:
+            found += ", without " + ", ".join(missing)
+            folder = os.path.join(HERE, ".venv-%d.%d" % sys.version_info[:2])
+            self.python = os.path.join(folder, "bin", "python")
+            try:
+                missing = ask(self.python, MODULES, *modules)[1]
+                found += "; in its place " + folder
+            except OSError:
+                self.python = None
+        self.row("all", "Python", "note" if missing else "ok",
+                 found + ("; the run installs %s into %s" % (", ".join(missing), folder) if missing else ""))
+
     def inputs(self):
         values = self.values
-        self.names, self.images = [], int(values["sample_size"])
-        if not values["image_list"]:
+        given = [name for name in INPUTS if values[name]]
+        self.images = int(values["sample_size"])
+        if not given:
             return self.row("1 4 7", "inputs", "note", "none given, so the sample's: %d images, a checkpoint" % self.images)
-        gone = ["no %s" % values[name] for name in ("checkpoint", "images", "image_list", "label_file")
-                if not os.path.exists(values[name])]
-        self.names = [line.strip() for line in read(values["image_list"]).splitlines() if line.strip()]
-        self.images = len(self.names)
-        absent = [name for name in self.names if not os.path.exists(os.path.join(values["images"], name))]
-        if gone:
-            self.row("1 4 7", "inputs", "missing", ", ".join(gone))
-        elif absent:
-            self.row("4", "inputs", self.need(self.runs(4)), "%d of the %d images in %s are not in %s, as %s"
-                     % (len(absent), self.images, values["image_list"], values["images"], absent[0]))
-        else:
-            self.row("1 4 7", "inputs", "ok", "%d images, checkpoint %s" % (self.images, values["checkpoint"]))
-
-    def packages(self):
-        """The Python that tools/python.sh would give; self.python is None where it would have to be made."""
-        self.python, found = sys.executable, "%d.%d.%d, %s" % (sys.version_info[:3] + (sys.executable,))
-        names = set(re.findall("^[A-Za-z0-9_.-]+", read(os.path.join(HERE, "requirements.txt")), re.MULTILINE))
-        missing = sorted(name for name in names if not has({"Pillow": "PIL", "protobuf": "google"}.get(name, name)))
-        if missing:
-            folder = os.path.join(HERE, ".venv-%d.%d" % sys.version_info[:2])
-            self.python = os.path.join(folder, "bin", "python") if os.path.exists(os.path.join(folder, "installed")) else None
-            found += " without %s; %s %s" % (", ".join(missing), "in its place" if self.python else
-                                             "the first run installs all packages into", folder)
-        self.row("all", "Python", "ok" if self.python else "note", found)
+        problems = ["no " + values[name] for name in given if not os.path.exists(values[name])]
+        problems += ["%s is not set" % name for name in INPUTS if name not in given and any(map(self.runs, INPUTS[name]))]
+        names = [line.strip() for line in read(values["image_list"]).splitlines() if line.strip()]
+        self.images = len(names)
+        if self.runs(4) and not problems:
+            absent = [name for name in names if not os.path.exists(os.path.join(values["images"], name))]
+            if absent:
+                problems.append("%d of the %d images in %s are not in %s, as %s"
+                                % (len(absent), self.images, values["image_list"], values["images"], absent[0]))
+        self.row("1 4 7", "inputs", "missing" if problems else "ok",
+                 ", ".join(problems or [values[name] for name in given] + ["%d images" % self.images]))
 
     def card(self):
         devices, chips, problem = self.values["device_id"].split(), [], "nothing names it"
@@ -385,8 +391,7 @@ class Check(object):
         cann = self.cann
         if not cann.atc:
             return self.row("3", "CANN", self.need(self.converts),
-                            "no atc on the PATH" + ", and no set_env.sh was found" * (not find_set_env()),
-                            "bash ./Ascend-cann-toolkit_VERSION_linux-%s.run --install" % MACHINE)
+                            "no atc on the PATH" + ", and no set_env.sh was found" * (not find_set_env()), TOOLKIT)
         layout = "cann" if os.path.basename(cann.home or "").startswith("cann") else "ascend-toolkit"
         self.row("3", "CANN", "ok", "%s, layout %s, %s" % (cann, layout, cann.atc))
         self.operators()
@@ -410,7 +415,7 @@ class Check(object):
     def atc_python(self):
         python = shutil.which("python3") or "python3"
         try:
-            version, missing, numpy = ask(python, ATC_PYTHON, *PACKAGES)
+            version, missing, numpy = ask(python, MODULES, *PACKAGES)
         except OSError as error:
             return self.row("3", "atc's Python", self.need(self.converts), str(error), OTHER_PYTHON)
         found = "%s, %s" % (".".join(map(str, version)), python)
@@ -428,7 +433,9 @@ class Check(object):
         place = self.work
         while not os.path.exists(place):
             place = os.path.dirname(place)
-        free, bins = shutil.disk_usage(place).free, self.images * BIN
+        height, width = map(int, self.values["size"].split())
+        bins = self.images * 3 * height * width * (1 if self.values["aipp"] == "yes" else 4)
+        free = shutil.disk_usage(place).free
         found = "%.1f GB free in %s, %.1f GB for %d bins" % (free / 1e9, place, bins / 1e9, self.images)
         if not os.access(place, os.W_OK):
             self.row("all", "disk", "missing", "%s cannot be written" % place, "bash run_all.sh --work-dir /A/FOLDER/OF/YOURS")
@@ -448,11 +455,15 @@ class Check(object):
                      "chmod u+x %s" % binary if there else "cp %s %s/" % (os.path.basename(binary), HERE))
         found = library("libascendcl.so")
         self.row("6", "CANN's library", "ok" if found else self.need(self.on_card), found or "no libascendcl.so, to run an OM",
-                 None if found else "source %s" % (find_set_env() or "/usr/local/Ascend/cann/set_env.sh"))
-        found, command = ais_bench()
-        self.row("6", "ais_bench", self.need(self.uses("ais_bench")) if command else "ok", found, command)
-        if not self.python:
-            return self.row("6", "ONNX Runtime", "note", "comes with the packages")
+                 None if found else "source " + find_set_env() if find_set_env() else TOOLKIT)
+        paths = [path for path in self.oms + [os.path.join(self.work, "input_bin")] if os.path.exists(path)]
+        status, output = run([sys.executable, "-B", os.path.join(TOOLS, "ais_bench_files.py"), "check", self.work] + paths)
+        found = re.sub("^ais_bench_files.py: error: (backend ais_bench: )?", "", output.strip().split("\n")[-1])
+        found, _, command = found.partition("; run: ")
+        self.row("6", "ais_bench", self.need(self.uses("ais_bench")) if status else "note" if found else "ok",
+                 found or sys.executable, command or None)
+        if not self.python or not self.runs(6):
+            return self.row("6", "ONNX Runtime", "note", "comes with the packages" if not self.python else "not tried")
         needed = self.uses("onnxruntime")
         try:
             answer = ask(self.python, PROVIDER, TOOLS)
@@ -464,37 +475,6 @@ class Check(object):
         except OSError as error:
             found, _, command = str(error).partition("; run: ")
             self.row("6", "ONNX Runtime", self.need(needed), found, command or None)
-
-    def files(self):
-        """What ais_bench refuses: names, and files of other users."""
-        needed, odd = self.need(self.uses("ais_bench")), [name for name in self.names if not re.match("[A-Za-z0-9_./-]+$", name)]
-        if not re.match("[A-Za-z0-9_./-]+$", self.work):
-            self.row("6", "names", needed, "ais_bench refuses the name of %s" % self.work,
-                     "bash run_all.sh --work-dir /A/FOLDER/OF/LETTERS/AND/DIGITS")
-        else:
-            self.row("6", "names", "note" if odd else "ok", "of letters, digits and _-/. alone" if not odd else
-                     "ais_bench is given other names for %d of %d images, as %s" % (len(odd), self.images, odd[0]))
-        own = set(os.getgroups()) | {os.getgid()}
-        for path in [self.work] + self.oms + glob.glob(os.path.join(glob.escape(self.work), "input_bin", "*.bin")):
-            if os.path.exists(path) and os.stat(path).st_uid != os.getuid() and os.stat(path).st_gid not in own:
-                return self.row("6", "owner", needed, "%s is another user's, which ais_bench refuses" % path,
-                                "chown -R %d %s" % (os.getuid(), path))
-        self.row("6", "owner", "ok", "this user, or a group of his")
-
-
-def ais_bench():
-    """Returns what this Python has of ais_bench and the command that installs it, None where it is complete."""
-    command = "%s -m pip install aclruntime-VERSION-linux_%s.whl ais_bench-VERSION-py3-none-any.whl" % (sys.executable, MACHINE)
-    spec, runtime = importlib.util.find_spec("ais_bench"), importlib.util.find_spec("aclruntime")
-    if not spec:
-        return "%s has no ais_bench" % sys.executable, command
-    folders = list(spec.submodule_search_locations or [])
-    if not any(os.path.exists(os.path.join(folder, "infer")) for folder in folders):
-        return ("%s is another ais_bench: it evaluates language models and runs no OM" % folders[0] if folders else spec.origin,
-                "%s -m pip uninstall ais_bench_benchmark && %s" % (sys.executable, command))
-    if not runtime:
-        return "%s, but no aclruntime" % folders[0], command
-    return "%s and %s" % (folders[0], runtime.origin), None
 
 
 def main(arguments):

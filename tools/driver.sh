@@ -152,16 +152,21 @@ open_work_folder() {
     }
 }
 
-# choose_python: a Python with the packages that the stages to be run need, no others
-choose_python() {
-    local packages=(numpy)
-    requested=$python
+# needed_packages: sets packages to what the stages to be run need, and no others
+needed_packages() {
+    packages=(numpy)
     if [ -n "$sample" ] && runs 0; then packages+=(torch torchvision Pillow tqdm); fi
     if runs 1; then packages+=(torch torchvision onnx onnxruntime); fi
-    if runs 2 || [ -n "$make_twin" ]; then packages+=(onnx onnxruntime); fi
+    if runs 2 || [ -n "${make_twin-}" ]; then packages+=(onnx onnxruntime); fi
     if runs 4; then packages+=(Pillow tqdm); fi
     if runs 6 && [ "$backend" = onnxruntime ]; then packages+=(onnx onnxruntime tqdm); fi
     if runs 8; then packages+=(Pillow tqdm jinja2 matplotlib); fi
+}
+
+# choose_python: a Python with these packages
+choose_python() {
+    requested=$python
+    needed_packages
     python=$(PYTHON=$python "$here/tools/python.sh" requirements.txt "${packages[@]}") ||
         fail "no Python with the packages; see above"
 }

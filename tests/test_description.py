@@ -1,0 +1,179 @@
+"""What a model says of itself: written by the export, kept by what comes after, read for the attributes' names."""
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from conftest import ROOT, check_error, script
+from test_export_failures import NETWORK
+from test_postprocess import STAGE, random_case, write
+from test_predict import parse, write_images, write_model
+from test_quantize import make_model
+from test_remove_pad import ZEROS, between, model_of, node
+
+from common import description
+from preprocess_deepmar_pytorch import MEAN, STD
+
+NAMES = ["hat", "a bag, on wheels", "\u5e3d\u5b50"]
+
+
+def put(path, **values):
+    """Writes entries into a model's metadata."""
+    model = onnx.load(str(path))
+    onnx.helper.set_model_props(model, {"deepmar." + key: value for key, value in values.items()})
+    onnx.save(model, str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder with out.onnx, exported of a small network with 35 names, and the names."""
+    folder = tmp_path_factory.mktemp("exported")
+    (folder / "baseline" / "model").mkdir(parents=True)
+    (folder / "baseline" / "model" / "DeepMAR.py").write_text(NETWORK % "x")
+    shutil.copy(ROOT + "/export_onnx.py", str(folder))
+    (folder / "any.pth").write_bytes(b"checkpoint")
+    names = NAMES + ["trait %d" % i for i in range(32)]
+    (folder / "names.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n\n".join(names).encode("utf-8"))
+    process = export(folder, "--attributes", "names.txt", "--size", 64, 32, "--last-conv-stride", 1)
+    assert process.returncode == 0, process.stderr
+    return folder, names
+
+
+def export(folder, *options):
+    return subprocess.run([sys.executable, "-B", "export_onnx.py", "any.pth", "out.onnx", "1"] + [str(o) for o in options],
+                          cwd=str(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+
+
+def test_export(exported):
+    folder, names = exported
+    assert description(str(folder / "out.onnx")) == {
+        "attributes": names, "mean": list(MEAN), "std": list(STD), "size": [64, 32], "layout": "NCHW RGB", "output": "logits",
+        "last_conv_stride": 1, "checkpoint_sha256": hashlib.sha256(b"checkpoint").hexdigest(), "version": "1.0"}
+    model = onnx.load(str(folder / "out.onnx"))
+    onnx.checker.check_model(onnx.shape_inference.infer_shapes(model), full_check=True)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 11)]
+    assert {entry.key: entry.value for entry in model.metadata_props}["deepmar.size"] == "[64, 32]"
+    image = np.random.RandomState(0).standard_normal((1, 3, 64, 32)).astype(np.float32)
+    logits = []
+    for _ in range(2):  # and without it, the same logits to the bit
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        logits.append(session.run(None, {"actual_input_1": image})[0])
+        del model.metadata_props[:]
+    assert (logits[0] == logits[1]).all()
+
+
+@pytest.mark.parametrize("text, message", [
+    (b"one\ntwo\n", "names.txt: holds 2 names, but any.pth has 35 attributes"),
+    (b"hat\nbag\nhat\n", "names.txt: holds a name more than once: hat"), (b"\xff", "names.txt: is not UTF-8 text"), (None, "names.txt")])
+def test_export_with_wrong_names(exported, tmp_path, text, message):
+    folder = exported[0]
+    file = tmp_path / "names.txt"
+    if text is not None:
+        file.write_bytes(text)
+    before = (folder / "out.onnx").read_bytes()
+    check_error(export(folder, "--attributes", file), message)
+    assert (folder / "out.onnx").read_bytes() == before
+
+
+def test_stages_2_and_int8_keep_it(tmp_path):
+    onnx.save(model_of(between(node("Pad", "r c", "p")), [("c", ZEROS)]), str(tmp_path / "pad.onnx"))
+    put(tmp_path / "pad.onnx", attributes=json.dumps(NAMES), version="1.0")
+    process = script("remove_pad.py", "pad.onnx", "nopad.onnx", cwd=tmp_path)
+    assert "removed" in process.stdout and description(str(tmp_path / "nopad.onnx")) == {"attributes": NAMES, "version": "1.0"}
+    make_model(tmp_path / "bs1.onnx", 1)
+    put(tmp_path / "bs1.onnx", attributes=json.dumps(NAMES + ["x", "y"]), size="[224, 224]")
+    (tmp_path / "bins").mkdir()
+    for i in range(2):
+        (tmp_path / "bins" / ("%d.bin" % i)).write_bytes(np.full(3 * 224 * 224, i, "<f4").tobytes())
+    process = script("tools/quantize.py", "bs1.onnx", "bins", "int8.onnx", cwd=tmp_path)
+    assert process.returncode == 0 and process.stderr == "", process.stderr
+    assert description(str(tmp_path / "int8.onnx")) == {"attributes": NAMES + ["x", "y"], "size": [224, 224]}
+
+
+def test_beside_an_om(exported, tmp_path):
+    folder, names = exported
+    process = script("tools/describe.py", folder / "out.onnx", tmp_path / "out.json")
+    assert process.returncode == 0 and process.stdout == process.stderr == ""
+    assert description(str(tmp_path / "out.json")) == description(str(folder / "out.onnx"))
+    assert "\u5e3d\u5b50" in (tmp_path / "out.json").read_text(encoding="utf-8")
+    assert json.loads(script("tools/describe.py", tmp_path / "out.json").stdout)["attributes"] == names
+    write_model(tmp_path / "plain.onnx")
+    assert script("tools/describe.py", tmp_path / "plain.onnx").stdout == "{}\n"
+    check_error(script("tools/describe.py", tmp_path / "absent.onnx"), "absent.onnx")
+    check_error(script("tools/describe.py", tmp_path / "absent.json"), "absent.json")
+
+
+def test_predict(tmp_path):
+    """--attributes, then the model's names, then PETA's."""
+    image, = write_images(tmp_path / "images", 1)
+    model = write_model(tmp_path / "m.onnx", attributes=3)
+
+    def names(*options):
+        process = script("tools/predict.py", "images/" + image, "--onnx", model, *options, cwd=tmp_path)
+        assert process.returncode == 0 and process.stderr == "", process.stderr
+        return {row[2] for row in parse(process.stdout)["images/" + image]}
+
+    assert names() == {"attribute0", "attribute1", "attribute2"}
+    put(model, attributes=json.dumps(NAMES))
+    assert names() == set(NAMES)
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    assert names("--attributes", "names.txt") == {"a", "b", "c"}
+
+
+def test_stage_7_and_the_report(exported, tmp_path):
+    """--attributes, then the model's names, then fusion_result.json's."""
+    folder, names = exported
+    logits, labels = random_case()
+    result, label = write(tmp_path, logits[:20], labels[:20])
+    images = ["%05d.png" % i for i in range(20)]
+    (tmp_path / "image.txt").write_text("\n".join(images))
+    shutil.move(str(tmp_path / "images" / write_images(tmp_path / "images", 1)[0]), str(tmp_path / "images" / images[0]))
+    for name in images[1:]:
+        shutil.copy(str(tmp_path / "images" / images[0]), str(tmp_path / "images" / name))
+    script("tools/describe.py", folder / "out.onnx", tmp_path / "out.json")
+    (tmp_path / "others.txt").write_text("\n".join("other %d" % i for i in range(35)))
+
+    def page(*options):
+        process = script("tools/report.py", "--images", "images", "--labels", label, "--results", result, *options, cwd=tmp_path)
+        assert process.returncode == 0 and process.stderr == "", process.stderr
+        return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+    for options, first in ((["--model", "out.json"], "hat"), (["--model", folder / "out.onnx"], "hat"),
+                           (["--model", "out.json", "--attributes", "others.txt"], "other 0"), ([], "personalLess30")):
+        assert script(STAGE, result, label, *options, cwd=tmp_path).returncode == 0
+        assert json.loads((tmp_path / "fusion_result.json").read_text())["attributes"][0]["name"] == first
+    assert "PETA's names assumed" in page() and 'data-value="personalLess30"' in page()
+    text = page("--model", "out.json")
+    assert 'data-value="hat"' in text and "PETA's names assumed" not in text
+    assert "SHA-256 " + hashlib.sha256(b"checkpoint").hexdigest() in text
+    assert 'data-value="other 0"' in page("--model", "out.json", "--attributes", "others.txt")
+    (tmp_path / "none.json").write_text("{}")
+    assert 'data-value="personalLess30"' in page("--model", "none.json")
+
+
+@pytest.mark.parametrize("entries, message", [
+    ({"attributes": '["hat", "bag"]'}, "is a model of 2 attributes, but there are 3"),
+    ({"attributes": '["hat", "bag", "hat"]'}, "its attributes are not a list of different names"),
+    ({"attributes": '["hat", "bag", "a\\nb"]'}, "its attributes are not"), ({"attributes": '["hat", "bag", ""]'}, "its attributes"),
+    ({"attributes": '["hat", "bag", 3]'}, "its attributes are not"), ({"attributes": '{"hat": 1}'}, "its attributes are not"),
+    ({"attributes": "hat"}, "its metadata is damaged"), ({"attributes": "[" * 100000}, "its metadata is damaged"),
+    ({"size": ""}, "its metadata is damaged")])
+def test_damaged_metadata(tmp_path, entries, message):
+    from postprocess_deepmar_pytorch import attribute_names
+    model = str(put(write_model(tmp_path / "m.onnx", attributes=3), **entries))
+    with pytest.raises(ValueError) as error:
+        attribute_names(3, None, model)
+    assert str(error.value).startswith(model) and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_model(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"<html>")
+    (tmp_path / "m.json").write_text("<html>")
+    for name, message in (("m.onnx", "m.onnx: is no ONNX model"), ("m.json", "m.json: is not JSON"), ("m.om", "m.om")):
+        check_error(script("tools/describe.py", name, cwd=tmp_path), message)

@@ -335,3 +335,5 @@ def test_usage_and_a_twin_of_another_model(scene, tmp_path):
     command = ["tools/compare.py", side, "--onnx", batch, "--rehearsal", twin, "--bins", scene.bins]
     assert script(*command).returncode == 0
     check_error(script(*(command + ["--layers"])), "bs4.onnx: its batch size is 4", "give models of batch size 1")
+    command[1] = write_network(tmp_path / "faulty.onnx", changed(scene.values, conv1_weight=plus(slice(None), 0.01)), 4)
+    check_error(script(*command), "by more than float16 explains", "bs4.onnx: its batch size is 4")

@@ -2,7 +2,6 @@
 
     python3 tools/compare.py result/dumpOutput_device0 result_onnx/dumpOutput_device0
     python3 tools/compare.py result/dumpOutput_device0 --onnx deepmar_bs1_nopad.onnx --bins input_bin --labels label.json
-
     python3 tools/compare.py result/dumpOutput_device0 --onnx deepmar_bs1_nopad.onnx --rehearsal deepmar_bs1_float16.onnx \\
         --bins input_bin
 
@@ -213,10 +212,10 @@ def check_overflow(logits, names, bins, args):
     if bad.any():
         side = next(side for side, values in zip((args.a, args.onnx, args.rehearsal), logits) if not np.isfinite(values).all())
         models = [path for path in (args.rehearsal, args.a_model) if path]
-        rows = layers(args.onnx, models, [bins[name] for name in np.array(names)[bad][:IMAGES]])
+        why = overflow(args.onnx, models, [bins[name] for name in np.array(names)[bad][:IMAGES]])
         raise ValueError("%s: NaN or infinite logits for %d of %d images (%s): %s" % (
-            side, bad.sum(), len(names), some(np.array(names)[bad]), overflow(rows) or "an overflow, though no value of %s is "
-            "beyond float16: of another model, or another input" % args.onnx))
+            side, bad.sum(), len(names), some(np.array(names)[bad]),
+            why or "an overflow, though no value of %s is beyond float16: of another model, or another input" % args.onnx))
 
 
 def rank(rows, most=10):

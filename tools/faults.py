@@ -3,6 +3,7 @@
 values are the logits to be judged, exact those of the float32 model, half those of its float16 twin (tools/rehearse.py): arrays
 [images, attributes] over the same images.
 """
+import functools
 import os
 import sys
 
@@ -61,7 +62,7 @@ def tensors(path, names, bins):
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     session = session_of(model)
     batch_size, height, width = input_size(session)
-    if batch_size != 1:
+    if batch_size != 1:  # all results of a larger batch would fill the memory
         raise ValueError("%s: its batch size is %d, and layers are compared at 1; give models of batch size 1"
                          % (path, batch_size))
     batch = empty_batch(session, 1, height, width)
@@ -97,9 +98,21 @@ def layers(exact, others, bins):
     return rows
 
 
-def overflow(rows):
+def told(function):
+    """Has a function return the text of the ValueError that it raises, so that it hides nothing else that is to be said."""
+    @functools.wraps(function)
+    def telling(*arguments):
+        try:
+            return function(*arguments)
+        except ValueError as error:
+            return str(error)
+    return telling
+
+
+@told
+def overflow(exact, others, bins):
     """The first node whose values go beyond float16's, as text; None where none does."""
-    for row in rows:
+    for row in layers(exact, others, bins):
         beyond = [value for value in [row["largest"]] + row["reach"] if not value <= LARGEST]  # NaN is beyond, too
         if beyond:
             return "overflow in %s (%s): its values reach %.3g, and float16 ends at %d" % (row["node"], row["op"], beyond[0], LARGEST)
@@ -120,12 +133,10 @@ def channel_fault(exact, half, other):
     return "all of its channels are off" if len(off) else "its channels are off by little each"
 
 
+@told
 def first_fault(exact, half, other, bins):
     """The first layer in which a model differs by more than float16 explains, as text."""
-    rows = layers(exact, [half, other], bins)
-    if overflow(rows):
-        return overflow(rows)
-    for row in rows:
+    for row in layers(exact, [half, other], bins):
         if not row["error"][1] <= FACTOR * row["error"][0] + 1e-6:
             arrays = [next(tensors(path, [row["tensor"]], bins[:1]))[row["tensor"]] for path in (exact, half, other)]
             return "the first layer to differ is %s (%s): its relative error is %.3g, by float16 alone %.3g; %s" % (

@@ -132,7 +132,6 @@ def tensor_types(model):
 
 def round_results(model, path):
     """Rounds the input and each node's result to float16, in place; returns how many. A rounded result keeps its name."""
-    import onnx
     from onnx import TensorProto, numpy_helper
     graph, types = model.graph, tensor_types(model)
     image, nodes, ranks = image_input(model, path), [], set()
@@ -157,12 +156,11 @@ def round_results(model, path):
             if name and types[name].elem_type == TensorProto.FLOAT and node.op_type not in MOVES:
                 node.output[i] = name + "/unrounded"
                 add_rounding(node.output[i], name, name)
-    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]  # del below would empty the graph's own
     del graph.node[:]
     graph.node.extend(nodes)
     graph.initializer.extend(numpy_helper.from_array(np.zeros(rank, np.int64), "shape_of_rank_%d" % rank)
                              for rank in sorted(ranks))
-    return sum(node.op_type == "Reshape" and node.name.endswith("/float16_kept") for node in nodes)
+    return sum(node.name.endswith("/float16_kept") for node in nodes)
 
 
 def save(model, path):

@@ -12,7 +12,8 @@ import os
 import re
 import sys
 
-sys.path[:0] = [os.path.join(os.path.dirname(os.path.realpath(__file__)), "tools")]
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [os.path.join(HERE, "tools"), HERE]
 from common import command, note, some, whole_file
 
 DIGITS = re.compile("[0-9]+")

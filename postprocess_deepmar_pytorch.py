@@ -21,7 +21,8 @@ import re
 import sys
 import zlib
 
-sys.path[:0] = [os.path.join(os.path.dirname(os.path.realpath(__file__)), "tools")]
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [os.path.join(HERE, "tools"), HERE]
 from common import (NUMBER, command, composed, description, importing, read_json, read_lines, some, stem, write_text)
 
 with importing():

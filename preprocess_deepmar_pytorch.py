@@ -16,7 +16,8 @@ import re
 import signal
 import sys
 
-sys.path[:0] = [os.path.join(os.path.dirname(os.path.realpath(__file__)), "tools")]
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [os.path.join(HERE, "tools"), HERE]
 from common import (command, composed, cores, importing, joined, note, one_line, pixels, progress, read_lines,
                     replaced_folder, stem)
 

@@ -12,7 +12,8 @@ import os
 import sys
 import warnings
 
-sys.path[:0] = [os.path.join(os.path.dirname(os.path.realpath(__file__)), "tools")]
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [os.path.join(HERE, "tools"), HERE]
 from common import command, importing, note, one_line, whole_file
 
 # Operators whose output is not determined by their inputs.

@@ -126,7 +126,7 @@ def put_earlier(folder, stage):
             for i in range(3):
                 (path / ("earlier%d_1.bin" % i)).write_bytes(b"earlier")
             if name == "sample":
-                (path / "accuracy.txt").write_text("0.5\n")
+                (path / "made_with.txt").write_text("earlier\n")
                 (path / "images").mkdir()
                 (path / "images" / "00001.png").write_bytes(b"earlier")
         else:

@@ -29,16 +29,18 @@ NOTED = set()
 # --- a script's start and end ---------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def importing():
+def importing(ends=True):
     """For the import of a large library. In the block Ctrl-C ends the process at once.
 
-    Otherwise the library may turn the KeyboardInterrupt into an error of its own, such as an ImportError. Ends the process
-    where the library is missing, as this may be before command().
+    Otherwise the library may turn the KeyboardInterrupt into an error of its own, such as an ImportError. If ends, a missing
+    library ends the process with one line, as this may be before command().
     """
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     except ImportError as error:
+        if not ends:
+            raise
         sys.exit(missing(error))
     finally:
         signal.signal(signal.SIGINT, before)

@@ -39,7 +39,7 @@ def import_onnxruntime():
     """Returns the module onnxruntime; raises ImportError, with the remedy where it was built for NumPy 1 and finds NumPy 2."""
     said = io.StringIO()
     try:
-        with importing(), contextlib.redirect_stderr(said):
+        with importing(ends=False), contextlib.redirect_stderr(said):
             import onnxruntime
         return onnxruntime
     except ImportError:

@@ -26,7 +26,7 @@ from common import (NUMBER, command, composed, description, importing, read_json
 
 with importing():
     import numpy as np
-    from intervals import DRAWS, change_intervals, label_acc_interval, metric_intervals, ratio
+    from intervals import change_intervals, label_acc_interval, metric_intervals, ratio
 
 RESULT = "fusion_result.json"
 PROBABILITIES = "all values lie between 0 and 1: they look like probabilities (of a model that ends in a Sigmoid), not logits"
@@ -415,8 +415,8 @@ def main(argv=None):
     for name in ("instance_acc", "instance_precision", "instance_recall", "instance_F1", "mA"):
         print("%s: %s" % (name, "undefined" if metrics[name] is None else metrics[name]))
     if intervals:
-        print("95 %% intervals (%d draws of %d images): %s" % (
-            DRAWS, len(logits), ", ".join("%s %s" % (name, range_text(intervals[name])) for name in metrics)))
+        print("95 %% intervals: %s" % ", ".join("%s %s" % (name.replace("instance_", ""), range_text(intervals[name]))
+                                               for name in metrics))
     if thresholds:
         print("thresholds: %s, tuned for %s on %d other images" % (args.thresholds, thresholds["goal"], thresholds["images"]))
     if args.per_attribute:

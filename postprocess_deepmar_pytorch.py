@@ -22,7 +22,7 @@ import sys
 import zlib
 
 sys.path[:0] = [os.path.join(os.path.dirname(os.path.realpath(__file__)), "tools")]
-from common import (NUMBER, command, composed, description, importing, read_json, read_lines, some, stem, write_text)
+from common import NUMBER, command, composed, description, importing, read_json, read_lines, some, stem, write_text
 
 with importing():
     import numpy as np
@@ -337,8 +337,8 @@ def parse(argv):
     parser.add_argument("--attributes", metavar="FILE",
                         help="the attributes' names, one a line (default: PETA's, if there are 35)")
     parser.add_argument("--model", metavar="FILE",
-                        help="where --attributes is not given: the model of the results, .onnx or the .json beside an OM, whose "
-                             "names of the attributes are taken if it holds them")
+                        help="the model of the results, .onnx, or .om with its .json beside it: without --attributes, the names "
+                             "are those that it holds")
     parser.add_argument("--per-attribute", action="store_true",
                         help="also print each attribute's recall of the images that have it, and of those that do not")
     parser.add_argument("--published", type=fraction, metavar="ACC",

@@ -23,11 +23,11 @@ import zlib
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [os.path.join(HERE, "tools"), HERE]
-from common import (NUMBER, command, composed, description, importing, read_json, read_lines, some, stem, write_text)
+from common import NUMBER, command, composed, description, importing, read_json, read_lines, some, stem, write_text
 
 with importing():
     import numpy as np
-    from intervals import DRAWS, change_intervals, label_acc_interval, metric_intervals, ratio
+    from intervals import change_intervals, label_acc_interval, metric_intervals, ratio
 
 RESULT = "fusion_result.json"
 PROBABILITIES = "all values lie between 0 and 1: they look like probabilities (of a model that ends in a Sigmoid), not logits"
@@ -338,8 +338,8 @@ def parse(argv):
     parser.add_argument("--attributes", metavar="FILE",
                         help="the attributes' names, one a line (default: PETA's, if there are 35)")
     parser.add_argument("--model", metavar="FILE",
-                        help="where --attributes is not given: the model of the results, .onnx or the .json beside an OM, whose "
-                             "names of the attributes are taken if it holds them")
+                        help="the model of the results, .onnx, or .om with its .json beside it: without --attributes, the names "
+                             "are those that it holds")
     parser.add_argument("--per-attribute", action="store_true",
                         help="also print each attribute's recall of the images that have it, and of those that do not")
     parser.add_argument("--published", type=fraction, metavar="ACC",
@@ -416,8 +416,8 @@ def main(argv=None):
     for name in ("instance_acc", "instance_precision", "instance_recall", "instance_F1", "mA"):
         print("%s: %s" % (name, "undefined" if metrics[name] is None else metrics[name]))
     if intervals:
-        print("95 %% intervals (%d draws of %d images): %s" % (
-            DRAWS, len(logits), ", ".join("%s %s" % (name, range_text(intervals[name])) for name in metrics)))
+        print("95 %% intervals: %s" % ", ".join("%s %s" % (name.replace("instance_", ""), range_text(intervals[name]))
+                                               for name in metrics))
     if thresholds:
         print("thresholds: %s, tuned for %s on %d other images" % (args.thresholds, thresholds["goal"], thresholds["images"]))
     if args.per_attribute:

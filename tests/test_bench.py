@@ -10,8 +10,8 @@ FIGURES = {"theirs", "ours", "limit", "ratio"}
 
 @pytest.mark.parametrize("rows, stages", [
     (["preprocess", "postprocess", "intervals", "get_info", "startup"],
-     ["preprocess", "preprocess, 1 core", "postprocess, 1,000", "postprocess, 1,000, memory", "intervals, 1,000", "get_info, 1,000",
-      "start-up, export_onnx.py --help", "start-up, tools/benchmark.py --help"]),
+     ["preprocess", "preprocess, 1 core", "postprocess, 1,000", "postprocess, 1,000, memory", "intervals, 1,000",
+      "get_info, 1,000", "start-up, export_onnx.py --help", "start-up, tools/benchmark.py --help"]),
     (["standin", "uint8", "options"], ["stand-in, batch 1, warm bins", "stand-in, batch 1, cold bins", "preprocess, uint8 bins",
                                        "uint8 bins, bytes an image", "stand-in, batch 1, cold uint8 bins",
                                        "session options, batch 8"])])

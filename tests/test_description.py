@@ -70,7 +70,8 @@ def test_export(exported):
 
 @pytest.mark.parametrize("text, message", [
     (b"one\ntwo\n", "names.txt: holds 2 names, but any.pth has 35 attributes"),
-    (b"hat\nbag\nhat\n", "names.txt: holds a name more than once: hat"), (b"\xff", "names.txt: is not UTF-8 text"), (None, "names.txt")])
+    (b"hat\nbag\nhat\n", "names.txt: holds a name more than once: hat"),
+    (b"\xff", "names.txt: is not UTF-8 text"), (None, "names.txt")])
 def test_export_with_wrong_names(exported, tmp_path, text, message):
     folder = exported[0]
     file = tmp_path / "names.txt"
@@ -160,7 +161,8 @@ def test_stage_7_and_the_report(exported, tmp_path):
 @pytest.mark.parametrize("entries, message", [
     ({"attributes": '["hat", "bag"]'}, "is a model of 2 attributes, but there are 3"),
     ({"attributes": '["hat", "bag", "hat"]'}, "its attributes are not a list of different names"),
-    ({"attributes": '["hat", "bag", "a\\nb"]'}, "its attributes are not"), ({"attributes": '["hat", "bag", ""]'}, "its attributes"),
+    ({"attributes": '["hat", "bag", "a\\nb"]'}, "its attributes are not"),
+    ({"attributes": '["hat", "bag", ""]'}, "its attributes are not"),
     ({"attributes": '["hat", "bag", 3]'}, "its attributes are not"), ({"attributes": '{"hat": 1}'}, "its attributes are not"),
     ({"attributes": "hat"}, "its metadata is damaged"), ({"attributes": "[" * 100000}, "its metadata is damaged"),
     ({"size": ""}, "its metadata is damaged")])
@@ -175,5 +177,5 @@ def test_damaged_metadata(tmp_path, entries, message):
 def test_no_model(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"<html>")
     (tmp_path / "m.json").write_text("<html>")
-    for name, message in (("m.onnx", "m.onnx: is no ONNX model"), ("m.json", "m.json: is not JSON"), ("m.om", "m.om")):
+    for name, message in (("m.onnx", "m.onnx: is no ONNX model"), ("m.json", "m.json: is not JSON"), ("m.om", "m.json: is not")):
         check_error(script("tools/describe.py", name, cwd=tmp_path), message)

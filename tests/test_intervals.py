@@ -117,8 +117,8 @@ def test_stage_7(tmp_path):
     text = (tmp_path / "fusion_result.json").read_text()
     report = json.loads(text)
     of = report["intervals"]
-    assert lines.pop(5) == "95 % intervals (2000 draws of 300 images): " + ", ".join(
-        "%s %.4f to %.4f" % tuple([name] + of[name]) for name in METRICS)
+    assert lines.pop(5) == "95 % intervals: " + ", ".join(
+        "%s %.4f to %.4f" % tuple([name.replace("instance_", "")] + of[name]) for name in METRICS)
     assert lines[5].endswith("label_acc  95 % interval") and lines[6].endswith("%.4f to %.4f" % tuple(
         report["attributes"][0]["label_acc_interval"]))
     lines[5:41] = [line[:len(other)] for line, other in zip(lines[5:41], plain[5:41])]

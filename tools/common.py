@@ -390,6 +390,8 @@ def description(path):
     """
     import json
     import warnings
+    if path.endswith(".om"):
+        path = path[:-len(".om")] + ".json"
     if not path.endswith(".onnx"):
         found = read_json(path, {}, "tools/describe.py")
     else:

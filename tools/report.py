@@ -317,8 +317,8 @@ def parse(argv):
     parser.add_argument("--attributes", metavar="FILE",
                         help="the attributes' names, one a line (default: those in fusion_result.json)")
     parser.add_argument("--model", metavar="FILE",
-                        help="the model, .onnx or the .json beside an OM: its names of the attributes, if it holds them, and "
-                             "what else it says of itself")
+                        help="the model, .onnx, or .om with its .json beside it: its names of the attributes, if it holds them, "
+                             "and its checkpoint")
     parser.add_argument("--thresholds", metavar="FILE",
                         help="tools/thresholds.py's file, as stage 7 took it (default: what is in fusion_result.json)")
     parser.add_argument("--output", default="report.html", metavar="FILE",

@@ -41,7 +41,8 @@ with importing():
 
 MAX_DIFFERENCE = 0.1
 MAX_FLIP_SHARE = 0.001
-WORST = 5  # images to name
+WORST = 5    # images to name
+RANKED = 10  # layers to name
 
 
 def same_images(a, b, results, others):
@@ -113,6 +114,11 @@ def lines(report):
             yield "%s: A %.6f, B %.6f, A - B %+.6f%s" % (
                 name, values["a"], values["b"], values["change"],
                 " (95 %%: %+.6f to %+.6f)" % tuple(values["interval"]) if values["interval"] else "")
+    if "rehearsal" in report:
+        yield "float16 alone (%s): largest difference %.6g, flips %d" % tuple(
+            report["rehearsal"][name] for name in ("twin", "shift", "flips"))
+        yield ("  this bounds rounding and simulates no chip: the card's order of accumulation and its kernels are unknown, so %d times "
+               "as much is within" % FACTOR)
 
 
 def tolerance(text):
@@ -218,14 +224,17 @@ def check_overflow(logits, names, bins, args):
             why or "an overflow, though no value of %s is beyond float16: of another model, or another input" % args.onnx))
 
 
-def rank(rows, most=10):
-    """The lines of a ranking of layers(), of the last model in it."""
+def rank(args, names, bins):
+    """The lines of a ranking of the layers of A, if it is a model, or of TWIN, over images from all of the folder."""
+    chosen = sorted({round(i * (len(names) - 1) / (IMAGES - 1)) for i in range(IMAGES)})
+    rows = layers(args.onnx, [args.a_model or args.rehearsal], [bins[names[i]] for i in chosen])
+    error = {row["tensor"]: row["error"][0] for row in rows}
     yield "relative error of each layer's result, the largest first, and how many times that of its input it is:"
-    errors = {row["tensor"]: row["error"][-1] for row in rows}
-    for row in sorted((row for row in rows if row["op"] != "Relu"), key=lambda row: -row["error"][-1])[:most]:
-        before = max([errors[name] for name in row["inputs"] if name in errors] or [0])
-        yield "  %.3g %8s  %s (%s), values up to %.3g" % (row["error"][-1], "x %.2f" % (row["error"][-1] / before) if before else "-",
-                                                        row["node"], row["op"], row["largest"])
+    for row in sorted((row for row in rows if row["op"] != "Relu"), key=lambda row: -row["error"][0])[:RANKED]:
+        before = max([error[name] for name in row["inputs"] if name in error] or [0])
+        times = "x %.2f" % (row["error"][0] / before) if before else "-"
+        yield "  %.3g %8s  %s (%s), values up to %.3g" % (row["error"][0], times, row["node"], row["op"], row["largest"])
+    yield "the same layers on the card: %s" % vendors_command(args, bins[names[0]])
 
 
 def vendors_command(args, path):
@@ -250,19 +259,31 @@ def judge_fixed(report, args):
     return beyond
 
 
-def judge_by_twin(report, logits):
+def judge_by_twin(report, logits, attributes, args):
     """Adds to a report whether A is within what float16 explains; returns what is beyond it, as a list of texts."""
     judged = judge(*logits)
-    within = judged.pop("within")
-    report.update(rehearsal=judged, allowed_difference=judged["allowed"], within_tolerances=within,
-                  allowed_flips=int((np.abs(logits[1]) <= judged["allowed"]).sum()))
-    if within:
-        return []
+    shifts, flips = np.abs(logits[2] - logits[1]).max(axis=0), (logits[2] >= 0) != (logits[1] >= 0)
+    report.update(allowed_difference=judged["allowed"], allowed_flips=int((np.abs(logits[1]) <= judged["allowed"]).sum()),
+                  within_tolerances=judged.pop("within"))
+    report["rehearsal"] = dict(judged, twin=args.rehearsal, flips=int(flips.sum()), attributes=[
+        {"name": name, "shift": float(shift), "flips": int(count)}
+        for name, shift, count in zip(attributes, shifts, flips.sum(axis=0))])
     return ["%s difference %.6g is %s times what float16 alone does, %.6g, and %d times is within"
             % (name, off, "%.3g" % (off / shift) if shift else "infinitely many", shift, FACTOR)
             for name, off, shift in (("the largest", judged["largest"], judged["shift"]),
                                      ("the average (root mean square)", judged["typical"], judged["typical_shift"]))
             if off > FACTOR * shift]
+
+
+def refusal(report, beyond, args, logits, names, bins, uint8, attributes):
+    """What is said of runs that differ too much."""
+    text, causes = "", ["the worst images above are where to look"]
+    if args.rehearsal:
+        text = " by more than float16 explains"
+        causes = explain(*logits, (args.onnx, args.rehearsal, args.a_model), uint8, names, bins, attributes) or [
+            "no other input or order explains it, so a layer or its weights do: give the ONNX model that the OM was made from in "
+            "place of %s, or run on the card: %s" % (args.a, vendors_command(args, bins[report["worst_images"][0]["name"]]))]
+    return "%s and %s differ%s: %s; %s" % (report["a"], report["b"], text, " and ".join(beyond), "; ".join(causes))
 
 
 def main(argv=None):
@@ -276,35 +297,18 @@ def main(argv=None):
                   **compare(logits[0], logits[1], names, attributes))
     report["metrics"] = None if labels is None else effect(logits[0], logits[1], labels)
     report["names_assumed"] = attributes is PETA
-    beyond = judge_by_twin(report, logits) if args.rehearsal else judge_fixed(report, args)
+    beyond = judge_by_twin(report, logits, attributes, args) if args.rehearsal else judge_fixed(report, args)
     for line in lines(report):
         print(line)
-    if args.rehearsal:
-        print("float16 alone (%s): largest difference %.6g, %d flips; this bounds rounding and simulates no chip: the card's "
-              "order of accumulation and its kernels are unknown"
-              % (args.rehearsal, report["rehearsal"]["shift"], ((logits[2] >= 0) != (logits[1] >= 0)).sum()))
     if args.layers:
-        spread = np.unique(np.linspace(0, len(names) - 1, IMAGES).round().astype(int))
-        report["layers"] = layers(args.onnx, [args.a_model or args.rehearsal], [bins[names[i]] for i in spread])
-        for line in rank(report["layers"]):
+        for line in rank(args, names, bins):
             print(line)
-    if args.layers or beyond and args.rehearsal:
-        print("the same layers on the card: %s" % vendors_command(args, bins[report["worst_images"][0]["name"] if beyond else names[0]]))
     if args.json is not None:
         write_text(args.json, json.dumps(report, indent=1, allow_nan=False) + "\n")
     if beyond:
-        causes = ["the worst images above are where to look"]
-        if args.rehearsal:
-            causes = explain(*logits, (args.onnx, args.rehearsal, args.a_model), uint8, names, bins, attributes) or [
-                "no other input or order explains it, so a layer or its weights do: give the ONNX model that the OM was made from "
-                "in place of %s, or run the command above on the card" % args.a]
-        raise ValueError("%s and %s differ%s: %s; %s" % (report["a"], report["b"], " by more than float16 explains" if args.rehearsal
-                                                         else "", " and ".join(beyond), "; ".join(causes)))
-    if args.rehearsal:
-        print("within what float16 explains: difference %.6g, which could flip %d attributes" % (
-            report["allowed_difference"], report["allowed_flips"]))
-    else:
-        print("within the tolerances: difference %.6g, flips %d" % (args.max_difference, report["allowed_flips"]))
+        raise ValueError(refusal(report, beyond, args, logits, names, bins, uint8, attributes))
+    print("within %s: difference %.6g, flips %d" % ("what float16 explains" if args.rehearsal else "the tolerances",
+                                                    report["allowed_difference"], report["allowed_flips"]))
 
 
 if __name__ == "__main__":

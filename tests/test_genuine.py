@@ -82,7 +82,7 @@ def write_om(path, onnx):
 @pytest.fixture(scope="module")
 def lay(tmp_path_factory):
     """A function that makes a folder with what a run by hand needs: m.om of batch size 2 and its bins of 8 x 8 pixels."""
-    onnx = write_model(tmp_path_factory.mktemp("model") / "m.onnx", 2, size=8)
+    onnx = write_model(tmp_path_factory.mktemp("model") / "m.onnx", 2, size=(8, 8))
 
     def make(folder, names=("b10.bin", "b9.bin", "B2.x.bin", "a.bin", "c.bin")):
         (folder / "in").mkdir(parents=True)

@@ -137,7 +137,7 @@ def test_no_threads_and_processes_can_be_started(folder, stage):
     expected = undisturbed(folder, stage)
     process = finish(start(folder, stage, preexec_fn=refused(errno.EAGAIN, "clone", "clone3", "fork", "vfork")))
     assert process.returncode == 0 and "Traceback" not in process.stderr, process.stderr
-    said = {"preprocess": "note: 0 of ", "peta": "note: no process can be started (Resource temporarily unavailable)",
+    said = {"preprocess": "note: 0 of ", "lists": "note: no process can be started (Resource temporarily unavailable)",
             "benchmark": "ulimit -u", "predict": "ulimit -u"}
     assert said.get(stage, "") in process.stderr
     assert output(folder, stage) == expected
@@ -162,7 +162,7 @@ def test_no_threads_for_the_report_and_the_quantizer(folder, tmp_path):
     assert not [name for name in os.listdir(str(tmp_path)) if ".partial" in name or name == "int8.onnx"]
 
 
-@pytest.mark.parametrize("stage", ["preprocess", "benchmark", "peta"])
+@pytest.mark.parametrize("stage", ["preprocess", "benchmark", "lists"])
 @pytest.mark.parametrize("mount", ["-o ro", "-o size=4k"])
 def test_no_shared_memory(folder, stage, mount):
     alone = namespaces("--mount")
@@ -316,7 +316,7 @@ def test_a_link_to_any_script(tmp_path):
 
 
 @pytest.mark.parametrize("package, stage", [("numpy", "postprocess"), ("numpy", "predict"), ("PIL", "preprocess"),
-                                            ("onnx", "remove_pad"), ("onnxruntime", "benchmark"), ("scipy", "peta")])
+                                            ("onnx", "remove_pad"), ("onnxruntime", "benchmark"), ("scipy", "lists")])
 def test_a_missing_package(folder, tmp_path, package, stage):
     (tmp_path / (package + ".py")).write_text("raise ImportError('No module named %s')" % package)
     earlier = put_earlier(folder, stage)

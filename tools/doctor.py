@@ -506,7 +506,7 @@ def main(arguments):
                 raise OSError("%s: cannot be written: %s" % (values["json"], error.strerror))
         return 1 if lacking else 0
     else:
-        print(__doc__, end="")
+        print("usage: doctor.py check|chip|set_env|explain ARGUMENT ...\n\n" + __doc__, end="")
         return 0 if arguments in ([], ["-h"], ["--help"]) else 2
     return 0
 

@@ -182,19 +182,21 @@ def groups(arguments):
 
 
 def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, usage="inputs.py check|record|fresh|get ARGUMENT [ARGUMENT ...]")
+    parser.add_argument("command", choices=["check", "record", "fresh", "get"], help=argparse.SUPPRESS)
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["check"]:
-        count = check(argv[1:])
+    args, arguments = parser.parse_args(argv[:1]), argv[1:]  # the rest is not argparse's, as it would drop a --
+    if args.command == "check":
+        count = check(arguments)
         if count is not None:
             print(count)
-    elif argv[:1] == ["get"] and len(argv) == 3:
-        print(load(record_path(argv[1])).get("inputs", {}).get(argv[2], ""))
-    elif argv[:1] in (["record"], ["fresh"]):
-        for group in groups(argv[1:]):
-            (record if argv[0] == "record" else fresh)(*group)
+    elif args.command == "get":
+        product, role = arguments
+        print(load(record_path(product)).get("inputs", {}).get(role, ""))
     else:
-        print(__doc__)
-        sys.exit(0 if argv[:1] in (["-h"], ["--help"]) else 2)
+        for group in groups(arguments):
+            (record if args.command == "record" else fresh)(*group)
 
 
 if __name__ == "__main__":

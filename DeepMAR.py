@@ -92,7 +92,6 @@ class DeepMAR_ResNet50_ExtractFeature(object):
             self.model.train(training)
 
 
-
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 #
 # A checkpoint is a pickle, with the tensors' values beside it. Python's unpickler, and with it torch.load, calls whatever
@@ -137,6 +136,11 @@ class Named(object):
     def __init__(self, name, arguments=None):
         self.name, self.arguments, self.entries = name, arguments, {}
 
+    @property
+    def function(self):
+        """The name without its module."""
+        return self.name[self.name.rfind(".") + 1:]
+
 
 class Storage(object):
     """Where a tensor's values are: their type, the storage's name in the file, and the part of it (in very old files)."""
@@ -158,8 +162,8 @@ def put(target, items):
     entries = target.entries if isinstance(target, Named) else target
     if isinstance(entries, dict):
         for key, value in zip(items[::2], items[1::2]):
-            # A key that is not text becomes a Named, because the hash of a deeply nested tuple can crash Python.
-            entries[key if isinstance(key, str) else Named(type(key).__name__)] = value
+            # A key of another kind becomes a Named, because the hash of a deeply nested tuple can crash Python.
+            entries[key if isinstance(key, (str, Named)) else Named(type(key).__name__)] = value
 
 
 def call(function, arguments):
@@ -177,7 +181,7 @@ def persistent(pid):
     if isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage":
         kind, key, part = pid[1], pid[2], pid[5] if len(pid) > 5 else None
         if isinstance(kind, Named) and isinstance(key, str):
-            return Storage(kind.name.split(".")[-1].replace("Storage", ""), key, part)
+            return Storage(kind.function.replace("Storage", ""), key, part)
     if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
         return pid[1]
     return Named("an unknown persistent id")
@@ -370,15 +374,44 @@ def shown(text):
     return text if text.isprintable() and len(text) <= 100 else ascii(text)[:100]
 
 
-def some(items, most=4):
-    """The first few items as text, with the number of the others."""
-    items = list(items)
-    return ", ".join(items[:most]) + (" and %d more" % (len(items) - most) if len(items) > most else "")
+def some(items, most=4, text=str):
+    """The first few of a list's items as text, with the number of the others."""
+    return ", ".join(text(item) for item in items[:most]) + (" and %d more" % (len(items) - most) if len(items) > most else "")
+
+
+def unwrap(value):
+    """Returns the note of a tensor's call, without the calls around it; any other value as it is."""
+    for _ in range(9):  # a file of torch has two of them at most
+        if not isinstance(value, Named) or not value.arguments:
+            break
+        if value.function in AROUND_TENSORS:
+            value = value.arguments[0]
+        elif value.function in WITH_ATTRIBUTES and len(value.arguments) > 2:
+            value = call(value.arguments[0], value.arguments[2])
+    return value
+
+
+def tensor_arguments(value):
+    """Returns the arguments of the call that makes a tensor, or None if value is no plain tensor."""
+    value = unwrap(value)
+    if not isinstance(value, Named) or not value.arguments or value.function not in TENSORS:
+        return None
+    # torch >= 1.12 can mark a tensor as negated or conjugated instead of computing that.
+    marks = value.arguments[6] if len(value.arguments) > 6 and isinstance(value.arguments[6], dict) else {}
+    return None if "neg" in marks or "conj" in marks else value.arguments
 
 
 def described(value):
-    """What a value is: the name of a Named, otherwise the Python type."""
+    """What a value is: a tensor, another call or name, or its Python type."""
+    if tensor_arguments(value):
+        return "a tensor"
+    value = unwrap(value)
     return shown(value.name) if isinstance(value, Named) else type(value).__name__
+
+
+def shown_key(key):
+    """A key of a dict, fit for an error message."""
+    return shown(key) if isinstance(key, str) else described(key)
 
 
 class Network(object):
@@ -389,7 +422,8 @@ class Network(object):
     """
 
     def __init__(self, path, entries, keys, before, others):
-        self.name, self.entries, self.keys, self.before, self.others = ".".join(map(str, path)), entries, keys, before, others
+        self.name = ".".join(map(str, path))
+        self.entries, self.keys, self.before, self.others = entries, keys, before, others
         self.rank = [part if isinstance(part, int) else MAIN.index(part) if part in MAIN else UNKNOWN for part in path]
 
 
@@ -426,9 +460,10 @@ def find_networks(content):
             seen.add(id(value))
             if isinstance(value, dict):
                 found += networks(path, value)
-            below += [(path + (key,), item) for key, item in
-                      (value.items() if isinstance(value, dict) else enumerate(value))
-                      if isinstance(key, (str, int)) and isinstance(item, (dict, list, tuple, Named))]
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                if (isinstance(key, int) or isinstance(key, str) and len(key) < 200) and isinstance(
+                        item, (dict, list, tuple, Named)):
+                    below.append((path + (key,), item))
         level = below
     return found
 
@@ -440,9 +475,8 @@ def choose(content, name, say):
         entries = content.entries if isinstance(content, Named) else content
         if not isinstance(entries, dict) or not entries:
             raise Refused("holds an object of %s, not a state dict; save model.state_dict()" % described(content))
-        keys = ("%s (%s)" % (shown(key) if isinstance(key, str) else described(key), described(value))
-                for key, value in entries.items())
-        raise Refused("holds no state dict with classifier.weight; save model.state_dict(). It has: %s" % some(keys, 12))
+        raise Refused("holds no state dict with classifier.weight; save model.state_dict(). It has: %s" % some(
+            list(entries.items()), 12, lambda item: "%s (%s)" % (shown_key(item[0]), described(item[1]))))
     names = [shown(network.name) or "(top level)" for network in found]
     if name is not None:
         matching = [network for network in found if network.name == name]
@@ -463,29 +497,12 @@ def choose(content, name, say):
     return best
 
 
-def tensor_call(value):
-    """Returns the arguments of the call that makes a tensor, inside all calls around it; None if value is no tensor."""
-    while isinstance(value, Named) and value.arguments:
-        function, arguments = value.name[value.name.rfind(".") + 1:], value.arguments
-        if function in TENSORS:
-            # torch >= 1.12 can mark a tensor as negated or conjugated instead of computing that.
-            marks = arguments[6] if len(arguments) > 6 and isinstance(arguments[6], dict) else {}
-            return None if "neg" in marks or "conj" in marks else arguments
-        if function in AROUND_TENSORS:
-            value = arguments[0]
-        elif function in WITH_ATTRIBUTES and len(arguments) > 2:
-            value = call(arguments[0], arguments[2])
-        else:
-            return None
-    return None
-
-
 def make_array(value, read, most):
     """Returns (a tensor's values as float32 or, if they are whole numbers, as int64; the name of their type in the file).
 
     read: see read_zip. Raises Refused unless value is a plain tensor of at most so many values, all of them finite.
     """
-    arguments = tensor_call(value)
+    arguments = tensor_arguments(value)
     if arguments is None:
         raise Refused("is %s, not a plain tensor; save model.state_dict() of the whole model, not sharded or quantised"
                       % described(value))
@@ -529,7 +546,7 @@ def make_state(network, read, most, say):
     """Returns the state dict of a Network: OrderedDict, key -> tensor; most: how many values its tensors may have."""
     # Beside model.classifier.weight, what does not begin with model. belongs to something else, such as a loss.
     own = [key for key in network.others
-           if isinstance(key, str) and key.startswith(network.before) and tensor_call(network.entries[key])]
+           if isinstance(key, str) and key.startswith(network.before) and tensor_arguments(network.entries[key])]
     state, types = OrderedDict(), set()
     for name, originals in list(network.keys.items()) + [(key, [key]) for key in own]:
         for key in originals:
@@ -544,9 +561,9 @@ def make_state(network, read, most, say):
             types |= {kind} if array.dtype.kind == "f" else set()
     if types - {"float32"}:
         say("converted the weights from %s to float32" % some(sorted(types - {"float32"})))
-    if len(own) < len(network.others):
-        say("left out what does not belong to the network: %s" % some(
-            shown(key) if isinstance(key, str) else described(key) for key in network.others if key not in set(own)))
+    left = [key for key in network.others if key not in state]
+    if left:
+        say("left out what does not belong to the network: %s" % some(left, text=shown_key))
     return OrderedDict((name, torch.from_numpy(array)) for name, array in state.items())
 
 
@@ -580,7 +597,7 @@ def build_model(state, last_conv_stride=2):
     weight = state.get("classifier.weight")
     if weight is None or weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != FEATURES:
         raise ValueError("not a DeepMAR ResNet-50 checkpoint: %s instead of classifier.weight [num_att,%d]; its keys are %s"
-                         % ("none" if weight is None else list(weight.shape), FEATURES, some(state)))
+                         % ("none" if weight is None else list(weight.shape), FEATURES, some(list(state), text=shown)))
     model = DeepMAR_ResNet50(num_att=weight.shape[0], last_conv_stride=last_conv_stride)
     expected = model.state_dict()
     # Checkpoints of torch < 0.4.1 have no num_batches_tracked, and inference does not use it.

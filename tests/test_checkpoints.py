@@ -730,7 +730,7 @@ def test_no_state_dict_lists_what_there_is(tmp_path):
         load_checkpoint(saved(tmp_path / "c.pth", {"epoch": 3, "model": torch.nn.Linear(1, 1), "best": {}, "a": None}))
     with pytest.raises(ValueError, match="holds an object of torch.nn.modules.linear.Linear, not a state dict; save"):
         load_checkpoint(saved(tmp_path / "c.pth", torch.nn.Linear(1, 1)))
-    with pytest.raises(ValueError, match=r"It has: fc.weight \(torch._utils._rebuild_tensor_v2\)"):
+    with pytest.raises(ValueError, match=r"It has: fc.weight \(a tensor\)"):
         load_checkpoint(saved(tmp_path / "c.pth", {"fc.weight": torch.ones(1)}))
     with pytest.raises(ValueError, match="and 18 more$"):
         load_checkpoint(saved(tmp_path / "c.pth", {"key%d" % i: i for i in range(30)}))

@@ -268,18 +268,16 @@ def judge_by_twin(report, logits, attributes, args):
     report["rehearsal"] = dict(judged, twin=args.rehearsal, flips=int(flips.sum()), attributes=[
         {"name": name, "shift": float(shift), "flips": int(count)}
         for name, shift, count in zip(attributes, shifts, flips.sum(axis=0))])
-    return ["%s difference %.6g is %s times what float16 alone does, %.6g, and %d times is within"
-            % (name, off, "%.3g" % (off / shift) if shift else "infinitely many", shift, FACTOR)
-            for name, off, shift in (("the largest", judged["largest"], judged["shift"]),
-                                     ("the average (root mean square)", judged["typical"], judged["typical_shift"]))
-            if off > FACTOR * shift]
+    return ["the %s %.6g is %s times float16's own %.6g" % (name, off, "%.1f" % (off / shift) if shift else "infinitely many", shift)
+            for name, off, shift in (("largest difference", judged["largest"], judged["shift"]),
+                                     ("root mean square", judged["typical"], judged["typical_shift"])) if off > FACTOR * shift]
 
 
 def refusal(report, beyond, args, logits, names, bins, uint8, attributes):
     """What is said of runs that differ too much."""
     text, causes = "", ["the worst images above are where to look"]
     if args.rehearsal:
-        text = " by more than float16 explains"
+        text = " by more than float16 explains, which is up to %d times its own shift" % FACTOR
         causes = explain(*logits, (args.onnx, args.rehearsal, args.a_model), uint8, names, bins, attributes) or [
             "no other input or order explains it, so a layer or its weights do: give the ONNX model that the OM was made from in "
             "place of %s, or run on the card: %s" % (args.a, vendors_command(args, bins[report["worst_images"][0]["name"]]))]

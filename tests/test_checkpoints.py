@@ -294,7 +294,7 @@ def nested(levels, before, after):
     return before * levels + b"N" + after * levels
 
 
-LEVELS = 10 ** 5
+LEVELS = 2 * 10 ** 4
 BOMBS = {
     "tuples": nested(LEVELS, b"", b"\x85"), "lists": nested(LEVELS, b"](", b"e"), "dicts": nested(LEVELS, b"}K\x00", b"s"),
     "dicts of text": nested(LEVELS, b"}U\x01k", b"s"), "calls": nested(LEVELS, b"ca\nb\n", b"\x85R"),
@@ -320,7 +320,7 @@ DAMAGED = {"marks", "a number of a million digits", "a long of a million digits"
 
 @pytest.mark.parametrize("bomb", sorted(BOMBS))
 def test_a_bomb_takes_neither_time_nor_memory(tmp_path, no_unpickler, bomb):
-    """A million levels crash a program that follows them; the rest would take hours, or all memory."""
+    """A function that calls itself for each level fails; the rest would take hours, or all memory."""
     path = str(tmp_path / "bomb.pth")
     began = time.process_time()
     for payload, names in ((BOMBS[bomb], ("scores", "state_dict")),
@@ -595,7 +595,7 @@ def test_the_calls_of_later_torches(tmp_path, zipped):
         from_type = foreign.add("torch._tensor", "_rebuild_from_type_v2")
         calls = [plain, parameter, Rebuilt(from_type, plain.function, torch.Tensor, plain.arguments, attributes),
                  Rebuilt(from_type, parameter.function, torch.Tensor, parameter.arguments, None),
-                 Rebuilt(foreign.add("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"), plain, torch.float32, "xla:0", True)]
+                 Rebuilt(foreign.add("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"), plain, torch.float32, "xla:0")]
         paths = [saved(tmp_path / str(number), {"classifier.weight": value}, zipped) for number, value in enumerate(calls)]
     for path in paths:
         assert same(load_checkpoint(path), {"classifier.weight": torch.ones(2, 3)}), path
@@ -693,17 +693,15 @@ def test_a_state_dict_by_the_beginning_of_its_name(tmp_path):
 
 
 def test_state_dicts_of_which_none_is_the_likelier(tmp_path):
-    for content, names in (({"student": STATE, "teacher": OTHER}, "student, teacher"), ({"nets": [STATE, OTHER]}, "nets.0, nets.1"),
-                           ({"fast." + k: v for k, v in list(STATE.items())}, None)):
-        if names is None:
-            content.update(("slow." + key, value) for key, value in OTHER.items())
-            names = "fast, slow"
+    flat = {"fast." + key: value for key, value in STATE.items()}
+    flat.update(("slow." + key, value) for key, value in OTHER.items())
+    for content, names in (({"student": STATE, "teacher": OTHER}, "student, teacher"), (flat, "fast, slow"),
+                           ({"nets": [STATE, OTHER]}, "nets.0, nets.1")):
         with pytest.raises(ValueError, match="has several state dicts: %s; choose one with --state-dict NAME" % names):
             load_checkpoint(saved(tmp_path / "c.pth", content))
 
 
-@pytest.mark.parametrize("where", ["state_dict", "model", "net", "model_state_dict", "weights", "network", "params", "state_dicts",
-                                   "anything", "ema.module"])
+@pytest.mark.parametrize("where", DeepMAR.MAIN + ["anything", "ema.module"])
 @pytest.mark.parametrize("kind", [dict, OrderedDict, Config, defaultdict])
 def test_the_only_state_dict_is_found_anywhere(tmp_path, where, kind):
     state = kind()
@@ -1030,8 +1028,6 @@ def test_a_tar_file_that_begins_like_a_checkpoint(tmp_path):
 
 def test_the_script_says_so_in_one_line(tmp_path):
     with_content(str(tmp_path / "bad.pth"), True, payloads(str(tmp_path / "canary"))["os.system"])
-    with_payload(str(tmp_path / "cut.pth"), False, b"N")
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-5])
-    for file, said in (("bad.pth", "holds an object of os.system, not a state dict"), ("cut.pth", "damaged or cut off")):
-        check_error(script("export_onnx.py", file, "out.onnx", 1, cwd=tmp_path), "export_onnx.py: error: " + file, said)
-    assert sorted(os.listdir(str(tmp_path))) == ["bad.pth", "cut.pth"]
+    check_error(script("export_onnx.py", "bad.pth", "out.onnx", 1, cwd=tmp_path),
+                "export_onnx.py: error: bad.pth: holds an object of os.system, not a state dict")
+    assert os.listdir(str(tmp_path)) == ["bad.pth"]

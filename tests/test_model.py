@@ -245,8 +245,8 @@ def test_files_that_are_no_checkpoint(tmp_path, small):
             load_model(str(tmp_path / name))
         assert name in str(error.value) and "\n" not in str(error.value), str(error.value)
     for content, text in (({"a": 1}, "no state dict"), ([1], "not a state dict"), ({"state_dict": 3}, "no state dict"),
-                          ({"state_dicts": []}, "no state dict"), ({}, "not a state dict"), (dict(state, **{"classifier.bias": torch.full(
-                              (35,), float("nan"))}), "classifier.bias holds NaN")):
+                          ({"state_dicts": []}, "no state dict"), ({}, "not a state dict"),
+                          (dict(state, **{"classifier.bias": torch.full((35,), float("nan"))}), "classifier.bias holds NaN")):
         torch.save(content, str(tmp_path / "other"))
         with pytest.raises(ValueError, match=text):
             load_model(str(tmp_path / "other"))

@@ -128,7 +128,8 @@ def test_several_devices_share_the_images(card):
 
 @pytest.mark.parametrize("fail, text", [
     ("benchmark", "benchmark ended with status 255"),
-    ("benchmark leaves fewer", "benchmark left %d results for %d images" % (SIZE - 1, SIZE))])
+    ("benchmark leaves fewer", "benchmark left %d results for %d images" % (SIZE - 1, SIZE)),
+    ("benchmark leaves no rate", "benchmark left no result/perf_vision_batchsize_5_device_0.txt, which holds its rate")])
 def test_a_failing_inference_tool(card, fail, text):
     made, _ = card
     before = made.run("--stage", 6, "--batch-size", 5)

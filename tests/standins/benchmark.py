@@ -50,9 +50,10 @@ if FAIL == "benchmark leaves fewer":
     os.remove("%s/%s_1.bin" % (folder, os.path.splitext(os.path.basename(paths[-1]))[0]))
 seconds = time.time() - started
 rate = len(paths) / seconds
-with open("result/perf_vision_batchsize_%d_device_%d.txt" % (batch_size, device), "w") as f:
-    f.write("[e2e] throughputRate: %g, latency: %g\n" % (rate, 1000 * seconds))
-    for module, interface in (("data read", ""), ("preprocess", ""),
-                              ("infer", "Interface throughputRate: %g, " % (len(paths) / inside)), ("post", "")):
-        f.write("[%s] throughputRate: %g, %smoduleLatency: %g\n" % (module, rate, interface, 1000 / rate))
+if FAIL != "benchmark leaves no rate":
+    with open("result/perf_vision_batchsize_%d_device_%d.txt" % (batch_size, device), "w") as f:
+        f.write("[e2e] throughputRate: %g, latency: %g\n" % (rate, 1000 * seconds))
+        for module, interface in (("data read", ""), ("preprocess", ""),
+                                  ("infer", "Interface throughputRate: %g, " % (len(paths) / inside)), ("post", "")):
+            f.write("[%s] throughputRate: %g, %smoduleLatency: %g\n" % (module, rate, interface, 1000 / rate))
 print("[INFO] Dataset number: %d finished" % len(paths))

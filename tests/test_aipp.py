@@ -7,7 +7,7 @@ import onnx
 import pytest
 from conftest import ROOT, check_error, script
 from PIL import Image
-from test_predict import parse, write_images
+from test_predict import parse, write_images, write_model
 from test_rehearse import (IMAGES, NAMES, SIZE, Scene, compute, make_twin, normalised, pictures, weights, write_bins,
                            write_network)
 
@@ -15,6 +15,7 @@ import compare
 import faults
 import preprocess_deepmar_pytorch as preprocess
 import rehearse
+from common import description
 
 sys.path.insert(0, os.path.join(ROOT, "tests", "standins"))
 import aipp  # noqa: E402
@@ -215,3 +216,11 @@ def test_any_batch_size(tmp_path):
     bins = write_bins(tmp_path / "bins", pictures())
     done = script("tools/compare.py", tmp_path / "a.onnx", "--onnx", tmp_path / "a.onnx", "--bins", bins, "--max-difference", 0)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_twin_says_its_own_layout(tmp_path):
+    model = onnx.load(str(write_model(tmp_path / "m.onnx", size=(16, 16))))
+    onnx.helper.set_model_props(model, {"deepmar.layout": "NCHW RGB", "deepmar.output": "logits"})
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    assert script("tools/rehearse.py", "aipp", "m.onnx", "twin.onnx", cwd=tmp_path).returncode == 0
+    assert description(str(tmp_path / "twin.onnx")) == {"layout": "NHWC RGB uint8", "output": "logits"}

@@ -19,7 +19,7 @@ import zlib
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import command, importing, note, one_line, pixels, whole_file, write_text
+from common import PREFIX, command, importing, note, one_line, pixels, whole_file, write_text
 from preprocess_deepmar_pytorch import MEAN, SIZE, STD
 from remove_pad import load, nested
 
@@ -78,6 +78,9 @@ def add_aipp(model, path):
     graph.value_info.add().CopyFrom(image)
     graph.input.remove(image)
     graph.input.insert(0, uint8)
+    for entry in model.metadata_props:
+        if entry.key == PREFIX + "layout":
+            entry.value = "NHWC RGB uint8"
     # A table says it all: a channel has 256 values.
     graph.initializer.extend([numpy_helper.from_array(aipp_table().ravel(), "aipp_table"),
                               numpy_helper.from_array(np.array([0, 256, 512], np.int32), "aipp_rows")])

@@ -112,7 +112,7 @@ def describe(content, checkpoint, names, size, last_conv_stride):
 @contextlib.contextmanager
 def whole_file(path):
     """Yields the name of a new file beside path, which becomes path if the block succeeds, and goes if it fails."""
-    for left in glob.glob(glob.escape(path) + ".*.partial"):
+    for left in glob.glob(glob.escape(path) + ".%s.partial" % ("[0-9a-f]" * 8)):
         with contextlib.suppress(OSError), open(left) as file:
             if locked(file):  # no process holds it any more: it is left from a run that was killed
                 os.remove(left)

@@ -62,14 +62,14 @@ def test_the_small_network_exports(checkout, tmp_path):
 def test_only_the_temporary_files_of_dead_runs_go(tmp_path):
     """Two containers can give two processes one number: a run is alive as long as it holds its file's lock."""
     path = str(tmp_path / "a[1].onnx")  # a name that means something to glob
-    for name in (path + ".partial", path + ".1234abcd.partial", path):
+    for name in (path + ".partial", path + ".my notes.partial", path + ".1234abcd.partial", path):
         open(name, "w").close()
     with export_onnx.whole_file(path) as first:
         with export_onnx.whole_file(path) as second:
             for name, content in ((first, "first"), (second, "second")):
                 with open(name, "w") as f:
                     f.write(content)
-    assert sorted(os.listdir(str(tmp_path))) == ["a[1].onnx", "a[1].onnx.partial"]
+    assert sorted(os.listdir(str(tmp_path))) == ["a[1].onnx", "a[1].onnx.my notes.partial", "a[1].onnx.partial"]
     with open(path) as f:
         assert f.read() == "first"
 

@@ -262,6 +262,12 @@ def test_wrong_weights_are_told_from_the_results(scene, changes, text):
     assert text in scene.refused(scene.card(changed(scene.values, **changes)))
 
 
+@pytest.mark.parametrize("size", [0.01, 0.02, 0.04, 0.08])
+def test_a_small_fault_is_not_laid_on_the_last_layer(scene, size):
+    """It moves some attributes beyond the bound and others not."""
+    assert "last layer" not in scene.refused(scene.card(changed(scene.values, conv2_weight=plus((5, 2, 1, 1), size))))
+
+
 def test_other_images_and_one_bad_image(scene):
     inputs = normalised(scene.pixels)
     assert "im00 has the results of im01" in scene.refused(scene.card(inputs=np.roll(inputs, -1, axis=0)))

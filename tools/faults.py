@@ -204,11 +204,18 @@ def wrong_order(values, half, near, worst, names, attributes):
             "%s has the results of %s" % (names[i], names[j]) for i, j in zip(worst, order) if i != j)
 
 
+def apart(difference, allowed, axis):
+    """The few attributes or images that are off by far more than all others, by index: what is wrong concerns them alone."""
+    off, size = (difference > allowed).any(axis=axis), np.sqrt((difference ** 2).mean(axis=axis))
+    alone = 0 < off.sum() <= len(off) / 2 and size[off].min() > 5 * size[~off].max()
+    return np.flatnonzero(off) if alone else []
+
+
 def few(values, exact, half, allowed, names, attributes):
     """Yields which attributes or images alone are off, as text."""
-    off = ~(np.abs(values - exact) <= allowed)
-    columns, rows = np.flatnonzero(off.any(axis=0)), np.flatnonzero(off.any(axis=1))
-    if 0 < len(columns) <= len(attributes) / 2:
+    difference = np.abs(values.astype(np.float64) - exact)
+    columns, rows = (apart(difference, allowed, axis) for axis in (0, 1))
+    if len(columns):
         parts = []
         for i in columns:
             shift = (values - half)[:, i]
@@ -216,7 +223,7 @@ def few(values, exact, half, allowed, names, attributes):
             parts.append("%s (%s)" % (attributes[i], "by %+.3g in all images: its bias" % shift.mean() if constant else
                                       "by %.3g at most: its weights" % np.abs(shift).max()))
         yield "only %d of %d attributes are off, so look at the last layer: %s" % (len(columns), len(attributes), some(parts))
-    elif 0 < len(rows) <= len(names) / 2:
+    elif len(rows):
         yield "only %d of %d images are off: %s" % (len(rows), len(names), some(names[i] for i in rows))
 
 

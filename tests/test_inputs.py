@@ -1,10 +1,13 @@
 """tools/inputs.py: what the work folder's files were made from is known by content, and the lists are checked before any work."""
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
-from conftest import check_error, script
+from conftest import ROOT, check_error, refused, script
 from test_predict import write_images
 
 TOOL = "tools/inputs.py"
@@ -100,3 +103,30 @@ def test_lists_are_checked_before_any_work(work):
     check_error(check(), "label.json: has no label for 3 of 4 images: im1.png")
     (work / "label.json").write_text("{")
     check_error(check(), "label.json: is not JSON")
+
+
+@pytest.mark.parametrize("stage, attributes, file, expected", [
+    (0, "own.txt", False, "own.txt"), (0, "own.txt", True, "own.txt"), (7, "own.txt", True, "own.txt"),
+    (0, "", False, "work/sample/attributes.txt"), (7, "", True, "work/sample/attributes.txt"), (7, "", False, "")])
+def test_own_names_of_attributes_win_over_the_samples(tmp_path, stage, attributes, file, expected):
+    (tmp_path / "work" / "sample").mkdir(parents=True)
+    if file:
+        (tmp_path / "work" / "sample" / "attributes.txt").write_text("")
+    code = ("here=%s sample=yes work_dir=work stage=%s stop_stage=8 attributes=%s; size='224 224' aipp=no; "
+            "source $here/tools/driver.sh; sample_paths; echo $attributes" % (ROOT, stage, attributes))
+    said = subprocess.check_output(["bash", "-c", code], cwd=str(tmp_path), universal_newlines=True)
+    assert said.strip() == expected
+
+
+def test_no_threads_can_be_started(work):
+    for name in ("im0.png", "im1.png"):
+        os.utime(str(work / "images" / name), (1, 1))  # so that both are read again
+    process = subprocess.run([sys.executable, os.path.join(ROOT, TOOL), "fresh", "input_bin", "4"] + DATA, cwd=str(work),
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                             preexec_fn=refused(errno.EAGAIN, "clone", "clone3"))
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+def test_get(work):
+    assert script(TOOL, "record", "deepmar.info", "model_name=m.onnx", "backend=ONNX Runtime", cwd=work).returncode == 0
+    assert script(TOOL, "get", "deepmar.info", "model_name", "size", "backend", cwd=work).stdout == "m.onnx\n\nONNX Runtime\n"

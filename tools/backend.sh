@@ -6,6 +6,7 @@ set -euo pipefail
 benchmark=$here/benchmark.$(uname -m)
 binary=$(basename "$benchmark")
 doctor() { "$python" "$here/tools/doctor.py" "$@"; } # it understands npu-smi's table and CANN's folders
+cores() { PYTHONPATH=$here/tools "$python" -c 'import common; print(common.cores())'; } # fewer than nproc's under a CPU quota
 has_atc() { command -v atc >/dev/null; }
 has_benchmark() { [ -x "$benchmark" ]; }
 has_ais_bench() { "$python" "$here/tools/ais_bench_files.py" check / 2>/dev/null; }
@@ -147,7 +148,7 @@ infer() {
     local device count made=0 wanted log=${backend}_bs${batch}_device${devices[0]}.log
     [ "$backend" != ais_bench ] || log=ais_bench_bs$batch.log
     [ "$backend" != onnxruntime ] || [ ${#devices[@]} = 1 ] ||
-        say "these devices are not cards: ${#devices[@]} processes on ONNX Runtime share this machine's $(nproc) cores"
+        say "these devices are not cards: ${#devices[@]} processes on ONNX Runtime share $(cores) cores"
     wanted=$(wc -l <deepmar.info)
     new_scratch "$result" # the tools write into result/ of the folder that they run in, over what is there
     [ "$backend" = ais_bench ] || ln -s ../input_bin ../deepmar.info "../$model" "$scratch"
@@ -207,7 +208,8 @@ run_device() {
 
 # run_devices: the same on all devices at the same time, each with its part of the images and an info file of its own
 run_devices() {
-    local count=${#devices[@]} threads=$(($(nproc) / ${#devices[@]})) index device failed='' jobs=()
+    local count=${#devices[@]} threads index device failed='' jobs=()
+    [ "$backend" != onnxruntime ] || threads=$(($(cores) / count))
     [ "$(wc -l <deepmar.info)" -ge "$count" ] || fail "$count devices, but fewer images in $work_dir/deepmar.info"
     for index in "${!devices[@]}"; do
         device=${devices[index]}

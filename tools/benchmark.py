@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import can_start, command, cores, importing, pixels, progress, replaced_folder, some, write_text
+from common import Inline, can_start, command, cores, importing, pixels, progress, replaced_folder, some, write_text
 from get_info import kind
-from session import (NEEDS, Clock, Inline, calls_at_once, check_shape, empty_batch, input_size, interruptible, open_session,
+from session import (NEEDS, Clock, calls_at_once, check_shape, empty_batch, input_size, interruptible, open_session,
                      provider_note, run, takes_uint8)
 
 with importing():

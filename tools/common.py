@@ -215,6 +215,26 @@ def can_start(threads, instead="one thread does all the work"):
     return True
 
 
+class Inline(object):
+    """Stands in for a ThreadPoolExecutor where no threads can be started: the caller's thread does the work."""
+    map = staticmethod(map)
+
+    def __init__(self, _):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        from concurrent.futures import Future
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
 def lock(file):
     """Locks an open file or folder against other processes. Returns False where another one holds the lock.
 

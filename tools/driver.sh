@@ -175,7 +175,9 @@ sample_paths() {
     if [ -n "$sample" ]; then
         checkpoint=$work_dir/sample/checkpoint.pth.tar images=$work_dir/sample/images
         image_list=$work_dir/sample/image.txt label_file=$work_dir/sample/label.json
-        [ -n "$attributes" ] || [ ! -e "$work_dir/sample/attributes.txt" ] && ! runs 0 || attributes=$work_dir/sample/attributes.txt
+        if [ -z "$attributes" ] && { runs 0 || [ -e "$work_dir/sample/attributes.txt" ]; }; then
+            attributes=$work_dir/sample/attributes.txt
+        fi
     fi
     data=(image_list="$image_list" images="$images" size="$size" aipp="$aipp")
 }
@@ -238,7 +240,7 @@ names_of() {
     folders=("${devices[@]/#/$result/dumpOutput_device}")
 }
 
-# belongs: stops unless all that is there of what stages 6 to 8 take was made from what they are given now
+# belongs [CHECK ...]: stops unless all that is there of what stages 6 to 8 take was made from what they are given now
 belongs() {
     local checks=()
     [ ! -e input_bin ] || checks+=(-- input_bin 4 "${data[@]}")
@@ -246,19 +248,22 @@ belongs() {
     [ ! -e "$onnx" ] || checks+=(-- "$onnx" 1 checkpoint="$checkpoint" "${model_settings[@]}")
     [ ! -e "$nopad" ] || checks+=(-- "$nopad" 2 onnx="$onnx")
     [ "$model" = "$nopad" ] || [ ! -e "$model" ] || checks+=(-- "$model" 3 model="$nopad" aipp="$aipp")
+    checks+=("$@") # last, so that what is wrong is named where it began
     [ ${#checks[@]} = 0 ] || fresh "${checks[@]}"
 }
 
 # results_belong: the same for stages 7 and 8. Sets model and ran, the model and the backend that gave the results.
 results_belong() {
-    local folder recorded
+    local folder recorded results=()
     for folder in "${folders[@]}"; do need "$folder" 6; done
-    recorded=$(inputs get "${folders[0]}" model_name) && model=${recorded:-$model}
-    ran=$(inputs get "${folders[0]}" backend)
-    : "${ran:=unknown}"
-    belongs
-    for folder in "${folders[@]}"; do fresh "$folder" 6 info=deepmar.info model="$model"; done
-    for folder in "${folders[@]}"; do table_inputs+=("$folder=$folder"); done
+    recorded=$(inputs get "${folders[0]}" model_name backend)
+    mapfile -t recorded <<<"$recorded"
+    model=${recorded[0]:-$model} ran=${recorded[1]:-unknown}
+    for folder in "${folders[@]}"; do
+        results+=(-- "$folder" 6 info=deepmar.info model="$model")
+        table_inputs+=("$folder=$folder")
+    done
+    belongs "${results[@]}"
 }
 
 # score: the accuracy of the results of one batch size; a drop is noted, so that the table and the report show it

@@ -7,25 +7,27 @@
 run_all.sh calls it in the work folder. check reads the lists and stops at the first fault; it prints the number of attributes
 that the labels have. record notes, in .made_from/, what a stage has made its product from: ROLE=PATH for a file or a
 folder, images=FOLDER for the images of the image_list before it, and settings, such as size="224 224". fresh stops unless a
-product is still what its stage made, from the same inputs as now; -- separates several products. get prints a setting.
+product is still what its stage made, from the same inputs as now; -- separates several products. get prints settings, one a line.
 
 Inputs are known by names, sizes and checksums, so a work folder goes on after it was copied to another machine. A file
 whose size, times and inode are those of its last check is not read again. A product without a record, such as an OM that
 was converted elsewhere, is the user's own.
 """
 import argparse
+import functools
 import json
 import os
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import command, cores, read_lines, some, stem, write_text
+from common import Inline, can_start, command, cores, read_lines, some, stem, write_text
 
 RECORDS = ".made_from"
 SEEN = os.path.join(RECORDS, "checksums.json")
-SETTINGS = ("size", "aipp", "last_conv_stride", "state_dict", "num_att", "backend", "model_name")
+SETTINGS = ("size", "aipp", "last_conv_stride", "state_dict", "backend", "model_name")
 
 
 # --- checksums ------------------------------------------------------------------------------------------------------
@@ -38,6 +40,12 @@ def load(path):
         return content if isinstance(content, dict) else {}
     except (OSError, ValueError):
         return {}
+
+
+@functools.lru_cache(maxsize=None)
+def checksums():
+    """The checksums of earlier checks, {path: [size, mtime, ctime, inode, checksum]}, read once."""
+    return load(SEEN)
 
 
 def checksum(path):
@@ -53,16 +61,16 @@ def checksum(path):
 
 def identities(paths):
     """Returns what each file is, 'SIZE CHECKSUM'. Remembers it in the work folder, with the file's times and inode."""
-    from concurrent.futures import ThreadPoolExecutor
-    seen = load(SEEN)
+    seen = checksums()
     keys = [os.path.relpath(path) if os.path.realpath(path).startswith(os.getcwd() + os.sep) else os.path.abspath(path)
             for path in paths]
     stats = [os.stat(path) for path in paths]
     states = [[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in stats]
     unknown = [i for i, (key, state) in enumerate(zip(keys, states)) if seen.get(key, [])[:4] != state]
     if unknown:
-        with ThreadPoolExecutor(cores()) as pool:
-            for i, value in zip(unknown, pool.map(checksum, [paths[i] for i in unknown])):
+        pool = ThreadPoolExecutor if len(unknown) > 1 and can_start(cores(), instead=None) else Inline
+        with pool(cores()) as readers:
+            for i, value in zip(unknown, readers.map(checksum, [paths[i] for i in unknown])):
                 seen[keys[i]] = states[i] + [value]
         os.makedirs(RECORDS, exist_ok=True)
         write_text(SEEN, json.dumps(seen))
@@ -192,8 +200,8 @@ def main(argv=None):
         if count is not None:
             print(count)
     elif args.command == "get":
-        product, role = arguments
-        print(load(record_path(product)).get("inputs", {}).get(role, ""))
+        made = load(record_path(arguments[0])).get("inputs", {})
+        print("\n".join(made.get(role, "") for role in arguments[1:]))
     else:
         for group in groups(arguments):
             (record if args.command == "record" else fresh)(*group)

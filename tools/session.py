@@ -7,11 +7,11 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import can_start, cores, importing, one_line, progress, some
+from common import Inline, can_start, cores, importing, one_line, progress, some
 from postprocess_deepmar_pytorch import attributes_in, read_logits
 from preprocess_deepmar_pytorch import SIZE, fault
 from remove_pad import load
@@ -164,25 +164,6 @@ def interruptible():
         os.close(sender)
         watcher.join()
         os.close(receiver)
-
-
-class Inline(object):
-    """Stands in for a ThreadPoolExecutor where no threads can be started: the caller's thread does the work."""
-    map = staticmethod(map)
-
-    def __init__(self, _):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, function, *arguments):
-        future = Future()
-        future.set_result(function(*arguments))
-        return future
 
 
 def run(session, bins, batch_size, height, width, folder, report, calls=1):

@@ -9,14 +9,16 @@ takes its BatchNorm statistics from other drawings, and the classifier is fitted
 It shows that the pipeline computes the right thing; it says nothing about photographs.
 """
 import argparse
+import collections
 import io
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import can_start, command, importing, pixels, progress, replaced_folder
+from common import Inline, can_start, command, cores, importing, pixels, progress, replaced_folder
 from postprocess_deepmar_pytorch import PETA, evaluate
 from preprocess_deepmar_pytorch import MEAN, SIZE, STD
 
@@ -192,16 +194,33 @@ def pedestrians(count, seed):
     return images, labels
 
 
-def batches(images, size):
-    """Yields the images as the network's input through torchvision's transforms: tensors [up to BATCH,3,height,width]."""
+def forward(function, images, size, report, calls):
+    """Yields a function's results for batches of the images, through torchvision's transforms; so many at a time, in order.
+
+    function: of a tensor [up to BATCH,3,height,width]. Calls report(images) after every batch.
+    """
     import torch
     from torchvision import transforms
     transform = transforms.Compose([transforms.Resize(size), transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-    for start in range(0, len(images), BATCH):
-        yield torch.stack([transform(image) for image in images[start:start + BATCH]])
+
+    def work(batch):
+        with torch.no_grad():
+            tensor = torch.stack([transform(image) for image in batch])
+            return function(tensor.contiguous(memory_format=torch.channels_last)), len(batch)
+
+    parts = [images[start:start + BATCH] for start in range(0, len(images), BATCH)]
+    running = collections.deque()
+    with (ThreadPoolExecutor if calls > 1 else Inline)(calls) as runner:
+        for part in parts + [None] * calls:
+            if len(running) == calls or part is None and running:
+                result, count = running.popleft().result()
+                report(count)
+                yield result
+            if part is not None:
+                running.append(runner.submit(work, part))
 
 
-def make_model(images, labels, size=(SIZE, SIZE), last_conv_stride=2, seed=0):
+def make_model(images, labels, size=(SIZE, SIZE), last_conv_stride=2, seed=0, calls=1):
     """Returns a DeepMAR_ResNet50 in eval mode that recognises the attributes of these drawings (see above)."""
     import torch
     import torch.nn.functional as F
@@ -218,20 +237,19 @@ def make_model(images, labels, size=(SIZE, SIZE), last_conv_stride=2, seed=0):
             if name.endswith("bn3"):
                 module.weight.data.fill_(BN3_WEIGHT)
 
-    steps = progress(STATISTICS + len(images), "image")
-    features = []
-    with torch.no_grad(), steps:
+    model = model.to(memory_format=torch.channels_last)  # in which PyTorch is a fifth faster here
+    with progress(STATISTICS + len(images), "image") as steps:
         model.train()
-        for batch in batches(images[:STATISTICS], size):
-            model.base(batch)
-            steps.update(len(batch))
+        for _ in forward(model.base, images[:STATISTICS], size, steps.update, 1):
+            pass
         model.eval()
-        for batch in batches(images, size):
-            features.append(F.adaptive_avg_pool2d(model.base(batch), 1).flatten(1).double().numpy())
-            steps.update(len(batch))
+        if calls > 1:  # a batch a thread: threads that share one wait for each other at each layer
+            torch.set_num_threads(1)
+        features = np.concatenate(list(forward(
+            lambda batch: F.adaptive_avg_pool2d(model.base(batch), 1).flatten(1).double().numpy(), images, size, steps.update,
+            calls)))
 
     # Ridge regression to +1 and -1 in its dual form: as many unknowns as drawings, not as features.
-    features = np.concatenate(features)
     mean = features.mean(axis=0)
     centred = features - mean
     targets = 2.0 * labels - 1
@@ -243,11 +261,10 @@ def make_model(images, labels, size=(SIZE, SIZE), last_conv_stride=2, seed=0):
     return model
 
 
-def accuracy(model, images, labels, size=(SIZE, SIZE)):
+def accuracy(model, images, labels, size=(SIZE, SIZE), calls=1):
     """Returns the instance_acc that PyTorch reaches on the images."""
-    import torch
-    with torch.no_grad():
-        logits = np.concatenate([model(batch).numpy() for batch in batches(images, size)])
+    with progress(len(images), "image") as steps:
+        logits = np.concatenate(list(forward(lambda batch: model(batch).numpy(), images, size, steps.update, calls)))
     return evaluate(logits, labels)[0]["instance_acc"]
 
 
@@ -275,7 +292,7 @@ def write(folder, model, images, labels, accuracy, made_with):
     for name, image in zip(names, images):
         image.save(os.path.join(folder, "images", name))
     # as Ascend's training script writes it
-    state = {"module." + key: value for key, value in model.state_dict().items()}
+    state = {"module." + key: value.contiguous() for key, value in model.state_dict().items()}
     checkpoint = io.BytesIO()  # torch's own writing ends in a crash where the disk is full
     torch.save({"state_dict": state}, checkpoint)
     with open(os.path.join(folder, "checkpoint.pth.tar"), "wb") as f:
@@ -305,12 +322,13 @@ def main(argv=None):
     with importing():
         import torch  # noqa: F401
         import torchvision  # noqa: F401
-    if not can_start(torch.get_num_threads()):  # it would end the process
-        torch.set_num_threads(1)
+    calls = cores() if can_start(cores()) else 1
+    torch.set_num_threads(calls)
     with replaced_folder(folder, ending="") as partial:
-        model = make_model(*pedestrians(TRAIN, args.seed + 1), size=size, last_conv_stride=stride, seed=args.seed)
+        model = make_model(*pedestrians(TRAIN, args.seed + 1), size=size, last_conv_stride=stride, seed=args.seed,
+                           calls=calls)
         images, labels = pedestrians(args.images, args.seed + 2)
-        reached = accuracy(model, images, labels, size)
+        reached = accuracy(model, images, labels, size, calls)
         write(partial, model, images, labels, reached, made_with)
     print("%s: %d drawn pedestrians with labels, and a checkpoint that reaches instance_acc %.4f on them in PyTorch"
           % (args.folder, len(images), reached))

@@ -64,11 +64,11 @@ def provider_note(session, available):
     return better[0] + " did not load" if better and session.get_providers()[0] == PROVIDERS[-1] else ""
 
 
-def open_session(path, device_id=0, threads=None):
+def open_session(path, device_id=0, threads=None, provider=None):
     """Returns an ONNX Runtime session of a DeepMAR model on the best execution provider that this machine has.
 
-    threads: of a call, on the CPU provider; by default one a core that this process may use. Raises OSError, or
-    ValueError if the file is no such model: one input float32 [N,3,height,width], or uint8 [N,height,width,3] with AIPP, one
+    threads: of a call, on the CPU provider; by default one a core that this process may use. provider: the one to take, by its
+    name. Raises OSError, or ValueError if the file is no such model: one input float32 [N,3,height,width], or uint8 [N,height,width,3] with AIPP, one
     output float32 [N,attributes].
     """
     onnxruntime = import_onnxruntime()
@@ -79,10 +79,13 @@ def open_session(path, device_id=0, threads=None):
     options.intra_op_num_threads = threads if can_start(threads) else 1
     options.log_severity_level = 3  # errors
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=providers(device_id))
+        session = onnxruntime.InferenceSession(path, options, providers=[
+            entry for entry in providers(device_id) if provider in (None, entry[0])] or ["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
         raise ValueError("%s: ONNX Runtime %s cannot load it: %s"
                          % (path, onnxruntime.__version__, one_line(error)))
+    if provider not in (None, session.get_providers()[0]):
+        raise ValueError("%s did not load; %s" % (provider, NEEDS.get(provider, "its libraries may be missing")))
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or len(outputs) != 1 or len(inputs[0].shape) != 4 or len(outputs[0].shape) != 2 \
             or inputs[0].type not in ("tensor(float)", "tensor(uint8)") or outputs[0].type != "tensor(float)":

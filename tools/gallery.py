@@ -82,13 +82,13 @@ def begin(output, manifest, found):
         except ValueError as error:
             raise ValueError("%s/%s: is damaged: %s" % (output, MANIFEST, one_line(error)))
         other = differences(earlier, manifest)
-        if other:
+        if other and parts:
             raise ValueError("%s: was begun with something else: %s. Give another --output, or what it was begun with"
                              % (output, "; ".join(other)))
     elif parts:
         raise ValueError("%s: holds %d parts but no %s, so nobody knows what they are of; give another --output"
                          % (output, len(parts), MANIFEST))
-    else:
+    if not parts:
         if found.list is not None:
             publish_list(output, found)
         with whole("%s/%s" % (output, MANIFEST)) as temporary, open(temporary, "w", encoding="utf-8") as f:
@@ -231,6 +231,7 @@ def compute(pool, found, output, done, report):
             tries[number] += 1
             if tries[number] < TRIES:
                 again.append(number)
+                report.repeated += 1
                 continue
             failed[number] = why(error)
         left -= 1
@@ -244,7 +245,7 @@ class Report(object):
 
     def __init__(self, total, most):
         self.total, self.most = total, most  # images, if they are known; errors that are allowed, None for any number
-        self.images = self.errors = 0
+        self.images = self.errors = self.repeated = 0
         self.bar = progress(total, "image")
         self.start = None  # when there is a worker
         self.told = time.monotonic()
@@ -387,7 +388,7 @@ def main(argv=None):
         return
     job = {"output": output, "names": names, "sigmoid": sigmoid, "probabilities": args.probabilities, "provider": provider,
            "versions": versions(), "calls": args.cpus if provider == CPU else 1,
-           "readers": max(args.cpus + 1, 1 if all(map(is_local, args.input)) else REMOTE_READERS)}
+           "readers": args.cpus + 1 if is_local(args.root or args.input[0]) else REMOTE_READERS}
     with cluster(args.address):
         pool = Pool(args, job, model)
         if not args.actors and not pool.room():
@@ -396,9 +397,9 @@ def main(argv=None):
         report = Report(found.images, args.max_errors)
         with report.bar:
             compute(pool, found, output, done, report)
-    print("%s: %d images in %d parts, %d of them cannot be read; %.1f s and %.1f images/s after the start; %d workers on %d nodes, "
-          "%d lost" % (args.output, report.images, found.count - there, report.errors, report.seconds(), report.rate(),
-                       len(pool.workers), len(pool.nodes), pool.lost))
+    print("%s: %d images in %d parts, %d images cannot be read; %.1f s, %.1f images/s after the start" % (
+        args.output, report.images, found.count - there, report.errors, report.seconds(), report.rate()))
+    print("%d workers on %d nodes, %d lost; %d parts begun again" % (len(pool.workers), len(pool.nodes), pool.lost, report.repeated))
 
 
 if __name__ == "__main__":

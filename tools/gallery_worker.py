@@ -229,6 +229,7 @@ class Worker(object):
 
     def start(self, model):
         """Opens the model, an ONNX file's content; raises ValueError where this machine does not fit the job."""
+        import pyarrow.parquet  # noqa: F401 - here, as it takes a while
         from PIL import Image
         warnings.simplefilter("ignore")  # Pillow's, about damaged files
         Image.core.set_blocks_max(8)  # its memory serves one image after the other

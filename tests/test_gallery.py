@@ -101,7 +101,7 @@ def worker(model, output, **more):
 def shards(*arguments):
     """The shards of a command line."""
     args = gallery.parse([str(argument) for argument in arguments] + ["--onnx", "m.onnx", "--output", "out"])
-    return gallery_shards.find_input(args, args.root and os.path.abspath(args.input[0]))
+    return gallery_shards.find_input(args, gallery_shards.absolute(args.input[0]))
 
 
 # --- a worker by itself -----------------------------------------------------------------------------------------------------
@@ -272,9 +272,15 @@ def test_a_row_tells_of_a_minute(capsys, monkeypatch):
 
 def run(folder, *arguments, environment=None):
     """Runs the tool in a folder; returns the finished process."""
-    command = [sys.executable, os.path.join(ROOT, TOOL)] + [str(argument) for argument in arguments] + ["--onnx", "m.onnx"]
-    return subprocess.run(command, cwd=str(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
-                          env=dict(os.environ, **(environment or {})))
+    process = start(folder, *arguments, environment=environment)
+    output, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def start(folder, *arguments, environment=None):
+    command = [sys.executable, os.path.join(ROOT, TOOL), "--onnx", "m.onnx"] + [str(argument) for argument in arguments]
+    return subprocess.Popen(command, cwd=str(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                            env=dict(os.environ, **(environment or {})))
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +370,7 @@ def test_errors_before_work(folder, tmp_path):
     assert "cannot be columns beside path" in refused("images", "--attributes", "names.txt")
     assert "cannot be opened" in refused("nonsense://bucket/list.txt", "--root", "images")
     assert "--onnx" in refused("images", "--onnx", "m.om", code=2)
-    (tmp_path / "gbk.txt").write_bytes("\u56fe.png\n".encode("gbk"))
+    (tmp_path / "gbk.txt").write_bytes("\u884c\u4eba.png\n".encode("gbk"))
     assert "is not UTF-8 text" in refused(tmp_path / "gbk.txt", "--root", "images")
     (tmp_path / "zeros.txt").write_bytes(bytes(10 ** 6))
     assert "is no list of file names" in refused(tmp_path / "zeros.txt", "--root", "images")
@@ -377,6 +383,249 @@ def test_without_ray(folder, tmp_path):
     requirements = done.stderr.split(" -r ")[1].strip()
     with open(requirements) as f:
         assert "ray" in f.read()
+
+
+# --- on an S3 server -------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def s3(folder):
+    """A bucket with images/, list.txt, a.tar and a.parquet: (a client, the variables of the environment that lead to it)."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    environment = {"AWS_ENDPOINT_URL": "http://%s:%d" % server.get_host_and_port(), "AWS_ACCESS_KEY_ID": "a",
+                   "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"], aws_access_key_id="a", aws_secret_access_key="b",
+                          region_name="us-east-1")
+    client.create_bucket(Bucket="crops")
+    for name in ["images/" + name for name in all_images(folder / "images")] + ["list.txt", "a.tar", "a.parquet"]:
+        client.upload_file(str(folder / name), "crops", name)
+    yield client, environment
+    server.stop()
+
+
+def download(client, prefix, folder):
+    """Copies the objects of a prefix into a new folder."""
+    folder.mkdir()
+    for entry in client.list_objects_v2(Bucket="crops", Prefix=prefix)["Contents"]:
+        client.download_file("crops", entry["Key"], str(folder / entry["Key"].rpartition("/")[2]))
+    return folder
+
+
+@pytest.mark.parametrize("arguments, prefix", [
+    (["s3://crops/images"], ""), (["s3://crops/list.txt", "--root", "s3://crops/images"], ""),
+    (["s3://crops/*.tar"], "s3://crops/a.tar/"), (["s3://crops/a.parquet"], "")])
+def test_s3(folder, s3, first, tmp_path, arguments, prefix):
+    """The same values as from the disk, and the run goes on there."""
+    client, environment = s3
+    output = "s3://crops/out%d" % (abs(hash(tuple(arguments))) % 10 ** 9)
+    if arguments != ["s3://crops/images"]:  # start no Ray for each
+        started = worker(folder / "m.onnx", output)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            found = shards(*arguments, "--shard-size", 8)
+            for number in range(found.count):
+                started.work(number, found.describe(number))
+    else:
+        done = run(folder, *arguments, "--output", output, "--shard-size", 8, environment=environment)
+        assert done.returncode == 0 and "22 images in 3 parts, 2 images cannot be read" in done.stdout, (done.stdout, done.stderr)
+        done = run(folder, *arguments, "--output", output, "--shard-size", 8, environment=environment)
+        assert done.stdout.endswith(": 3 of 3 parts are there already\n"), done.stderr
+    expected = check_once(first[0], all_images(folder / "images"))
+    found = check_once(download(client, output[len("s3://crops/"):] + "/", tmp_path / "out"), [prefix + name for name in expected])
+    for name, (error, values) in expected.items():
+        assert (found[prefix + name][0] is None) == (error is None)
+        assert found[prefix + name][1].tobytes() == values.tobytes()
+
+
+# --- on a cluster: what is killed, and what joins ----------------------------------------------------------------------------
+
+CONFIG = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 3000,
+          "health_check_failure_threshold": 3}  # a node that does not answer is taken for lost after seconds, not half a minute
+SHARDS = 36
+
+
+class Cluster(object):
+    """A head without cores, and nodes of one core each, all on this machine."""
+
+    def __init__(self, folder):
+        from ray import cluster_utils
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        self.cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={
+            "num_cpus": 0, "include_dashboard": False, "temp_dir": folder, "_system_config": CONFIG})
+        self.address, self.nodes = self.cluster.address, []
+
+    def need(self, count):
+        """Sees to it that so many nodes are alive."""
+        while len(self.nodes) < count:
+            self.nodes.append(self.cluster.add_node(num_cpus=1))
+
+    def pids(self, node, name=""):
+        """The processes of a node whose titles begin with a name: the raylet and its children."""
+        raylet = node.all_processes["raylet"][0].process.pid
+        children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(raylet)], stdout=subprocess.PIPE,
+                                  universal_newlines=True).stdout
+        found = [line.split(None, 1) for line in children.strip().split("\n") if line]
+        return [int(pid) for pid, title in found if title.startswith(name)] + [raylet] * (name == "")
+
+    def kill(self, node, whole=True):
+        """Kills a node's raylet, and with it all other processes of the node if it is to be killed as a whole."""
+        pids = self.pids(node) if whole else self.pids(node)[-1:]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        self.nodes.remove(node)
+        self.cluster.remove_node(node, allow_graceful=False)  # and waits until the head knows
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix="gallery", dir="/tmp", ignore_cleanup_errors=True) as short:  # sockets' names are short
+        found = Cluster(short)
+        yield found
+        found.cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def many(folder):
+    """many/ with the images of SHARDS shards, which take a while."""
+    return big_images(folder / "many", 10 * SHARDS)
+
+
+def big_images(folder, count):
+    """Writes big images, ten pictures under several names each; returns the names."""
+    random = np.random.RandomState(0)
+    folder.mkdir()
+    for i in range(count):
+        path = folder / ("%04d.png" % i)
+        if i < 10:
+            Image.fromarray(random.randint(0, 256, (800, 800, 3)).astype(np.uint8)).save(str(path))
+        else:
+            os.link(str(folder / ("%04d.png" % (i % 10))), str(path))
+    return all_images(folder)
+
+
+def start_many(cluster, folder, output):
+    return start(folder, "many", "--output", output, "--shard-size", 10, "--address", cluster.address)
+
+
+def wait_for(output, parts, process):
+    """Waits until so many parts are there; returns how many there are. The run must not have come to its end."""
+    def count():
+        return len(list(output.glob("part-*.parquet")))
+    while count() < parts:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    assert count() < SHARDS
+    return count()
+
+
+def finish(process, output, names, lost, again):
+    """Waits for the end; every image is there once, with the values that it has; lost workers and shards are as expected."""
+    said, errors = process.communicate()
+    assert process.returncode == 0 and "Traceback" not in errors, (said, errors)
+    assert [line for line in errors.split("\n") if line and not line.startswith("note: ")] == []
+    found = check_once(output, names)
+    for number, name in enumerate(sorted(names)):  # each tenth is the same picture
+        assert found[name][0] is None and found[name][1].tobytes() == found["%04d.png" % (number % 10)][1].tobytes()
+    workers, nodes, were_lost, begun_again = map(int, re.findall(r"\d+", said.strip().split("\n")[-1]))
+    print(said)
+    assert were_lost == lost and begun_again in again, said
+    return workers, nodes, said
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_node_or_its_raylet_is_killed(cluster, folder, many, tmp_path, whole):
+    cluster.need(2)
+    process = start_many(cluster, folder, tmp_path / "out")
+    wait_for(tmp_path / "out", 6, process)
+    cluster.kill(cluster.nodes[-1], whole)
+    workers, _, _ = finish(process, tmp_path / "out", many, lost=1, again=(0, 1))
+    assert workers == 1
+
+
+def test_a_worker_is_killed_as_where_memory_is_short(cluster, folder, many, tmp_path):
+    cluster.need(2)
+    process = start_many(cluster, folder, tmp_path / "out")
+    wait_for(tmp_path / "out", 6, process)
+    pid, = cluster.pids(cluster.nodes[-1], "ray::Worker")
+    os.kill(pid, signal.SIGKILL)
+    assert finish(process, tmp_path / "out", many, lost=1, again=(0, 1))[0] == 2  # there is another one in its place
+
+
+def test_the_driver_is_killed_and_started_again(cluster, folder, many, tmp_path):
+    cluster.need(2)
+    process = start_many(cluster, folder, tmp_path / "out")
+    before = wait_for(tmp_path / "out", 6, process)
+    process.kill()
+    process.communicate()
+    again = start_many(cluster, folder, tmp_path / "out")
+    _, _, said = finish(again, tmp_path / "out", many, lost=0, again=(0,))
+    there = int(re.search(r"(\d+) of %d parts are there already" % SHARDS, said).group(1))
+    assert before <= there < SHARDS and "%d images in %d parts" % (10 * (SHARDS - there), SHARDS - there) in said
+
+
+def test_a_node_joins(cluster, folder, many, tmp_path):
+    while len(cluster.nodes) > 1:
+        cluster.kill(cluster.nodes[-1])
+    cluster.need(1)
+    process = start_many(cluster, folder, tmp_path / "out")
+    wait_for(tmp_path / "out", 6, process)
+    cluster.need(2)
+    assert finish(process, tmp_path / "out", many, lost=0, again=(0,))[:2] == (2, 2)
+
+
+CUT_OFF = """
+set -e
+ip link set lo up
+unshare -n sleep 1000 & other=$!
+sleep 1
+ip link add here type veth peer name there
+ip link set there netns $other
+ip address add 10.9.0.1/24 dev here
+ip link set here up
+there() { nsenter -t $other -n "$@"; }
+there ip link set lo up
+there ip address add 10.9.0.2/24 dev there
+there ip link set there up
+ray() { "$PYTHON" -c 'from ray.scripts.scripts import main; main()' "$@" >>ray.log 2>&1; }
+ray start --head --node-ip-address=10.9.0.1 --port=6379 --num-cpus=1 --include-dashboard=false --temp-dir="$TEMPORARY" \\
+    --system-config="$CONFIG"
+join() { there "$PYTHON" -c 'from ray.scripts.scripts import main; main()' start --address=10.9.0.1:6379 \\
+    --node-ip-address=10.9.0.2 --num-cpus=1 >>ray.log 2>&1; }
+join
+"$PYTHON" "$TOOL" far --onnx m.onnx --output "$OUTPUT" --shard-size 10 --address 10.9.0.1:6379 & run=$!
+parts() { ls "$OUTPUT" 2>/dev/null | grep -c ^part || true; }
+while [ "$(parts)" -lt 10 ]; do kill -0 $run; sleep 0.1; done
+ip link set here down
+sleep 20
+echo "$(parts) parts after 20 s"
+ip link set here up
+sleep 5
+join
+wait $run
+"""
+
+
+@pytest.mark.skipif(not os.environ.get("DEEPMAR_TEST_CAMPAIGN"), reason="takes a minute: set DEEPMAR_TEST_CAMPAIGN=1")
+def test_a_node_is_cut_off_and_comes_back(folder, tmp_path):
+    """In network namespaces. It goes on with its shard, which another worker computes, too."""
+    import tempfile
+    names = big_images(folder / "far", 2000)
+    with tempfile.TemporaryDirectory(prefix="gallery", dir="/tmp", ignore_cleanup_errors=True) as short:
+        done = subprocess.run(
+            namespaces("--net", "--pid", "--fork", "--mount-proc", "--kill-child") + ["bash", "-c", CUT_OFF], cwd=str(folder),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+            env=dict(os.environ, PYTHON=sys.executable, TOOL=os.path.join(ROOT, TOOL), OUTPUT=str(tmp_path / "out"),
+                     TEMPORARY=short, CONFIG=json.dumps(CONFIG)))
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert int(re.search(r"(\d+) parts after", done.stdout).group(1)) < 200  # it came back in the middle
+    check_once(tmp_path / "out", names)
+    workers, nodes, lost, again = map(int, re.findall(r"\d+", done.stdout.strip().split("\n")[-1]))
+    assert (workers, nodes, lost, again) == (2, 3, 1, 1)
 
 
 if OLD:  # Ray knows no such Python: only what the script then says is tested

@@ -106,11 +106,11 @@ def stretches(file, source, root, size, copy):
         except UnicodeDecodeError as error:
             raise ValueError("%s: is not UTF-8 text (byte %d); convert it: iconv -f GBK -t UTF-8"
                              % (source, (ends[-1] if ends else 0) + error.start))
-        if not ends:
-            check_root(source, root, content.decode("utf-8-sig").split("\n"))
         if max(map(len, lines)) == MAX_LINE:
             raise ValueError("%s: is no list of file names: line %d or a later one has %d bytes or more"
                              % (source, images + 1, MAX_LINE))
+        if not ends:
+            check_root(source, root, content.decode("utf-8-sig").split("\n"))
         digest.update(content)
         images += len(lines)
         ends.append(len(content) + (ends[-1] if ends else 0))

@@ -68,8 +68,8 @@ def open_session(path, device_id=0, threads=None, provider=None):
     """Returns an ONNX Runtime session of a DeepMAR model on the best execution provider that this machine has.
 
     threads: of a call, on the CPU provider; by default one a core that this process may use. provider: the one to take, by its
-    name. Raises OSError, or ValueError if the file is no such model: one input float32 [N,3,height,width], or uint8 [N,height,width,3] with AIPP, one
-    output float32 [N,attributes].
+    name. Raises OSError, or ValueError if the file is no such model: one input float32 [N,3,height,width], or uint8
+    [N,height,width,3] with AIPP, one output float32 [N,attributes].
     """
     onnxruntime = import_onnxruntime()
     load(path)  # for its checks: onnx's checker, and no weights outside of the file

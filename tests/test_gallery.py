@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -619,9 +620,11 @@ def test_a_node_is_cut_off_and_comes_back(folder, tmp_path):
             namespaces("--net", "--pid", "--fork", "--mount-proc", "--kill-child") + ["bash", "-c", CUT_OFF], cwd=str(folder),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
             env=dict(os.environ, PYTHON=sys.executable, TOOL=os.path.join(ROOT, TOOL), OUTPUT=str(tmp_path / "out"),
-                     TEMPORARY=short, CONFIG=json.dumps(CONFIG)))
+                     TEMPORARY=short, CONFIG=json.dumps(CONFIG), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32)))
+        with open(str(folder / "ray.log")) as f:
+            said = f.read()
     print(done.stdout, done.stderr)
-    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert done.returncode == 0, (done.stdout, done.stderr, said)
     assert int(re.search(r"(\d+) parts after", done.stdout).group(1)) < 200  # it came back in the middle
     check_once(tmp_path / "out", names)
     workers, nodes, lost, again = map(int, re.findall(r"\d+", done.stdout.strip().split("\n")[-1]))

@@ -364,7 +364,8 @@ def cluster(address):
             else:
                 ray.init(address="local", num_cpus=cores(), object_store_memory=2 ** 30, _temp_dir=folder, **quiet)
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-            raise ValueError("no cluster of Ray %s: %s" % ("at %s" % address if address else "can be started", one_line(error)))
+            raise ValueError("no cluster of Ray %s: %s" % (
+                "at %s" % address if address else "can be started", str(error).strip().split("\n")[-1]))
         try:
             yield
         finally:

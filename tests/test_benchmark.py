@@ -1,4 +1,5 @@
 """The stand-in for the benchmark tool: its files, its padding of the last batch, what it refuses."""
+import json
 import os
 import re
 import signal
@@ -13,9 +14,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import benchmark
+import providers
 import session
 from conftest import check_error, script
 
+MACHINE = os.uname().machine
 COUNT = 70  # images: more than two groups of writes, and no multiple of the batch size
 
 
@@ -55,7 +58,8 @@ def run(folder, model, batch, *more, **changes):
     return script("tools/benchmark.py", *(["-%s=%s" % item for item in options.items()] + list(more)), cwd=folder)
 
 
-@pytest.mark.parametrize("batch, device, more", [(1, 0, []), (1, 4, ["-threads=5"]), (8, 3, [])])
+@pytest.mark.parametrize("batch, device, more", [(1, 0, []), (1, 4, ["-threads=5"]), (8, 3, []), (8, 5, ["-threads=1", "-calls=4"]),
+                                                 (8, 6, ["-threads=3", "-calls=1"])])
 def test_results_are_the_models_and_the_files_the_tools(folder, batch, device, more):
     stale = folder / "result" / ("dumpOutput_device%d" % device)
     os.makedirs(str(stale), exist_ok=True)
@@ -78,10 +82,109 @@ def test_results_are_the_models_and_the_files_the_tools(folder, batch, device, m
         r"\[infer\] throughputRate: N, Interface throughputRate: N, moduleLatency: N",
         r"\[post\] throughputRate: N, moduleLatency: N\n$"]).replace("N", number), perf), perf
     assert perf in process.stdout and "CPUExecutionProvider" in process.stdout
+    with open(str(stale) + "_summary.json") as f:
+        summary = json.load(f)
+    times, calls = summary["npu_compute_time_list"], -(-COUNT // batch)
+    assert len(times) == calls == summary["NPU_compute_time"]["count"]
+    assert set(summary["NPU_compute_time"]) == {"min", "max", "mean", "median", "percentile(99%)", "count"}
+    assert summary["NPU_compute_time"]["percentile(99%)"] == pytest.approx(np.percentile(times, 99))
+    assert summary["throughput"] == pytest.approx(float(re.search("Interface throughputRate: ([^,]*)", perf).group(1)), rel=1e-4)
+    assert "latency of a call in ms: p50 %.4g, p95 %.4g, p99 %.4g, min %.4g, max %.4g\n" % (
+        tuple(np.percentile(times, (50, 95, 99))) + (min(times), max(times))) in process.stdout
+    assert ("latency of an image in ms: p50 %.4g," % (np.median(times) / batch) in process.stdout) == (batch > 1)
     # what the parsers of other people take: the eighth value between a colon and a comma
     values = [float(value) for value in re.findall(":(.*?),", perf.replace("\n", ",") + ",")]
     assert values[7] == float(re.search("Interface throughputRate: (%s)," % number, perf).group(1))
     assert abs(values[0] * values[1] / 1000 - COUNT) < 0.01 and values[7] >= values[6] >= values[0] * 0.5
+
+
+@pytest.mark.parametrize("threads, images, batch_size, calls", [
+    (2, 1000, 1, 2), (2, 1000, 8, 2), (2, 1000, 64, 2), (1, 1000, 8, 1), (16, 100000, 8, 16),
+    (64, 100000, 8, 29), (64, 100000, 64, 3),                     # 69 and 551 MB a call
+    (2, 8, 8, 1), (2, 16, 8, 2), (2, 24, 8, 1), (2, 25 * 8, 8, 2),  # 3 batches would leave one of 2 threads idle for a third
+    (8, 9 * 8, 8, 3), (2, 1, 1, 1)])
+def test_calls_at_once(threads, images, batch_size, calls):
+    assert session.calls_at_once(threads, images, batch_size) == calls
+
+
+def test_calls_of_a_large_batch_take_no_more_than_the_memory_allowed():
+    assert session.calls_at_once(8, 10 ** 6, 1024) == 1
+    assert session.calls_at_once(8, 10 ** 6, 8, 896, 896) == 1 < session.calls_at_once(8, 10 ** 6, 8, 256, 128) == 8
+
+
+def test_pure_inference_of_another_size(folder, tmp_path):
+    """-round has no widths and heights, as the binary: the model tells its own."""
+    make_model(tmp_path / "tall.onnx", 2, shape=[2, 3, 256, 128])
+    process = script("tools/benchmark.py", "-round=3", "-om_path=tall.onnx", "-batch_size=2", "-calls=2", cwd=tmp_path)
+    assert process.returncode == 0 and "2 calls at a time" in process.stdout, process.stderr
+    with open(str(tmp_path / "result" / "PureInfer_perf_of_tall_in_device_0_summary.json")) as f:
+        assert len(json.load(f)["npu_compute_time_list"]) == 3
+
+
+class Half(object):
+    """A session of another provider, which computes in float16."""
+
+    def __init__(self, path):
+        self.exact = session.open_session(path)
+
+    def __getattr__(self, name):
+        return getattr(self.exact, name)
+
+    def get_providers(self):
+        return ["FastExecutionProvider", "CPUExecutionProvider"]
+
+    def run(self, *arguments):
+        return [output.astype(np.float16).astype(np.float32) for output in self.exact.run(*arguments)]
+
+
+def test_a_provider_that_computes_otherwise(folder, monkeypatch, capsys):
+    """Its first batch is compared with the CPU's; -tolerance allows for its precision, and no more."""
+    monkeypatch.chdir(str(folder))
+    names = ["FastExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(benchmark, "available", lambda: names)
+    monkeypatch.setattr(benchmark, "open_session", lambda path, device_id, threads, calls, name, exact: (
+        Half(path) if name == names[0] else session.open_session(path, device_id, threads, calls, name, exact)))
+    arguments = ["-batch_size=8", "-om_path=bs8.onnx", "-input_text_path=deepmar.info", "-device_id=9"]
+    with pytest.raises(ValueError, match="bs8.onnx: with FastExecutionProvider, logits of the first batch differ by up to .* "
+                                         "give a -tolerance above"):
+        benchmark.main(arguments + ["-provider=" + names[0], "-tolerance=1e-6"])
+    assert not os.path.exists("result/dumpOutput_device9")
+    monkeypatch.setattr(benchmark, "measure", lambda session, *_: 9.0 if isinstance(session, Half) else 3.0)
+    benchmark.main(arguments + ["-provider=measure", "-tolerance=1e-6"])
+    said = capsys.readouterr().out
+    assert "[WARN] FastExecutionProvider is left out: bs8.onnx: with Fast" in said
+    assert "[INFO] measured: CPUExecutionProvider 3 images/s; CPUExecutionProvider is taken" in said
+    benchmark.main(arguments + ["-provider=measure", "-tolerance=0.01"])
+    said = capsys.readouterr().out
+    assert "measured: FastExecutionProvider 9 images/s, CPUExecutionProvider 3 images/s; FastExecutionProvider is taken" in said
+    assert "FastExecutionProvider, bs8.onnx" in said
+
+
+def test_a_provider_whose_logits_are_nan(folder, monkeypatch):
+    monkeypatch.setattr(Half, "run", lambda self, *arguments: [np.full((8, 35), np.nan, np.float32)])
+    path = str(folder / "bs8.onnx")
+    with pytest.raises(ValueError, match="differ by up to nan"):
+        session.check_precision(Half(path), path, np.zeros((8, 3, 224, 224), np.float32), 0.5)
+
+
+def test_a_provider_that_is_not_there(folder):
+    process = run(folder, "bs1.onnx", 1, "-provider=CUDAExecutionProvider")
+    check_error(process, "this ONNX Runtime has no provider CUDAExecutionProvider, but ", "CPUExecutionProvider")
+    for wrong in ("-tolerance=x", "-tolerance=1", "-calls=0"):
+        check_error(run(folder, "bs1.onnx", 1, wrong), code=2)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 9) or MACHINE != "x86_64", reason="onnxruntime-ep-openvino has no package for this Python")
+@pytest.mark.parametrize("batch", [1, 8])
+def test_openvinos_plug_in(folder, batch):
+    """The genuine one: float32 as the CPU provider, several calls at a time, and the same results."""
+    run(folder, "bs%d.onnx" % batch, batch, device_id=10)
+    process = run(folder, "bs%d.onnx" % batch, batch, "-provider=OpenVINOExecutionProvider", "-calls=2", device_id=11)
+    assert process.returncode == 0, process.stderr
+    assert "OpenVINOExecutionProvider, bs%d.onnx" % batch in process.stdout
+    logits = [np.stack([np.fromfile(str(folder / "result" / ("dumpOutput_device%d" % device) / ("%05d_1.bin" % i)), "<f4")
+                        for i in range(COUNT)]) for device in (10, 11)]
+    assert np.abs(logits[0] - logits[1]).max() <= 1e-3 * np.abs(logits[0]).max()
 
 
 def test_a_clock_counts_the_time_of_overlapping_calls_once():
@@ -184,9 +287,9 @@ def test_ctrl_c_does_not_wait_for_the_batch(tmp_path):
 def test_a_provider_that_did_not_load(folder, monkeypatch, capsys):
     """As onnxruntime-gpu does without a GPU, and onnxruntime-cann without CANN: the session runs on the CPU."""
     monkeypatch.chdir(str(folder))
-    monkeypatch.setattr(session, "providers", lambda device_id: ["CPUExecutionProvider"])
+    monkeypatch.setattr(providers, "default", lambda device_id: ["CPUExecutionProvider"])
     arguments = ["-batch_size=1", "-om_path=bs1.onnx", "-round=1"]
-    for name in session.PROVIDERS[:2]:
+    for name in providers.PROVIDERS[:2]:
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [name, "CPUExecutionProvider"])
         benchmark.main(arguments)
         lines = capsys.readouterr().out.splitlines()

@@ -25,6 +25,7 @@ from test_predict import write_images, write_model
 import ais_bench_files
 import postprocess_deepmar_pytorch as post
 import preprocess_deepmar_pytorch as pre
+import rates
 
 STANDINS = os.path.join(ROOT, "tests", "standins")
 RUNTIME = os.path.join(STANDINS, "aclruntime")
@@ -91,6 +92,18 @@ def lay(tmp_path_factory):
             np.full(3 * 64, i, "<f4").tofile(str(folder / "in" / name))
         return folder
     return make
+
+
+@pytest.mark.parametrize("front", FRONT_ENDS, ids=lambda front: front.name)
+def test_pure_inference(front, lay, tmp_path):
+    """Without input: zeros, so many times; one result, and a summary that holds the rate."""
+    folder = lay(tmp_path / "one")
+    process = front.run(folder, input=None, loop=20)
+    assert process.returncode == 0, process.stdout
+    assert os.listdir(str(folder / "out" / "d")) == ["pure_infer_data_0.bin"]
+    assert np.fromfile(str(folder / "out" / "d" / "pure_infer_data_0.bin"), "<f4").size == 2 * 35
+    rate, times = rates.read_summary(str(folder / "out" / "d_summary.json"))
+    assert len(times) == 20 and rate == pytest.approx(1000 * 2 / np.mean(times))
 
 
 def left(folder):

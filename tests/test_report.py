@@ -106,10 +106,10 @@ def run(tmp_path_factory):
     script("tools/compare.py", "result/dumpOutput_device0", "other", "--labels", "label.json", "--json", "compare.json",
            "--max-flips", 9999, cwd=folder)
     (folder / "throughput.csv").write_text(HEADER + "".join(
-        '%d,%s,"ONNX Runtime 9.9, CPUExecutionProvider",deepmar_bs%d.onnx,400,%s,%s,%s,%r\n' % (
-            size, devices, size, e2e, interface, card, fusion["instance_acc"])
-        for size, devices, e2e, interface, card in ((16, "0 1", "75.125", 80, ""), (1, "0", "50.5", "51.75", 207),
-                                                    (8, "0 1", "", 70, ""))))
+        '%d,%s,"ONNX Runtime 9.9, CPUExecutionProvider",deepmar_bs%d.onnx,400,%s,%r\n' % (
+            size, devices, size, speeds, fusion["instance_acc"])
+        for size, devices, speeds in ((16, "0 1", "75.125,80,,90.5,123.5,124,987.25"), (1, "0", "50.5,51.75,207,,,,"),
+                                      (8, "0 1", ",70,,,,,"))))
     output = made(folder, "--throughput", "throughput.csv", "--compare", "compare.json")
     assert output.startswith("report.html: 400 images, 300 pictures, ") and output.count("\n") == 1
     return folder, names, true, logits, fusion
@@ -149,14 +149,15 @@ def test_throughput_and_comparison(browser, run):
     folder, _, _, _, fusion = run
     browser.open(folder / "report.html")
     acc = percent(fusion["instance_acc"])
-    assert [row[:7] for row in tables(browser, "throughput")[0]] == [
-        ["1", "0", "50.50", "51.75", "207.00", acc, "deepmar_bs1.onnx"],
-        ["8", "0 1", "–", "70.00", "–", acc, "deepmar_bs8.onnx"],
-        ["16", "0 1", "75.12", "80.00", "–", acc, "deepmar_bs16.onnx"]]
+    assert [row[:11] for row in tables(browser, "throughput")[0]] == [
+        ["1", "0", "50.50", "51.75", "207.00", "–", "–", "–", "–", acc, "deepmar_bs1.onnx"],
+        ["8", "0 1", "–", "70.00", "–", "–", "–", "–", "–", acc, "deepmar_bs8.onnx"],
+        ["16", "0 1", "75.12", "80.00", "–", "90.50", "123.50", "124.00", "987.25", acc, "deepmar_bs16.onnx"]]
     chart = texts(browser, ".chart text")
     assert {"batch size", "images per second", "end to end", "in the model (Interface)"} <= set(chart)
     rates = ["50.5", "75.1", "51.8", "70.0", "80.0"]  # end to end, then in the model
     assert [text for text in chart if text in rates] == rates
+    assert {"milliseconds of a batch in the model", "p50", "p99", "124", "987"} <= set(chart)  # 123.5 and 987.25
     assert browser.run("document.querySelector('.chart svg').getAttribute('role')") == "img"
     comparison = json.loads((folder / "compare.json").read_text())
     section, = texts(browser, "[aria-labelledby=comparison]")
@@ -302,7 +303,7 @@ def test_hostile_names(browser, tmp_path):
     write_images(tmp_path / "images", evil)
     model = "<script>hacked = 1</script>"
     fusion = json.loads((tmp_path / "fusion_result.json").read_text())
-    (tmp_path / "t.csv").write_text(HEADER + "1,0,%s,%s,5,1,1,,%r\n" % (model, model, fusion["instance_acc"]))
+    (tmp_path / "t.csv").write_text(HEADER + "1,0,%s,%s,5,1,1,,,,,,%r\n" % (model, model, fusion["instance_acc"]))
     script("tools/compare.py", "result/dumpOutput_device0", "result/dumpOutput_device0", "--json", "c.json",
            cwd=tmp_path)
     comparison = json.loads((tmp_path / "c.json").read_text())
@@ -481,11 +482,11 @@ def test_bad_pictures(small):
 
 def test_bad_speeds(small):
     acc = json.loads((small / "fusion_result.json").read_text())["instance_acc"]
-    good = "1,0,b,m,6,1,2,,%r\n" % acc
+    good = "1,0,b,m,6,1,2,,,,,,%r\n" % acc
     file = small / "t.csv"
     for text, message in (
-            (HEADER + good + "8,0,b,m,7,1,2,,%r\n" % acc, "line 3 is of a run over 7 images, the results are of 6"),
-            (HEADER + "1,0,b,m,6,1,2,,0.5\n", "no line has the results' instance_acc"), (HEADER, "no line has"),
+            (HEADER + good + "8,0,b,m,7,1,2,,,,,,%r\n" % acc, "line 3 is of a run over 7 images, the results are of 6"),
+            (HEADER + "1,0,b,m,6,1,2,,,,,,0.5\n", "no line has the results' instance_acc"), (HEADER, "no line has"),
             (good, "its first line is not batch_size,devices"), ("", "its first line is not"),
             (HEADER + "1,0,b,m,6,1,2\n", "line 2 is not of the form"), (HEADER + good[:-1] + ",1\n", "line 2 is not"),
             (HEADER + good.replace(",2,", ",nan,"), "line 2 is"), (HEADER + good.replace(",2,", ",-2,"), "line 2 is"),

@@ -1,6 +1,6 @@
 # What run_all.sh needs of the toolkit's tools: which of them this machine has, and how each is called. Sourced by it; uses its
 # variables and functions.
-# shellcheck shell=bash disable=SC2034,SC2154
+# shellcheck shell=bash disable=SC2034,SC2154,SC2317
 set -euo pipefail
 
 benchmark=$here/benchmark.$(uname -m)
@@ -169,6 +169,7 @@ infer() {
             broken "$backend left no result/perf_vision_batchsize_${batch}_device_$device.txt, which holds its rate" "$log"
     done
     [ "$made" = "$wanted" ] || broken "$backend left $made results for $wanted images" "$log"
+    [ "$pure" = no ] || run_pure
     cd "$work_dir"
     case $backend in
         ais_bench) ran=ais_bench ;;
@@ -184,7 +185,8 @@ collect() {
     for folder in "${folders[@]}"; do record "$folder"; done # of nothing, should this be interrupted here
     for device in "${devices[@]}"; do
         rm -rf "$result/dumpOutput_device$device" "$result/dumpOutput_device${device}_summary.json" \
-            "$result"/perf_vision_batchsize_*"_device_$device.txt"
+            "$result"/perf_vision_batchsize_*"_device_$device.txt" "$result"/PureInfer_perf_of_*"_in_device_$device"{.txt,_summary.json} \
+            "$result/pure_device${device}_summary.json"
     done
     rm -f "$result/fusion_result.json"
     find "$scratch/result" -mindepth 1 -maxdepth 1 -exec mv -t "$result" {} +
@@ -193,35 +195,65 @@ collect() {
     done
 }
 
-# run_device DEVICE INFO: runs the model over an info file's bins; the binary and its stand-in have the same options.
-# Takes the place of the subshell that it is called in, so that a signal to this one reaches the tool.
+# run_device DEVICE [INFO]: runs the model over an info file's bins, without one pure inference; the binary and its stand-in have
+# the same options. Takes the place of the subshell that it is called in, so that a signal to this one reaches the tool.
 run_device() {
     local command=("$benchmark")
     if [ "$backend" = onnxruntime ]; then
-        command=("$python" "$here/tools/benchmark.py")
+        command=("$python" "$here/tools/benchmark.py" ${provider:+"-provider=$provider"} ${tolerance:+"-tolerance=$tolerance"})
         [ ${#devices[@]} = 1 ] || command+=("-threads=$((threads > 0 ? threads : 1))")
         [ -z "$strict" ] || command+=(-strict)
     fi
-    exec "${command[@]}" -model_type=vision -batch_size="$batch" -device_id="$1" -om_path="$model" -input_width="$width" \
-        -input_height="$height" -input_text_path="$2" -useDvpp=false -output_binary=true
+    command+=(-batch_size="$batch" -device_id="$1" -om_path="$model")
+    [ $# = 2 ] || exec "${command[@]}" -round=20
+    exec "${command[@]}" -model_type=vision -input_width="$width" -input_height="$height" -input_text_path="$2" \
+        -useDvpp=false -output_binary=true
 }
 
-# run_devices: the same on all devices at the same time, each with its part of the images and an info file of its own
+# run_devices: the same on all devices, each with its part of the images and an info file of its own
 run_devices() {
-    local count=${#devices[@]} threads index device failed='' jobs=()
+    local count=${#devices[@]} threads index
     [ "$backend" != onnxruntime ] || threads=$(($(cores) / count))
     [ "$(wc -l <deepmar.info)" -ge "$count" ] || fail "$count devices, but fewer images in $work_dir/deepmar.info"
     for index in "${!devices[@]}"; do
-        device=${devices[index]}
         awk -v n="$count" -v k="$index" 'NR % n == (k + 1) % n { sub(/^[0-9]+/, i++ ""); print }' deepmar.info \
-            >"deepmar_device$device.info"
-        run_device "$device" "deepmar_device$device.info" >"$work_dir/logs/${backend}_bs${batch}_device$device.log" 2>&1 &
+            >"deepmar_device${devices[index]}.info"
+    done
+    on_devices "${backend}_bs$batch" run_part
+}
+run_part() { run_device "$1" "deepmar_device$1.info"; }
+
+# on_devices LOG COMMAND ...: runs COMMAND ... DEVICE on all devices at the same time, with logs/LOG_deviceD.log each
+on_devices() {
+    local log=$1 device failed='' jobs=()
+    shift
+    for device in "${devices[@]}"; do
+        "$@" "$device" >"$work_dir/logs/${log}_device$device.log" 2>&1 &
         jobs+=($!)
     done
-    for index in "${!devices[@]}"; do
-        wait "${jobs[index]}" || failed=$failed${failed:+ }${devices[index]}
+    for device in "${devices[@]}"; do
+        wait "${jobs[0]}" || failed=$failed${failed:+ }$device
+        jobs=("${jobs[@]:1}")
     done
-    [ -z "$failed" ] || broken "$backend failed on device $failed" "${backend}_bs${batch}_device${failed%% *}.log"
+    [ -z "$failed" ] || broken "$backend failed on device $failed" "${log}_device${failed%% *}.log"
+}
+
+# run_pure: pure inference, which has no images; on all devices at the same time
+run_pure() {
+    local device left threads
+    say "pure inference"
+    [ "$backend" != onnxruntime ] || threads=$(($(cores) / ${#devices[@]}))
+    on_devices "pure_${backend}_bs$batch" pure_device
+    for device in "${devices[@]}"; do
+        left=$(find result -name "PureInfer_perf_of_*_in_device_$device.txt" -o -name "pure_device${device}_summary.json")
+        [ -n "$left" ] || broken "$backend left no rate of pure inference" "pure_${backend}_bs${batch}_device$device.log"
+        rm -rf "result/pure_device$device" # what the model makes of nothing
+    done
+}
+pure_device() {
+    [ "$backend" = ais_bench ] || run_device "$1"
+    exec "$requested" -m ais_bench --model "$model" --output result --output_dirname "pure_device$1" --outfmt BIN \
+        --batchsize "$batch" --device "$1" --loop 20
 }
 
 # check_ais_bench: where ais_bench is to run, stops if it does not start, or would refuse what is there. Sets ais_bench_help.

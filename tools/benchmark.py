@@ -10,17 +10,21 @@ result/PureInfer_perf_of_<model>_in_device_<ID>.txt. Reading, inference and writ
 replaced as a whole, so it never holds those of an earlier run.
 """
 import argparse
+import json
 import os
 import re
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
 from common import Inline, can_start, command, cores, importing, pixels, progress, replaced_folder, some, write_text
 from get_info import kind
-from session import (NEEDS, Clock, calls_at_once, check_shape, empty_batch, input_size, interruptible, open_session,
-                     provider_note, run, takes_uint8)
+from providers import CPU, NEEDS, PROVIDERS, SHARED, available, import_onnxruntime, provider_note
+from rates import latency_lines, perf_lines, pure_line, summary
+from session import (CALLS_MB, TOLERANCE, Clock, calls_at_once, check_precision, check_shape, empty_batch, input_size,
+                     interruptible, measure, open_session, read_batch, run, takes_uint8)
 
 with importing():
     import numpy as np
@@ -62,59 +66,111 @@ def read_info(path, height, width, uint8=False):
     return bins
 
 
-def perf_lines(clocks, images):
-    """The perf file of the benchmark binary: rates in samples per second, e2e latency in ms, others in ms per sample."""
-    rate = {name: images / clock.seconds for name, clock in clocks.items()}
-    return ["[e2e] throughputRate: %.6g, latency: %.6g" % (rate["e2e"], 1000 * clocks["e2e"].seconds),
-            "[data read] throughputRate: %.6g, moduleLatency: %.6g" % (rate["data read"], 1000 / rate["data read"]),
-            "[preprocess] throughputRate: %.6g, moduleLatency: %.6g" % (rate["preprocess"], 1000 / rate["preprocess"]),
-            "[infer] throughputRate: %.6g, Interface throughputRate: %.6g, moduleLatency: %.6g"
-            % (rate["infer"], rate["interface"], 1000 / rate["infer"]),
-            "[post] throughputRate: %.6g, moduleLatency: %.6g" % (rate["post"], 1000 / rate["post"])]
-
-
-def vision(session, calls, args):
-    """Runs the model over the info file's bins; returns what to print."""
-    bins = read_info(args.input_text_path, args.input_height, args.input_width, takes_uint8(session))
+def vision(session, bins, calls, args):
+    """Runs the model over the bins; returns what to print."""
     folder = os.path.join("result", "dumpOutput_device%d" % args.device_id)
     with replaced_folder(folder) as partial, progress(len(bins), "image") as bar:
-        clocks = run(session, bins, args.batch_size, args.input_height, args.input_width, partial, bar.update,
-                     calls)
+        clocks, seconds = run(session, bins, args.batch_size, args.input_height, args.input_width, partial, bar.update, calls)
     lines = perf_lines(clocks, len(bins))
     write_text("result/perf_vision_batchsize_%d_device_%d.txt" % (args.batch_size, args.device_id),
                "\n".join(lines) + "\n")
-    return lines + ["[INFO] %d results in %s" % (len(bins), folder)]
+    write_summary(folder + "_summary.json", session, seconds, len(bins) / clocks["interface"].seconds)
+    return lines + latency_lines(seconds, args.batch_size) + ["[INFO] %d results in %s" % (len(bins), folder)]
 
 
-def pure_inference(session, calls, args):
-    """Runs the model on random input; returns what to print."""
-    batch, random = empty_batch(session, args.batch_size, *input_size(session)[1:]), np.random.RandomState(0)
-    batch[...] = random.randint(0, 256, batch.shape) if takes_uint8(session) else random.standard_normal(batch.shape)
+def pure_inference(session, batch, calls, args):
+    """Runs the model on the same batch again and again; returns what to print."""
     feed = {session.get_inputs()[0].name: batch}
-    clock = Clock()
+    clock, seconds = Clock(), []
 
     def infer(_):
+        start = time.perf_counter()
         with clock:
             session.run(None, feed, options)
+        seconds.append(time.perf_counter() - start)
 
     pool = ThreadPoolExecutor if can_start(calls + 1) else Inline
     with interruptible() as options, progress(args.round, "round") as bar, pool(calls) as runner:
-        session.run(None, feed, options)
+        list(runner.map(lambda _: session.run(None, feed, options), range(calls)))  # these also allocate memory
         for _ in runner.map(infer, range(args.round)):
             bar.update()
-    images = args.round * args.batch_size
-    line = "ave_throughputRate = %.6gsamples/s, ave_latency = %.6gms" % (images / clock.seconds,
-                                                                        1000 * clock.seconds / images)
+    line = pure_line(args.round * len(batch), clock.seconds)
     model = os.path.splitext(os.path.basename(args.om_path))[0]
     path = "./result/PureInfer_perf_of_%s_in_device_%d.txt" % (model, args.device_id)
     os.makedirs("result", exist_ok=True)
     write_text(path, line + "\n")
-    return ["[INFO] PureInfer result saved in %s" % path, line]
+    write_summary(path[:-len(".txt")] + "_summary.json", session, seconds, args.round * len(batch) / clock.seconds)
+    return ["[INFO] PureInfer result saved in %s" % path, line] + latency_lines(seconds, len(batch))
+
+
+def write_summary(path, session, seconds, throughput):
+    copies = session.get_providers()[0] not in SHARED
+    write_text(path, json.dumps(summary(seconds, throughput, copies)))
+
+
+def first_batch(session, bins, size):
+    """A batch to try a provider on: the first bins, or random input where there are none."""
+    batch = empty_batch(session, *size)
+    if bins:
+        read_batch(bins, batch)
+    else:
+        random = np.random.RandomState(0)
+        batch[...] = random.randint(0, 256, batch.shape) if takes_uint8(session) else random.standard_normal(batch.shape)
+    return batch
+
+
+def opened(args, name, threads, calls):
+    """Returns (session, bins, a batch) on a provider, once all fits together and its logits are right; bins is None with -round.
+
+    Raises OSError or ValueError.
+    """
+    session, bins = open_session(args.om_path, args.device_id, threads, calls, name, exact=args.tolerance <= TOLERANCE), None
+    if args.round:
+        args.input_height, args.input_width = input_size(session)[1:]
+    size = args.batch_size, args.input_height, args.input_width
+    check_shape(session, args.om_path, *size)
+    if not args.round:
+        bins = read_info(args.input_text_path, args.input_height, args.input_width, takes_uint8(session))
+    batch = first_batch(session, bins, size)
+    check_precision(session, args.om_path, batch, args.tolerance)
+    return session, bins, batch
+
+
+def fastest(args, threads, calls):
+    """Returns what opened() does, on the provider that runs most images in a second of those that compute right."""
+    rates = {}
+    for name in available():
+        try:
+            session, _, batch = opened(args, name, threads, calls)
+        except ValueError as error:
+            if name == CPU:
+                raise
+            print("[WARN] %s is left out: %s" % (name, error))
+            continue
+        rates[name] = measure(session, batch, calls)
+    name = max(rates, key=rates.get)
+    print("[INFO] measured: %s; %s is taken" % (", ".join("%s %.4g images/s" % item for item in rates.items()), name))
+    return opened(args, name, threads, calls)
+
+
+def count_images(args):
+    """The number of images to come, before the info file is looked at closely."""
+    if args.round:
+        return args.round * args.batch_size
+    with open(args.input_text_path, "rb") as f:
+        return max(1, sum(1 for _ in f))
 
 
 def positive(text):
     value = int(text)
     if value < 1:
+        raise ValueError
+    return value
+
+
+def part(text):
+    value = float(text)
+    if not 0 <= value < 1:
         raise ValueError
     return value
 
@@ -136,8 +192,14 @@ def main(argv=None):
     option("useDvpp", choices=["false"], default="false", help="images are decoded by stage 4 (default: false)")
     option("output_binary", choices=["true"], default="true", help="results are .bin files (default: true)")
     option("round", type=positive, help="pure inference on random input, so many times")
-    option("threads", type=positive, help="threads of the CPU provider; at batch size 1 each has an image of its own "
-                                          "(default: one a core)")
+    option("threads", type=positive, help="threads of the CPU (default: one a core)")
+    option("calls", type=positive, help="batches in the model at a time, on the CPU (default: one a thread, as far as they take "
+                                        "no more than %d MB and no thread is left without work at the end)" % CALLS_MB)
+    option("provider", help="the execution provider of ONNX Runtime, such as OpenVINOExecutionProvider; measure tries each for a "
+                            "second and takes the fastest (default: the first of %s that there is)" % ", ".join(PROVIDERS))
+    option("tolerance", type=part, default=TOLERANCE, metavar="PART",
+           help="what the logits of a provider may differ from the CPU's, as a part of the largest; above the default, "
+                "OpenVINO may compute in bfloat16 (default: %g)" % TOLERANCE)
     option("strict", action="store_true", help="an error where ONNX Runtime has a card's provider that does not load")
     args = parser.parse_args(argv)
     if (args.input_text_path is None) == (args.round is None):
@@ -148,22 +210,24 @@ def main(argv=None):
         parser.error("-om_path: %s is an OM, which only the card runs; give the ONNX model" % args.om_path)
 
     threads = args.threads or cores()
-    calls = calls_at_once(args.batch_size, threads)
-    session = open_session(args.om_path, args.device_id, threads // calls)
-    check_shape(session, args.om_path, args.batch_size, args.input_height, args.input_width)
-    import onnxruntime
+    calls = args.calls or calls_at_once(threads, count_images(args), args.batch_size, args.input_height, args.input_width)
+    session, bins, batch = (fastest(args, threads, calls) if args.provider == "measure" else
+                            opened(args, args.provider, threads, calls))
+    onnxruntime = import_onnxruntime()
     provider = session.get_providers()[0]
-    note = provider_note(session, onnxruntime.get_available_providers())
+    note = "" if args.provider else provider_note(session, onnxruntime.get_available_providers())
     if note:
         remedy = NEEDS[note.split()[0]]
         if args.strict:
             raise ValueError("%s; %s" % (note, remedy))
         print("[WARN] %s, so the CPU runs the model; %s" % (note, remedy))
-    print("[INFO] ONNX Runtime %s, %s%s, %s" % (onnxruntime.__version__, provider, " (%s)" % note if note else "", args.om_path),
-          flush=True)
-    if provider != "CPUExecutionProvider":  # a device takes one call at a time
+    print("[INFO] ONNX Runtime %s, %s%s, %s" % (onnxruntime.__version__, provider, " (%s)" % note if note else "", args.om_path))
+    if provider not in SHARED:
         calls = 1
-    for line in (vision if args.round is None else pure_inference)(session, calls, args):
+    else:
+        print("[INFO] %d thread%s, %d call%s at a time" % (threads, "s" * (threads > 1), calls, "s" * (calls > 1)))
+    sys.stdout.flush()
+    for line in vision(session, bins, calls, args) if bins else pure_inference(session, batch, calls, args):
         print(line)
 
 

@@ -52,7 +52,7 @@ print(json.dumps([list(sys.version_info[:3]), missing, numpy]))
 PROVIDER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from session import import_onnxruntime, provider_note, providers
+from providers import default, import_onnxruntime, provider_note
 try:
     onnxruntime = import_onnxruntime()
 except ImportError as error:
@@ -61,7 +61,7 @@ else:
     # a model of one Relu
     model = bytes.fromhex("08063a330a0c0a0178120179220452656c751201675a0f0a0178120a0a08080112040a0208"
                           "01620f0a0179120a0a08080112040a0208014202100b")
-    session = onnxruntime.InferenceSession(model, providers=providers())
+    session = onnxruntime.InferenceSession(model, providers=default())
     note = provider_note(session, onnxruntime.get_available_providers())
     print(json.dumps([onnxruntime.__version__, session.get_providers()[0], note]))
 """

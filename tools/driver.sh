@@ -4,7 +4,7 @@
 set -euo pipefail
 
 names="checkpoint images image_list label_file attributes thresholds published_acc size aipp last_conv_stride state_dict
-chip_name backend batch_size device_id work_dir sample_size python set_env chips strict stage stop_stage check json"
+chip_name backend provider tolerance pure batch_size device_id work_dir sample_size python set_env chips strict stage stop_stage check json"
 
 say() { printf '[run_all] %s\n' "$*"; }
 fail() { printf 'run_all.sh: error: %s\n' "$*" >&2; exit 1; }
@@ -85,7 +85,7 @@ check_options() {
     numbers size '[1-9][0-9]{0,4}' "height and width in pixels, such as 224 224" twice
     [[ $size == *\ * && $size != *\ *\ * ]] || usage "size must be height and width in pixels, such as 224 224, not '$size'"
     height=${size% *} width=${size#* }
-    [[ $aipp =~ ^(yes|no)$ ]] || usage "aipp must be yes or no, not '$aipp'"
+    for name in aipp pure; do [[ ${!name} =~ ^(yes|no)$ ]] || usage "$name must be yes or no, not '${!name}'"; done
     uint8=()
     [ "$aipp" = no ] || uint8=(--uint8)
     [[ $last_conv_stride =~ ^[12]$ ]] || usage "last_conv_stride must be 1 or 2, not '$last_conv_stride'"
@@ -99,6 +99,7 @@ check_options() {
     [[ $chip_name =~ ^((Ascend)?[0-9]+[A-Za-z0-9_-]*)?$ ]] || usage "chip_name must be as in Ascend310 or 310P3, not '$chip_name'"
     [[ $published_acc =~ ^(100(\.0*)?|[0-9]{1,2}(\.[0-9]*)?|\.[0-9]+)?$ ]] ||
         usage "published_acc must be a number such as 0.789 or 78.9, not '$published_acc'"
+    [[ $tolerance =~ ^(0?\.[0-9]+|[0-9]e-[0-9]+)?$ ]] || usage "tolerance must be a part such as 0.01, not '$tolerance'"
     case $backend in auto | benchmark | ais_bench | onnxruntime) ;; *)
         usage "backend must be auto, benchmark, ais_bench or onnxruntime, not '$backend'" ;;
     esac

@@ -29,7 +29,7 @@ from postprocess_deepmar_pytorch import (MAX_DROP, PROBABILITIES, assumed, attri
                                          logits_from, look_like_probabilities, probabilities, read_labels, read_logits,
                                          read_thresholds)
 from preprocess_deepmar_pytorch import MAX_PIXELS, find_images, read_list
-from table import COLUMNS, read_rates
+from rates import COLUMNS, figure, read_perf
 
 with importing():
     import numpy as np
@@ -41,7 +41,9 @@ THUMB = (128, 256)  # width and height of a picture at most, in pixels; PETA's i
 WEAKEST = 5        # attributes to mark
 KINDS = [("missed", "○", "Missed"), ("wrong", "✗", "Wrongly said"), ("right", "✓", "Right")]
 METRICS = ["instance_acc", "instance_precision", "instance_recall", "instance_F1", "mA"]
-RATES = [name for name in COLUMNS if name.endswith("images_per_s")]
+SPEEDS = [name for name in COLUMNS if name.endswith(("images_per_s", "_ms"))]
+CHARTS = [([("e2e_images_per_s", "end to end"), ("interface_images_per_s", "in the model (Interface)")], "images per second"),
+          ([("latency_p50_ms", "p50"), ("latency_p99_ms", "p99")], "milliseconds of a batch in the model")]
 UNKNOWN = "not recorded"
 
 # What is read from the two JSON files, as fits() takes it.
@@ -58,14 +60,6 @@ COMPARISON = {"a": str, "b": str, "images": int, "attributes": int, "max_differe
               "flipped_attributes": [{"name": str, "flips": int, "gained": int, "lost": int}],
               "worst_images": [{"name": str, "max_difference": NUMBER, "attribute": str, "flipped": [str]}]}
 CHANGE = {"a": MAYBE, "b": MAYBE, "change": MAYBE}
-
-
-def number(text):
-    """A rate or accuracy in a text file; raises ValueError."""
-    value = float(text)
-    if not 0 <= value < 1e15:
-        raise ValueError
-    return value
 
 
 def same(a, b):
@@ -107,9 +101,9 @@ def read_throughput(path, images, accuracy):
                 try:
                     if None in row or None in row.values() or not re.match(r"\d+( \d+)*$", row["devices"]):
                         raise ValueError
-                    row.update({name: number(row[name]) if row[name] else None for name in RATES},
+                    row.update({name: figure(row[name]) if row[name] else None for name in SPEEDS},
                                batch_size=int(row["batch_size"]), images=int(row["images"]),
-                               instance_acc=number(row["instance_acc"]))
+                               instance_acc=figure(row["instance_acc"]))
                 except ValueError:
                     raise ValueError("%s: line %d is not of the form %s; run_all.sh writes this file"
                                      % (path, reader.line_num, ",".join(COLUMNS)))
@@ -125,12 +119,12 @@ def read_throughput(path, images, accuracy):
     return sorted(rows, key=lambda row: (row["batch_size"], row["devices"]))
 
 
-def read_perf(paths):
+def read_perf_files(paths):
     """Returns the benchmark tool's perf files as rows like read_throughput()'s; raises OSError or ValueError."""
     rows = []
     for path in paths:
         name = re.match(r"perf_vision_batchsize_(\d+)_device_(\d+)\.txt$", os.path.basename(path))
-        e2e, interface = read_rates(path)
+        e2e, interface = read_perf(path)
         if not name:
             raise ValueError("%s: is no perf_vision_batchsize_<N>_device_<ID>.txt of the benchmark tool" % path)
         rows.append(dict(dict.fromkeys(COLUMNS), batch_size=int(name.group(1)), devices=name.group(2), backend=UNKNOWN,
@@ -156,9 +150,12 @@ def read_comparison(path, stems, attributes, accuracy):
     return report
 
 
-def chart(rows):
-    """Returns a bar chart of the rates over the batch sizes, as SVG for an HTML page; None where no rate is known."""
-    if not any(row["e2e_images_per_s"] or row["interface_images_per_s"] for row in rows):
+def chart(rows, series, unit):
+    """Returns a bar chart of two columns over the batch sizes, as SVG for an HTML page; None where no figure is known.
+
+    series: (column, label) twice.
+    """
+    if not any(row[column] for row in rows for column, _ in series):
         return None
     import logging
     import xml.etree.ElementTree as ElementTree
@@ -172,10 +169,9 @@ def chart(rows):
              "axes.spines.right": False, "axes.edgecolor": "#888", "xtick.color": "#888", "ytick.color": "#888",
              "grid.color": "#888", "grid.alpha": 0.35, "axes.axisbelow": True, "legend.frameon": False}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.6, 0.9 + 0.45 * len(rows)), facecolor="none")
-        axes = figure.add_subplot(facecolor="none")
-        for column, label, colour, shift in (("e2e_images_per_s", "end to end", "#2f74c0", -0.2),
-                                             ("interface_images_per_s", "in the model (Interface)", "#c77a0a", 0.2)):
+        canvas = Figure(figsize=(4.6, 0.9 + 0.45 * len(rows)), facecolor="none")
+        axes = canvas.add_subplot(facecolor="none")
+        for (column, label), colour, shift in zip(series, ("#2f74c0", "#c77a0a"), (-0.2, 0.2)):
             values = [(i + shift, row[column]) for i, row in enumerate(rows) if row[column] is not None]
             bars = axes.barh([place for place, _ in values], [value for _, value in values], 0.36, color=colour,
                              label=label)
@@ -186,11 +182,11 @@ def chart(rows):
         axes.set_ylim(len(rows) - 0.4, -0.6)  # the smallest batch on top
         axes.margins(x=0.1)
         axes.set_ylabel("batch size")
-        axes.set_xlabel("images per second")
+        axes.set_xlabel(unit)
         axes.grid(axis="x")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2)
         file = io.BytesIO()
-        figure.savefig(file, format="svg", bbox_inches="tight")
+        canvas.savefig(file, format="svg", bbox_inches="tight")
     for prefix, uri in (("", "http://www.w3.org/2000/svg"), ("xlink", "http://www.w3.org/1999/xlink")):
         ElementTree.register_namespace(prefix, uri)
     root = ElementTree.fromstring(file.getvalue())
@@ -199,7 +195,7 @@ def chart(rows):
     for name in ("width", "height"):
         del root.attrib[name]  # the page's style sets them
     root.attrib.update({"role": "img",
-                        "aria-label": "Bar chart of the throughput by batch size; the table below has its numbers"})
+                        "aria-label": "Bar chart of the %s by batch size; the table below has its numbers" % unit})
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
@@ -391,7 +387,7 @@ def page_values(args, names, fusion, speeds, comparison, cards):
         "run": [("Model", used("model")), ("Backend", used("backend")), ("Device", used("devices")),
                 ("Images scored", len(names))] + facts + [("Results", ", ".join(args.results)),
                 ("Scored", time.strftime("%Y-%m-%d %H:%M", time.localtime(os.path.getmtime(args.fusion))))],
-        "rows": speeds, "chart": chart(speeds), "attributes": by_accuracy, "comparison": comparison,
+        "rows": speeds, "charts": [chart(speeds, *what) for what in CHARTS], "attributes": by_accuracy, "comparison": comparison,
         "weakest": [row for row in by_accuracy if row["label_acc"] not in (None, 1)][:WEAKEST],
         "names_assumed": fusion.get("names_assumed", False), "look": fusion["look"], "cards": cards, "kinds": KINDS}
 
@@ -399,7 +395,7 @@ def page_values(args, names, fusion, speeds, comparison, cards):
 def main(argv=None):
     args = parse(argv)
     names, logits, limits, true, fusion = read_run(args)
-    speeds = read_perf(args.perf)
+    speeds = read_perf_files(args.perf)
     if args.throughput is not None:
         speeds = read_throughput(args.throughput, len(names), fusion["instance_acc"])
     comparison = None

@@ -1,7 +1,6 @@
 """The ONNX session behind stage 6 and the tools: which provider runs the model, and the pipeline from bins to results."""
 import collections
 import contextlib
-import io
 import os
 import signal
 import sys
@@ -11,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
+import providers
 from common import Inline, can_start, cores, importing, one_line, progress, some
 from postprocess_deepmar_pytorch import attributes_in, read_logits
 from preprocess_deepmar_pytorch import SIZE, fault
@@ -19,73 +19,54 @@ from remove_pad import load
 with importing():
     import numpy as np
 
-PROVIDERS = ["CANNExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]  # the best first
-NEEDS = {"CANNExecutionProvider": "source CANN's set_env.sh, and see that npu-smi info lists the card",
-         "CUDAExecutionProvider": "it needs a GPU with its driver, CUDA and cuDNN"}
+CALLS_MB = 2048  # memory that the calls under way may take together, in MB
+# The memory of a call, as a multiple of its float32 input: 8.6 MB an image of 0.6 MB, at batch sizes 8 to 64 on ONNX Runtime 1.32.
+ACTIVATIONS = 14.3
+TOLERANCE = 1e-3  # what the logits of a provider may differ from the CPU's by default, as a part of the largest
 AHEAD = 2    # batches that are read ahead of inference
 WRITE = 32   # results written at a time: where inference keeps every core busy, few wake-ups disturb it least
 
 
-def calls_at_once(batch_size, threads):
-    """How many calls of session.run() these threads serve best, an equal share each, on the CPU provider.
+def calls_at_once(threads, images, batch_size, height=SIZE, width=SIZE):
+    """How many calls of session.run() are under way at a time on the CPU.
 
-    Threads that share a single image wait for each other at each layer; with an image each they were 4 to 10 % faster on
-    two cores (tests/bench.py: stand-in, batch 1). With larger batches that made no difference, and takes more memory.
+    Threads that share a call wait for each other at each layer: where one loses its core to another process, all do. So
+    each thread has calls of its own, with two exceptions. All calls together take CALLS_MB at most, by what a call of this
+    network takes. And no thread may be without work for more than a tenth of the run, as where two share three batches.
     """
-    return threads if batch_size == 1 else 1
+    megabytes = batch_size * 3 * height * width * 4 * ACTIVATIONS / 1e6
+    batches = -(-images // batch_size)
+    calls = max(1, min(threads, batches, int(CALLS_MB / megabytes)))
+    while -(-batches // calls) * calls > 1.1 * batches:
+        calls -= 1
+    return calls
 
 
-def import_onnxruntime():
-    """Returns the module onnxruntime; raises ImportError, with the remedy where it was built for NumPy 1 and finds NumPy 2."""
-    said = io.StringIO()
-    try:
-        with importing(ends=False), contextlib.redirect_stderr(said):
-            import onnxruntime
-        return onnxruntime
-    except ImportError:
-        if "compiled using NumPy 1" in said.getvalue():  # at the head of NumPy's page about it, with a traceback
-            said = io.StringIO()
-            raise ImportError("the installed ONNX Runtime was built for NumPy 1 and cannot be imported with NumPy %s; run: "
-                              "%s -m pip install 'numpy<2'" % (np.__version__, sys.executable))
-        raise
-    finally:
-        sys.stderr.write(said.getvalue())
+def open_session(path, device_id=0, threads=None, calls=1, provider=None, exact=True):
+    """Returns an ONNX Runtime session of a DeepMAR model.
 
-
-def providers(device_id=0):
-    """The execution providers that this ONNX Runtime was built with, for a session to try: the best first, with their options."""
-    available = import_onnxruntime().get_available_providers()
-    return [(name, {} if name.startswith("CPU") else {"device_id": str(device_id)}) for name in PROVIDERS if name in available]
-
-
-def provider_note(session, available):
-    """Returns "CANNExecutionProvider did not load" where the CPU runs the model but ONNX Runtime was built for more; else ''."""
-    better = [name for name in PROVIDERS[:-1] if name in available]
-    return better[0] + " did not load" if better and session.get_providers()[0] == PROVIDERS[-1] else ""
-
-
-def open_session(path, device_id=0, threads=None, provider=None):
-    """Returns an ONNX Runtime session of a DeepMAR model on the best execution provider that this machine has.
-
-    threads: of a call, on the CPU provider; by default one a core that this process may use. provider: the one to take, by its
-    name. Raises OSError, or ValueError if the file is no such model: one input float32 [N,3,height,width], or uint8
-    [N,height,width,3] with AIPP, one output float32 [N,attributes].
+    threads: of the CPU, for all calls together (default: one a core that this process may use), of which so many are under
+    way at a time. provider: an execution provider's name; by default the best that this machine has. exact: see
+    providers.add(). Raises OSError, or ValueError if the provider does not load, or if the file is no such model: one input
+    float32 [N,3,height,width], or uint8 [N,height,width,3] with AIPP, one output float32 [N,attributes].
     """
-    onnxruntime = import_onnxruntime()
+    onnxruntime = providers.import_onnxruntime()
     load(path)  # for its checks: onnx's checker, and no weights outside of the file
     options = onnxruntime.SessionOptions()  # all else is best as it is (tests/bench.py: session options)
     # ONNX Runtime 1.10 alone would take half of the cores, and every version ignores taskset's choice of them.
     threads = threads or cores()
-    options.intra_op_num_threads = threads if can_start(threads) else 1
+    pool = max(1, threads - calls + 1)  # the calls' own threads work too
+    options.intra_op_num_threads = pool if can_start(pool) else 1
     options.log_severity_level = 3  # errors
+    names = providers.default(device_id) if provider is None else \
+        providers.add(options, provider, device_id, threads, calls, exact)
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=[
-            entry for entry in providers(device_id) if provider in (None, entry[0])] or ["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(path, options, providers=names)
     except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
-        raise ValueError("%s: ONNX Runtime %s cannot load it: %s"
-                         % (path, onnxruntime.__version__, one_line(error)))
+        raise ValueError("%s: ONNX Runtime %s cannot load it%s: %s" % (
+            path, onnxruntime.__version__, "" if provider is None else " with " + provider, one_line(error)))
     if provider not in (None, session.get_providers()[0]):
-        raise ValueError("%s did not load; %s" % (provider, NEEDS.get(provider, "its libraries may be missing")))
+        raise ValueError("%s did not load; %s" % (provider, providers.NEEDS.get(provider, "its libraries may be missing")))
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or len(outputs) != 1 or len(inputs[0].shape) != 4 or len(outputs[0].shape) != 2 \
             or inputs[0].type not in ("tensor(float)", "tensor(uint8)") or outputs[0].type != "tensor(float)":
@@ -93,6 +74,40 @@ def open_session(path, device_id=0, threads=None, provider=None):
                          "its inputs are %s, its outputs %s"
                          % (path, [(i.name, i.type, i.shape) for i in inputs], [(o.name, o.type, o.shape) for o in outputs]))
     return session
+
+
+def check_precision(session, path, batch, tolerance):
+    """Raises ValueError where a provider's logits of a batch differ from the CPU provider's by more than a part of the largest.
+
+    Some compute in bfloat16 or float16 without a word.
+    """
+    name = session.get_providers()[0]
+    if name == providers.CPU:
+        return
+    feed = {session.get_inputs()[0].name: batch}
+    theirs, = session.run(None, feed)
+    ours, = open_session(path, provider=providers.CPU).run(None, feed)
+    difference, largest = np.abs(theirs - ours).max(), np.abs(ours).max()
+    if not difference <= tolerance * largest:
+        raise ValueError("%s: with %s, logits of the first batch differ by up to %.3g from those of the CPU, which is %.2g of the "
+                         "largest, %.3g; up to %g is allowed. It may compute in float16 or bfloat16: where that is meant, give a "
+                         "-tolerance above %.2g; else another -provider"
+                         % (path, name, difference, difference / largest, largest, tolerance, difference / largest))
+
+
+def measure(session, batch, calls, seconds=1.0):
+    """Returns a session's images per second, on the same batch for so many seconds."""
+    feed = {session.get_inputs()[0].name: batch}
+    calls = calls if session.get_providers()[0] in providers.SHARED else 1
+    with ThreadPoolExecutor(calls) as runner:
+        def call_all():
+            list(runner.map(lambda _: session.run(None, feed), range(calls)))
+        call_all()  # this also allocates memory
+        count, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            call_all()
+            count += calls * len(batch)
+        return count / (time.perf_counter() - start)
 
 
 def takes_uint8(session):
@@ -169,25 +184,31 @@ def interruptible():
         os.close(receiver)
 
 
+def read_batch(bins, batch):
+    """Reads the first bins [(name, path)] into a batch, as many as it has room for; raises OSError or ValueError."""
+    for (_, path), row in zip(bins, batch):
+        with open(path, "rb", buffering=0) as f:
+            if f.readinto(row) != row.nbytes:
+                raise ValueError("%s: is shorter than %d bytes" % (path, row.nbytes))
+
+
 def run(session, bins, batch_size, height, width, folder, report, calls=1):
     """Runs the model over the bins [(name, path)] and writes folder/NAME_1.bin for each, float32 [attributes].
 
     The last batch is filled up with zeros for the model; their outputs are dropped. So many calls of session.run() are
-    under way at a time. Calls report(images) after every batch. Returns {module: Clock}. Raises ValueError for a bin that
-    has shrunk or holds NaN.
+    under way at a time. Calls report(images) after every batch. Returns {module: Clock} and the seconds of each call. Raises
+    ValueError for a bin that has shrunk or holds NaN.
     """
     clocks = {name: Clock() for name in ("e2e", "data read", "preprocess", "infer", "interface", "post")}
     input_name, output_name = session.get_inputs()[0].name, session.get_outputs()[0].name
     batches = [bins[i:i + batch_size] for i in range(0, len(bins), batch_size)]
     buffers = [empty_batch(session, batch_size, height, width) for _ in range(min(calls + AHEAD, len(batches)))]
+    seconds = []
 
     def read(index):
         batch, buffer = batches[index], buffers[index % len(buffers)]
         with clocks["data read"]:
-            for (_, path), row in zip(batch, buffer):
-                with open(path, "rb", buffering=0) as f:
-                    if f.readinto(row) != row.nbytes:
-                        raise ValueError("%s: is shorter than %d bytes" % (path, row.nbytes))
+            read_batch(batch, buffer)
         with clocks["preprocess"]:
             buffer[len(batch):] = 0
             faults = [fault(row) for row in buffer[:len(batch)]]
@@ -203,11 +224,18 @@ def run(session, bins, batch_size, height, width, folder, report, calls=1):
     def infer(index, reading):
         reading.result()
         with clocks["infer"], clocks["interface"]:
-            return session.run([output_name], {input_name: buffers[index % len(buffers)]}, options)[0]
+            return call(buffers[index % len(buffers)])
+
+    def call(batch):
+        start = time.perf_counter()
+        logits, = session.run([output_name], {input_name: batch}, options)
+        seconds.append(time.perf_counter() - start)
+        return logits
 
     pool = ThreadPoolExecutor if can_start(calls + 3) else Inline
     with interruptible() as options, pool(1) as reader, pool(1) as writer, pool(calls) as runner:
-        session.run([output_name], {input_name: buffers[0]}, options)  # the first run also allocates memory
+        list(runner.map(call, buffers[:calls]))  # the first calls also allocate memory
+        del seconds[:]
         with clocks["e2e"]:
             running = collections.deque()
 
@@ -228,7 +256,7 @@ def run(session, bins, batch_size, height, width, folder, report, calls=1):
                     writing, results = writer.submit(write, results), []
                 report(len(batch))
             writing.result()
-    return clocks
+    return clocks, seconds
 
 
 def compute(session, bins, finite=True):

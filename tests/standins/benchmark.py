@@ -13,11 +13,12 @@ for argument in sys.argv[1:]:
     if not name.startswith("-") or name.startswith("--") or name[1:] not in OPTIONS or not equals:
         die("[ERROR] unknown option %s" % argument)
     values[name[1:]] = value
-for name in ("model_type", "batch_size", "device_id", "om_path", "input_width", "input_height", "input_text_path",
-             "useDvpp", "output_binary"):
+pure = "round" in values
+for name in ["batch_size", "device_id", "om_path"] + (["round"] if pure else [
+        "model_type", "input_width", "input_height", "input_text_path", "useDvpp", "output_binary"]):
     if name not in values:
         die("[ERROR] -%s is missing" % name)
-if (values["model_type"], values["useDvpp"], values["output_binary"]) != ("vision", "false", "true"):
+if not pure and (values["model_type"], values["useDvpp"], values["output_binary"]) != ("vision", "false", "true"):
     die("[ERROR] wrong mode")
 if not values["om_path"].endswith(".om") or not os.path.isfile(values["om_path"]):
     die("[ERROR] Check the om path: %s" % values["om_path"])
@@ -25,8 +26,22 @@ batch_size, device = int(values["batch_size"]), int(values["device_id"])
 if device not in devices():
     die("[ERROR] aclrtSetDevice failed, device %d, errorCode 107001" % device)
 model = Model(values["om_path"])
-if model.batch_size != batch_size or model.shape[2:] != [int(values["input_height"]), int(values["input_width"])]:
+if model.batch_size != batch_size or not pure and model.shape[2:] != [int(values["input_height"]), int(values["input_width"])]:
     die("[ERROR] the model's input is %s" % model.shape)
+if pure:
+    started, rounds = time.time(), int(values["round"])
+    for _ in range(rounds):
+        model.run([])
+    seconds = time.time() - started
+    name = "./result/PureInfer_perf_of_%s_in_device_%d.txt" % (os.path.splitext(os.path.basename(values["om_path"]))[0], device)
+    os.makedirs("result", exist_ok=True)
+    line = "ave_throughputRate = %gsamples/s, ave_latency = %gms" % (rounds * batch_size / seconds,
+                                                                      1000 * seconds / rounds / batch_size)
+    if FAIL != "benchmark leaves no pure rate":
+        with open(name, "w") as f:
+            f.write(line + "\n")
+    print("[INFO] PureInfer result saved in %s" % name)
+    sys.exit()
 paths = []
 with open(values["input_text_path"]) as f:
     for index, line in enumerate(f):

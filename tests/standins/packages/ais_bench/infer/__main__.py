@@ -66,7 +66,7 @@ def device_list(value):
 
 parser = argparse.ArgumentParser("ais_bench", allow_abbrev=False)
 parser.add_argument("--model", required=True, type=path_type(ending=".om"))
-parser.add_argument("--input", required=True, type=path_type())
+parser.add_argument("--input", type=path_type())
 parser.add_argument("--output", type=path_type(writing=True))
 parser.add_argument("--output_dirname", type=path_type(writing=True))
 parser.add_argument("--outfmt", default="BIN", choices=["NPY", "BIN", "TXT"])
@@ -74,7 +74,8 @@ parser.add_argument("--batchsize", type=number(1, 4096 if YEAR >= 2025 else 1e9)
 parser.add_argument("--device", default=[0], type=device_list)
 if YEAR >= 2024:
     parser.add_argument("--divide_input", default=False, type=lambda value: value.lower() in ("yes", "true", "t", "y", "1"))
-for option in ("--loop", "--warmup_count", "--debug", "--dymBatch", "--display_all_summary"):
+parser.add_argument("--loop", default=1, type=number(1, 1e9))
+for option in ("--warmup_count", "--debug", "--dymBatch", "--display_all_summary"):
     parser.add_argument(option)
 
 
@@ -117,13 +118,16 @@ def run(device, paths, prefix):
     if not paths:
         logging.error("Invalid args.   of --input is invalid")
         raise RuntimeError
-    need, size = session.get_inputs()[0].realsize, os.path.getsize(paths[0])
-    if size == 0 or need % size:
-        logging.error("arg0 tensorsize: %d filesize: %d not match" % (need, size))
-        raise RuntimeError
+    need = size = session.get_inputs()[0].realsize
+    session.options().loop = args.loop
+    if args.input:
+        size = os.path.getsize(paths[0])
+        if size == 0 or need % size:
+            logging.error("arg0 tensorsize: %d filesize: %d not match" % (need, size))
+            raise RuntimeError
+        logging.info("get filesperbatch files0 size:%d tensor0size:%d filesperbatch:%d runcount:%d"
+                     % (size, need, need // size, -(-len(paths) // (need // size))))
     count = need // size
-    logging.info("get filesperbatch files0 size:%d tensor0size:%d filesperbatch:%d runcount:%d"
-                 % (size, need, count, -(-len(paths) // count)))
     if prefix:
         os.makedirs(prefix, 0o750, exist_ok=True)
         if YEAR == 2024:
@@ -131,12 +135,12 @@ def run(device, paths, prefix):
     files, names = {}, [meta.name for meta in session.get_outputs()]
     for start in range(0, len(paths), count):
         batch = paths[start:start + count]
-        data = [np.fromfile(path, np.int8) for path in batch]
+        data = [np.fromfile(path, np.int8) if args.input else np.zeros(need, np.int8) for path in batch]
         data = np.concatenate(data + data[:1] * (count - len(batch)))
         outputs = session.run(names, [aclruntime.BaseTensor(data.__array_interface__["data"][0], data.nbytes)])
         for position, path in enumerate(batch if prefix else []):
             name = os.path.join(prefix, os.path.basename(path).split(".")[0] + "_0.bin")
-            np.array(outputs[0])[position].tofile(name)
+            (np.array(outputs[0])[position] if args.input else np.array(outputs[0])).tofile(name)
             files[start + position] = {"infiles": [path], "outfiles": [name]}
     if FAIL == "ais_bench leaves fewer":
         os.remove(name)
@@ -165,11 +169,11 @@ if args.output_dirname and not args.output:
     raise RuntimeError("error bad parameters --output_dirname")
 if YEAR >= 2024 and (args.output_dirname or "").startswith("/"):
     raise ValueError("--output_dirname do not support abs path!")
-if FAIL == "ais_bench":
+if FAIL == "ais_bench" or FAIL == "ais_bench pure" and not args.input:
     raise RuntimeError("load model failed")
 prefix = os.path.join(args.output, args.output_dirname) if args.output else None
 if len(args.device) == 1:
-    paths = list_bins(args.input) if os.path.isdir(args.input) else [args.input]
+    paths = ["pure_infer_data"] if not args.input else list_bins(args.input) if os.path.isdir(args.input) else [args.input]
     run(args.device[0], paths, prefix)
     sys.exit()
 rates = []

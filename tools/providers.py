@@ -1,0 +1,92 @@
+"""The execution providers of ONNX Runtime: which of them this machine has, and what a session is given for each."""
+import contextlib
+import io
+import json
+import os
+import sys
+
+sys.path[:0] = [os.path.dirname(os.path.realpath(__file__))]
+from common import importing, one_line
+
+CPU, OPENVINO = "CPUExecutionProvider", "OpenVINOExecutionProvider"
+PROVIDERS = ["CANNExecutionProvider", "CUDAExecutionProvider", CPU]  # where none is asked for: the best first
+NEEDS = {"CANNExecutionProvider": "source CANN's set_env.sh, and see that npu-smi info lists the card",
+         "CUDAExecutionProvider": "it needs a GPU with its driver, CUDA and cuDNN"}
+SHARED = (CPU, OPENVINO)  # these compute in the machine's own memory, several calls at a time; a device takes one
+# These have devices with numbers. The others know no option device_id.
+NUMBERED = PROVIDERS[:2] + ["TensorrtExecutionProvider", "ROCMExecutionProvider", "MIGraphXExecutionProvider"]
+
+
+def import_onnxruntime():
+    """Returns the module onnxruntime; raises ImportError, with the remedy where it was built for NumPy 1 and finds NumPy 2."""
+    said = io.StringIO()
+    try:
+        with importing(ends=False), contextlib.redirect_stderr(said):
+            import onnxruntime
+        return onnxruntime
+    except ImportError:
+        if "compiled using NumPy 1" in said.getvalue():  # at the head of NumPy's page about it, with a traceback
+            import numpy
+            said = io.StringIO()
+            raise ImportError("the installed ONNX Runtime was built for NumPy 1 and cannot be imported with NumPy %s; run: "
+                              "%s -m pip install 'numpy<2'" % (numpy.__version__, sys.executable))
+        raise
+    finally:
+        sys.stderr.write(said.getvalue())
+
+
+def default(device_id=0):
+    """The providers that a session tries where none is asked for: those that this ONNX Runtime was built with."""
+    built = import_onnxruntime().get_available_providers()
+    return [(name, {} if name == CPU else {"device_id": str(device_id)}) for name in PROVIDERS if name in built]
+
+
+def provider_note(session, available):
+    """Returns "CANNExecutionProvider did not load" where the CPU runs the model but ONNX Runtime was built for more; else ''."""
+    better = [name for name in PROVIDERS[:-1] if name in available]
+    return better[0] + " did not load" if better and session.get_providers()[0] == CPU else ""
+
+
+def available():
+    """The names of the providers that this ONNX Runtime has, with the plug-in package onnxruntime-ep-openvino's.
+
+    Left out are Azure, which runs nothing here, and OpenVINO's names for a choice among its devices.
+    """
+    onnxruntime = import_onnxruntime()
+    names = onnxruntime.get_available_providers()
+    if OPENVINO not in names and hasattr(onnxruntime, "register_execution_provider_library"):
+        with contextlib.suppress(ImportError):
+            import onnxruntime_ep_openvino
+            try:
+                onnxruntime.register_execution_provider_library(OPENVINO, onnxruntime_ep_openvino.get_library_path())
+            except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+                raise ValueError("onnxruntime-ep-openvino does not fit ONNX Runtime %s: %s"
+                                 % (onnxruntime.__version__, one_line(error)))
+            names = onnxruntime.get_available_providers()
+    return [name for name in names if not name.startswith("Azure") and "." not in name]
+
+
+def add(options, name, device_id, threads, calls, exact):
+    """Sets a session's options for one provider; returns the providers to open it with, None where the options hold it.
+
+    threads: of all calls together, of which so many are under way at a time. exact: float32 throughout. Raises ValueError
+    for a provider that is not there.
+    """
+    if name not in available():
+        raise ValueError("this ONNX Runtime has no provider %s, but %s" % (name, ", ".join(available())))
+    if name == CPU:
+        return [CPU]
+    if name != OPENVINO:
+        return [(name, {"device_id": str(device_id)} if name in NUMBERED else {}), CPU]
+    # OpenVINO's own options for streams and threads (num_streams, num_of_threads) have no effect; its configuration has.
+    configuration = {"NUM_STREAMS": str(calls), "INFERENCE_NUM_THREADS": str(threads)}
+    if exact:  # else it computes in bfloat16 on a CPU that can
+        configuration["INFERENCE_PRECISION_HINT"] = "f32"
+    settings = {"load_config": json.dumps({"CPU": configuration})}
+    onnxruntime = import_onnxruntime()
+    devices = [device for device in getattr(onnxruntime, "get_ep_devices", list)()
+               if device.ep_name == OPENVINO and device.ep_metadata.get("ov_device") == "CPU"]
+    if not devices:  # it was built into this ONNX Runtime
+        return [(OPENVINO, dict(settings, device_type="CPU")), CPU]
+    options.add_provider_for_devices(devices, settings)
+    return None

@@ -35,6 +35,7 @@ from common import Silent, command, cores, importing, note, one_line, progress, 
 from gallery_shards import absolute, find_input, open_binary
 from gallery_worker import REMOTE_READERS, Worker, filesystem, is_local, part_name, versions, whole
 from postprocess_deepmar_pytorch import ASSUMED, PETA, attribute_names
+from providers import CPU, PROVIDERS
 from remove_pad import load
 from session import input_size, open_session, takes_uint8
 
@@ -45,7 +46,6 @@ MINUTE = 60       # seconds between two lines of progress, where there is no ter
 TRIES = 5         # of a shard whose worker is lost, or that cannot be read or written, which is no fault of an image
 MANIFEST, LIST = "_manifest.json", "_list.txt"
 RECORDED = ("ray", "pyarrow", "python")  # versions that may change between two runs, as no logit depends on them
-CPU, CUDA, CANN = "CPUExecutionProvider", "CUDAExecutionProvider", "CANNExecutionProvider"
 
 
 # --- the output folder ---------------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def main(argv=None):
     model, described, names, sigmoid = examine(args)
     output = absolute(args.output)
     found = find_input(args, "%s/%s" % (output, LIST))
-    provider = CANN if args.npus else CUDA if args.gpus else CPU
+    provider = PROVIDERS[0 if args.npus else 1 if args.gpus else 2]  # CANN, CUDA, the CPU
     manifest = {"model": described, "input": found.settings, "attributes": names, "provider": provider,
                 "values": "probabilities" if args.probabilities else "logits", "versions": dict(versions(), **recorded)}
     done = begin(output, manifest, found)

@@ -32,6 +32,8 @@ MAX_PIXELS = 64 * 1000 * 1000  # a larger image is no photograph of a pedestrian
 CHUNK = 64                   # images that a process is handed at a time, at most
 KILLED = "a worker process was killed; was the memory exhausted?"
 ORIENTATION = 274            # the EXIF tag; 1 is upright
+# The names of files that tools take for images, where they are given a folder.
+ENDINGS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def inside(name):
@@ -108,12 +110,12 @@ def another_form(folder, name, listings):
 
 
 def read_image(path, upright=False):
-    """Returns (an image file as a PIL image of mode RGB, its EXIF orientation, 1 to 8).
+    """Returns (an image file, by its path or open, as a PIL image of mode RGB, its EXIF orientation, 1 to 8).
 
     The orientation is ignored, as the guide's script ignores it, unless upright. Raises what Pillow raises, or ValueError.
     """
     from PIL import Image, ImageOps
-    if not os.path.isfile(path):
+    if not hasattr(path, "read") and not os.path.isfile(path):
         raise ValueError("not a regular file")  # reading a FIFO would wait for ever
     with Image.open(path) as image:
         if image.width * image.height > MAX_PIXELS:

@@ -30,13 +30,11 @@ sys.path[:0] = [HERE, os.path.dirname(HERE)]
 from common import command, importing, note, one_line, progress, some, stem, whole_file, write_text
 from postprocess_deepmar_pytorch import (ASSUMED, PETA, PROBABILITIES, attribute_names, logits_from,
                                          look_like_probabilities, probabilities, read_thresholds)
-from preprocess_deepmar_pytorch import preprocess, read_image
+from preprocess_deepmar_pytorch import ENDINGS, preprocess, read_image
 from session import empty_batch, input_size, open_session
 
 with importing():
     import numpy as np
-
-ENDINGS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # of a folder's images
 
 # The picture that --save draws, in pixels, and its colours.
 MARGIN, ROW, BAR, TEXT = 16, 19, 150, 14

@@ -1,0 +1,651 @@
+"""tools/gallery.py: the pipeline's logits, every kind of input, and each image once, whatever is killed on a real cluster.
+
+DEEPMAR_TEST_CAMPAIGN=1 adds a node that is cut off from the network and comes back, in network namespaces.
+"""
+import collections
+import io
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, check_error, namespaces, script
+from PIL import Image
+from test_predict import run_stage_6, write_bins, write_images, write_model
+
+import gallery
+import gallery_shards
+import gallery_worker
+import postprocess_deepmar_pytorch as post
+from session import open_session
+
+OLD = sys.version_info < gallery.PYTHON
+if not OLD:
+    import duckdb
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+TOOL = "tools/gallery.py"
+
+
+def test_a_python_that_ray_does_not_know(tmp_path):
+    if OLD:
+        check_error(script(TOOL, tmp_path, "--onnx", "m.onnx", "--output", tmp_path / "out"), "Ray needs Python 3.10 or later")
+
+
+# --- what the tests share --------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """images/ with 22 images, two of them damaged and some in a folder below; m.onnx of batch size 4; list.txt, a.tar, a.parquet."""
+    path = tmp_path_factory.mktemp("gallery")
+    write_images(path / "images", 15)
+    write_images(path / "images" / "b", 5)
+    (path / "images" / "b" / "empty.png").write_bytes(b"")
+    (path / "images" / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    write_model(path / "m.onnx", 4)
+    names = all_images(path / "images")
+    (path / "list.txt").write_text("".join(name + "\n" for name in names))
+    with tarfile.open(str(path / "a.tar"), "w") as tar:
+        for name in names:
+            tar.add(str(path / "images" / name), name)
+    table = pyarrow.table({"path": names, "bytes": [(path / "images" / name).read_bytes() for name in names]})
+    parquet.write_table(table, str(path / "a.parquet"), row_group_size=8)
+    return path
+
+
+def all_images(path):
+    return sorted(str(name.relative_to(path)) for name in path.rglob("*.*g"))
+
+
+def rows(output):
+    """{path: [(error, values) of each row]} of all parts."""
+    found = collections.defaultdict(list)
+    for part in sorted(output.glob("part-*.parquet")):
+        columns = parquet.read_table(str(part)).to_pydict()
+        names = [name for name in columns if name not in ("path", "error")]
+        for i, path in enumerate(columns["path"]):
+            values = [columns[name][i] for name in names]
+            assert (columns["error"][i] is None) == (None not in values) and (None in values) == (values == [None] * len(values))
+            found[path].append((columns["error"][i], np.array(values, np.float32)))
+    return dict(found)
+
+
+def check_once(output, names):
+    """Every image is in exactly one part, and nothing else is in the folder."""
+    found = rows(output)
+    assert sorted(found) == sorted(names) and all(len(entries) == 1 for entries in found.values())
+    assert not [name for name in os.listdir(str(output)) if not re.match(r"part-\d{6}\.parquet$|_manifest.json$|_list.txt$", name)]
+    return {path: entries[0] for path, entries in found.items()}
+
+
+def job(output, **more):
+    """What Worker() takes, for a model of 35 attributes."""
+    return dict({"output": str(output), "names": post.PETA, "sigmoid": False, "probabilities": False, "calls": 1, "readers": 2,
+                 "provider": gallery.CPU, "versions": gallery_worker.versions()}, **more)
+
+
+def worker(model, output, **more):
+    open_session(str(model))  # imports onnxruntime
+    started = gallery_worker.Worker(job(output, **more))
+    started.start(model.read_bytes())
+    return started
+
+
+def shards(*arguments):
+    """The shards of a command line."""
+    args = gallery.parse([str(argument) for argument in arguments] + ["--onnx", "m.onnx", "--output", "out"])
+    return gallery_shards.find_input(args, gallery_shards.absolute(args.input[0]))
+
+
+# --- a worker by itself -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("batch_size, size, uint8", [(1, (224, 224), False), (8, (128, 64), False), (8, (224, 224), True)])
+def test_the_logits_are_the_pipelines_to_the_bit(tmp_path, batch_size, size, uint8):
+    names = write_images(tmp_path / "images", 19)
+    model = write_model(tmp_path / "m.onnx", batch_size, size=size)
+    if uint8:
+        done = script("tools/rehearse.py", "aipp", model, tmp_path / "aipp.onnx")
+        assert done.returncode == 0, done.stderr
+        model = tmp_path / "aipp.onnx"
+        (tmp_path / "image.txt").write_text("\n".join(names))
+        script("preprocess_deepmar_pytorch.py", "images", "input_bin", "image.txt", "--uint8", cwd=tmp_path)
+        script("get_info.py", "input_bin", "deepmar.info", *size, cwd=tmp_path)
+    else:
+        write_bins(tmp_path, names, *size)
+    result = run_stage_6(tmp_path, model, batch_size, 0, *size)
+    (tmp_path / "out").mkdir()
+    started = worker(model, tmp_path / "out", calls=2)
+    found = shards(tmp_path / "image.txt", "--root", tmp_path / "images", "--shard-size", 10)
+    assert found.count == 2
+    for number in range(2):
+        assert started.work(number, found.describe(number)) == ([10, 9][number], 0, [])
+    for name, (error, values) in check_once(tmp_path / "out", names).items():
+        assert error is None and values.tobytes() == (result / (name[:-4] + "_1.bin")).read_bytes()
+
+
+def test_probabilities_and_models_that_end_in_a_sigmoid(folder, tmp_path):
+    found = shards(folder / "a.parquet")
+    results = {}
+    write_model(tmp_path / "s.onnx", 4, sigmoid=True)
+    for model in (folder / "m.onnx", tmp_path / "s.onnx"):
+        for wanted in (False, True):
+            sigmoid = model.name == "s.onnx"
+            started = worker(model, tmp_path, sigmoid=sigmoid, probabilities=wanted)
+            started.work(0, found.describe(0))
+            results[sigmoid, wanted] = np.array([values for entries in rows(tmp_path).values() for _, values in entries])
+    assert np.allclose(results[False, True], post.probabilities(results[False, False]), atol=1e-6, equal_nan=True)
+    assert np.array_equal(results[True, True], results[False, True], equal_nan=True) or np.allclose(
+        results[True, True], results[False, True], atol=1e-6, equal_nan=True)
+    assert np.nanmax(np.abs(results[True, False])) > 1 and np.nanmin(results[True, False]) < 0
+
+
+def test_two_workers_that_write_one_part_at_the_same_time(folder, tmp_path):
+    """As when a node that was cut off comes back. The part is whole at every moment."""
+    found = shards(folder / "a.parquet")
+    pair = [worker(folder / "m.onnx", tmp_path) for _ in range(2)]
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            for done in [pool.submit(one.work, 0, found.describe(0)) for one in pair]:
+                assert done.result()[0] == 8
+            assert [path.name for path in tmp_path.iterdir()] == ["part-000000.parquet"]
+            assert sum(map(len, rows(tmp_path).values())) == 8
+
+
+def test_lists_are_read_by_stage_4s_rules(folder, tmp_path):
+    """A byte order mark, CRLF, blank lines, no last newline; a name in another Unicode form; names that leave the root."""
+    root = tmp_path / "images"
+    root.mkdir()
+    for name in ("a.png", "cafe\u0301.png", "c d.png"):
+        Image.new("RGB", (9, 9)).save(str(root / name))
+    Image.new("RGB", (9, 9)).save(str(tmp_path / "secret.png"))
+    lines = ["\ufeffa.png", "", "  ", "caf\u00e9.png", " c d.png ", "../secret.png", str(tmp_path / "secret.png"), "a/../../secret.png",
+             "missing.png"]
+    (tmp_path / "list.txt").write_bytes("\r\n".join(lines).encode("utf-8"))
+    found = shards(tmp_path / "list.txt", "--root", root, "--shard-size", 4)
+    started = worker(folder / "m.onnx", tmp_path)
+    assert found.images == 9 and found.count == 3
+    counts = [started.work(number, found.describe(number))[:2] for number in range(3)]
+    assert counts == [(2, 0), (4, 3), (1, 1)]
+    errors = {path: entries[0][0] for path, entries in rows(tmp_path).items()}
+    assert [path for path, error in errors.items() if error is None] == ["a.png", "caf\u00e9.png", "c d.png"]
+    assert errors["missing.png"] == "no such file"
+    for path in lines[5:8]:
+        assert errors[path] == "not a file name inside the images' folder"
+
+
+def test_tars_from_anywhere(folder, tmp_path):
+    """Links, devices and names that climb are no way out; a tar that is cut off gives what is before the cut."""
+    def add(tar, name, kind=tarfile.REGTYPE, content=b"", **more):
+        member = tarfile.TarInfo(name)
+        member.type, member.size = kind, len(content)
+        for key, value in more.items():
+            setattr(member, key, value)
+        tar.addfile(member, io.BytesIO(content))
+
+    picture = (folder / "images" / "im0.png").read_bytes()
+    with tarfile.open(str(tmp_path / "x.tar"), "w") as tar:
+        add(tar, "a/1.png", content=picture)
+        add(tar, "a/1.json", content=b"{}")
+        add(tar, "a", tarfile.DIRTYPE)
+        add(tar, "link.png", tarfile.SYMTYPE, linkname="/etc/passwd")
+        add(tar, "hard.png", tarfile.LNKTYPE, linkname="a/1.png")
+        add(tar, "fifo.png", tarfile.FIFOTYPE)
+        add(tar, "../../up.png", content=picture)
+        add(tar, "/abs\udcff.png", content=picture)
+        add(tar, "2.png", content=picture * 20)
+    (tmp_path / "y.tar").write_bytes((tmp_path / "x.tar").read_bytes()[:-20 * len(picture)])
+    (tmp_path / "z.tar").write_bytes(b"no tar" * 1000)
+    found = shards(tmp_path / "*.tar")
+    started = worker(folder / "m.onnx", tmp_path)
+    assert found.count == 3 and [started.work(i, found.describe(i))[:2] for i in range(3)] == [(7, 3), (7, 4), (1, 1)]
+    names = {path[len(str(tmp_path)) + 1:]: entries[0][0] for path, entries in rows(tmp_path).items()}
+    assert [name for name, error in names.items() if error is None] == [
+        "x.tar/a/1.png", "x.tar/../../up.png", "x.tar//abs\\udcff.png", "x.tar/2.png",
+        "y.tar/a/1.png", "y.tar/../../up.png", "y.tar//abs\\udcff.png"]
+    assert "link" in names["x.tar/link.png"] and names["y.tar"] and names["z.tar"]
+
+
+def test_pictures_that_are_bombs_and_parquet_with_gaps(folder, tmp_path, monkeypatch):
+    bomb = io.BytesIO()
+    Image.new("1", (10000, 10000)).save(bomb, "PNG")
+    good = (folder / "images" / "im0.png").read_bytes()
+    parquet.write_table(pyarrow.table({"name": ["bomb", "none", None, "good"], "image": [
+        {"bytes": data} for data in (bomb.getvalue(), None, good, good)]}), str(tmp_path / "x.parquet"))
+    found = shards(tmp_path / "x.parquet", "--path-column", "name", "--bytes-column", "image.bytes")
+    assert worker(folder / "m.onnx", tmp_path).work(0, found.describe(0))[:2] == (4, 2)
+    errors = {path: entries[0][0] for path, entries in rows(tmp_path).items()}
+    assert "10000 x 10000 pixels are too many" in errors["bomb"] and errors["none"] == "no bytes"
+    assert [path for path, error in errors.items() if error is None] == [str(tmp_path / "x.parquet") + " row group 0 row 2", "good"]
+    with pytest.raises(ValueError, match="has the columns image.bytes, name, not path and bytes"):
+        shards(tmp_path / "x.parquet")
+
+
+def test_a_fault_that_is_not_the_images_is_no_row(folder, tmp_path, monkeypatch):
+    """Such as a network's: the shard is tried again."""
+    def broken(*_, **__):
+        raise OSError(5, "Input/output error")
+    monkeypatch.setattr(gallery_worker, "preprocess", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        worker(folder / "m.onnx", tmp_path).work(0, shards(folder / "a.parquet").describe(0))
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_machine_must_have_the_same_versions(folder, tmp_path):
+    with pytest.raises(ValueError, match="it has numpy .*, not 1.0"):
+        worker(folder / "m.onnx", tmp_path, versions=dict(gallery_worker.versions(), numpy="1.0"))
+
+
+def test_a_file_system_that_renames(folder, tmp_path):
+    """HDFS is opened by this class; a part appears by a rename, and replaces one that is there."""
+    import pyarrow.fs
+    from fsspec.implementations.arrow import ArrowFSWrapper
+    fs = ArrowFSWrapper(pyarrow.fs.LocalFileSystem())
+    for text in (b"first", b"second"):
+        (tmp_path / "new").write_bytes(text)
+        gallery_worker.put(str(tmp_path / "new"), fs, str(tmp_path / "part"))
+        assert (tmp_path / "part").read_bytes() == text and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_row_tells_of_a_minute(capsys, monkeypatch):
+    report = gallery.Report(1000, None)
+    now = time.monotonic()
+    report.start = now - 100
+    report.add(250, 3, [])
+    report.look()
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(gallery.time, "monotonic", lambda: now + gallery.MINUTE)
+    report.look()
+    assert capsys.readouterr().out == "250 of 1000 images, 3 errors, 1.6 images/s, 8 min left\n"
+    report.look()
+    assert capsys.readouterr().out == ""
+
+
+# --- the command, on this machine ----------------------------------------------------------------------------------------------
+
+def run(folder, *arguments, environment=None):
+    """Runs the tool in a folder; returns the finished process."""
+    process = start(folder, *arguments, environment=environment)
+    output, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def start(folder, *arguments, environment=None):
+    command = [sys.executable, os.path.join(ROOT, TOOL), "--onnx", "m.onnx"] + [str(argument) for argument in arguments]
+    return subprocess.Popen(command, cwd=str(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                            env=dict(os.environ, **(environment or {})))
+
+
+@pytest.fixture(scope="module")
+def first(folder):
+    """The output of a run over the folder of images, and the process."""
+    done = run(folder, "images", "--output", "out", "--shard-size", 5)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    return folder / "out", done
+
+
+def test_a_folder(folder, first):
+    output, done = first
+    assert done.stderr == "note: %s\n" % post.ASSUMED
+    lines = done.stdout.split("\n")
+    assert lines[0].startswith("out: 22 images in 5 parts, 2 images cannot be read; ")
+    assert re.match(r"\d+ workers on 1 nodes, 0 lost; 0 parts begun again$", lines[1]) and lines[2:] == [""]
+    found = check_once(output, all_images(folder / "images"))
+    assert sorted(path for path, (error, _) in found.items() if error) == ["b/empty.png", "cut.jpg"]
+    schema = parquet.read_schema(str(output / "part-000000.parquet"))
+    assert schema.names == ["path"] + list(post.PETA) + ["error"]
+    assert {str(schema.field(name).type) for name in post.PETA} == {"float"} and str(schema.field("path").type) == "string"
+    assert parquet.read_metadata(str(output / "part-000000.parquet")).row_group(0).column(0).compression == "ZSTD"
+    manifest = json.loads((output / "_manifest.json").read_text())
+    assert manifest["values"] == "logits" and manifest["attributes"] == list(post.PETA) and len(manifest["model"]["sha256"]) == 64
+    assert {"onnxruntime", "numpy", "Pillow", "ray", "pyarrow", "python"} == set(manifest["versions"])
+
+
+def test_the_readmes_query(folder, first, monkeypatch):
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        query = re.search(r'duckdb -c "(SELECT .*?)"', f.read(), re.DOTALL).group(1)
+    monkeypatch.chdir(folder)
+    os.path.exists("attributes") or os.symlink("out", "attributes")
+    said = {path for path, in duckdb.sql(query).fetchall()}
+    male, backpack = post.PETA.index("personalMale"), post.PETA.index("carryingBackpack")
+    expected = {path for path, (error, values) in check_once(first[0], all_images(folder / "images")).items()
+                if error is None and values[male] < 0 <= values[backpack]}
+    assert said == expected and 0 < len(said) < 20
+
+
+def test_goes_on(folder, first):
+    """A part that is lost is computed again, to the byte, and no other one; nothing to do needs no Ray."""
+    output, _ = first
+    done = run(folder, "images", "--output", "out", "--shard-size", 5, environment={"RAY_ADDRESS": "nowhere:1"})
+    assert done.returncode == 0 and done.stdout == "out: 5 of 5 parts are there already\n", done.stderr
+    lost = output / "part-000003.parquet"
+    before = lost.read_bytes()
+    times = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    lost.unlink()
+    done = run(folder, "images", "--output", "out", "--shard-size", 5)
+    assert done.stdout.startswith("out: 4 of 5 parts are there already\nout: 5 images in 1 parts, "), done.stderr
+    assert lost.read_bytes() == before
+    changed = {path.name for path in output.iterdir() if times.get(path.name) != path.stat().st_mtime_ns}
+    assert changed == {"part-000003.parquet"}
+
+
+def refusal(*arguments, output="out"):
+    """The error of a command line, told before Ray is started."""
+    with pytest.raises((OSError, ValueError)) as error:
+        gallery.main([str(argument) for argument in ("--onnx", "m.onnx", "--output", output) + arguments])
+    return str(error.value)
+
+
+def test_another_run_into_the_same_folder(folder, first, tmp_path, monkeypatch):
+    def refused(*arguments):
+        assert "out: was begun with something else: " in refusal(*arguments)
+        return refusal(*arguments)
+
+    monkeypatch.chdir(folder)
+
+    write_model(folder / "n.onnx", 4, bias=0.5)
+    assert "model.sha256: " in refused("images", "--shard-size", 5, "--onnx", "n.onnx")
+    assert "input.shard_size: 5 there, 6 now" in refused("images", "--shard-size", 6)
+    assert "input.kind: list there, tar now" in refused("a.tar")
+    assert "values: logits there, probabilities now" in refused("images", "--shard-size", 5, "--probabilities")
+    Image.new("RGB", (9, 9)).save(str(folder / "images" / "new.png"))
+    assert "input.sha256: " in refused("images", "--shard-size", 5)
+    os.remove(str(folder / "images" / "new.png"))
+    (tmp_path / "part-000000.parquet").write_bytes(b"")
+    assert "holds 1 parts but no _manifest.json" in refusal("images", output=tmp_path)
+
+
+def test_errors_before_work(folder, tmp_path, monkeypatch):
+    def refused(*arguments):
+        said = refusal(*arguments, output=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return said
+
+    monkeypatch.chdir(folder)
+    check_error(run(folder, "nowhere", "--output", tmp_path / "out"), "nowhere: no such file or folder")
+    check_error(run(folder, "images", "--output", tmp_path / "out", "--onnx", "m.om"), code=2)
+
+    assert "give --root" in refused("list.txt")
+    assert "--root is for a list file" in refused("images", "--root", "images")
+    assert "all in .parquet" in refused("a.tar", "a.parquet")
+    assert "none of its first 22 images is in" in refused("list.txt", "--root", "images/b/b")
+    (folder / "names.txt").write_text("\n".join(["Path"] + list(post.PETA)[1:]))
+    assert "cannot be columns beside path" in refused("images", "--attributes", "names.txt")
+    assert "cannot be opened" in refused("nonsense://bucket/list.txt", "--root", "images")
+    (tmp_path / "gbk.txt").write_bytes("\u884c\u4eba.png\n".encode("gbk"))
+    assert "is not UTF-8 text" in refused(tmp_path / "gbk.txt", "--root", "images")
+    (tmp_path / "zeros.txt").write_bytes(bytes(10 ** 6))
+    assert "is no list of file names" in refused(tmp_path / "zeros.txt", "--root", "images")
+
+
+def test_without_ray(folder, tmp_path):
+    (tmp_path / "ray.py").write_text("raise ImportError('No module named ray')")
+    done = run(folder, "images", "--output", tmp_path / "out", environment={"PYTHONPATH": str(tmp_path)})
+    check_error(done, "No module named ray; run: ", "-m pip install -r ", "tools/requirements-gallery.txt")
+    requirements = done.stderr.split(" -r ")[1].strip()
+    with open(requirements) as f:
+        assert "ray" in f.read()
+
+
+# --- on an S3 server -------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def s3(folder):
+    """A bucket with images/, list.txt, a.tar and a.parquet: (a client, the variables of the environment that lead to it)."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    environment = {"AWS_ENDPOINT_URL": "http://%s:%d" % server.get_host_and_port(), "AWS_ACCESS_KEY_ID": "a",
+                   "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"], aws_access_key_id="a", aws_secret_access_key="b",
+                          region_name="us-east-1")
+    client.create_bucket(Bucket="crops")
+    for name in ["images/" + name for name in all_images(folder / "images")] + ["list.txt", "a.tar", "a.parquet"]:
+        client.upload_file(str(folder / name), "crops", name)
+    yield client, environment
+    server.stop()
+
+
+def download(client, prefix, folder):
+    """Copies the objects of a prefix into a new folder."""
+    folder.mkdir()
+    for entry in client.list_objects_v2(Bucket="crops", Prefix=prefix)["Contents"]:
+        client.download_file("crops", entry["Key"], str(folder / entry["Key"].rpartition("/")[2]))
+    return folder
+
+
+@pytest.mark.parametrize("arguments, prefix", [
+    (["s3://crops/images"], ""), (["s3://crops/list.txt", "--root", "s3://crops/images"], ""),
+    (["s3://crops/*.tar"], "s3://crops/a.tar/"), (["s3://crops/a.parquet"], "")])
+def test_s3(folder, s3, first, tmp_path, arguments, prefix):
+    """The same values as from the disk, and the run goes on there."""
+    client, environment = s3
+    output = "s3://crops/out%d" % (abs(hash(tuple(arguments))) % 10 ** 9)
+    if arguments != ["s3://crops/images"]:  # start no Ray for each
+        started = worker(folder / "m.onnx", output)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            found = shards(*arguments, "--shard-size", 8)
+            for number in range(found.count):
+                started.work(number, found.describe(number))
+    else:
+        done = run(folder, *arguments, "--output", output, "--shard-size", 8, environment=environment)
+        assert done.returncode == 0 and "22 images in 3 parts, 2 images cannot be read" in done.stdout, (done.stdout, done.stderr)
+        done = run(folder, *arguments, "--output", output, "--shard-size", 8, environment=environment)
+        assert done.stdout.endswith(": 3 of 3 parts are there already\n"), done.stderr
+    expected = check_once(first[0], all_images(folder / "images"))
+    found = check_once(download(client, output[len("s3://crops/"):] + "/", tmp_path / "out"), [prefix + name for name in expected])
+    for name, (error, values) in expected.items():
+        assert (found[prefix + name][0] is None) == (error is None)
+        assert found[prefix + name][1].tobytes() == values.tobytes()
+
+
+# --- on a cluster: what is killed, and what joins ----------------------------------------------------------------------------
+
+CONFIG = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 3000,
+          "health_check_failure_threshold": 3}  # a node that does not answer is taken for lost after seconds, not half a minute
+SHARDS = 36
+
+
+class Cluster(object):
+    """A head without cores, and nodes of one core each, all on this machine."""
+
+    def __init__(self, folder):
+        from ray import cluster_utils
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        self.cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={
+            "num_cpus": 0, "include_dashboard": False, "temp_dir": folder, "_system_config": CONFIG})
+        self.address, self.nodes = self.cluster.address, []
+
+    def need(self, count):
+        """Sees to it that so many nodes are alive, no more and no fewer."""
+        while len(self.nodes) > count:
+            self.kill(self.nodes[-1])
+        while len(self.nodes) < count:
+            self.nodes.append(self.cluster.add_node(num_cpus=1))
+        self.wait()
+
+    def pids(self, node, name=""):
+        """The processes of a node whose titles begin with a name: the raylet and its children."""
+        raylet = node.all_processes["raylet"][0].process.pid
+        children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(raylet)], stdout=subprocess.PIPE,
+                                  universal_newlines=True).stdout
+        found = [line.split(None, 1) for line in children.strip().split("\n") if line]
+        return [int(pid) for pid, title in found if title.startswith(name)] + [raylet] * (name == "")
+
+    def kill(self, node, whole=True):
+        """Kills a node's raylet, and with it all other processes of the node if it is to be killed as a whole."""
+        pids = self.pids(node) if whole else self.pids(node)[-1:]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        self.nodes.remove(node)
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def wait(self):
+        """Waits until the head knows how many nodes there are."""
+        while sum(node["Alive"] for node in self.cluster.global_state.node_table()) != 1 + len(self.nodes):
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix="gallery", dir="/tmp", ignore_cleanup_errors=True) as short:  # sockets' names are short
+        found = Cluster(short)
+        yield found
+        found.cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def many(folder):
+    """many/ with the images of SHARDS shards, which take a while."""
+    return big_images(folder / "many", 10 * SHARDS)
+
+
+def big_images(folder, count):
+    """Writes big images, ten pictures under several names each; returns the names."""
+    random = np.random.RandomState(0)
+    folder.mkdir()
+    for i in range(count):
+        path = folder / ("%04d.png" % i)
+        if i < 10:
+            Image.fromarray(random.randint(0, 256, (800, 800, 3)).astype(np.uint8)).save(str(path))
+        else:
+            os.link(str(folder / ("%04d.png" % (i % 10))), str(path))
+    return all_images(folder)
+
+
+def start_many(cluster, folder, output):
+    return start(folder, "many", "--output", output, "--shard-size", 10, "--address", cluster.address)
+
+
+def wait_for(output, parts, process):
+    """Waits until so many parts are there; returns how many there are. The run must not have come to its end."""
+    def count():
+        return len(list(output.glob("part-*.parquet")))
+    while count() < parts:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    assert count() < SHARDS
+    return count()
+
+
+def finish(process, output, names, lost, again):
+    """Waits for the end; every image is there once, with the values that it has; lost workers and shards are as expected."""
+    said, errors = process.communicate()
+    assert process.returncode == 0 and "Traceback" not in errors, (said, errors)
+    assert [line for line in errors.split("\n") if line and not line.startswith("note: ")] == []
+    found = check_once(output, names)
+    for number, name in enumerate(sorted(names)):  # each tenth is the same picture
+        assert found[name][0] is None and found[name][1].tobytes() == found["%04d.png" % (number % 10)][1].tobytes()
+    workers, nodes, were_lost, begun_again = map(int, re.findall(r"\d+", said.strip().split("\n")[-1]))
+    print(said)
+    assert were_lost == lost and begun_again in again, said
+    return workers, nodes, said
+
+
+def test_a_node_and_the_raylet_of_another_one_are_killed(cluster, folder, many, tmp_path):
+    cluster.need(3)
+    process = start_many(cluster, folder, tmp_path / "out")
+    wait_for(tmp_path / "out", 6, process)
+    cluster.kill(cluster.nodes[-1])
+    cluster.kill(cluster.nodes[-1], whole=False)
+    assert wait_for(tmp_path / "out", 6, process) < SHARDS  # in the middle
+    assert finish(process, tmp_path / "out", many, lost=2, again=(0, 1, 2))[0] == 1
+
+
+def test_a_worker_is_killed_as_where_memory_is_short(cluster, folder, many, tmp_path):
+    cluster.need(2)
+    process = start_many(cluster, folder, tmp_path / "out")
+    wait_for(tmp_path / "out", 6, process)
+    pid, = cluster.pids(cluster.nodes[-1], "ray::Worker")
+    os.kill(pid, signal.SIGKILL)
+    assert finish(process, tmp_path / "out", many, lost=1, again=(0, 1))[0] == 2  # there is another one in its place
+
+
+def test_the_driver_is_killed_and_started_again(cluster, folder, many, tmp_path):
+    cluster.need(2)
+    process = start_many(cluster, folder, tmp_path / "out")
+    before = wait_for(tmp_path / "out", 6, process)
+    process.kill()
+    process.communicate()
+    again = start_many(cluster, folder, tmp_path / "out")
+    _, _, said = finish(again, tmp_path / "out", many, lost=0, again=(0,))
+    there = int(re.search(r"(\d+) of %d parts are there already" % SHARDS, said).group(1))
+    assert before <= there < SHARDS and "%d images in %d parts" % (10 * (SHARDS - there), SHARDS - there) in said
+
+
+def test_a_node_joins(cluster, folder, many, tmp_path):
+    cluster.need(1)
+    process = start_many(cluster, folder, tmp_path / "out")
+    wait_for(tmp_path / "out", 6, process)
+    cluster.need(2)
+    assert finish(process, tmp_path / "out", many, lost=0, again=(0,))[:2] == (2, 2)
+
+
+CUT_OFF = """
+set -e
+ip link set lo up
+unshare -n sleep 1000 & other=$!
+sleep 1
+ip link add here type veth peer name there
+ip link set there netns $other
+ip address add 10.9.0.1/24 dev here
+ip link set here up
+there() { nsenter -t $other -n "$@"; }
+there ip link set lo up
+there ip address add 10.9.0.2/24 dev there
+there ip link set there up
+ray() { "$PYTHON" -c 'from ray.scripts.scripts import main; main()' "$@" >>ray.log 2>&1; }
+ray start --head --node-ip-address=10.9.0.1 --port=6379 --num-cpus=1 --include-dashboard=false --temp-dir="$TEMPORARY" \\
+    --system-config="$CONFIG"
+join() { there "$PYTHON" -c 'from ray.scripts.scripts import main; main()' start --address=10.9.0.1:6379 \\
+    --node-ip-address=10.9.0.2 --num-cpus=1 >>ray.log 2>&1; }
+join
+"$PYTHON" "$TOOL" far --onnx m.onnx --output "$OUTPUT" --shard-size 10 --address 10.9.0.1:6379 & run=$!
+parts() { ls "$OUTPUT" 2>/dev/null | grep -c ^part || true; }
+while [ "$(parts)" -lt 10 ]; do kill -0 $run; sleep 0.1; done
+ip link set here down
+sleep 20
+echo "$(parts) parts after 20 s"
+ip link set here up
+sleep 5
+join
+wait $run
+"""
+
+
+@pytest.mark.skipif(not os.environ.get("DEEPMAR_TEST_CAMPAIGN"), reason="takes a minute: set DEEPMAR_TEST_CAMPAIGN=1")
+def test_a_node_is_cut_off_and_comes_back(folder, tmp_path):
+    """In network namespaces. It goes on with its shard, which another worker computes, too."""
+    import tempfile
+    names = big_images(folder / "far", 2000)
+    with tempfile.TemporaryDirectory(prefix="gallery", dir="/tmp", ignore_cleanup_errors=True) as short:
+        done = subprocess.run(
+            namespaces("--net", "--pid", "--fork", "--mount-proc", "--kill-child") + ["bash", "-c", CUT_OFF], cwd=str(folder),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+            env=dict(os.environ, PYTHON=sys.executable, TOOL=os.path.join(ROOT, TOOL), OUTPUT=str(tmp_path / "out"),
+                     TEMPORARY=short, CONFIG=json.dumps(CONFIG), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32)))
+        with open(str(folder / "ray.log")) as f:
+            said = f.read()
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0, (done.stdout, done.stderr, said)
+    assert int(re.search(r"(\d+) parts after", done.stdout).group(1)) < 200  # it came back in the middle
+    check_once(tmp_path / "out", names)
+    workers, nodes, lost, again = map(int, re.findall(r"\d+", done.stdout.strip().split("\n")[-1]))
+    assert (workers, nodes, lost, again) == (2, 3, 1, 1)
+
+
+if OLD:  # Ray knows no such Python: only what the script then says is tested
+    for test in [name for name in globals() if name.startswith("test_") and name != "test_a_python_that_ray_does_not_know"]:
+        del globals()[test]

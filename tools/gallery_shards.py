@@ -1,0 +1,164 @@
+"""The images that tools/gallery.py is given, as shards: descriptions of a few words, from which a worker reads about 1000 images.
+
+The same input always gives the same shards. The driver holds no names of images: a list file is read once, from end to end.
+"""
+import array
+import collections
+import hashlib
+import io
+import itertools
+import os
+import re
+import sys
+import tempfile
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+from common import note, one_line, some
+from gallery_worker import filesystem, is_image, is_local
+from preprocess_deepmar_pytorch import ENDINGS, inside
+
+MAX_LINE = 10000  # bytes; a list's longer lines are no names
+# settings: what the manifest says of the input. images: how many, None where only the workers will know. describe: a function of
+# a shard's number, count: of shards. list: the open list file of stretches, else None.
+Input = collections.namedtuple("Input", "settings images describe count list")
+
+
+def absolute(url):
+    return os.path.abspath(url) if is_local(url) else url.rstrip("/")
+
+
+def open_binary(url):
+    """A file on any file system, open for reading; raises OSError or ValueError."""
+    fs, path = filesystem(url)
+    return open(path, "rb") if is_local(url) else io.BufferedReader(fs.open(path, "rb"), 2 ** 20)
+
+
+def find_input(args, copy):
+    """Returns the Input of the command line; raises OSError or ValueError.
+
+    copy: where the workers will find the list file of it, if it has one.
+    """
+    files = [name for pattern in args.input for name in matching(absolute(pattern))]
+    kinds = {"parquet" if name.endswith(".parquet") else "tar" if re.search(r"\.(tar|tar\.gz|tgz)$", name) else None
+             for name in files}
+    if kinds in ({"tar"}, {"parquet"}) and args.root is None:
+        return tars(files) if kinds == {"tar"} else row_groups(files, args.path_column, args.bytes_column)
+    if len(files) != 1 or kinds != {None}:
+        raise ValueError("%s: give a folder, or a list file with --root, or files that all end in .tar or all in .parquet"
+                         % some(args.input))
+    fs, path = filesystem(files[0])
+    if not fs.isdir(path):
+        if args.root is None:
+            raise ValueError("%s: is taken for a list file; give --root, the folder of its images" % files[0])
+        return stretches(open_binary(files[0]), files[0], absolute(args.root), args.shard_size, copy)
+    if args.root is not None:
+        raise ValueError("%s: is a folder; --root is for a list file" % files[0])
+    names = tempfile.TemporaryFile()
+    listing(files[0], names)
+    return stretches(names, files[0], files[0], args.shard_size, copy)
+
+
+def matching(pattern):
+    """The files that a path with *, ? or [ fits, in order; raises FileNotFoundError for none."""
+    fs, path = filesystem(pattern)
+    found = [path] if fs.exists(path) else sorted(fs.glob(path)) if re.search(r"[*?\[]", path) else []
+    if not found:
+        raise FileNotFoundError("%s: no such file or folder" % pattern)
+    scheme = "" if is_local(pattern) else pattern.partition("://")[0] + "://"
+    return [scheme + name.lstrip("/" if scheme else "") for name in found]
+
+
+def listing(folder, file):
+    """Writes the names of all images in a folder and below it into a file, one a line, always in the same order."""
+    def raise_(error):
+        raise error
+
+    fs, path = filesystem(folder)
+    others, bad, found = 0, [], 0
+    for parent, folders, files in os.walk(path, onerror=raise_) if is_local(folder) else fs.walk(path):
+        folders.sort()
+        below = parent[len(path.rstrip("/")):].strip("/")
+        names = [below + "/" * bool(below) + name for name in sorted(filter(is_image, files))]
+        found, others = found + len(names), others + len(files) - len(names)
+        bad += [name for name in names if not inside(name) or name != name.strip() or re.search("[\ud800-\udfff]", name)]
+        file.write("".join(name + "\n" for name in names).encode("utf-8", "replace"))
+    if not found:
+        raise ValueError("%s: holds no image file (%s)" % (folder, " ".join(ENDINGS)))
+    if bad:
+        raise ValueError("%s: the names of %d of its images are not UTF-8, or hold control characters, or begin or end with a "
+                         "space: %s; rename them (convmv -f GBK -t UTF-8)" % (folder, len(bad), some(map(ascii, bad))))
+    if others:
+        note("%s: %d files are left out, as their names do not end as those of images" % (folder, others))
+
+
+def stretches(file, source, root, size, copy):
+    """The Input of a list file, by stretches of so many lines. One pass, and 8 bytes a stretch, however long the list is."""
+    ends, images, digest = array.array("Q"), 0, hashlib.sha256()
+    file.seek(0)
+    while True:
+        lines = list(itertools.islice(iter(lambda: file.readline(MAX_LINE), b""), size))
+        if not lines:
+            break
+        content = b"".join(lines)
+        try:
+            content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError("%s: is not UTF-8 text (byte %d); convert it: iconv -f GBK -t UTF-8"
+                             % (source, (ends[-1] if ends else 0) + error.start))
+        if max(map(len, lines)) == MAX_LINE:
+            raise ValueError("%s: is no list of file names: line %d or a later one has %d bytes or more"
+                             % (source, images + 1, MAX_LINE))
+        if not ends:
+            check_root(source, root, content.decode("utf-8-sig").split("\n"))
+        digest.update(content)
+        images += len(lines)
+        ends.append(len(content) + (ends[-1] if ends else 0))
+    if not images:
+        raise ValueError("%s: names no image; it needs one file name a line" % source)
+    return Input({"kind": "list", "root": root, "sha256": digest.hexdigest(), "shards": len(ends), "shard_size": size}, images,
+                 lambda i: {"list": copy, "start": ends[i - 1] if i else 0, "end": ends[i], "root": root}, len(ends), file)
+
+
+def check_root(source, root, lines):
+    """Raises ValueError where none of a list's first images is there: then the root is a wrong one."""
+    fs, path = filesystem(root)
+    names = [line.strip() for line in lines if line.strip()]
+    if names and all(name.isascii() and not fs.exists("%s/%s" % (path.rstrip("/"), name)) for name in filter(inside, names)):
+        raise ValueError("%s: none of its first %d images is in %s: %s" % (source, len(names), root, some(names, 3)))
+
+
+def of_files(kind, lines, shards, images):
+    """The Input of tars or Parquet files, known by their names and sizes."""
+    digest = hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+    return Input({"kind": kind, "sha256": digest, "shards": len(shards)}, images, shards.__getitem__, len(shards), None)
+
+
+def tars(files):
+    """The Input of tars, one a shard."""
+    lines = ["%s %d\n" % (name, filesystem(name)[0].size(name)) for name in files]
+    return of_files("tar", lines, [{"tar": name} for name in files], None)
+
+
+def row_groups(files, path_column, bytes_column):
+    """The Input of Parquet files, a row group a shard."""
+    import pyarrow.parquet
+    lines, shards, images = [], [], 0
+    for name in files:
+        try:
+            with open_binary(name) as f:
+                metadata = pyarrow.parquet.read_metadata(f)
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError("%s: is no Parquet file: %s" % (name, one_line(error)))
+        columns = {metadata.schema.column(i).path for i in range(metadata.num_columns)}
+        if not {path_column, bytes_column} <= columns:
+            raise ValueError("%s: has the columns %s, not %s and %s; give --path-column and --bytes-column"
+                             % (name, some(sorted(columns)), path_column, bytes_column))
+        for group in range(metadata.num_row_groups):
+            rows = metadata.row_group(group).num_rows
+            lines.append("%s %d %d\n" % (name, group, rows))
+            shards.append({"parquet": name, "group": group, "path_column": path_column, "bytes_column": bytes_column})
+            images += rows
+    if not images:
+        raise ValueError("%s: no row in any file" % some(files))
+    return of_files("parquet", lines, shards, images)

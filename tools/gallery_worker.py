@@ -1,0 +1,311 @@
+"""What a worker of tools/gallery.py does: reads the images of a shard, runs the model on them, writes their Parquet file.
+
+A shard is described by a dict of a few words: a stretch of a list file, a tar, or a row group of a Parquet file. Nothing in
+this file knows of Ray. All paths may be local or URLs that fsspec opens, such as s3://bucket/folder.
+"""
+import collections
+import contextlib
+import errno
+import functools
+import io
+import itertools
+import os
+import secrets
+import sys
+import tarfile
+import tempfile
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+from common import importing, one_line, whole_file
+from postprocess_deepmar_pytorch import logits_from, probabilities
+from preprocess_deepmar_pytorch import ENDINGS, another_form, inside, preprocess
+from session import AHEAD, empty_batch, input_size, open_session
+
+with importing():
+    import numpy as np
+
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "obs"}  # here a put appears whole or not at all
+MAX_BYTES = 256 * 1000 * 1000  # of an image's file in a tar or an object store, which is held in memory; larger ones are refused
+PARQUET_ROWS = 64  # that are read at a time
+REMOTE_READERS = 16  # threads: an object store answers each after tens of milliseconds
+# An OSError of these kinds is the image's own fault. With any other one, such as a network's, the shard is tried again.
+OWN_FAULTS = {None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+LISTING = threading.Lock()
+
+
+# --- files here and elsewhere ------------------------------------------------------------------------------------------
+
+def is_local(url):
+    return "://" not in url
+
+
+def filesystem(url):
+    """Returns (the fsspec file system of a path or URL, the path there); raises ValueError where no package opens it."""
+    from fsspec.core import url_to_fs
+    try:
+        return url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError("%s: cannot be opened: %s" % (url, one_line(error)))
+
+
+@contextlib.contextmanager
+def whole(url):
+    """Yields the name of a local file for the block to write, which then becomes url, whole or not at all."""
+    if is_local(url):
+        with whole_file(url) as temporary:
+            yield temporary
+            with open(temporary, "rb") as f:
+                os.fsync(f.fileno())  # else a power failure after the rename may leave an empty file
+        return
+    with tempfile.NamedTemporaryFile(prefix="gallery") as f:
+        yield f.name
+        put(f.name, *filesystem(url))
+
+
+def put(name, fs, path):
+    """Copies a local file to path on a file system, where it appears whole or not at all."""
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    if protocols & OBJECT_STORES:
+        fs.put_file(name, path)
+        return
+    temporary = "%s.%s.partial" % (path, secrets.token_hex(4))
+    fs.put_file(name, temporary)
+    if fs.exists(path):  # HDFS renames to no name that there is
+        fs.rm_file(path)
+    fs.mv(temporary, path)
+
+
+def own_fault(error):
+    """Whether an image, tar or Parquet file itself is at fault, so that another try would end in the same way."""
+    return not isinstance(error, OSError) or error.errno in OWN_FAULTS
+
+
+def text(name):
+    """A name as Parquet can hold it: bytes that are not UTF-8 are escaped."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+# --- the images of a shard, each as (its path in the result, its content) ------------------------------------------------
+# The content is bytes, or a function that returns bytes or a local path; an exception stands for what cannot be read.
+
+def listed_names(shard):
+    """The names in a stretch of a list file, by the rules of common.read_lines()."""
+    fs, path = filesystem(shard["list"])
+    with fs.open(path, "rb") as f:
+        f.seek(shard["start"])
+        lines = f.read(shard["end"] - shard["start"])
+    lines = lines.decode("utf-8-sig" if shard["start"] == 0 else "utf-8")
+    return [line.strip() for line in lines.split("\n") if line.strip()]
+
+
+def of_list(shard):
+    root = shard["root"]
+    find = functools.partial(local_path, root, listings={}) if is_local(root) else functools.partial(fetch, *filesystem(root))
+    for name in listed_names(shard):
+        yield name, functools.partial(find, name)
+
+
+def check_inside(name):
+    if not inside(name):  # a list may come from anywhere
+        raise ValueError("not a file name inside the images' folder")
+
+
+def local_path(root, name, listings):
+    """The path of a listed image, which may be there in another Unicode form than in the list."""
+    check_inside(name)
+    path = os.path.join(root, name)
+    if not os.path.lexists(path) and not name.isascii():
+        path = root
+        for part in name.split("/"):
+            with LISTING:
+                path = os.path.join(path, another_form(path, part, listings))
+    if not os.path.lexists(path):
+        raise FileNotFoundError("no such file")
+    return path
+
+
+def fetch(fs, root, name):
+    """The bytes of a listed image on another file system; raises an OSError that is no own fault where that fails."""
+    check_inside(name)
+    try:
+        with fs.open("%s/%s" % (root.rstrip("/"), name), "rb") as f:
+            size = getattr(f, "size", None) or 0
+            return f.read() if size <= MAX_BYTES else too_large(size)
+    except FileNotFoundError:
+        raise FileNotFoundError("no such file")
+    except Exception as error:  # each file system has its own kinds
+        raise OSError(errno.EIO, "%s/%s: %s" % (root, name, one_line(error)))
+
+
+def too_large(size):
+    """Content of a file that is not read."""
+    return ValueError("%d bytes are too many" % size)
+
+
+def of_tar(shard):
+    fs, path = filesystem(shard["tar"])
+    with fs.open(path, "rb") as f, tarfile.open(fileobj=f, mode="r|*") as tar:
+        for member in tar:
+            if member.isdir() or not is_image(member.name):
+                continue
+            if not member.isreg():
+                content = ValueError("a link or another thing in the tar, no file")
+            elif member.size > MAX_BYTES:
+                content = too_large(member.size)
+            else:
+                content = tar.extractfile(member).read()
+            yield "%s/%s" % (shard["tar"], member.name), content
+
+
+def is_image(path):
+    """Whether a file in a folder or tar is taken for an image, by its name."""
+    name = path.rpartition("/")[2]
+    return name.lower().endswith(ENDINGS) and not name.startswith(".")
+
+
+def of_row_group(shard):
+    import pyarrow
+    import pyarrow.parquet
+    columns = [shard["path_column"], shard["bytes_column"]]
+    fs, path = filesystem(shard["parquet"])
+    with fs.open(path, "rb") as f:
+        file = pyarrow.parquet.ParquetFile(f, buffer_size=2 ** 20)
+        row = 0
+        for batch in file.iter_batches(PARQUET_ROWS, [shard["group"]], columns, use_threads=False):
+            table = pyarrow.Table.from_batches([batch]).flatten()  # a column may be a field: image.bytes
+            for name, content in zip(*(table.column(column) for column in columns)):
+                name, content = name.as_py(), content.as_py()
+                if name is None:
+                    name = "%s row group %d row %d" % (shard["parquet"], shard["group"], row)
+                yield (name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name),
+                       ValueError("no bytes") if content is None else content)
+                row += 1
+
+
+def images(shard):
+    """Yields (path, content) for each image of a shard. A tar or Parquet file that is damaged is an item of its own."""
+    kind = next(kind for kind in ("list", "tar", "parquet") if kind in shard)
+    try:
+        for name, content in {"list": of_list, "tar": of_tar, "parquet": of_row_group}[kind](shard):
+            yield text(name), content
+    except Exception as error:  # of tarfile, zlib, lzma, pyarrow
+        if not own_fault(error) or kind == "list":
+            raise
+        yield shard[kind], error
+
+
+def read(content, row):
+    """Writes an image into its row of a batch; returns None, or why it cannot be read."""
+    try:
+        content = content() if callable(content) else content
+        if isinstance(content, Exception):
+            raise content
+        preprocess(io.BytesIO(content) if isinstance(content, bytes) else content, out=row)
+    except Exception as error:  # Pillow raises nearly anything on damaged files
+        if not own_fault(error):
+            raise
+        row[...] = 0
+        return text(one_line(error))
+
+
+# --- a worker -----------------------------------------------------------------------------------------------------------
+
+def versions():
+    """Of what the logits come from: the same on all machines."""
+    import onnxruntime
+    import PIL
+    return {"onnxruntime": onnxruntime.__version__, "Pillow": PIL.__version__, "numpy": np.__version__}
+
+
+class Worker(object):
+    """Computes shards. job is a dict of what all workers share, which tools/gallery.py's main() makes."""
+
+    def __init__(self, job):
+        self.job = job
+
+    def start(self, model):
+        """Opens the model, an ONNX file's content; raises ValueError where this machine does not fit the job."""
+        import pyarrow.parquet  # noqa: F401 - here, as it takes a while
+        from PIL import Image
+        warnings.simplefilter("ignore")  # Pillow's, about damaged files
+        Image.core.set_blocks_max(8)  # its memory serves one image after the other
+        calls, readers = self.job["calls"], self.job["readers"]
+        with tempfile.NamedTemporaryFile(prefix="gallery", suffix=".onnx") as f:
+            f.write(model)
+            f.flush()
+            # Each call of session.run() computes in the thread that calls it.
+            self.session = open_session(f.name, threads=1, provider=self.job["provider"])
+        differing = ["%s %s, not %s" % (name, mine, self.job["versions"][name])
+                     for name, mine in versions().items() if mine != self.job["versions"][name]]
+        if differing:
+            raise ValueError("its logits might differ: it has %s" % ", ".join(differing))
+        self.size = input_size(self.session)
+        self.input = self.session.get_inputs()[0].name
+        self.session.run(None, {self.input: empty_batch(self.session, *self.size)})  # the first call also allocates memory
+        self.runners, self.readers = ThreadPoolExecutor(calls), ThreadPoolExecutor(readers)
+
+    def work(self, number, shard):
+        """Computes a shard and writes its part; returns (images, how many of them cannot be read, one of these with the reason).
+
+        Several calls may be under way at a time. Raises where the shard should be tried again.
+        """
+        paths, reasons, parts = [], [], [np.zeros((0, len(self.job["names"])), np.float32)]
+        buffers = [empty_batch(self.session, *self.size) for _ in range(self.job["calls"] + AHEAD)]
+        running = collections.deque()
+
+        def collect():
+            inference, buffer = running.popleft()
+            errors, logits = inference.result()
+            reasons.extend(errors)
+            parts.append(logits)
+            buffers.append(buffer)
+
+        todo = images(shard)
+        for batch in iter(lambda: list(itertools.islice(todo, self.size[0])), []):
+            if not buffers:
+                collect()
+            buffer = buffers.pop()
+            reading = [self.readers.submit(read, content, row) for (_, content), row in zip(batch, buffer)]
+            running.append((self.runners.submit(self.infer, reading, buffer), buffer))
+            paths += [path for path, _ in batch]
+        while running:
+            collect()
+        write_part(part_name(self.job["output"], number), self.job["names"], paths, np.concatenate(parts), reasons)
+        bad = [(path, reason) for path, reason in zip(paths, reasons) if reason is not None]
+        return len(paths), len(bad), bad[:1]
+
+    def infer(self, reading, buffer):
+        """Returns (None or why it cannot be read for each image, the values float32 [images, attributes])."""
+        reasons = [image.result() for image in reading]
+        buffer[len(reading):] = 0  # as stage 6 fills up the last batch
+        if not any(reason is None for reason in reasons):
+            return reasons, np.zeros((len(reasons), len(self.job["names"])), np.float32)
+        values = self.session.run(None, {self.input: buffer})[0][:len(reading)]
+        reasons = ["the model gives NaN or infinite values" if reason is None and not finite else reason
+                   for reason, finite in zip(reasons, np.isfinite(values).all(axis=1))]
+        if self.job["sigmoid"] and not self.job["probabilities"]:
+            values = logits_from(values)
+        elif self.job["probabilities"] and not self.job["sigmoid"]:
+            values = probabilities(values).astype(np.float32)
+        return reasons, values
+
+
+def part_name(output, number):
+    return "%s/part-%06d.parquet" % (output, number)
+
+
+def write_part(url, names, paths, values, reasons):
+    """Writes a part: path, a column of values for each attribute, and error; an image with an error has no values."""
+    import pyarrow
+    import pyarrow.parquet
+    bad = np.array([reason is not None for reason in reasons], bool)
+    columns = {"path": pyarrow.array(paths, pyarrow.string())}
+    columns.update((name, pyarrow.array(np.ascontiguousarray(column), pyarrow.float32(), mask=bad))
+                   for name, column in zip(names, values.T))
+    columns["error"] = pyarrow.array(reasons, pyarrow.string())
+    with whole(url) as temporary:
+        pyarrow.parquet.write_table(pyarrow.table(columns), temporary, compression="zstd", use_dictionary=False)

@@ -2,6 +2,7 @@
 import ctypes
 import fcntl
 import io
+import json
 import os
 import runpy
 import shutil
@@ -160,6 +161,19 @@ def first(sample, tmp_path_factory):
     work = os.path.join(str(tmp_path_factory.mktemp("run_all")), "work")
     shutil.copytree(sample, os.path.join(work, "sample"))
     return work, run_all("--work-dir", work)
+
+
+def tiny_data(folder):
+    """Writes folder/sample as the sample's folder is, without a network; its checkpoint is for the stages that read none."""
+    from sample import pedestrians
+    (folder / "sample" / "images").mkdir(parents=True)
+    images, labels = pedestrians(SIZE, 0)
+    names = ["%05d.png" % (i + 1) for i in range(SIZE)]
+    for name, image in zip(names, images):
+        image.save(str(folder / "sample" / "images" / name))
+    (folder / "sample" / "image.txt").write_text("".join(name + "\n" for name in names))
+    (folder / "sample" / "label.json").write_text(json.dumps(dict(zip(names, labels.tolist()))))
+    (folder / "sample" / "checkpoint.pth.tar").write_bytes(b"none")
 
 
 def own_data(work, **changes):

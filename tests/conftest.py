@@ -1,24 +1,85 @@
 """What the tests share: the project's folders on the import path, and a way to run a script as a user would."""
 import ctypes
 import fcntl
+import io
+import json
 import os
+import runpy
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
+import traceback
+import warnings
 
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "tools"), os.path.join(ROOT, "tests")]
+OWN = [ROOT, os.path.join(ROOT, "tools"), os.path.join(ROOT, "tests")]
+sys.path[:0] = OWN
 SIZE = 12  # images of run_all.sh's sample
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in all scripts
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C, and so would all it starts
 
 
 def script(name, *arguments, cwd=None):
-    """Runs ROOT/name with this Python; returns the finished process, its output as text."""
+    """Runs ROOT/name in a fork of this process; returns the finished process, its output as text.
+
+    What a user sees is the same as of started(), but the libraries that the test's file has imported need not be imported
+    again: of torch, that takes seconds. The project's own modules are imported anew.
+    """
+    path, arguments = os.path.join(ROOT, str(name)), [str(argument) for argument in arguments]
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        process = os.fork()
+        if not process:
+            run_forked(path, arguments, cwd, output, errors)
+        _, status = os.waitpid(process, 0)
+        texts = []
+        for file in (output, errors):
+            file.seek(0)
+            texts.append(io.TextIOWrapper(file).read())
+    code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+    return subprocess.CompletedProcess([path] + arguments, code, *texts)
+
+
+def run_forked(path, arguments, cwd, output, errors):
+    """Runs a script in this process, a child of pytest's, and ends it, as a new Python would."""
+    status = 1
+    try:
+        for number, name, file in ((1, "stdout", output), (2, "stderr", errors)):
+            os.dup2(file.fileno(), number)
+            usual = getattr(sys, "__%s__" % name)
+            setattr(sys, name, open(number, "w", encoding=usual.encoding, errors=usual.errors, closefd=False))
+        warnings.resetwarnings()  # pytest collects them
+        warnings.showwarning = lambda *warning: sys.stderr.write(warnings.formatwarning(*warning[:4]))
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        for module, value in list(sys.modules.items()):
+            if os.path.dirname(getattr(value, "__file__", None) or "") in OWN:
+                del sys.modules[module]
+        sys.dont_write_bytecode = True  # of modules that a test changes within the same second
+        sys.argv, sys.path = [path] + arguments, [os.path.dirname(path)] + [folder for folder in sys.path if folder not in OWN]
+        os.chdir(str(cwd or "."))
+        runpy.run_path(path, run_name="__main__")
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if status and not isinstance(stop.code, int):
+            print(stop.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+
+
+def started(name, *arguments, cwd=None):
+    """Runs ROOT/name with a new Python; returns the same as script(). For what a fork does not show, as an import's fault."""
     return subprocess.run([sys.executable, os.path.join(ROOT, name)] + [str(argument) for argument in arguments],
                           cwd=str(cwd) if cwd else None, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           universal_newlines=True)
@@ -100,6 +161,19 @@ def first(sample, tmp_path_factory):
     work = os.path.join(str(tmp_path_factory.mktemp("run_all")), "work")
     shutil.copytree(sample, os.path.join(work, "sample"))
     return work, run_all("--work-dir", work)
+
+
+def tiny_data(folder):
+    """Writes folder/sample as the sample's folder is, without a network; its checkpoint is for the stages that read none."""
+    from sample import pedestrians
+    (folder / "sample" / "images").mkdir(parents=True)
+    images, labels = pedestrians(SIZE, 0)
+    names = ["%05d.png" % (i + 1) for i in range(SIZE)]
+    for name, image in zip(names, images):
+        image.save(str(folder / "sample" / "images" / name))
+    (folder / "sample" / "image.txt").write_text("".join(name + "\n" for name in names))
+    (folder / "sample" / "label.json").write_text(json.dumps(dict(zip(names, labels.tolist()))))
+    (folder / "sample" / "checkpoint.pth.tar").write_bytes(b"none")
 
 
 def own_data(work, **changes):

@@ -1,4 +1,7 @@
-"""run_all.sh on a card: atc, npu-smi and the benchmark binary, by strict stand-ins (tests/standins)."""
+"""run_all.sh on a card: atc, npu-smi and the benchmark binary, by strict stand-ins (tests/standins).
+
+Of a tiny network, from stage 2 on: what the stages before do, tests/test_run_all.py shows.
+"""
 import csv
 import json
 import os
@@ -9,7 +12,8 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import ROOT, SIZE, check_error, own_data, run_all, script
+from conftest import ROOT, SIZE, check_error, own_data, run_all, script, tiny_data
+from test_predict import write_model
 
 STANDINS = os.path.join(ROOT, "tests", "standins")
 MACHINE = os.uname().machine
@@ -26,21 +30,27 @@ def standin(path, name):
 class Card(object):
     """A checkout of its own, with the toolkit's stand-ins in bin/ and the benchmark binary's beside the scripts."""
 
-    def __init__(self, folder, sample):
-        self.root, self.bin, self.work, self.sample = folder / "checkout", folder / "bin", folder / "work", sample
+    def __init__(self, folder):
+        self.root, self.bin, self.work, self.data = folder / "checkout", folder / "bin", folder / "work", folder
         shutil.copytree(ROOT, str(self.root), ignore=lambda _, names: [
             name for name in names if name.startswith((".", "work")) or name == "tests"])
         self.bin.mkdir()
         standin(self.bin / "atc", "atc.py")
         standin(self.bin / "npu-smi", "npu_smi.py")
         standin(self.root / BINARY, "benchmark.py")
+        tiny_data(self.data)
+        self.work.mkdir()
+        for batch_size in (1, 5):
+            write_model(self.work / ("deepmar_bs%d.onnx" % batch_size), batch_size)
 
     def run(self, *arguments, ais_bench=False, path=None, **variables):
         if ais_bench:
             variables["PYTHONPATH"] = PACKAGES
-        arguments = list(arguments) + own_data(self.sample)
+        arguments = list(arguments) + own_data(self.data)
         if "--work-dir" not in arguments:
             arguments += ["--work-dir", self.work]
+        if "--stop-stage" not in arguments:  # the report is made in a run of all stages
+            arguments += ["--stop-stage", 7]
         return run_all(*arguments, root=self.root, path=str(path or self.bin), **variables)
 
     def table(self):
@@ -52,10 +62,10 @@ class Card(object):
 
 
 @pytest.fixture(scope="module")
-def card(first, tmp_path_factory):
+def card(tmp_path_factory):
     """A card after a run with the binary at two batch sizes on a 300I, of four 310; (the card, the process)."""
-    made = Card(tmp_path_factory.mktemp("card"), first[0])
-    return made, made.run("--batch-size", "1 5", TABLE="20.2.2_300i")
+    made = Card(tmp_path_factory.mktemp("card"))
+    return made, made.run("--stage", 2, "--stop-stage", 8, "--batch-size", "1 5", TABLE="20.2.2_300i")
 
 
 def names(ending):
@@ -121,22 +131,22 @@ def test_several_devices_share_the_images(card):
     # one device's results are not the list's; neither are those of two runs together
     process = made.run("--stage", 7, "--device-id", "3")
     assert process.returncode == 1 and "%d of" % (SIZE // 2) in process.stderr, process.stderr
-    assert made.run("--stage", 6).returncode == 0
+    assert made.run("--stage", 6, "--stop-stage", 6).returncode == 0
     process = made.run("--stage", 7, "--device-id", "0 3")
     assert process.returncode == 1 and "%d images have two results" % (SIZE // 2) in process.stderr, process.stderr
 
 
-@pytest.mark.parametrize("fail, text", [
-    ("benchmark", "benchmark ended with status 255"),
-    ("benchmark leaves fewer", "benchmark left %d results for %d images" % (SIZE - 1, SIZE)),
-    ("benchmark leaves no rate", "benchmark left no result/perf_vision_batchsize_5_device_0.txt, which holds its rate")])
-def test_a_failing_inference_tool(card, fail, text):
+def test_a_failing_inference_tool(card):
     made, _ = card
-    before = made.run("--stage", 6, "--batch-size", 5)
+    before = made.run("--stage", 6, "--stop-stage", 6, "--batch-size", 5)
     assert before.returncode == 0, before.stderr
-    process = made.run("--stage", 6, "--batch-size", 5, FAIL=fail)
-    check_stopped(process, text, "stage 6 failed")
-    assert made.results() == names(1)  # the earlier ones
+    for fail, text in (
+            ("benchmark", "benchmark ended with status 255"),
+            ("benchmark leaves fewer", "benchmark left %d results for %d images" % (SIZE - 1, SIZE)),
+            ("benchmark leaves no rate", "benchmark left no result/perf_vision_batchsize_5_device_0.txt, which holds its rate")):
+        process = made.run("--stage", 6, "--batch-size", 5, FAIL=fail)
+        check_stopped(process, text, "stage 6 failed")
+        assert made.results() == names(1)  # the earlier ones
     assert made.run("--stage", 7, "--batch-size", 5).returncode == 0
 
 
@@ -192,7 +202,7 @@ def test_auto_takes_what_the_machine_has(card, tmp_path):
     made, _ = card
     stage6 = ["--stage", 6, "--batch-size", 5]
     (made.root / BINARY).rename(made.root / "away")
-    process = made.run(*stage6, ais_bench=True)
+    process = made.run(*stage6, "--stop-stage", 6, ais_bench=True)
     assert process.returncode == 0 and "backend ais_bench: no %s beside" % BINARY in process.stdout, process.stderr
     process = made.run(*stage6)
     assert process.returncode == 0 and "backend onnxruntime: no %s beside" % BINARY in process.stdout, process.stderr
@@ -202,7 +212,7 @@ def test_auto_takes_what_the_machine_has(card, tmp_path):
     assert process.returncode == 0 and made.table()[0]["backend"].startswith("ONNX Runtime"), process.stderr
     # the toolkit's settings are read where atc is not on the PATH
     (tmp_path / "set_env.sh").write_text('PATH="%s:$PATH"\n' % made.bin)
-    process = made.run("--stage", 3, "--batch-size", 5, "--set-env", tmp_path / "set_env.sh", path=tmp_path)
+    process = made.run("--stage", 3, "--stop-stage", 6, "--batch-size", 5, "--set-env", tmp_path / "set_env.sh", path=tmp_path)
     assert process.returncode == 0 and "read %s" % (tmp_path / "set_env.sh") in process.stdout, process.stderr
     assert "ATC run success" in process.stdout and "backend benchmark" in process.stdout
 
@@ -213,7 +223,7 @@ def test_an_om_converted_elsewhere(card, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     shutil.copy(str(made.work / "deepmar_bs5.om"), str(work))
-    process = made.run("--stage", 4, "--batch-size", 5, "--work-dir", work, path=tmp_path)
+    process = made.run("--stage", 4, "--stop-stage", 6, "--batch-size", 5, "--work-dir", work, path=tmp_path)
     assert process.returncode == 0 and "backend benchmark" in process.stdout, process.stderr
 
 
@@ -238,7 +248,7 @@ def test_aipp(card, tmp_path):
     process = run("--stage", 6, "--stop-stage", 6, "--aipp", "yes", "--backend", "ais_bench", ais_bench=True)
     assert process.returncode == 0, process.stderr
     assert np.array_equal(logits(0), binary)
-    process = run("--stage", 3, "--aipp", "yes", "--backend", "onnxruntime")
+    process = run("--stage", 3, "--stop-stage", 6, "--aipp", "yes", "--backend", "onnxruntime")
     assert process.returncode == 0 and "deepmar_bs5_aipp.onnx" in process.stdout, process.stderr
     assert np.abs(logits() - binary).max() < 1e-4
     process = run("--stage", 6)

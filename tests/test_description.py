@@ -2,8 +2,6 @@
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import onnx
@@ -46,8 +44,7 @@ def exported(tmp_path_factory):
 
 
 def export(folder, *options):
-    return subprocess.run([sys.executable, "-B", "export_onnx.py", "any.pth", "out.onnx", "1"] + [str(o) for o in options],
-                          cwd=str(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    return script(folder / "export_onnx.py", "any.pth", "out.onnx", 1, *options, cwd=folder)
 
 
 def test_export(exported):

@@ -5,8 +5,6 @@ Most run in a copy of the open-source repository's layout, where baseline/model/
 import errno
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import onnxruntime
@@ -15,7 +13,7 @@ import torch
 
 import DeepMAR
 import export_onnx
-from conftest import ROOT, check_error, script
+from conftest import ROOT, check_error, script, started
 from DeepMAR import DeepMAR_ResNet50
 
 NETWORK = """
@@ -45,9 +43,7 @@ def checkout(tmp_path):
         if network:
             (tmp_path / "baseline" / "model" / "DeepMAR.py").write_text(network)
         before = set(os.listdir(str(tmp_path)))
-        process = subprocess.run([sys.executable, "-B", "export_onnx.py", "any.pth", output, str(batch_size)],
-                                 cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                 universal_newlines=True)
+        process = script(tmp_path / "export_onnx.py", "any.pth", output, batch_size, cwd=tmp_path)
         run.new = set(os.listdir(str(tmp_path))) - before
         return process
     return run
@@ -135,9 +131,9 @@ def test_help_and_usage_need_no_torch(tmp_path, monkeypatch):
     for module in ("torch", "onnx", "onnxruntime", "numpy"):
         (tmp_path / (module + ".py")).write_text("raise SystemExit('it was imported')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    process = script("export_onnx.py", "--help")
+    process = started("export_onnx.py", "--help")
     assert process.returncode == 0 and "--batch_size" in process.stdout, process.stderr
-    check_error(script("export_onnx.py", "in.pth", "out.onnx", "eight"), "'eight'", code=2)
+    check_error(started("export_onnx.py", "in.pth", "out.onnx", "eight"), "'eight'", code=2)
 
 
 @pytest.mark.parametrize("batch_size", ["0", "-1", "1.5", "x", "", " 1", "0x1", "1e3", "\u0661", "1" * 5000])

@@ -4,11 +4,13 @@ import json
 import os
 import threading
 
+import jinja2  # noqa: F401 - once for script()
+import matplotlib.figure  # noqa: F401
 import numpy as np
 import pytest
 from PIL import Image
 from browser import Browser
-from conftest import check_error, script
+from conftest import check_error, script, started
 
 import postprocess_deepmar_pytorch as post
 import report
@@ -66,8 +68,8 @@ def write_images(folder, names, size=(60, 150)):
             os.link(str(folder / names[i % 20]), str(folder / name))
 
 
-def make(folder, *options):
-    return script(TOOL, "--images", "images", *options, cwd=folder)
+def make(folder, *options, run=script):
+    return run(TOOL, "--images", "images", *options, cwd=folder)
 
 
 def made(folder, *options):
@@ -534,7 +536,8 @@ def test_other_names(browser, small):
 def test_same_input_same_page(small, monkeypatch):
     made(small, "--perf", write_perf(small, 1, 0))
     monkeypatch.setenv("MPLCONFIGDIR", str(small / "image.txt"))  # matplotlib can keep no list of fonts
-    made(small, "--perf", write_perf(small, 1, 0), "--output", "again.html")
+    again = make(small, "--perf", write_perf(small, 1, 0), "--output", "again.html", run=started)
+    assert again.returncode == 0 and again.stderr == "", again.stderr
     assert (small / "report.html").read_bytes() == (small / "again.html").read_bytes()
 
 
@@ -543,7 +546,7 @@ def test_a_missing_package(small, monkeypatch, package):
     (small / "path").mkdir()
     (small / "path" / (package + ".py")).write_text("raise ImportError(\"No module named '%s'\")" % package)
     monkeypatch.setenv("PYTHONPATH", str(small / "path"))
-    check_error(make(small), "report.py: error: No module named '%s'; the packages that it needs are in" % package)
+    check_error(make(small, run=started), "report.py: error: No module named '%s'; the packages that it needs are in" % package)
 
 
 def test_odd_pictures(small):

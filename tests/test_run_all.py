@@ -1,4 +1,5 @@
 """run_all.sh from end to end: sample data, the user's own data, a (stand-in) card, and what stops it."""
+import functools
 import json
 import os
 import re
@@ -7,15 +8,57 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
+import DeepMAR
 from common import description
-from conftest import ROOT, SIZE, own_data, run_all
+from conftest import ROOT, SIZE, own_data, run_all, tiny_data
 from postprocess_deepmar_pytorch import PETA, label_checksum, read_labels
 
 WRONG_CHECKPOINT = "bs1.onnx was made from another checkpoint.pth.tar; run stage 1"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A checkout with a smaller network, and its work folder after a run on the user's own data, of 26 attributes as PA-100K has.
+
+    The models are of two batch sizes, the results of one. (a way to run it, the work folder, the two processes)
+    """
+    folder = tmp_path_factory.mktemp("small")
+    shutil.copytree(ROOT, str(folder / "checkout"), ignore=lambda _, names: [
+        name for name in names if name.startswith((".", "work")) or name == "tests"])
+    network = folder / "checkout" / "DeepMAR.py"
+    source = network.read_text()
+    assert source.count("BLOCKS = [3, 4, 6, 3]") == 1
+    network.write_text(source.replace("BLOCKS = [3, 4, 6, 3]", "BLOCKS = [1, 1, 1, 1]"))
+    work = folder / "work"
+    tiny_data(work)
+    label_file = work / "sample" / "label.json"
+    label_file.write_text(json.dumps({name: labels[:26] for name, labels in json.loads(label_file.read_text()).items()}))
+    torch.manual_seed(0)
+    with mock.patch.object(DeepMAR, "BLOCKS", [1, 1, 1, 1]):
+        state = DeepMAR.DeepMAR_ResNet50(num_att=26).state_dict()
+    torch.save({"state_dict": {"module." + key: value for key, value in state.items()}},
+               str(work / "sample" / "checkpoint.pth.tar"))
+
+    def run(stage, *arguments, cwd=None, environment=(), work=work, **changes):
+        return run_all("--work-dir", work, "--stage", stage, *(own_data(str(work), **changes) + list(arguments)),
+                       root=folder / "checkout", cwd=cwd, **dict(environment))
+    return run, work, [run(1, "--stop-stage", 2, "--batch-size", "1 2"), run(3)]
+
+
+@pytest.fixture
+def copy(small, tmp_path):
+    """A copy of the small network's work folder; (a way to run there, the folder)."""
+    run, source, _ = small
+    shutil.copytree(str(source), str(tmp_path / "work"))
+    return functools.partial(run, work=tmp_path / "work"), tmp_path / "work"
 
 
 def metrics(output):
@@ -52,40 +95,37 @@ def test_sample_from_end_to_end(first):
     assert not [name for name in os.listdir(work) if "partial" in name or name.endswith(".old")]
 
 
-def test_own_smaller_data_after_it_leaves_nothing_stale(first, tmp_path):
-    """Five of the images, batch size 8, in the same folder; the earlier run's other results must not be counted."""
-    work, process = first
+def test_another_attribute_set(small):
+    """26 attributes, with no option given; two batch sizes' models in one run."""
+    run, work, processes = small
+    for process in processes:
+        assert process.returncode == 0 and process.stderr == "", process.stderr
+        assert "stage 0" not in process.stdout
+    for batch_size in (1, 2):
+        assert onnx.load(str(work / ("deepmar_bs%d_nopad.onnx" % batch_size))).graph.output[0].type.tensor_type.shape.dim[
+            0].dim_value == batch_size
+    assert "stage 8 done" in processes[1].stdout and len(results(str(work))) == SIZE
+    assert len(json.loads((work / "fusion_result.json").read_text())["attributes"]) == 26
+
+
+def test_smaller_data_in_the_same_folder_leaves_nothing_stale(copy, tmp_path):
+    """Five of the images, batch size 2; the earlier run's other results must not be counted."""
+    run, work = copy
     (tmp_path / "five.txt").write_text("".join("%05d.png\r\n" % i for i in (2, 3, 5, 7, 11)))
-    process = run_all("--work-dir", work, "--batch-size=8", *own_data(work, **{"image-list": "five.txt"}), cwd=tmp_path)
+    process = run(4, "--stop-stage", 7, "--batch-size=2", cwd=tmp_path, **{"image-list": "five.txt"})
     assert process.returncode == 0, process.stderr
     assert "scored 5 images; %d labelled images had no result" % (SIZE - 5) in process.stdout
-    assert len(results(work)) == 5 and "stage 0" not in process.stdout
-    assert os.path.exists(os.path.join(work, "result", "perf_vision_batchsize_8_device_0.txt"))
+    assert len(results(str(work))) == 5
+    assert os.path.exists(str(work / "result" / "perf_vision_batchsize_2_device_0.txt"))
+    assert not os.path.exists(str(work / "result" / "perf_vision_batchsize_1_device_0.txt"))
     # only what it is asked to
-    process = run_all("--work-dir", work, "--stage", 7, "--batch-size", 8, *own_data(work))
+    process = run(7, "--batch-size", 2)
     assert process.returncode == 1 and "made from another image.txt; run stage 4 again" in process.stderr, process.stdout
-    before = os.path.getmtime(os.path.join(work, "deepmar_bs1.onnx"))
-    process = run_all("--work-dir", work, "--stage", 4, batch_size="1")
+    before = (work / "deepmar_bs1.onnx").stat().st_mtime_ns
+    process = run(4, "--stop-stage", 6, environment={"batch_size": "1"})
     assert process.returncode == 0, process.stderr
-    assert "stage 3" not in process.stdout and before == os.path.getmtime(os.path.join(work, "deepmar_bs1.onnx"))
-    assert len(results(work)) == SIZE
-
-
-def test_another_attribute_set(first, tmp_path):
-    """26 attributes, as PA-100K has, with no option given."""
-    work, _ = first
-    content = torch.load(os.path.join(work, "sample", "checkpoint.pth.tar"))
-    for key in ("weight", "bias"):
-        content["state_dict"]["module.classifier." + key] = content["state_dict"]["module.classifier." + key][:26].clone()
-    torch.save(content, str(tmp_path / "26.pth"))
-    with open(os.path.join(work, "sample", "label.json")) as f:
-        labels = {name: values[:26] for name, values in json.load(f).items()}
-    (tmp_path / "26.json").write_text(json.dumps(labels))
-    process = run_all("--work-dir", tmp_path / "work", *own_data(work, checkpoint=tmp_path / "26.pth",
-                                                                **{"label-file": tmp_path / "26.json"}))
-    assert process.returncode == 0, process.stderr
-    with open(str(tmp_path / "work" / "fusion_result.json")) as f:
-        assert len(json.load(f)["attributes"]) == 26
+    assert "stage 3" not in process.stdout and before == (work / "deepmar_bs1.onnx").stat().st_mtime_ns
+    assert len(results(str(work))) == SIZE
 
 
 def test_a_drop_beyond_one_percent_fails_and_says_which_stage(first):
@@ -123,14 +163,15 @@ def test_names_intervals_and_thresholds(first, tmp_path):
     assert "stage 1" not in process.stdout
 
 
-def test_a_failing_stage_stops_the_run(first, tmp_path):
-    work, _ = first
-    (tmp_path / "bad.pth").write_text("<html>")
-    process = run_all("--work-dir", tmp_path / "work", *own_data(work, checkpoint=tmp_path / "bad.pth"))
-    assert process.returncode == 1 and "stage 2" not in process.stdout
+def test_a_failing_stage_stops_the_run(copy):
+    run, work = copy
+    (work / "deepmar_bs1.onnx").write_text("<html>")
+    (work / ".made_from" / "deepmar_bs1.onnx.json").unlink()
+    process = run(2)
+    assert process.returncode == 1 and "stage 3" not in process.stdout
     lines = process.stderr.splitlines()
-    assert lines[0].startswith("export_onnx.py: error: ") and "bad.pth" in lines[0]
-    assert lines[1:] == ["run_all.sh: error: stage 1 failed"]
+    assert lines[0].startswith("remove_pad.py: error: ") and "deepmar_bs1.onnx" in lines[0]
+    assert lines[1:] == ["run_all.sh: error: stage 2 failed"]
 
 
 def test_bad_variables(tmp_path):
@@ -153,60 +194,57 @@ def test_bad_variables(tmp_path):
     assert process.returncode == 0 and "--batch-size" in process.stdout and "6 inference" in process.stdout
 
 
-def test_stale_inputs_are_not_scored(first, tmp_path):
+def test_stale_inputs_are_not_scored(copy, tmp_path):
     """--stage 6 alone, where something was replaced since: refused, with the stage to run again."""
-    source, _ = first
-    work = tmp_path / "work"
-    shutil.copytree(source, str(work))
+    run, work = copy
     sample = work / "sample"
     content = torch.load(str(sample / "checkpoint.pth.tar"))
     content["state_dict"]["module.classifier.bias"] += 1
     torch.save(content, str(tmp_path / "checkpoint.pth.tar"))
+    other = {"checkpoint": tmp_path / "checkpoint.pth.tar"}
     lines = (sample / "image.txt").read_text().splitlines()
     (tmp_path / "fewer.txt").write_text("\n".join(lines[1:]) + "\n")
     (tmp_path / "renamed.txt").write_text("\n".join(["other.png"] + lines[1:]) + "\n")
-    arguments = ["--work-dir", work, "--stage"]
-    assert run_all(*arguments + [6]).returncode == 0  # a copied work folder goes on
+    assert run(6).returncode == 0  # a copied work folder goes on
     shutil.copy(str(sample / "images" / "00001.png"), str(tmp_path / "kept.png"))
     shutil.copy(str(sample / "images" / "00002.png"), str(sample / "images" / "00001.png"))
     for stage in (5, 6, 7, 8):  # other pictures under the same names
-        process = run_all(*arguments + [stage])
+        process = run(stage)
         assert process.returncode == 1 and "1 changed: 00001.png; run stage 4 again" in process.stderr, process.stderr
         assert "instance_acc" not in process.stdout
     shutil.copy(str(tmp_path / "kept.png"), str(sample / "images" / "00001.png"))
 
     for changes, first_stage, text in (
-            ({"checkpoint": tmp_path / "checkpoint.pth.tar"}, 6, WRONG_CHECKPOINT),
-            ({"checkpoint": tmp_path / "checkpoint.pth.tar"}, 7, WRONG_CHECKPOINT),
+            (other, 6, WRONG_CHECKPOINT), (other, 7, WRONG_CHECKPOINT),
             ({"image-list": tmp_path / "fewer.txt"}, 6, "input_bin was made from another fewer.txt; run stage 4 again"),
             ({"image-list": tmp_path / "renamed.txt"}, 7, "1 of the %d images in %s are not in" % (SIZE, tmp_path / "renamed.txt"))):
-        process = run_all(*arguments + [first_stage] + own_data(str(work), **changes))
+        process = run(first_stage, **changes)
         assert process.returncode == 1 and text in process.stderr, (changes, process.stderr)
         assert "instance_acc" not in process.stdout
-    # a new model, but results of the old one
-    process = run_all(*arguments + [1, "--stop-stage", 2] + own_data(str(work), checkpoint=tmp_path / "checkpoint.pth.tar"))
-    assert process.returncode == 0, process.stderr
-    process = run_all(*arguments + [7] + own_data(str(work), checkpoint=tmp_path / "checkpoint.pth.tar"))
-    assert process.returncode == 1 and "was made from another deepmar_bs1_nopad.onnx; run stage 6 again" in process.stderr
-    process = run_all(*arguments + [6])
-    assert process.returncode == 1 and "run stage 1 again" in process.stderr
-    process = run_all(*arguments + [6, "--batch-size", 3])
-    assert process.returncode == 1 and "deepmar_bs3_nopad.onnx is missing; run stage 2 first" in process.stderr
     # a bin too many
-    assert run_all(*arguments + [1, "--stop-stage", 5]).returncode == 0
     shutil.copy(str(work / "input_bin" / "00001.bin"), str(work / "input_bin" / "x.bin"))
-    process = run_all(*arguments + [6])
+    process = run(6)
     assert process.returncode == 1 and "input_bin is not what stage 4 made here; 1 new: x.bin" in process.stderr
+    (work / "input_bin" / "x.bin").unlink()
+    # a new model, but results of the old one
+    process = run(1, "--stop-stage", 2, **other)
+    assert process.returncode == 0, process.stderr
+    process = run(7, **other)
+    assert process.returncode == 1 and "was made from another deepmar_bs1_nopad.onnx; run stage 6 again" in process.stderr
+    process = run(6)
+    assert process.returncode == 1 and "run stage 1 again" in process.stderr
+    process = run(6, "--batch-size", 3)
+    assert process.returncode == 1 and "deepmar_bs3_nopad.onnx is missing; run stage 2 first" in process.stderr
 
 
-def test_on_the_cards_own_machine(first, tmp_path):
+def test_on_the_cards_own_machine(small, tmp_path):
     """No checkpoint and no torch there: the images, the lists and a model are enough for stage 4 and what follows."""
-    source, _ = first
+    _, source, _ = small
     work = tmp_path / "work"
     work.mkdir()
-    shutil.copy(os.path.join(source, "deepmar_bs1_nopad.onnx"), str(work))
+    shutil.copy(str(source / "deepmar_bs1_nopad.onnx"), str(work))
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = sys.modules['torchvision'] = None\n")
-    data = own_data(source)[2:]  # all but --checkpoint
+    data = own_data(str(source))[2:]  # all but --checkpoint
     process = run_all("--work-dir", work, "--stage", 4, *data, PYTHONPATH=str(tmp_path))
     assert process.returncode == 0 and "scored %d images" % SIZE in process.stdout, process.stderr
     # and each stage asks for what it needs alone
@@ -214,7 +252,7 @@ def test_on_the_cards_own_machine(first, tmp_path):
     assert process.returncode == 0, process.stderr
     process = run_all("--work-dir", work, "--stage", 8, *data, PYTHONPATH=str(tmp_path))
     assert process.returncode == 1 and "result/fusion_result.json is missing; run stage 7 first" in process.stderr
-    process = run_all("--work-dir", work, "--stage", 7, *data, PYTHONPATH=str(tmp_path))
+    process = run_all("--work-dir", work, "--stage", 7, "--stop-stage", 7, *data, PYTHONPATH=str(tmp_path))
     assert process.returncode == 0, process.stderr
 
 
@@ -246,60 +284,83 @@ def test_sh_and_a_link(first, tmp_path):
     assert process.returncode == 0 and "scored %d images" % SIZE in process.stdout, process.stderr
 
 
-def start(*arguments):
-    """Starts run_all.sh and returns once it is at work in stage 6; (the process, what it has said)."""
-    process = subprocess.Popen(["bash", os.path.join(ROOT, "run_all.sh")] + [str(argument) for argument in arguments],
-                               env=dict(os.environ, PYTHON=sys.executable, sample_size=str(SIZE)), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, universal_newlines=True)
-    said = []
+def start(work, *arguments, until="stage 6"):
+    """Starts run_all.sh on the data in its work folder and returns once it has said so; the process."""
+    command = ["bash", os.path.join(ROOT, "run_all.sh"), "--work-dir", work] + own_data(str(work)) + list(arguments)
+    process = subprocess.Popen([str(argument) for argument in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=dict(os.environ, PYTHON=sys.executable, set_env="/dev/null"), universal_newlines=True,
+                               start_new_session=True)
     for line in process.stdout:
-        said.append(line)
-        if "stage 6" in line:
-            break
-    return process, said
+        if until in line:
+            return process
+    raise AssertionError(process.stderr.read())
 
 
-def test_two_runs_in_one_folder(first):
+def test_two_runs_in_one_folder(copy):
     """On two devices they do not disturb each other; on the same device the second one says so and stops."""
-    work, _ = first
-    assert run_all("--work-dir", work, "--stop-stage", 5).returncode == 0
-    arguments = ["--work-dir", work, "--stage", 6]
-    one, _ = start(*arguments)
-    two, _ = start(*arguments + ["--device-id", 1])
-    third = run_all(*arguments)
+    run, work = copy
+    arguments = ["--stage", 6, "--stop-stage", 7]
+    one = start(work, *arguments)
+    one.send_signal(signal.SIGSTOP)  # so that it does not end before the others
+    two = start(work, *(arguments + ["--device-id", 1]))
+    third = run(6)
     assert third.returncode == 1 and "another run is at work on device 0" in third.stderr, (third.stdout, third.stderr)
+    one.send_signal(signal.SIGCONT)
     for process in (one, two):
         output, error = process.communicate()
         assert process.returncode == 0 and "scored %d images" % SIZE in output, error
-    assert results(work, 0) == results(work, 1)
+    assert results(str(work), 0) == results(str(work), 1)
     # one that makes files waits for one that reads them, though the device is another
-    one, _ = start(*arguments)
-    process = run_all("--work-dir", work, "--stage", 4, "--stop-stage", 4, "--device-id", 1)
-    assert process.returncode == 0 and "waiting for the run on another device" in process.stdout, process.stderr
+    one = start(work, "--stage", 6, "--stop-stage", 6)
+    one.send_signal(signal.SIGSTOP)
+    two = start(work, "--stage", 4, "--stop-stage", 4, "--device-id", 1, until="waiting for the run on another device")
+    assert one.poll() is None
+    one.send_signal(signal.SIGCONT)
+    _, error = two.communicate()
+    assert two.returncode == 0, error
     assert one.poll() is not None
     one.communicate()
     assert one.returncode == 0
 
 
-def test_ctrl_c_ends_it_and_its_processes(first):
-    work, _ = first
-    assert run_all("--work-dir", work, "--stop-stage", 5).returncode == 0
-    before = run_all("--work-dir", work, "--stage", 6, "--device-id", "0 1")
+def write_slow_model(path):
+    """Writes a model of DeepMAR's interface that computes for minutes."""
+    matrix = numpy_helper.from_array(np.zeros((1024, 1024), np.float32), "m")
+    nodes = [helper.make_node("ReduceMean", ["actual_input_1"], ["mean"], keepdims=0), helper.make_node("Mul", ["m", "mean"], ["h0"])]
+    # The constant comes first: of a second factor that is constant, ONNX Runtime makes a copy for each node.
+    nodes += [helper.make_node("MatMul", ["m", "h%d" % i], ["h%d" % (i + 1)]) for i in range(3000)]
+    nodes += [helper.make_node("ReduceMean", ["h3000"], ["one"], axes=[0, 1]), helper.make_node("MatMul", ["one", "w"], ["output1"])]
+    graph = helper.make_graph(nodes, "slow", [helper.make_tensor_value_info("actual_input_1", TensorProto.FLOAT, [1, 3, 224, 224])],
+                              [helper.make_tensor_value_info("output1", TensorProto.FLOAT, [1, 26])],
+                              [matrix, numpy_helper.from_array(np.zeros((1, 26), np.float32), "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)])
+    model.ir_version = 6
+    onnx.save(model, str(path))
+
+
+def test_ctrl_c_ends_it_and_its_processes(copy, tmp_path):
+    run, work = copy
+    devices = ["--device-id", "0 1"]
+    before = run(6, "--stop-stage", 7, *devices)
     assert before.returncode == 0, before.stderr
-    process = subprocess.Popen(["bash", os.path.join(ROOT, "run_all.sh"), "--work-dir", work, "--stage", "6", "--device-id",
-                                "0 1"], env=dict(os.environ, PYTHON=sys.executable, sample_size=str(SIZE)),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, start_new_session=True)
-    for line in process.stdout:
-        if "images -> result" in line:
-            break
-    time.sleep(0.5)
+    model, record = work / "deepmar_bs1_nopad.onnx", work / ".made_from" / "deepmar_bs1_nopad.onnx.json"
+    for path in (model, record):
+        path.rename(tmp_path / path.name)
+    write_slow_model(model)
+    process = start(work, "--stage", 6, *devices, until="images -> result")
+    while len(list(work.glob("result.partial*/result/dumpOutput_device*.partial"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
     started = time.time()
     _, error = process.communicate()
-    assert time.time() - started < 5  # a generous bound for a busy machine
+    assert time.time() - started < 30  # the models would take far longer
     assert process.returncode == 130 and error == "run_all.sh: error: stage 6 failed\n", error
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # nothing of it is left
-    assert not [name for name in os.listdir(work) if "partial" in name]
-    after = run_all("--work-dir", work, "--stage", 7, "--device-id", "0 1")
+    assert not [name for name in os.listdir(str(work)) if "partial" in name]
+    for path in (model, record):
+        (tmp_path / path.name).rename(path)
+    after = run(7, "--stop-stage", 7, *devices)
     assert after.returncode == 0 and metrics(after.stdout) == metrics(before.stdout)

@@ -3,9 +3,6 @@ were handed the ONNX model instead, or no model at all, are found out. FAIL in t
 import os
 import sys
 
-import aipp
-import numpy as np
-
 MAGIC = b"IMOD"
 FAIL = os.environ.get("FAIL", "")
 
@@ -29,7 +26,10 @@ class Model(object):
             content = f.read()
         if not content.startswith(MAGIC):
             raise RuntimeError("load model from file failed, model file is %s" % path)
+        import aipp
+        import numpy as np
         import onnxruntime
+        self.network_input = aipp.network_input
         self.aipp, content = aipp.split(content[len(MAGIC):])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
@@ -52,4 +52,4 @@ class Model(object):
 
     def run_bytes(self, data):
         """Returns all outputs for the input of a whole batch."""
-        return self.session.run(None, {self.input.name: aipp.network_input(data, self.aipp, self.shape)})
+        return self.session.run(None, {self.input.name: self.network_input(data, self.aipp, self.shape)})

@@ -2,6 +2,7 @@
 
     python3 tests/bench.py                             everything, about 25 minutes on two cores
     python3 tests/bench.py --only preprocess startup   some of it
+    python3 tests/bench.py --busy                      stage 6, with a busy process on half of the cores
     python3 tests/bench.py --quick                     a small run, which shows that the benchmark works and no more
 
 Makes what it needs (drawn images, a checkpoint, models, bins) in a scratch folder below TMPDIR. The sides of a
@@ -37,6 +38,7 @@ import preprocess_deepmar_pytorch as preprocess  # noqa: E402
 
 CORES = len(os.sched_getaffinity(0))
 SLOW_CREATION = 0.03  # milliseconds; ext4 at rest takes 0.015
+MANY = 10 ** 6  # images of a long run, for the choice of the calls
 FLOP = 2 * 4.09e9  # of a ResNet-50 at 224x224: two for each multiplication and addition
 
 
@@ -113,8 +115,8 @@ def compared(stage, against, reach, ours, theirs, limit=None, bound="", count=No
 class Scene(object):
     """The inputs of the measurements, each made when it is first asked for, in a scratch folder."""
 
-    def __init__(self, folder, quick):
-        self.folder, self.quick = folder, quick
+    def __init__(self, folder, quick, busy=False):
+        self.folder, self.quick, self.busy = folder, quick, busy
 
     def path(self, name):
         return os.path.join(self.folder, name)
@@ -148,6 +150,16 @@ class Scene(object):
             in_child(lambda: export_onnx.main([checkpoint, path + ".pad", str(batch_size)]))
             command(sys.executable, os.path.join(ROOT, "remove_pad.py"), path + ".pad", path)
         return path
+
+    def int8(self):
+        """(the path of the INT8 model for batch size 1, the instance_acc of the float32 model and its own)."""
+        path, work, bins = self.path("int8.onnx"), self.sample(), self.path("sample_bin")
+        if not os.path.exists(path):
+            in_child(preprocess.main, [work + "/sample/images", bins, work + "/sample/image.txt"])
+            text = command(sys.executable, os.path.join(ROOT, "tools", "quantize.py"), self.model(1), bins, path, "--labels",
+                           work + "/sample/label.json", "--allow-drop")
+            self.accuracies = [float(word.rstrip(",")) for word in text.split("float32 ")[1].split()[:3:2]]
+        return [path] + self.accuracies
 
     def images(self):
         """(folder of PNGs of PETA's sizes, their list, their names)."""
@@ -284,8 +296,8 @@ def measure_standin(model, batch, bins, rounds, new_folder):
     """The stand-in, with bins in memory and on the disk, the bare session and, at batch size 1, a plain loop."""
     import onnxruntime
     from session import calls_at_once, open_session, run
-    session, calls = open_session(model), calls_at_once(batch, CORES)
-    ours = open_session(model, threads=CORES // calls)
+    session, calls = open_session(model), calls_at_once(CORES, MANY, batch)
+    ours = open_session(model, calls=calls)
     array = np.stack([np.fromfile(path, "<f4").reshape(3, 224, 224) for _, path in bins[:batch]])
     feed = {"actual_input_1": array}
     plain = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
@@ -300,7 +312,7 @@ def measure_standin(model, batch, bins, rounds, new_folder):
         return clock(lambda: [session.run(None, feed) for _ in range(len(bins) // batch)])
 
     def standin(_):
-        return run(ours, bins, batch, 224, 224, next(folders), lambda done: None, calls)["e2e"].seconds
+        return run(ours, bins, batch, 224, 224, next(folders), lambda done: None, calls)[0]["e2e"].seconds
 
     def loop(_):
         def work(folder):
@@ -324,8 +336,9 @@ def row_standin(scene):
         bins = bins[:len(bins) // batch * batch]
         times = in_child(measure_standin, scene.model(batch), batch, bins, 1 if scene.quick else 3, scene.new_folder)
         for state in ("warm", "cold"):
-            yield compared("stand-in, batch %d, %s bins" % (batch, state), "bare session", 0.97, times[state],
-                           times["bare"], times["bare"], "bare session", len(bins))
+            yield compared("stand-in, batch %d, %s bins" % (batch, state), "bare session, all threads",
+                           1.3 if scene.busy and batch == 8 else 0.97, times[state], times["bare"], times["bare"],
+                           "bare session", len(bins))
         if batch == 1:
             for state, loop in (("warm", "loop"), ("cold", "cold_loop")):
                 yield compared("stand-in, batch 1, %s bins" % state, "plain loop", 1.05, times[state], times[loop],
@@ -335,14 +348,14 @@ def row_standin(scene):
 def measure_uint8(kinds, rounds, new_folder):
     """The stand-in on bins of either kind, on the disk; kinds is {side: (model, bins)}."""
     from session import calls_at_once, open_session, run
-    calls = calls_at_once(1, CORES)
+    calls = calls_at_once(CORES, MANY, 1)
 
     def side(model, bins):
-        session = open_session(model, threads=CORES // calls)
+        session = open_session(model, calls=calls)
 
         def measure(_):
             forget(bins)
-            return run(session, bins, 1, 224, 224, new_folder(), lambda done: None, calls)["e2e"].seconds
+            return run(session, bins, 1, 224, 224, new_folder(), lambda done: None, calls)[0]["e2e"].seconds
         return measure
     return take_turns(rounds, **{name: side(*kind) for name, kind in kinds.items()})
 
@@ -414,8 +427,8 @@ def measure_inference(checkpoint, model, batch, runs, rounds):
     import torch
     from session import calls_at_once, open_session
     from DeepMAR import load_model
-    calls = calls_at_once(batch, CORES)
-    network, session = load_model(checkpoint), open_session(model, threads=CORES // calls)
+    calls = calls_at_once(CORES, MANY, batch)
+    network, session = load_model(checkpoint), open_session(model, calls=calls)
     array = np.random.RandomState(0).standard_normal((batch, 3, 224, 224)).astype(np.float32)
     # A product that stays in the processor's caches, with constant weights, as in a convolution.
     tensor, matrix = torch.from_numpy(array), np.ones((512, 512), np.float32)
@@ -449,30 +462,75 @@ def row_inference(scene):
         runs = 2 if scene.quick else max(1, 64 // batch)
         times = in_child(measure_inference, scene.sample() + "/sample/checkpoint.pth.tar", scene.model(batch), batch,
                          runs, 2 if scene.quick else 5)
-        yield compared("inference, batch %d" % batch, "PyTorch eager", 1.6, times["ours"], times["theirs"],
-                       times["limit"], "float32 matrix rate", batch * runs)
+        for against, reach, theirs in (("PyTorch eager", 1.6, times["theirs"]), ("float32 matrix rate", 0.95, times["limit"])):
+            yield compared("inference, batch %d" % batch, against, reach, times["ours"], theirs, times["limit"],
+                           "float32 matrix rate", batch * runs)
+
+
+def openvino(model, batch, configuration):
+    """Returns a function that runs a model so many times on OpenVINO's own queue, in throughput mode."""
+    import openvino
+    compiled = openvino.Core().compile_model(model, "CPU", dict({"PERFORMANCE_HINT": "THROUGHPUT",
+                                                                 "INFERENCE_NUM_THREADS": CORES}, **configuration))
+    queue = openvino.AsyncInferQueue(compiled)
+
+    def run(runs):
+        for _ in range(runs):
+            queue.start_async({0: batch})
+        queue.wait_all()
+    run(len(queue))
+    return run
+
+
+def measure_openvino(models, batch, runs, rounds):
+    """{side: [seconds]} of ONNX Runtime, as stage 6 calls it, and of OpenVINO in float32; with an INT8 model, of both there."""
+    from session import calls_at_once, open_session
+    calls = calls_at_once(CORES, MANY, batch)
+    array = np.random.RandomState(0).standard_normal((batch, 3, 224, 224)).astype(np.float32)
+    sides = {}
+    for kind, model in models.items():
+        session, theirs = open_session(model, calls=calls), openvino(model, array, {"INFERENCE_PRECISION_HINT": "f32"})
+        infer(session, {"actual_input_1": array}, calls, calls)
+        sides[kind] = lambda _, session=session: clock(infer, session, {"actual_input_1": array}, runs, calls)
+        sides[kind + " openvino"] = lambda _, theirs=theirs: clock(theirs, runs)
+    return take_turns(rounds, **sides)
+
+
+def row_openvino(scene):
+    """ONNX Runtime against OpenVINO, an optional package: float32 at batch sizes 1 and 8, INT8 on the same QDQ model."""
+    import importlib.util
+    if not importlib.util.find_spec("openvino"):
+        print("note: OpenVINO is not installed (pip install openvino), so nothing is compared with it")
+        return
+    for batch in (1,) if scene.quick else (1, 8):
+        models, runs = {"float32": scene.model(batch)}, 2 if scene.quick else 64 // batch
+        if batch == 1:
+            models["INT8 (QDQ)"] = scene.path("qdq.onnx")
+            scene.bins()
+            command(sys.executable, os.path.join(ROOT, "tools", "quantize.py"), scene.model(1), scene.path("input_bin"),
+                    models["INT8 (QDQ)"], "--qdq")
+        times = in_child(measure_openvino, models, batch, runs, 1 if scene.quick else 5)
+        for kind in models:
+            yield compared("%s, batch %d" % (kind, batch), "OpenVINO's queue", 1, times[kind], times[kind + " openvino"],
+                           count=batch * runs)
 
 
 def measure_int8(models, runs, rounds):
     """The float32 and the INT8 model at batch size 1."""
     from session import calls_at_once, open_session
-    calls = calls_at_once(1, CORES)
+    calls = calls_at_once(CORES, MANY, 1)
     feed = {"actual_input_1": np.random.RandomState(0).standard_normal((1, 3, 224, 224)).astype(np.float32)}
 
     def side(model):
-        session = open_session(model, threads=CORES // calls)
+        session = open_session(model, calls=calls)
         infer(session, feed, calls, calls)
         return lambda _: clock(infer, session, feed, runs, calls)
     return take_turns(rounds, theirs=side(models[0]), ours=side(models[1]))
 
 
 def row_int8(scene):
-    work, model, int8 = scene.sample(), scene.model(1), scene.path("int8.onnx")
-    bins = scene.path("sample_bin")
-    in_child(preprocess.main, [work + "/sample/images", bins, work + "/sample/image.txt"])
-    text = command(sys.executable, os.path.join(ROOT, "tools", "quantize.py"), model, bins, int8, "--labels",
-                   work + "/sample/label.json", "--allow-drop")
-    float32, accuracy = [float(word.rstrip(",")) for word in text.split("float32 ")[1].split()[:3:2]]
+    model = scene.model(1)
+    int8, float32, accuracy = scene.int8()
     runs = 2 if scene.quick else 64
     times = in_child(measure_int8, (model, int8), runs, 2 if scene.quick else 5)
     yield compared("INT8, batch 1", "float32", 3, times["ours"], times["theirs"], count=runs)
@@ -632,7 +690,20 @@ def row_run(scene):
                    times["theirs"], "its stages", slower=True)
 
 
+BUSY = ["standin", "openvino"]  # what --busy is about
 ROWS = {name[len("row_"):]: function for name, function in list(globals().items()) if name.startswith("row_")}
+
+
+@contextlib.contextmanager
+def busy(processes):
+    """Keeps so many processes at work in the block."""
+    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 def machine():
@@ -679,18 +750,25 @@ def main(argv=None):
                                      allow_abbrev=False)
     parser.add_argument("--only", nargs="+", choices=sorted(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--quick", action="store_true", help="few images and rounds: the figures mean nothing")
+    parser.add_argument("--busy", action="store_true", help="with a busy process on half of the cores (%s)" % ", ".join(BUSY))
     parser.add_argument("--json", metavar="FILE", help="also write the result here")
     args = parser.parse_args(argv)
+    rows = args.only or (BUSY if args.busy else ROWS)
+    if args.busy and not set(rows) <= set(BUSY):
+        parser.error("--busy is for %s" % ", ".join(BUSY))
     with tempfile.TemporaryDirectory(prefix="deepmar_bench") as folder:
-        scene = Scene(folder, args.quick)
+        scene = Scene(folder, args.quick, args.busy)
         result = {"machine": dict(machine(), file_creation_ms=round(creation(folder), 3)), "quick": args.quick, "rows": []}
         print(", ".join("%s %s" % item for item in result["machine"].items()))
         if result["machine"]["file_creation_ms"] > SLOW_CREATION:
             print("note: creating a file is slow in %s, as ext4 is for some minutes after many were deleted: the figures of "
                   "preprocess and the stand-in are too low; wait five minutes, or set TMPDIR" % tempfile.gettempdir())
         print(HEAD, flush=True)
-        for name in args.only or ROWS:
-            for row in ROWS[name](scene):
+        for batch in (1, 8, 64) if args.busy and not args.quick else ():
+            scene.model(batch)  # before the machine is busy
+        with busy(max(1, CORES // 2) if args.busy else 0):
+            for row in (row for name in rows for row in ROWS[name](scene)):
+                row["stage"] += ", busy" * args.busy
                 print(line(row), flush=True)
                 result["rows"].append(row)
     if args.json is not None:

@@ -1,6 +1,7 @@
 """The INT8 model: it passes through stages 6 and 7, its drop is told, and nothing is written where it is too large."""
 import json
 import os
+import sys
 
 import numpy as np
 import onnx
@@ -147,3 +148,24 @@ def test_bad_input(folder):
     check_error(quantize(folder, "bs1.onnx", "input_bin", "./bs1.onnx"), "OUTPUT is MODEL", code=2)
     assert (folder / "int8.onnx").read_bytes() == b"earlier"
     assert not [name for name in os.listdir(str(folder)) if name.endswith(".partial")]
+
+
+def test_qdq(folder):
+    """What OpenVINO reads as well: opset 13, no operator of ONNX Runtime's own, logits as with these."""
+    process = script("tools/quantize.py", "bs8.onnx", "input_bin", "qdq.onnx", "--qdq", "--labels", "label.json", "--allow-drop",
+                     cwd=folder)
+    if sys.version_info < (3, 8):
+        check_error(process, "--qdq needs a current ONNX", code=2)
+        return
+    assert process.returncode == 0, process.stderr
+    model = onnx.load(str(folder / "qdq.onnx"))
+    assert [opset.version for opset in model.opset_import if not opset.domain] == [13]
+    kinds = {node.op_type for node in model.graph.node}
+    assert {"Conv", "QuantizeLinear", "DequantizeLinear"} <= kinds and not any(kind.startswith("QLinear") for kind in kinds)
+    images = np.load(str(folder / "images.npy"))[:8]
+    exact = run(folder / "bs8.onnx", images)
+    assert np.abs(run(folder / "qdq.onnx", images) - exact).max() < 0.05 * np.abs(exact).max()
+    if os.uname().machine == "x86_64":
+        process = script("tools/benchmark.py", "-batch_size=8", "-om_path=qdq.onnx", "-input_text_path=deepmar.info",
+                         "-provider=OpenVINOExecutionProvider", "-tolerance=0.1", cwd=folder)
+        assert process.returncode == 0 and "OpenVINOExecutionProvider, qdq.onnx" in process.stdout, process.stderr

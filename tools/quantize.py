@@ -44,10 +44,11 @@ def batches(paths, count, empty):
         yield batch.reshape(empty.shape)
 
 
-def quantize(path, feeds, folder):
+def quantize(path, feeds, folder, qdq=False):
     """Quantizes the model at path; returns the path of the INT8 model, a file in folder, as are those made on the way.
 
-    feeds: [{input name: array}] of calibration. Raises ValueError where ONNX Runtime cannot do it.
+    feeds: [{input name: array}] of calibration. qdq: whether it has QuantizeLinear and DequantizeLinear nodes, at opset 13, in
+    place of ONNX Runtime's own INT8 operators. Raises ValueError where ONNX Runtime cannot do it.
     """
     import logging
     import onnx
@@ -75,8 +76,11 @@ def quantize(path, feeds, folder):
     try:
         onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         # QOperator, as its per-channel weights need no newer opset than 11; QDQ's need 13.
+        if qdq:
+            from onnx import version_converter
+            onnx.save(version_converter.convert_version(onnx.load(folded), 13), folded)
         # AIPP's table stays as it is: ONNX Runtime 1.10 would make int8 of it, which its convolution does not take.
-        quantize_static(folded, result, Reader(), quant_format=QuantFormat.QOperator, per_channel=True,
+        quantize_static(folded, result, Reader(), quant_format=QuantFormat.QDQ if qdq else QuantFormat.QOperator, per_channel=True,
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
                         nodes_to_exclude=["aipp_gather", "aipp_transpose"])
     except (OSError, ValueError):
@@ -101,10 +105,15 @@ def parse(argv):
     parser.add_argument("--images", type=int, default=IMAGES, metavar="N",
                         help="bins to calibrate with (default: %(default)s)")
     parser.add_argument("--labels", metavar="LABEL", help="label.json: score both models on all bins")
+    parser.add_argument("--qdq", action="store_true",
+                        help="write QuantizeLinear and DequantizeLinear nodes, opset 13, which OpenVINO reads too; needs a current "
+                             "ONNX")
     parser.add_argument("--allow-drop", action="store_true", help="write the model whatever it drops")
     args = parser.parse_args(argv)
     if args.images < 1:
         parser.error("--images must be positive")
+    if args.qdq and sys.version_info < (3, 8):
+        parser.error("--qdq needs a current ONNX and ONNX Runtime; those of the guide know no opset 13 with weights per channel")
     if os.path.realpath(args.output) == os.path.realpath(args.model):
         parser.error("OUTPUT is MODEL, which atc still needs; give another name")
     return args
@@ -145,7 +154,7 @@ def main(argv=None):
             feeds = [{session.get_inputs()[0].name: batch}
                      for batch in batches([path for _, path in bins], args.images,
                                           empty_batch(session, batch_size, height, width))]
-            shutil.copyfile(quantize(args.model, feeds, folder), temporary)
+            shutil.copyfile(quantize(args.model, feeds, folder, args.qdq), temporary)
         if labels is not None:
             accuracy, drop = score(open_session(temporary), session, bins, labels)
             if drop > MAX_DROP + 1e-9 and not args.allow_drop:

@@ -12,12 +12,14 @@ on an idle machine.
 """
 import argparse
 import contextlib
+import glob
 import io
 import itertools
 import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -641,6 +643,130 @@ def row_get_info(scene):
                        ours=lambda _: in_child(clock, get_info.main, arguments))
     yield compared("get_info, {:,}".format(count), "scandir + stat alone", 3, times["ours"], times["theirs"],
                    times["theirs"], "scandir + stat", count, slower=True)
+
+
+# --- the gallery ------------------------------------------------------------------------------------------------------
+
+def run_gallery(*arguments):
+    """Runs tools/gallery.py; returns {"rate": images/s after the start, "seconds": the driver's of CPU, "memory": its MB,
+    "worker": MB of the largest worker}."""
+    seen = {"seconds": 0, "memory": 0, "worker": 0}
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen([sys.executable, os.path.join(ROOT, "tools", "gallery.py")] + [str(text) for text in arguments],
+                                   stdout=log, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            time.sleep(0.5)
+            for path in glob.glob("/proc/[0-9]*"):
+                with contextlib.suppress(OSError, IndexError):  # a process may have ended
+                    if path == "/proc/%d" % process.pid:
+                        with open(path + "/stat") as f:
+                            seen["seconds"] = sum(map(int, f.read().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+                        seen["memory"] = peak(path)
+                    with open(path + "/cmdline", "rb") as f:
+                        if f.read().startswith(b"ray::Worker"):
+                            seen["worker"] = max(seen["worker"], peak(path))
+        log.seek(0)
+        output = log.read()
+    if process.returncode:
+        raise ValueError("tools/gallery.py failed: %s" % output[-2000:])
+    return dict(seen, rate=float(re.search(r"([0-9.]+) images/s after the start", output).group(1)))
+
+
+def peak(path):
+    """The most memory that a process, /proc/PID, has had, in MB."""
+    with open(path + "/status") as f:
+        return [int(line.split()[1]) * 1024 / 1e6 for line in f if line.startswith("VmHWM")][0]
+
+
+def measure_on_bins(model, batch, bins, folder):
+    """The images/s of the stand-in from end to end, as tools/benchmark.py runs it."""
+    from session import calls_at_once, open_session, run
+    calls = calls_at_once(CORES, MANY, batch)
+    return len(bins) / run(open_session(model, calls=calls), bins, batch, 224, 224, folder, lambda done: None, calls)[0]["e2e"].seconds
+
+
+def long_list(scene, count):
+    """(a list file of so many images, their folder, a model for which nearly no time is needed)."""
+    from onnx import TensorProto, helper, save_model
+    root, model, image_txt = scene.path("long"), scene.path("tiny.onnx"), scene.path("long%d.txt" % count)
+    if not os.path.exists(root):
+        os.makedirs(os.path.join(root, "0"))
+        for i in range(1000):
+            Image.new("RGB", (8, 16), (i % 256, i // 4, 0)).save(os.path.join(root, "0", "%03d.png" % i))
+        for i in range(1, MANY // 1000):
+            os.symlink("0", os.path.join(root, str(i)))
+        nodes = [helper.make_node("AveragePool", ["actual_input_1"], ["pooled"], kernel_shape=[32, 32]),
+                 helper.make_node("Flatten", ["pooled"], ["output1"])]
+        graph = helper.make_graph(
+            nodes, "tiny", [helper.make_tensor_value_info("actual_input_1", TensorProto.FLOAT, [64, 3, 32, 32])],
+            [helper.make_tensor_value_info("output1", TensorProto.FLOAT, [64, 3])])
+        save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=6), model)
+    with open(image_txt, "w") as f:
+        f.writelines("%d/%03d.png\n" % (i // 1000, i % 1000) for i in range(count))
+    return image_txt, root, model
+
+
+def figures(stage, against, unit, theirs, ours, ratio, reach, met):
+    """A row of the result that compares no times."""
+    return {"stage": stage, "against": against, "unit": unit, "theirs": theirs, "ours": ours, "limit": None, "limit_is": "",
+            "ratio": ratio, "reach": reach, "met": bool(met)}
+
+
+def row_gallery(scene):
+    """tools/gallery.py: its speed with the real model, its memory with a long list, and how it grows with the nodes."""
+    import importlib.util
+    if sys.version_info < (3, 10) or not importlib.util.find_spec("ray"):
+        print("note: Ray is not installed (pip install -r tools/requirements-gallery.txt, Python 3.10 or later), so the gallery "
+              "is not measured")
+        return
+    bins, (images, _, _) = scene.bins(), scene.images()
+    for batch in (1,) if scene.quick else (1, 8):
+        rates = [(run_gallery(scene.path("bins.txt"), "--root", images, "--onnx", scene.model(batch), "--output", scene.new_folder(),
+                              "--shard-size", 4 if scene.quick else 24)["rate"],
+                  in_child(measure_on_bins, scene.model(batch), batch, bins, scene.new_folder()))
+                 for _ in range(1 if scene.quick else 3)]
+        ours, theirs = (statistics.median(side) for side in zip(*rates))
+        ratio = statistics.median(a / b for a, b in rates)
+        yield figures("gallery, batch %d" % batch, "stand-in on bins", "images/s", theirs, ours, ratio, ">= 0.9", ratio >= 0.9)
+
+    counts = (100, 1000) if scene.quick else (10000, MANY)
+    names = ["{:,}".format(count) for count in counts]
+    few, many = (run_gallery(image_txt, "--root", root, "--onnx", model, "--output", scene.new_folder(), "--attributes",
+                             attributes(scene)) for image_txt, root, model in (long_list(scene, count) for count in counts))
+    for who, name in (("driver", "memory"), ("worker", "worker")):
+        yield figures("gallery, memory of the %s, %s" % (who, names[1]), "%s images" % names[0], "MB", few[name], many[name],
+                      many[name] / few[name], "<= 1.1", many[name] <= 1.1 * few[name])
+    cost = max(many["seconds"] - few["seconds"], 0) / (counts[1] - counts[0]) * 1e6
+    yield figures("gallery, the driver's CPU time", "a million images", "us/image", None, cost, cost / 100, "<= 100 us", cost <= 100)
+
+    first = None
+    for nodes in (1,) if scene.quick else (1, 2, 4):
+        rate = on_nodes(scene, nodes, images)
+        first = first or rate
+        reach = 0.9 * min(nodes, CORES)
+        yield figures("gallery, %d nodes of one core" % nodes, "one node", "images/s", first, rate, rate / first,
+                      ">= %g" % reach, rate >= reach * first)
+
+
+def attributes(scene):
+    """A file with the names of the attributes of long_list()'s model."""
+    with open(scene.path("attributes.txt"), "w") as f:
+        f.write("red\ngreen\nblue\n")
+    return f.name
+
+
+def on_nodes(scene, count, images):
+    """The images/s on a cluster of so many nodes on this machine."""
+    from ray.cluster_utils import Cluster
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as short:  # sockets' names are short
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "temp_dir": short})
+        try:
+            for _ in range(count):
+                cluster.add_node(num_cpus=1)
+            return run_gallery(scene.path("bins.txt"), "--root", images, "--onnx", scene.model(1), "--output", scene.new_folder(),
+                               "--shard-size", 4 if scene.quick else 12, "--address", cluster.address)["rate"]
+        finally:
+            cluster.shutdown()
 
 
 # --- whole programs ---------------------------------------------------------------------------------------------------

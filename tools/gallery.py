@@ -203,9 +203,12 @@ class Pool(object):
 def why(error):
     """An error of Ray's on one line: what a worker raised, or what became of the worker."""
     cause = getattr(error, "cause", None) or error
-    text = one_line(cause) if isinstance(cause, (OSError, ValueError, ImportError)) else \
-        "%s: %s" % (type(cause).__name__, one_line(cause))
-    return text[:400]
+    text = re.sub("\x1b\\[[0-9;]*m", "", one_line(cause))  # Ray colours its texts
+    last = str(cause).strip().split("\n")[-1]
+    if re.match(r"\w+(Error|Exception): ", last):
+        text = last  # the lines before it are a traceback
+    name = "" if isinstance(cause, (OSError, ValueError, ImportError)) else type(cause).__name__ + ": "
+    return (name + text)[:400]
 
 
 def compute(pool, found, output, done, report):

@@ -463,6 +463,8 @@ class Cluster(object):
     def __init__(self, folder):
         from ray import cluster_utils
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ["RAY_TMPDIR"] = folder  # where Ray notes which cluster runs on this machine, in a folder ray that it expects
+        os.mkdir(os.path.join(folder, "ray"))
         self.cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={
             "num_cpus": 0, "include_dashboard": False, "temp_dir": folder, "_system_config": CONFIG})
         self.address, self.nodes = self.cluster.address, []
@@ -504,6 +506,7 @@ def cluster():
         found = Cluster(short)
         yield found
         found.cluster.shutdown()
+        del os.environ["RAY_TMPDIR"]
 
 
 @pytest.fixture(scope="module")

@@ -123,11 +123,12 @@ def test_a_model_that_would_read_another_file(tmp_path):
     weight.data_location = onnx.TensorProto.EXTERNAL
     weight.external_data.add(key="location", value="/etc/passwd")
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    (tmp_path / "deepmar.info").write_text("0 ./a.bin 224 224\n")
     for arguments in (["-round=1"], ["-input_text_path=deepmar.info"]):
         check_error(script(STAND_IN, "-batch_size=1", "-om_path=m.onnx", *arguments, cwd=tmp_path),
                     "m.onnx: keeps its weights in")
     check_error(script("tools/predict.py", __file__, "--onnx=m.onnx", cwd=tmp_path), "m.onnx: keeps its weights in")
-    assert os.listdir(str(tmp_path)) == ["m.onnx"]
+    assert sorted(os.listdir(str(tmp_path))) == ["deepmar.info", "m.onnx"]
 
 
 # --- results that are not those of the list --------------------------------------------------------------------------

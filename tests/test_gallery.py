@@ -3,15 +3,19 @@
 DEEPMAR_TEST_CAMPAIGN=1 adds a node that is cut off from the network and comes back, in network namespaces.
 """
 import collections
+import contextlib
+import fcntl
 import io
 import json
 import os
 import re
 import secrets
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
+import termios
 import time
 
 import numpy as np
@@ -260,13 +264,19 @@ def test_a_row_tells_of_a_minute(capsys, monkeypatch):
     now = time.monotonic()
     report.start = now - 100
     report.add(250, 3, [])
-    report.look()
+    report.look(0)
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(gallery.time, "monotonic", lambda: now + gallery.MINUTE)
-    report.look()
-    assert capsys.readouterr().out == "250 of 1000 images, 3 errors, 1.6 images/s, 8 min left\n"
-    report.look()
+    report.look(70)
+    assert capsys.readouterr().out == "320 of 1000 images, 3 errors, 2.0 images/s, 6 min left\n"
+    report.look(80)
     assert capsys.readouterr().out == ""
+
+
+def test_a_workers_failed_import_is_told_by_its_last_line():
+    said = "The actor died\n\x1b[36mray::Worker\x1b[39m (pid=1)\n  ^^^\nModuleNotFoundError: No module named 'gallery_worker'"
+    assert gallery.why(RuntimeError(said)) == "RuntimeError: ModuleNotFoundError: No module named 'gallery_worker'"
+    assert gallery.why(OSError("lost\nat sea")) == "lost at sea"
 
 
 # --- the command, on this machine ----------------------------------------------------------------------------------------------
@@ -319,6 +329,23 @@ def test_the_readmes_query(folder, first, monkeypatch):
     expected = {path for path, (error, values) in check_once(first[0], all_images(folder / "images")).items()
                 if error is None and values[male] < 0 <= values[backpack]}
     assert said == expected and 0 < len(said) < 20
+
+
+def test_the_bar_moves_before_a_part_is_there(folder, many, tmp_path):
+    (tmp_path / "few.txt").write_text("\n".join(many[:120]))
+    terminal, other = os.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, TOOL), str(tmp_path / "few.txt"), "--root", "many", "--onnx", "m.onnx",
+                                "--output", str(tmp_path / "out"), "--actors", "1"], cwd=str(folder), stdout=subprocess.PIPE, stderr=other)
+    os.close(other)
+    said = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while True:
+            said += os.read(terminal, 1000)
+    os.close(terminal)
+    assert process.communicate() and process.returncode == 0
+    counts = {int(count) for count in re.findall(rb"\| (\d+)/120", said)}
+    assert counts & set(range(1, 120)), said  # all of them are one part
 
 
 def test_goes_on(folder, first):

@@ -35,7 +35,8 @@ def importing(ends=True):
     Otherwise the library may turn the KeyboardInterrupt into an error of its own, such as an ImportError. If ends, a missing
     library ends the process with one line, as this may be before command().
     """
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    main = threading.current_thread() is threading.main_thread()  # Python lets no other thread set a handler
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if main else None
     try:
         yield
     except ImportError as error:
@@ -43,7 +44,8 @@ def importing(ends=True):
             raise
         sys.exit(missing(error))
     finally:
-        signal.signal(signal.SIGINT, before)
+        if main:
+            signal.signal(signal.SIGINT, before)
 
 
 def script_name():

@@ -43,6 +43,8 @@ PYTHON = (3, 10)  # Ray's oldest
 NEEDS = "%s -m pip install -r %s" % (sys.executable, os.path.join(HERE, "requirements-gallery.txt"))
 GROW = 2          # seconds after which the driver looks for new nodes
 MINUTE = 60       # seconds between two lines of progress, where there is no terminal
+ASKED = 100       # workers that the driver asks, each time that it looks, how far they are
+START, COUNT = -1, -2  # what a worker was called for, where it is no shard
 TRIES = 5         # of a shard whose worker is lost, or that cannot be read or written, which is no fault of an image
 MANIFEST, LIST = "_manifest.json", "_list.txt"
 RECORDED = ("ray", "pyarrow", "python")  # versions that may change between two runs, as no logit depends on them
@@ -130,10 +132,12 @@ class Pool(object):
         self.at_once = 1 if job["provider"] == CPU else 2  # a device has no time to wait for the end of a shard
         self.actor = ray.remote(Worker).options(
             num_cpus=args.cpus, num_gpus=args.gpus, resources={"NPU": args.npus} if args.npus else None, max_restarts=0,
-            max_concurrency=self.at_once)
+            max_concurrency=self.at_once + 1)  # one more, which answers how far it is
         self.model = ray.put(model)
-        self.events = queue.SimpleQueue()  # (worker, shard's number or None for its start, future)
+        self.events = queue.SimpleQueue()  # (worker, shard's number or START or COUNT, future)
         self.workers, self.idle = set(), []  # idle: a worker once for each shard that it could take
+        self.counts = {}  # images that a worker has computed of the shards that it has under way, as it last said
+        self.asked = collections.deque()  # the workers that can be asked, the one that waits longest first
         self.nodes = set()
         self.unfit = self.lost = self.stillborn = 0
         self.looked = -GROW
@@ -157,7 +161,10 @@ class Pool(object):
         for _ in range((self.wanted or room - self.unfit) - len(self.workers)):
             worker = self.actor.remote(self.job)
             self.workers.add(worker)
-            self.call(worker, None, worker.start.remote(self.model))
+            self.call(worker, START, worker.start.remote(self.model))
+        for _ in range(min(ASKED, len(self.asked))):
+            worker = self.asked.popleft()
+            self.call(worker, COUNT, worker.count.remote())
 
     def call(self, worker, number, reference):
         reference.future().add_done_callback(lambda future: self.events.put((worker, number, future)))
@@ -166,6 +173,10 @@ class Pool(object):
         """Gives a shard to an idle worker."""
         worker = self.idle.pop()
         self.call(worker, number, worker.work.remote(number, shard))
+
+    def under_way(self):
+        """The images that are computed and not yet in a part, about."""
+        return sum(self.counts.values())
 
     def next(self):
         """Waits for a shard; returns (its number, what Worker.work() returned, None or the error), or None after a while."""
@@ -176,19 +187,27 @@ class Pool(object):
             return None
         error = future.exception()
         if worker in self.workers:
-            if error and (number is None or isinstance(error, self.ray.exceptions.RayActorError)):
+            if number == COUNT:
+                if not error:
+                    self.counts[worker] = future.result()
+                    self.asked.append(worker)
+            elif error and (number == START or isinstance(error, self.ray.exceptions.RayActorError)):
                 self.drop(worker, number, error)
             else:
                 self.stillborn = 0
-                self.idle += [worker] * (self.at_once if number is None else 1)
-        return None if number is None else (number, None if error else future.result(), error)
+                self.counts[worker] = 0
+                self.idle += [worker] * (self.at_once if number == START else 1)
+                if number == START:
+                    self.asked.append(worker)
+        return None if number in (START, COUNT) else (number, None if error else future.result(), error)
 
     def drop(self, worker, number, error):
         """Forgets a worker that died, or that cannot start where it is."""
         self.workers.remove(worker)
         self.idle = [other for other in self.idle if other != worker]
+        self.counts.pop(worker, None)
         self.ray.kill(worker)  # it may be alive where the network does not reach
-        if number is not None:
+        if number != START:
             self.lost += 1
             return
         if isinstance(error, self.ray.exceptions.RayActorError):
@@ -223,7 +242,7 @@ def compute(pool, found, output, done, report):
                 break
             report.start = report.start or time.monotonic()
             pool.give(number, found.describe(number))
-        report.look()
+        report.look(pool.under_way())
         event = pool.next()
         if event is None:
             continue
@@ -255,9 +274,6 @@ class Report(object):
 
     def add(self, images, errors, example):
         self.images, self.errors = self.images + images, self.errors + errors
-        self.bar.update(images)
-        if not isinstance(self.bar, Silent):
-            self.bar.set_postfix(errors=self.errors, refresh=False)
         if self.most is not None and self.errors > self.most:
             raise ValueError("%d images cannot be read, more than --max-errors %d: %s" % (
                 self.errors, self.most, some("%s (%s)" % item for item in example)))
@@ -268,13 +284,18 @@ class Report(object):
     def rate(self):
         return self.images / self.seconds()
 
-    def look(self):
-        """Tells how far the run is if a minute has passed."""
-        if isinstance(self.bar, Silent) and time.monotonic() >= self.told + MINUTE:
+    def look(self, under_way):
+        """Tells how far the run is; without a terminal, if a minute has passed. under_way: images computed, not yet in a part."""
+        images = self.images + under_way
+        if not isinstance(self.bar, Silent):
+            self.bar.set_postfix(errors=self.errors, refresh=False)
+            self.bar.update(images - self.bar.n)
+        elif time.monotonic() >= self.told + MINUTE:
             self.told = time.monotonic()
-            rest = "" if not self.total or not self.images else ", %d min left" % -(-(self.total - self.images) / self.rate() // 60)
+            rate = images / self.seconds()
+            rest = "" if not self.total or not images else ", %d min left" % -(-(self.total - images) / rate // 60)
             print("%d%s images, %d errors, %.1f images/s%s" % (
-                self.images, " of %d" % self.total if self.total else "", self.errors, self.rate(), rest), flush=True)
+                images, " of %d" % self.total if self.total else "", self.errors, rate, rest), flush=True)
 
 
 # --- the command line -----------------------------------------------------------------------------------------------------

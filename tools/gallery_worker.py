@@ -226,6 +226,11 @@ class Worker(object):
 
     def __init__(self, job):
         self.job = job
+        self.under_way = collections.Counter()  # images computed, by the number of their shard
+
+    def count(self):
+        """How many images are computed of the shards that are under way."""
+        return sum(list(self.under_way.values()))
 
     def start(self, model):
         """Opens the model, an ONNX file's content; raises ValueError where this machine does not fit the job."""
@@ -253,6 +258,7 @@ class Worker(object):
 
         Several calls may be under way at a time. Raises where the shard should be tried again.
         """
+        self.under_way[number] = 0
         paths, reasons, parts = [], [], [np.zeros((0, len(self.job["names"])), np.float32)]
         buffers = [empty_batch(self.session, *self.size) for _ in range(self.job["calls"] + AHEAD)]
         running = collections.deque()
@@ -263,6 +269,7 @@ class Worker(object):
             reasons.extend(errors)
             parts.append(logits)
             buffers.append(buffer)
+            self.under_way[number] += len(errors)
 
         todo = images(shard)
         for batch in iter(lambda: list(itertools.islice(todo, self.size[0])), []):
@@ -275,6 +282,7 @@ class Worker(object):
         while running:
             collect()
         write_part(part_name(self.job["output"], number), self.job["names"], paths, np.concatenate(parts), reasons)
+        del self.under_way[number]
         bad = [(path, reason) for path, reason in zip(paths, reasons) if reason is not None]
         return len(paths), len(bad), bad[:1]
 

@@ -166,7 +166,7 @@ def test_usage(capsys, wrong):
 def test_errors(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "page.pth").write_text("<!DOCTYPE html>")
-    check_error(script("export_onnx.py", "page.pth", "o.onnx", 1, cwd=tmp_path), "export_onnx.py: error: page.pth: no PyTorch")
+    check_error(script("export_onnx.py", "page.pth", "o.onnx", 1, cwd=tmp_path), "export_onnx.py: error: page.pth: is not a PyTorch")
     with pytest.raises(OSError, match="nowhere.pth: no such file"):
         export_onnx.main(["nowhere.pth", "o.onnx", "1"])
     assert os.listdir(".") == ["page.pth"]

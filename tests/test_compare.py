@@ -148,7 +148,7 @@ def test_errors(tmp_path):
     label.write_text(json.dumps({"im%d.png" % i: [1] * 35 for i in (0, 1, 3)}))
     check_error(script(TOOL, a, b, "--labels", label), "label.json: has no label for 1 of 4 images: im2")
     label.write_text(json.dumps({"im%d.png" % i: [1] * 26 for i in range(4)}))
-    check_error(script(TOOL, a, b, "--labels", label), "label.json: its rows have 26 attributes, the model's results 35")
+    check_error(script(TOOL, a, b, "--labels", label), "label.json: its rows have 26 attributes, but the model's results have 35")
     (a / "im0_1.bin").write_bytes(bytes(139))
     check_error(script(TOOL, a, b), "a/im0_1.bin: holds no float32 logits (139 bytes)")
     (a / "im0_1.bin").write_bytes(np.full(35, np.nan, "<f4").tobytes())

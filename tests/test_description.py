@@ -146,9 +146,9 @@ def test_stage_7_and_the_report(exported, tmp_path):
                            (["--model", "out.json", "--attributes", "others.txt"], "other 0"), ([], "personalLess30")):
         assert script(STAGE, result, label, *options, cwd=tmp_path).returncode == 0
         assert json.loads((tmp_path / "fusion_result.json").read_text())["attributes"][0]["name"] == first
-    assert "PETA's names assumed" in page() and 'data-value="personalLess30"' in page()
+    assert "PETA's names are assumed" in page() and 'data-value="personalLess30"' in page()
     text = page("--model", "out.json")
-    assert 'data-value="hat"' in text and "PETA's names assumed" not in text
+    assert 'data-value="hat"' in text and "PETA's names are assumed" not in text
     assert "SHA-256 " + hashlib.sha256(b"checkpoint").hexdigest() in text
     assert 'data-value="other 0"' in page("--model", "out.json", "--attributes", "others.txt")
     (tmp_path / "none.json").write_text("{}")

@@ -141,7 +141,7 @@ def test_another_number_of_attributes_than_asked_for_stops_before_the_export(sma
 
 def test_help_says_that_a_checkpoint_does_not_tell_stride_and_size():
     process = script("export_onnx.py", "--help")
-    assert "A checkpoint does not tell with which values it was" in process.stdout
+    assert "A checkpoint does not record their values" in process.stdout
 
 
 @pytest.mark.parametrize("wrong", [

@@ -139,7 +139,7 @@ def test_figures(browser, run):
     assert texts(browser, ".sortable tbody tr:first-child td") == [
         percent(weakest[0]["label_acc"]), percent(weakest[0]["label_pos_acc"]), percent(weakest[0]["label_neg_acc"]),
         str(weakest[0]["positives"]), str(weakest[0]["negatives"]), between(weakest[0]["label_acc_interval"])]
-    assert "PETA's names assumed (--attributes FILE gives others)" in " ".join(
+    assert "PETA's names are assumed (--attributes FILE gives others)" in " ".join(
         texts(browser, "[aria-labelledby=attributes] p.soft")[0].split())
     facts = dict(zip(texts(browser, "header dt"), texts(browser, "header dd")))
     assert facts["Model"] == "deepmar_bs1.onnx, deepmar_bs8.onnx, deepmar_bs16.onnx"
@@ -527,7 +527,7 @@ def test_other_names(browser, small):
     (small / "names.txt").write_text("\n".join("trait %d" % i for i in range(35)))
     made(small, "--attributes", "names.txt")
     browser.open(small / "report.html")
-    assert "PETA's names assumed" not in browser.run("document.body.innerText")
+    assert "PETA's names are assumed" not in browser.run("document.body.innerText")
     assert texts(browser, "select[name=attribute] option")[1:] == ["trait %d" % i for i in range(35)]
     (small / "names.txt").write_text("one\n")
     check_error(make(small, "--attributes", "names.txt"), "names.txt: holds 1 names, but there are 35")

@@ -321,7 +321,7 @@ def test_a_missing_package(folder, tmp_path, package, stage):
     (tmp_path / (package + ".py")).write_text("raise ImportError('No module named %s')" % package)
     earlier = put_earlier(folder, stage)
     process = finish(start(folder, stage, env=dict(os.environ, PYTHONPATH=str(tmp_path))))
-    check_error(process, "error: No module named %s; the packages that it needs are in requirements.txt" % package)
+    check_error(process, "error: No module named %s; install the packages in requirements.txt" % package)
     assert output(folder, stage) == earlier
 
 

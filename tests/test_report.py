@@ -501,9 +501,9 @@ def test_bad_speeds(small):
     perf = write_perf(small, 1, 0)
     for text in ("", PERF.replace("202.23", "fast"), PERF.replace("326.049", "inf"), PERF.replace("Interface", "")):
         (small / perf).write_text(text)
-        check_error(make(small, "--perf", perf), "%s: is no perf_vision" % perf)
+        check_error(make(small, "--perf", perf), "%s: is not a perf_vision" % perf)
     (small / "perf.txt").write_text(PERF)
-    check_error(make(small, "--perf", "perf.txt"), "perf.txt: is no perf_vision")
+    check_error(make(small, "--perf", "perf.txt"), "perf.txt: is not a perf_vision")
     check_error(make(small, "--perf", perf, "--throughput", "t.csv"), "not allowed with", code=2)
 
 
@@ -546,7 +546,7 @@ def test_a_missing_package(small, monkeypatch, package):
     (small / "path").mkdir()
     (small / "path" / (package + ".py")).write_text("raise ImportError(\"No module named '%s'\")" % package)
     monkeypatch.setenv("PYTHONPATH", str(small / "path"))
-    check_error(make(small, run=started), "report.py: error: No module named '%s'; the packages that it needs are in" % package)
+    check_error(make(small, run=started), "report.py: error: No module named '%s'; install the packages in" % package)
 
 
 def test_odd_pictures(small):

@@ -291,7 +291,7 @@ def parse(argv):
     parser.add_argument("--output", metavar="FOLDER", required=True, help="a new folder, or the folder of a run to continue")
     parser.add_argument("--root", metavar="FOLDER", help="the folder of a list's images")
     parser.add_argument("--path-column", default="path", metavar="NAME", help="the column of paths in Parquet files (default: path)")
-    parser.add_argument("--bytes-column", default="bytes", metavar="NAME", help="the column of image files in Parquet files (default: bytes)")
+    parser.add_argument("--bytes-column", default="bytes", metavar="NAME", help="the column of images in Parquet files (default: bytes)")
     parser.add_argument("--attributes", metavar="FILE",
                         help="a file with the attributes' names, one per line (default: the model's, else PETA's if 35)")
     parser.add_argument("--probabilities", action="store_true", help="write the sigmoid of the logits")

@@ -1,10 +1,10 @@
-"""DeepMAR: pedestrian attributes from a ResNet-50, and how its checkpoints are read.
+"""DeepMAR: a ResNet-50 that recognises pedestrian attributes, and the reader of its checkpoints.
 
 Li, Chen, Huang: "Multi-attribute learning for pedestrian attribute recognition in surveillance scenarios" (ACPR 2015).
-A drop-in for baseline/model/DeepMAR.py of https://github.com/dangweili/pedestrian-attribute-recognition-pytorch: the
-same classes, keyword arguments and state-dict keys, on torchvision's ResNet-50.
+This file can replace baseline/model/DeepMAR.py of https://github.com/dangweili/pedestrian-attribute-recognition-pytorch.
+It has the same classes, keyword arguments and state-dict keys, and builds on torchvision's ResNet-50.
 
-load_model(path) returns the network of a checkpoint; nothing in the file is executed.
+load_model(path) returns the network that a checkpoint holds. It executes nothing in the file.
 """
 import functools
 import io
@@ -25,7 +25,7 @@ import torchvision
 from torchvision.models.resnet import Bottleneck, ResNet
 
 BLOCKS = [3, 4, 6, 3]  # residual blocks of ResNet-50 in layer1 ... layer4 (He et al., table 1)
-FEATURES = 2048        # channels that layer4 gives
+FEATURES = 2048        # channels of layer4's output
 
 
 class ResNet50Base(ResNet):
@@ -37,7 +37,7 @@ class ResNet50Base(ResNet):
         self.layer4[0].conv2.stride = (last_conv_stride, last_conv_stride)
         self.layer4[0].downsample[0].stride = (last_conv_stride, last_conv_stride)
         if pretrained:
-            # The ImageNet weights that the original starts from; torchvision 0.13 renamed the argument.
+            # The original starts from these ImageNet weights. torchvision 0.13 renamed the argument.
             v1 = ({"weights": torchvision.models.ResNet50_Weights.IMAGENET1K_V1}
                   if hasattr(torchvision.models, "ResNet50_Weights") else {"pretrained": True})
             imagenet = torchvision.models.resnet50(**v1).state_dict()
@@ -66,7 +66,7 @@ class DeepMAR_ResNet50(nn.Module):
 
     def forward(self, x):
         x = self.base(x)
-        # Plain integers: torch 1.6 cannot export a pooling window that is computed in the graph.
+        # The sizes must be plain integers: torch 1.6 cannot export a pooling window that is computed in the graph.
         x = F.avg_pool2d(x, [int(size) for size in x.shape[2:]])
         x = torch.flatten(x, 1)
         if self.drop_pool5:
@@ -75,7 +75,7 @@ class DeepMAR_ResNet50(nn.Module):
 
 
 class DeepMAR_ResNet50_ExtractFeature(object):
-    """Calls a model in eval mode: images [N,3,H,W] -> numpy logits [N,num_att]; leaves the model in the mode it had."""
+    """Runs a model in eval mode: images [N,3,H,W] -> numpy logits [N,num_att]. Restores the model's mode afterwards."""
 
     def __init__(self, model, **kwargs):
         self.model = model
@@ -94,19 +94,19 @@ class DeepMAR_ResNet50_ExtractFeature(object):
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 #
-# A checkpoint is a pickle, with the tensors' values beside it. Python's unpickler, and with it torch.load, calls whatever
-# the pickle names, and that can be os.system. So the pickle is only read here: each name in it, and each call that it asks
-# for, becomes a note (class Named). Nothing is imported and nothing is called. The state dict is then looked up among the
-# notes, and numpy makes its tensors from the notes that describe them. Whatever else is in the file does not matter.
+# A checkpoint is a pickle, with the tensors' values beside it. Python's unpickler, which torch.load uses, calls any function
+# that the pickle names, even os.system. This code only parses the pickle: each name and each call in it becomes a
+# placeholder (class Named). Nothing is imported and nothing is called. The code then looks for the state dict among the
+# placeholders, and numpy builds its tensors from those that describe them. All other content is ignored.
 
-MAGIC = 0x1950a86a20f9469cfc6c  # the number with which torch.save's files began before the zip format
-DEPTH = 5                       # levels of dicts and lists in which a state dict is looked for
+MAGIC = 0x1950a86a20f9469cfc6c  # torch.save's files began with this number before the zip format
+DEPTH = 5                       # search this many levels of dicts and lists for a state dict
 
-# Calls that make a tensor. Their first arguments are storage, offset, size, stride. The last one is torch_npu's (Ascend).
+# Functions that build a tensor. They take storage, offset, size and stride first. The last one is torch_npu's (Ascend).
 TENSORS = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_npu_tensor"}
-# Calls whose first argument is a tensor, and which give the same tensor as a parameter or on another device.
+# Functions that take a tensor first and return it as a parameter or on another device.
 AROUND_TENSORS = {"_rebuild_parameter", "_rebuild_parameter_with_state", "_rebuild_device_tensor_from_cpu_tensor"}
-# Calls that call a function for a tensor with Python attributes: (function, class, the function's arguments, attributes).
+# Functions that build a tensor with Python attributes. They take (function to call, class, its arguments, attributes).
 WITH_ATTRIBUTES = {"_rebuild_from_type", "_rebuild_from_type_v2"}
 
 # torch's storage types -> numpy's types. numpy has no bfloat16, which is the upper half of a float32.
@@ -116,21 +116,21 @@ TYPES = {"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": "u2", "Long": 
 SAFETENSORS_TYPES = {"F64": "Double", "F32": "Float", "F16": "Half", "BF16": "BFloat16", "I64": "Long", "I32": "Int",
                      "I16": "Short", "I8": "Char", "U8": "Byte", "BOOL": "Bool"}
 
-# Names under which training scripts keep the model's state dict. The first one of these that a file has is taken.
+# Training scripts store the model's state dict under these names. The first name that a file has is used.
 MAIN = ["state_dict", "state_dicts", "model_state_dict", "model", "module", "net", "network", "weights", "params"]
 UNKNOWN = float("inf")  # the rank of all other names
-# What DataParallel, PyTorch Lightning and torch.compile add to the network's own keys.
+# Prefixes that DataParallel, PyTorch Lightning and torch.compile add to the network's keys.
 WRAPPERS = {"module", "model", "_orig_mod"}
-# A key in a state dict: what is before the network's own key, and that key.
+# Splits a state dict's key into a prefix and the network's own key.
 KEY = re.compile(r"((?:.*\.)?)((?:base|classifier)\..*)", re.DOTALL)
 
 
 class Refused(ValueError):
-    """What is wrong with a file, without the file's name."""
+    """Says what is wrong with a file. The caller adds the file's name."""
 
 
 class Named(object):
-    """The note of a name in a pickle or, with arguments, of a call; entries: what the pickle puts into the call's result."""
+    """Stands for a name in a pickle or, with arguments, for a call. entries: what the pickle puts into the call's result."""
     __slots__ = "name", "arguments", "entries"
 
     def __init__(self, name, arguments=None):
@@ -143,7 +143,7 @@ class Named(object):
 
 
 class Storage(object):
-    """Where a tensor's values are: their type, the storage's name in the file, and the part of it (in very old files)."""
+    """Says where a tensor's values are: their type, the storage's name in the file and, in very old files, the part of it."""
     __slots__ = "kind", "key", "part"
 
     def __init__(self, kind, key, part=None):
@@ -151,14 +151,14 @@ class Storage(object):
 
 
 class Pickle(io.BytesIO):
-    """The bytes of a pickle. Lines must be short, because Python 3.7 takes hours to read a number of a million digits."""
+    """The bytes of a pickle. Lines must be short, because Python 3.7 takes hours to parse a number with a million digits."""
 
     def readline(self):
         return super().readline(5000)
 
 
 def put(target, items):
-    """Puts items, [key, value, key, value ...], into a dict or a Named. Any other target stays as it is."""
+    """Puts items, [key, value, key, value ...], into a dict or a Named. Ignores any other target."""
     entries = target.entries if isinstance(target, Named) else target
     if isinstance(entries, dict):
         for key, value in zip(items[::2], items[1::2]):
@@ -167,17 +167,17 @@ def put(target, items):
 
 
 def call(function, arguments):
-    """Returns the note of a call."""
+    """Returns the Named that stands for a call."""
     arguments = arguments if isinstance(arguments, tuple) else ()
     result = Named(function.name if isinstance(function, Named) else type(function).__name__, arguments)
     if result.name == "collections.OrderedDict" and arguments and isinstance(arguments[0], list):
-        for pair in arguments[0]:  # Python 2 writes an OrderedDict's entries so
+        for pair in arguments[0]:  # Python 2 pickles an OrderedDict as a list of pairs
             put(result, pair if isinstance(pair, (list, tuple)) else [])
     return result
 
 
 def persistent(pid):
-    """Returns what a persistent id of torch.save stands for: a Storage, or a model's class (it comes with its source)."""
+    """Returns what a persistent id of torch.save stands for: a Storage, or a model's class (its source code follows)."""
     if isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage":
         kind, key, part = pid[1], pid[2], pid[5] if len(pid) > 5 else None
         if isinstance(kind, Named) and isinstance(key, str):
@@ -187,8 +187,8 @@ def persistent(pid):
     return Named("an unknown persistent id")
 
 
-# Opcodes that push the value which they hold, a constant, an empty container, a tuple of so many values from the stack.
-# A set is read as a list, which needs no hashes.
+# Opcodes that push their own value, a constant, an empty container, or a tuple of the top values of the stack.
+# A set is read as a list, because a list needs no hashes.
 LITERALS = set("INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
                "SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split())
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
@@ -197,7 +197,7 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def unpickle(file):
-    """Reads one pickle of a Pickle; returns (its value, {name of a storage: its type}).
+    """Reads the next pickle from a Pickle. Returns (its value, {storage's name: its type}).
 
     The value consists of plain Python values, Named and Storage. A damaged pickle raises exceptions of many kinds.
     """
@@ -257,7 +257,7 @@ def unpickle(file):
         elif code == "OBJ":
             items = pop_mark()
             stack.append(call(items[0], tuple(items[1:])))
-        elif code == "BUILD":  # it sets attributes; none is needed
+        elif code == "BUILD":  # it sets attributes, which are not needed
             stack.pop()
         elif code == "BINPERSID":
             value = persistent(stack.pop())
@@ -279,24 +279,24 @@ def unpickle(file):
 
 
 def read_zip(data):
-    """Reads the zip format of torch >= 1.6; returns (the content, a function: name of a storage -> its bytes)."""
+    """Reads the zip format of torch >= 1.6. Returns (the content, a function that maps a storage's name to its bytes)."""
     archive = zipfile.ZipFile(io.BytesIO(data))
     members = archive.infolist()
     names = {member.filename.split("/")[-1]: member.filename for member in members}
     if "constants.pkl" in names:
-        raise Refused("a TorchScript archive, not a checkpoint; save model.state_dict()")
+        raise Refused("is a TorchScript archive, not a checkpoint; save model.state_dict()")
     if "data.pkl" not in names:
-        raise Refused("a zip file, but no PyTorch checkpoint (it has no data.pkl)")
-    # torch.save compresses nothing. A zip file can claim to hold much more than its size, to fill the memory.
+        raise Refused("is a zip file, but not a PyTorch checkpoint (it has no data.pkl)")
+    # torch.save does not compress. A hostile zip file can claim to hold far more than its own size, to exhaust the memory.
     if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > len(data):
-        raise Refused("its content is larger than the file, which is not so in files of torch.save; if someone packed it, "
+        raise Refused("has compressed or oversized members, which torch.save does not write; if someone packed it, "
                       "unpack it and pack it without compression: zip -0 -r")
     root = names["data.pkl"][:-len("data.pkl")]
 
     def read(name):
         member = archive.getinfo(root + name)
         if getattr(member, "CRC", None) == 0:
-            del member.CRC  # torch.save can leave the checksums out; without the attribute zipfile expects none
+            del member.CRC  # torch.save can leave the checksums out. Without this attribute, zipfile does not check
         return archive.read(member)
 
     if root + "byteorder" in archive.namelist() and read("byteorder") != b"little":
@@ -306,10 +306,10 @@ def read_zip(data):
 
 
 def read_old(data):
-    """Reads the format of torch.save before the zip format, Python 2.7's files too; returns the same as read_zip."""
+    """Reads torch.save's format from before the zip format, also Python 2.7's files. Returns the same as read_zip."""
     file = Pickle(data)
     if unpickle(file)[0] != MAGIC:
-        raise Refused("a pickle, but not one of torch.save; save the checkpoint with torch.save")
+        raise Refused("is a pickle, but not from torch.save; save the checkpoint with torch.save")
     unpickle(file)  # the version of the format
     system, _ = unpickle(file)
     if isinstance(system, dict) and system.get("little_endian") is False:
@@ -321,17 +321,17 @@ def read_old(data):
         count, = struct.unpack_from("<q", data, position)
         begin, position = position + 8, position + 8 + count * np.dtype(TYPES[kinds[key]]).itemsize
         if not begin <= position <= len(data):
-            raise Refused("damaged or cut off (it ends within the values of its tensors)")
+            raise Refused("is damaged or cut off (it ends within the values of its tensors)")
         storages[key] = memoryview(data)[begin:position]
     return content, storages.__getitem__
 
 
 def read_safetensors(data):
-    """Reads a .safetensors file; returns the same as read_zip."""
+    """Reads a .safetensors file. Returns the same as read_zip."""
     try:
         from safetensors import deserialize
     except ImportError as error:
-        raise Refused("a safetensors file, for which a package is missing (%s); install it: "
+        raise Refused("is a safetensors file, and the package that reads it is missing (%s); install it: "
                       "python3 -m pip install --prefer-binary safetensors" % error)
     content, storages = {}, {}
     for key, tensor in deserialize(data):
@@ -343,14 +343,14 @@ def read_safetensors(data):
 
 
 def read_file(path):
-    """Reads a checkpoint file of any format; returns (its content, a function: name of a storage -> its bytes)."""
+    """Reads a checkpoint file of any format. Returns (its content, a function that maps a storage's name to its bytes)."""
     if os.path.isdir(path):
         for folder in [path] + [os.path.join(path, name) for name in sorted(os.listdir(path))]:
             if os.path.isfile(os.path.join(folder, "data.pkl")):
                 parent, name = os.path.split(os.path.abspath(folder))
-                raise Refused("an unpacked checkpoint; pack its folder again: (cd %s && zip -0 -r %s %s)"
+                raise Refused("is an unpacked checkpoint; pack its folder again: (cd %s && zip -0 -r %s %s)"
                               % tuple(shlex.quote(text) for text in (parent, name + ".pth", name)))
-        raise Refused("a folder, not a checkpoint file")
+        raise Refused("is a folder, not a checkpoint file")
     if not os.path.isfile(path):
         raise FileNotFoundError("%s: no such file; the first argument is the trained checkpoint" % path)
     try:
@@ -365,23 +365,23 @@ def read_file(path):
     if data.startswith(b"\x80"):
         return read_old(data)
     if tarfile.is_tarfile(path):
-        raise Refused("a tar archive, not a checkpoint; unpack it with tar -xf and give the file in it")
-    raise Refused("no PyTorch checkpoint (it begins with %r)" % data[:15])
+        raise Refused("is a tar archive, not a checkpoint; unpack it with tar -xf and give the file in it")
+    raise Refused("is not a PyTorch checkpoint (it begins with %r)" % data[:15])
 
 
 def shown(text):
-    """A text of the file, fit for an error message."""
+    """Returns a text from the file, shortened and escaped for an error message."""
     return text if text.isprintable() and len(text) <= 100 else ascii(text)[:100]
 
 
 def some(items, most=4, text=str):
-    """The first few of a list's items as text, with the number of the others."""
+    """Returns a list's first items as text, and how many more there are."""
     return ", ".join(text(item) for item in items[:most]) + (" and %d more" % (len(items) - most) if len(items) > most else "")
 
 
 def unwrap(value):
-    """Returns the note of a tensor's call, without the calls around it; any other value as it is."""
-    for _ in range(9):  # a file of torch has two of them at most
+    """Returns the call that builds a tensor, without the calls around it. Returns any other value unchanged."""
+    for _ in range(9):  # torch.save puts at most two calls around it
         if not isinstance(value, Named) or not value.arguments:
             break
         if value.function in AROUND_TENSORS:
@@ -392,17 +392,17 @@ def unwrap(value):
 
 
 def tensor_arguments(value):
-    """Returns the arguments of the call that makes a tensor, or None if value is no plain tensor."""
+    """Returns the arguments of the call that builds a tensor, or None if value is not a plain tensor."""
     value = unwrap(value)
     if not isinstance(value, Named) or not value.arguments or value.function not in TENSORS:
         return None
-    # torch >= 1.12 can mark a tensor as negated or conjugated instead of computing that.
+    # torch >= 1.12 can mark a tensor as negated or conjugated instead of changing its values.
     marks = value.arguments[6] if len(value.arguments) > 6 and isinstance(value.arguments[6], dict) else {}
     return None if "neg" in marks or "conj" in marks else value.arguments
 
 
 def described(value):
-    """What a value is: a tensor, another call or name, or its Python type."""
+    """Says what a value is: a tensor, another call or name, or its Python type."""
     if tensor_arguments(value):
         return "a tensor"
     value = unwrap(value)
@@ -410,15 +410,15 @@ def described(value):
 
 
 def shown_key(key):
-    """A key of a dict, fit for an error message."""
+    """Returns a dict's key as text for an error message."""
     return shown(key) if isinstance(key, str) else described(key)
 
 
 class Network(object):
     """A state dict in the content of a file.
 
-    name says where it is, rank how likely it is the one that is meant. entries is the dict that it is in. keys tells which
-    keys of entries give a key of the network, before what stands before them; others are the remaining keys of entries.
+    name: where it is in the content. rank: the state dict to use has the lowest. entries: the dict that holds it.
+    keys: {the network's key: [keys of entries]}. before: those keys' prefix. others: all other keys of entries.
     """
 
     def __init__(self, path, entries, keys, before, others):
@@ -430,7 +430,7 @@ class Network(object):
 def networks(path, entries):
     """Returns the Networks in one dict of the content.
 
-    Several can be in one dict, told apart by what stands before their keys: base.conv1.weight, ema.module.base.conv1.weight.
+    One dict can hold several. Their keys have different prefixes: base.conv1.weight, ema.module.base.conv1.weight.
     """
     found, others = OrderedDict(), []
     for key in entries:
@@ -469,7 +469,7 @@ def find_networks(content):
 
 
 def choose(content, name, say):
-    """Returns the Network that is meant, by its name where one is given. Tells say which one it is where that is not clear."""
+    """Returns the Network called name or, if name is None, the most likely one. Calls say with a text if that is a guess."""
     found = find_networks(content)
     if not found:
         entries = content.entries if isinstance(content, Named) else content
@@ -498,9 +498,9 @@ def choose(content, name, say):
 
 
 def make_array(value, read, most):
-    """Returns (a tensor's values as float32 or, if they are whole numbers, as int64; the name of their type in the file).
+    """Returns (a tensor's values, the name of their type in the file). Whole numbers become int64, all others float32.
 
-    read: see read_zip. Raises Refused unless value is a plain tensor of at most so many values, all of them finite.
+    read: the function from read_zip. Raises Refused unless value is a plain tensor of finite values, at most so many.
     """
     arguments = tensor_arguments(value)
     if arguments is None:
@@ -510,7 +510,7 @@ def make_array(value, read, most):
     if not (isinstance(storage, Storage) and isinstance(size, tuple) and isinstance(stride, tuple)
             and len(size) == len(stride) <= 8
             and all(isinstance(number, int) and 0 <= number < 1 << 62 for number in (offset,) + size + stride)):
-        raise Refused("is no tensor as torch.save writes it; the file is damaged, or made to do harm")
+        raise Refused("is not a tensor as torch.save writes it; the file is damaged, or made to do harm")
     if storage.kind not in TYPES or storage.kind.startswith("Complex"):
         raise Refused("has values of the type %s; save model.float().state_dict()" % shown(storage.kind))
     count = 1
@@ -526,7 +526,7 @@ def make_array(value, read, most):
     if storage.part is not None:
         _, begin, length = storage.part
         data = data[begin:begin + length]
-    # Python's whole numbers do not overflow. In a dimension of size 1 the stride has no meaning.
+    # Python's integers do not overflow. The stride has no meaning in a dimension of size 1.
     stride = tuple(step if number > 1 else 0 for number, step in zip(size, stride))
     if offset + sum((number - 1) * step for number, step in zip(size, stride)) >= len(data):
         raise Refused("reaches beyond its %d values in the file" % len(data))
@@ -535,7 +535,7 @@ def make_array(value, read, most):
     name = dtype.name
     if storage.kind == "BFloat16":
         array, name = (array.reshape(-1).astype("u4") << 16).view("f4").reshape(size), "bfloat16"
-    with np.errstate(all="ignore"):  # a value that is too large for a float32 becomes infinite
+    with np.errstate(all="ignore"):  # a value too large for float32 becomes infinite
         array = array.astype("f4" if array.dtype.kind == "f" else "i8", copy=False)
     if not np.isfinite(array).all():
         raise Refused("holds NaN or infinite values")
@@ -543,8 +543,8 @@ def make_array(value, read, most):
 
 
 def make_state(network, read, most, say):
-    """Returns the state dict of a Network: OrderedDict, key -> tensor; most: how many values its tensors may have."""
-    # Beside model.classifier.weight, what does not begin with model. belongs to something else, such as a loss.
+    """Returns the state dict of a Network: OrderedDict, key -> tensor. most: how many values its tensors may have in total."""
+    # If the dict has model.classifier.weight, a key without model. belongs to something else, such as a loss.
     own = [key for key in network.others
            if isinstance(key, str) and key.startswith(network.before) and tensor_arguments(network.entries[key])]
     state, types = OrderedDict(), set()
@@ -570,10 +570,10 @@ def make_state(network, read, most, say):
 def load_checkpoint(path, state_dict=None, say=lambda text: None):
     """Returns the model's state dict of a checkpoint: OrderedDict, key -> CPU tensor of float32 (int64 for counts).
 
-    Reads the files of every torch.save, those from Python 2.7 and from Ascend's torch_npu too, and .safetensors. The state
-    dict may be anywhere in the content; state_dict is the name of one of several ('state_dict_ema', 'ema.module'). Prefixes
-    such as 'module.' are removed from its keys. say gets a line of text for each choice that the user should know of.
-    Runs no code of the file. Raises OSError if path cannot be read, ValueError if it is no such checkpoint.
+    Reads the files of every torch.save, also those from Python 2.7 and from Ascend's torch_npu, and .safetensors files.
+    The state dict may be anywhere in the content. state_dict names one of several ('state_dict_ema', 'ema.module').
+    Removes prefixes such as 'module.' from the keys. Calls say with a text for each choice that the user should know about.
+    Runs no code of the file. Raises OSError if path cannot be read, ValueError if it is not such a checkpoint.
     """
     path = os.fspath(path)
     try:
@@ -584,15 +584,15 @@ def load_checkpoint(path, state_dict=None, say=lambda text: None):
     except OSError:
         raise
     except Exception as error:  # a damaged or hostile file can raise anything here
-        raise ValueError("%s: damaged or cut off (%s: %s)"
+        raise ValueError("%s: is damaged or cut off (%s: %s)"
                          % (path, type(error).__name__, shown(str(error).split("\n")[0])))
 
 
 def build_model(state, last_conv_stride=2):
-    """Returns the DeepMAR_ResNet50 of a state dict, in eval mode; the number of attributes is the classifier's.
+    """Returns the DeepMAR_ResNet50 of a state dict, in eval mode. The classifier's shape gives the number of attributes.
 
-    A state dict fits both values of last_conv_stride, 1 and 2, and does not tell with which one it was trained.
-    Raises ValueError that names what does not fit: missing and unexpected keys, wrong shapes, another backbone.
+    A state dict fits last_conv_stride 1 and 2 alike and does not record which one was used in training.
+    Raises ValueError with a list of what does not fit: missing and unexpected keys, wrong shapes, another backbone.
     """
     weight = state.get("classifier.weight")
     if weight is None or weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != FEATURES:
@@ -627,7 +627,7 @@ def build_model(state, last_conv_stride=2):
 
 
 def load_model(path, last_conv_stride=2, state_dict=None, say=lambda text: None):
-    """Returns the network of a checkpoint file, in eval mode. Arguments and errors: see load_checkpoint, build_model."""
+    """Returns the network of a checkpoint file, in eval mode. For arguments and errors see load_checkpoint and build_model."""
     state = load_checkpoint(path, state_dict, say)
     try:
         return build_model(state, last_conv_stride)

@@ -4,13 +4,13 @@
     python3 export_onnx.py --input_file=xxx/checkpoint.pth.tar --output_file=deepmar_bs1.onnx --batch_size=1
 
 The model has the input actual_input_1, float32 [batch size,3,224,224] (RGB, normalised), and the output output1, float32
-[batch size, attributes] (logits). It is written only after onnx's checker accepted it and ONNX Runtime gave PyTorch's
-logits on random input. Its metadata say how to feed it, which checkpoint it is of, and, with --attributes FILE, what the
-attributes are called. The script needs DeepMAR.py beside it, or as baseline/model/DeepMAR.py in the open-source repository,
-where it replaces the file of that name.
+[batch size, attributes] (logits). The script writes it only if onnx's checker accepts it and ONNX Runtime computes the same
+logits as PyTorch on random input. The model's metadata record its input format, its checkpoint and, with --attributes FILE,
+the attributes' names. The script needs DeepMAR.py beside it. In the open-source repository, DeepMAR.py may instead replace
+baseline/model/DeepMAR.py.
 
-The training script has the options --last_conv_stride and --resize. A checkpoint does not tell with which values it was
-trained, and it can be exported with any: give the same values as --last-conv-stride and --size.
+The training script has the options --last_conv_stride and --resize. A checkpoint does not record their values, and any
+values can be exported. Give the training's values as --last-conv-stride and --size.
 """
 import argparse
 import contextlib
@@ -27,15 +27,15 @@ import signal
 import sys
 import warnings
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on, ONNX Runtime reports each model to its makers
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime >= 1.29 reports each model to its makers
 
-VERSION = "1.0"    # of these scripts, as the model's metadata names it
+VERSION = "1.0"    # the version of these scripts, for the model's metadata
 OPSET = 11         # the ONNX operator set that atc supports
 TOLERANCE = 1e-4   # allowed difference between the logits of ONNX Runtime and PyTorch, relative to the largest logit
 
 
 def export(model, shape):
-    """Returns the network as an ONNX file's content, for input of a fixed shape [N,3,H,W], constants folded."""
+    """Returns the network as the bytes of an ONNX file, with the fixed input shape [N,3,H,W] and folded constants."""
     import torch
     # torch 2.9 changed the default to an exporter that cannot emit opset 11 for this network; 1.6 has no such argument.
     arguments = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
@@ -48,10 +48,10 @@ def export(model, shape):
 
 
 def verify(model, content, shape):
-    """Compares an ONNX file's content with the network on seeded random input of a shape [N,3,H,W].
+    """Compares an ONNX file's bytes with the network on seeded random input of the shape [N,3,H,W].
 
-    Returns (largest absolute difference of the logits, largest absolute logit); raises ValueError where onnx's checker
-    refuses the model, or the logits have another shape, are not finite, or differ by more than TOLERANCE.
+    Returns (largest absolute difference of the logits, largest absolute logit). Raises ValueError if onnx's checker
+    refuses the model, or if the logits have another shape, are not finite, or differ by more than TOLERANCE.
     """
     import numpy as np
     import onnx
@@ -69,35 +69,35 @@ def verify(model, content, shape):
     if ours.shape != theirs.shape:
         raise ValueError("ONNX Runtime gives logits of shape %s, PyTorch %s" % (ours.shape, theirs.shape))
     difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
-    if not difference <= TOLERANCE * max(1.0, largest):  # so written, NaN is a mismatch too
+    if not difference <= TOLERANCE * max(1.0, largest):  # written this way, NaN is a mismatch too
         raise ValueError("ONNX Runtime's logits differ from PyTorch's by %.3g (largest logit %.3g)"
                          % (difference, largest))
     return difference, largest
 
 
 def read_names(path):
-    """Returns the attributes' names in a file, one a line; raises OSError, or ValueError where one is there twice."""
+    """Reads the attributes' names from a file, one per line. Raises OSError, or ValueError if a name occurs twice."""
     try:
         with open(path, encoding="utf-8-sig") as f:
             names = [line.strip() for line in f.read().split("\n") if line.strip()]
     except UnicodeDecodeError:
-        raise ValueError("%s: is not UTF-8 text; it holds the attributes' names, one a line" % path)
+        raise ValueError("%s: is not UTF-8 text; it must hold the attributes' names, one per line" % path)
     if len(set(names)) < len(names):
         raise ValueError("%s: holds a name more than once: %s" % (path, max(names, key=names.count)))
     return names
 
 
 def describe(content, checkpoint, names, size, last_conv_stride):
-    """Returns an ONNX file's bytes with what its user has to know in its metadata, which no tool computes with.
+    """Adds what a user must know to an ONNX file's metadata, which no tool computes with. Returns the file's new bytes.
 
-    checkpoint: its path; names: of the attributes, None if unknown; size: (height, width). tools/common.py reads it.
+    checkpoint: its path. names: the attributes' names, or None. size: (height, width). tools/common.py reads the metadata.
     """
     import onnx
     sha256 = hashlib.sha256()
     with open(checkpoint, "rb") as f:
         for block in iter(lambda: f.read(1 << 20), b""):
             sha256.update(block)
-    values = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],  # preprocess_deepmar_pytorch.py's, ImageNet's
+    values = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],  # ImageNet's, as in stage 4
               "size": size, "layout": "NCHW RGB", "output": "logits", "last_conv_stride": last_conv_stride,
               "checkpoint_sha256": sha256.hexdigest(), "version": VERSION}
     if names is not None:
@@ -111,10 +111,10 @@ def describe(content, checkpoint, names, size, last_conv_stride):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Yields the name of a new file beside path, which becomes path if the block succeeds, and goes if it fails."""
+    """Yields the name of a new file beside path. Renames it to path if the block succeeds, deletes it if the block fails."""
     for left in glob.glob(glob.escape(path) + ".%s.partial" % ("[0-9a-f]" * 8)):
         with contextlib.suppress(OSError), open(left) as file:
-            if locked(file):  # no process holds it any more: it is left from a run that was killed
+            if locked(file):  # no process holds the lock, so the file is left from a killed run
                 os.remove(left)
     temporary = "%s.%s.partial" % (path, secrets.token_hex(4))
     try:
@@ -130,7 +130,7 @@ def whole_file(path):
 
 
 def locked(file):
-    """Locks an open file against other processes; returns whether that was possible."""
+    """Tries to lock an open file against other processes. Returns whether that worked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -154,9 +154,9 @@ def main(argv=None):
     parser.add_argument("--num-att", "--num_att", metavar="N",
                         help="the number of attributes that the checkpoint must have (default: any)")
     parser.add_argument("--state-dict", "--state_dict", metavar="NAME",
-                        help="which state dict of a checkpoint with several, e.g. state_dict_ema or ema.module")
+                        help="the state dict to use if the checkpoint has several, e.g. state_dict_ema or ema.module")
     parser.add_argument("--attributes", metavar="FILE",
-                        help="the attributes' names, one a line, to be kept in the model's metadata")
+                        help="a file with the attributes' names, one per line, for the model's metadata")
     args = parser.parse_intermixed_args(argv)
     named = [args.input_file, args.output_file, args.batch_size]
     if args.positional and any(value is not None for value in named):
@@ -176,22 +176,22 @@ def main(argv=None):
     names = None if args.attributes is None else read_names(args.attributes)
     num_att = None if args.num_att is None else number("--num-att", args.num_att)
 
-    # PYTHONSAFEPATH keeps the script's folder out of Python's path, and the script may be started through a link.
+    # Python may not search the script's folder: PYTHONSAFEPATH excludes it, and the script may be started through a link.
     folder = os.path.dirname(os.path.realpath(__file__))
     sys.path.insert(0, folder)
-    # torch turns a KeyboardInterrupt during its import into errors of its own: until it is loaded, Ctrl-C ends the process.
+    # During its import, torch turns a KeyboardInterrupt into other errors. Until it is loaded, Ctrl-C ends the process.
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.path.exists(os.path.join(folder, "DeepMAR.py")):
         from DeepMAR import load_model
     else:
         from baseline.model.DeepMAR import load_model
-    import onnxruntime  # noqa: F401 - if it is missing, this is said before the work is done
+    import onnxruntime  # noqa: F401 - if it is missing, the script fails here and not after the work
     signal.signal(signal.SIGINT, before)
     notes = []
     model = load_model(checkpoint, args.last_conv_stride, args.state_dict, notes.append)
     if num_att not in (None, model.num_att):
-        raise ValueError("%s: was trained for %d attributes, but --num-att asks for %d; take the checkpoint and the labels of "
-                         "one data set" % (checkpoint, model.num_att, num_att))
+        raise ValueError("%s: was trained for %d attributes, but --num-att asks for %d; take the checkpoint and the labels "
+                         "from the same data set" % (checkpoint, model.num_att, num_att))
     if names is not None and len(names) != model.num_att:
         raise ValueError("%s: holds %d names, but %s has %d attributes"
                          % (args.attributes, len(names), checkpoint, model.num_att))
@@ -204,8 +204,8 @@ def main(argv=None):
                 f.write(content)
     except (OSError, ValueError):
         raise
-    except Exception as error:  # torch, onnx and onnxruntime have kinds of their own, some of many lines
-        raise ValueError("%s: not exported: %s: %s" % (output, type(error).__name__, " ".join(str(error).split())))
+    except Exception as error:  # torch, onnx and onnxruntime have their own kinds of errors, some with many lines
+        raise ValueError("%s: was not exported: %s: %s" % (output, type(error).__name__, " ".join(str(error).split())))
     for text in notes:
         print("%s: %s" % (checkpoint, text))
     print("%s: batch size %d, images of %d x %d (height x width), last_conv_stride %d, %d attributes, opset %d; ONNX Runtime and "
@@ -214,13 +214,13 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
+    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may not be able to show every name
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the output has left, as head does; the file is written
+    except BrokenPipeError:  # the program that reads the output has ended, as head does; the file is written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # as a shell reports it: 128 + SIGPIPE
+        sys.exit(141)  # 128 + SIGPIPE, as a shell reports it
     except (OSError, ValueError, ImportError) as error:
         sys.exit("export_onnx.py: error: %s" % error)
     except KeyboardInterrupt:

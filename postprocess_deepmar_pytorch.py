@@ -3,14 +3,16 @@
     python3 postprocess_deepmar_pytorch.py result/dumpOutput_device0/ label.json
     python3 postprocess_deepmar_pytorch.py --npu_result=result/dumpOutput_device0 --label_file=label.json
 
-Reads NAME_1.bin (the benchmark tool's) or NAME_0.bin (ais_bench's), float32 logits, one for each attribute; a logit >= 0
-says that the image has it. label.json is {image file name: [0 or 1 for each attribute]}. Several result folders count
-as one set, with the subfolders device<D> that ais_bench leaves for several devices; an image in a subfolder counts by
-its file name alone. The metrics are those of Li et al., "A Richly Annotated Dataset for Pedestrian Attribute
-Recognition" (arXiv:1603.07054), section 5. fusion_result.json, written into the current folder, also has the figures of
-each attribute; --per-attribute prints them, --attributes FILE names them (one a line; PETA's 35 need none).
---published 78.9 fails where the accuracy is more than 1 % below that. --intervals adds how far the metrics might be off,
-as 95 % intervals. --thresholds FILE takes each attribute's own limit in place of 0; tools/thresholds.py finds them.
+The script reads NAME_1.bin (from the benchmark tool) or NAME_0.bin (from ais_bench): float32 logits, one per attribute.
+A logit >= 0 means that the image has the attribute. label.json is {image file name: [0 or 1 for each attribute]}.
+Several result folders count as one set. So do the subfolders device<D> that ais_bench makes for several devices. The
+folders in an image's name do not count. The metrics are those of Li et al., "A Richly Annotated Dataset for Pedestrian
+Attribute Recognition" (arXiv:1603.07054), section 5.
+
+fusion_result.json is written into the current folder and also has the figures of each attribute. --per-attribute prints
+them. --attributes FILE names the attributes, one per line; PETA's 35 need no file. With --published 78.9, the script fails
+if the accuracy is more than 1 % lower. --intervals adds the 95 % interval of each metric. --thresholds FILE gives each
+attribute its own limit in place of 0; tools/thresholds.py finds such limits.
 """
 import argparse
 import collections
@@ -31,12 +33,12 @@ with importing():
 
 RESULT = "fusion_result.json"
 PROBABILITIES = "all values lie between 0 and 1: they look like probabilities (of a model that ends in a Sigmoid), not logits"
-ASSUMED = "PETA's names assumed; --attributes FILE gives others"
+ASSUMED = "PETA's names are assumed; --attributes FILE gives others"
 THRESHOLDS = {"attributes": [{"name": str, "threshold": NUMBER}], "names_assumed": bool, "goal": str, "images": int,
-              "checksum": str, "tuned_on": dict}  # what is read of tools/thresholds.py's file
-MAX_DROP = 0.01  # how far below the published accuracy a converted model may be: the guide's 1 %, as percentage points
+              "checksum": str, "tuned_on": dict}  # the parts of tools/thresholds.py's file that are read
+MAX_DROP = 0.01  # a converted model may be this far below the published accuracy: the guide's 1 % (percentage points)
 
-# The 35 attributes of PETA in the order of the labels and logits: PETA.mat's [1], picked by its [2].
+# The 35 attributes of PETA in the order of the labels and logits. PETA.mat's [1] has the names, its [2] selects 35.
 PETA = """personalLess30 personalLess45 personalLess60 personalLarger60 carryingBackpack carryingOther lowerBodyCasual
 upperBodyCasual lowerBodyFormal upperBodyFormal accessoryHat upperBodyJacket lowerBodyJeans footwearLeatherShoes
 upperBodyLogo hairLong personalMale carryingMessengerBag accessoryMuffler accessoryNothing carryingNothing
@@ -46,12 +48,12 @@ upperBodyOther upperBodyVNeck""".split()
 
 
 def label_row(values):
-    """Returns one image's label as bytes, which may be beyond 1; raises TypeError or ValueError for no such list."""
+    """Returns one image's label as bytes, which may exceed 1. Raises TypeError or ValueError if it cannot be a label."""
     if not isinstance(values, list) or not values:
         raise ValueError
     try:
         return bytes(values)
-    except TypeError:  # 1.0, as a numpy array of floats gives
+    except TypeError:  # values such as 1.0, from a numpy array of floats
         if not set(values) <= {0, 1}:
             raise ValueError
         return bytes([int(value) for value in values])
@@ -60,10 +62,10 @@ def label_row(values):
 def read_labels(path):
     """Returns ({stem: row}, labels uint8 [images, attributes]) of a label file.
 
-    Raises OSError, or ValueError that names the row: values other than 0 and 1, a row of another length, a name twice.
+    Raises OSError, or ValueError with the row's name: values other than 0 and 1, a row of another length, a name twice.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError("%s: no such file; it is the label.json of the images, which tools/lists.py writes" % path)
+        raise FileNotFoundError("%s: no such file; give the label.json of the images, which tools/lists.py writes" % path)
     try:
         with open(path, encoding="utf-8-sig") as f:
             pairs = json.load(f, object_pairs_hook=list)  # a dict would keep only the last of two equal names
@@ -78,34 +80,36 @@ def read_labels(path):
         except (TypeError, ValueError):
             raise ValueError("%s: %r: its label is not a list of 0 and 1" % (path, name))
         if len(values) != width:
-            raise ValueError("%s: %r has %d values, the rows before it %d" % (path, name, len(values), width))
+            raise ValueError("%s: %r has %d values, but the rows before it have %d" % (path, name, len(values), width))
         image = stem(name)
         if image in rows:
-            raise ValueError("%s: %r and %r are one image: names count up to the first dot"
+            raise ValueError("%s: %r and %r are the same image, because only the name up to the first dot counts"
                              % (path, pairs[rows[image]][0], name))
         rows[image] = row
     labels = np.frombuffer(b"".join(labels), np.uint8).reshape(-1, width)
-    wrong = (labels > 1).any(axis=1)  # of all rows at once, which takes a third of the time
+    wrong = (labels > 1).any(axis=1)  # checking all rows at once takes a third of the time
     if wrong.any():
         raise ValueError("%s: %r: its label is not a list of 0 and 1" % (path, pairs[int(wrong.argmax())][0]))
     return rows, labels
 
 
 def labels_of(path, images, attributes):
-    """The rows of a label file for these images, uint8 [images, attributes]; raises OSError or ValueError, as for an image
-    without a label."""
+    """Returns the rows of a label file for these images, uint8 [images, attributes].
+
+    Raises OSError, or ValueError for an image without a label.
+    """
     rows, labels = read_labels(path)
     unlabelled = [image for image in images if stem(image) not in rows]
     if unlabelled:
         raise ValueError("%s: has no label for %d of %d images: %s"
                          % (path, len(unlabelled), len(images), some(unlabelled)))
     if labels.shape[1] != attributes:
-        raise ValueError("%s: its rows have %d attributes, the model's results %d" % (path, labels.shape[1], attributes))
+        raise ValueError("%s: its rows have %d attributes, but the model's results have %d" % (path, labels.shape[1], attributes))
     return labels[[rows[stem(image)] for image in images]]
 
 
 def check_images(path, results):
-    """Raises ValueError unless the results {stem: path} are those of a list file's images, no fewer and no others."""
+    """Raises ValueError unless the results {stem: path} are exactly those of a list file's images."""
     listed = {stem(line) for line in read_lines(path) if line}
     missing, others = sorted(listed - set(results)), sorted(set(results) - listed)
     problems = []
@@ -118,10 +122,10 @@ def check_images(path, results):
 
 
 def attribute_names(count, path=None, model=None):
-    """Returns the attributes' names: those in a file, one a line; else those that a model's file holds; else PETA's if there
-    are 35; else attribute0 ...
+    """Returns the attributes' names from a file with one per line, else from a model, else PETA's if there are 35, else
+    attribute0 ...
 
-    Raises OSError, or ValueError where a file does not hold count different names.
+    Raises OSError, or ValueError if a file does not hold count different names.
     """
     if path is None:
         names = model and description(model).get("attributes")
@@ -132,10 +136,10 @@ def attribute_names(count, path=None, model=None):
                              % (model, len(names), count))
         return names
     if not os.path.isfile(path):
-        raise FileNotFoundError("%s: no such file; it holds the attributes' names, one a line" % path)
+        raise FileNotFoundError("%s: no such file; give a file with the attributes' names, one per line" % path)
     names = [line for line in read_lines(path) if line]
     if len(names) != count:
-        raise ValueError("%s: holds %d names, but there are %d attributes; give one a line" % (path, len(names), count))
+        raise ValueError("%s: holds %d names, but there are %d attributes; give one name per line" % (path, len(names), count))
     twice = [name for name, number in collections.Counter(names).items() if number > 1]
     if twice:
         raise ValueError("%s: holds a name more than once: %s" % (path, some(twice)))
@@ -143,14 +147,14 @@ def attribute_names(count, path=None, model=None):
 
 
 def assumed(names):
-    """Whether names are those that attribute_names() gives where it knows of none."""
+    """Returns whether names are those that attribute_names() gives without a file and a model."""
     return names is PETA or names[0] == "attribute0"
 
 
 def read_thresholds(path, names):
-    """Returns (names, limits float32 [attributes], content) of a file that tools/thresholds.py wrote; zeros without a path.
+    """Reads a file of tools/thresholds.py. Returns (names, limits float32 [attributes], content). Limits are 0 without a path.
 
-    names: of the attributes, as attribute_names() gave them; assumed ones give way to the file's. Raises OSError or ValueError.
+    names: the attributes' names from attribute_names(). The file's names replace assumed ones. Raises OSError or ValueError.
     """
     if path is None:
         return names, np.zeros(len(names), np.float32), None
@@ -164,14 +168,14 @@ def read_thresholds(path, names):
 
 
 def label_checksum(row):
-    """What tools/thresholds.py notes of the label of an image that it tunes on."""
+    """Returns the checksum of an image's label, which tools/thresholds.py records for each image that it tunes on."""
     return "%08x" % zlib.crc32(row.tobytes())
 
 
 def check_not_tuned_on(path, tuned_on, images, labels):
-    """Raises ValueError where thresholds were tuned on any of these images: the figures of those would be too good.
+    """Raises ValueError if thresholds were tuned on any of these images, because their figures would be too good.
 
-    Other images may have the same names by chance, such as 0001.jpg; of those, few have the same labels.
+    Other images may have the same names by chance, such as 0001.jpg. Few of those also have the same labels.
     """
     seen = [image for image in images if image in tuned_on]
     same = [image for image, row in zip(images, labels) if tuned_on.get(image) == label_checksum(row)]
@@ -181,36 +185,36 @@ def check_not_tuned_on(path, tuned_on, images, labels):
 
 
 def list_results(folders):
-    """Returns {stem: path} of the result files in the folders; raises OSError or ValueError, as for two of one image."""
+    """Returns {stem: path} of the result files in the folders. Raises OSError, or ValueError if an image has two."""
     results, twice = {}, []
     for folder in folders:
         if not os.path.isdir(folder):
-            raise FileNotFoundError("%s: no such folder; it is the one that the benchmark tool writes" % folder)
+            raise FileNotFoundError("%s: no such folder; the benchmark tool writes it in stage 6" % folder)
     pending = list(folders)
     for folder in pending:
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = entry.name
                 if not name.endswith(".bin"):
-                    # ais_bench leaves a subfolder for each of several devices
+                    # with several devices, ais_bench makes a subfolder for each
                     if re.match("device[0-9]", name) and folder in folders and entry.is_dir():
                         pending.append(entry.path)
                     continue
                 image, ending = composed(name[:-len("_1.bin")]), name[-len("_1.bin"):]
                 if not image or ending not in ("_1.bin", "_0.bin") or not entry.is_file():
-                    raise ValueError("%s: is no result file NAME_1.bin or NAME_0.bin" % entry.path)
+                    raise ValueError("%s: is not a result file NAME_1.bin or NAME_0.bin" % entry.path)
                 if image in results:
                     twice.append("%s and %s" % (results[image], entry.path))
                 results[image] = entry.path
     if twice:
         raise ValueError("%d images have two results: %s" % (len(twice), some(sorted(twice))))
     if not results:
-        raise ValueError("%s: no result file NAME_1.bin or NAME_0.bin; stage 6 writes them" % ", ".join(folders))
+        raise ValueError("%s: has no result file NAME_1.bin or NAME_0.bin; stage 6 writes them" % ", ".join(folders))
     return results
 
 
 def read_logits(paths, attributes, finite=True):
-    """Returns the result files' logits, float32 [files, attributes]; raises ValueError for a wrong size or, if finite, NaN."""
+    """Returns the result files' logits, float32 [files, attributes]. Raises ValueError for a wrong size or, if finite, NaN."""
     size = 4 * attributes
     data = []
     for path in paths:
@@ -230,7 +234,7 @@ def read_logits(paths, attributes, finite=True):
 
 
 def attributes_in(path):
-    """The number of logits in a result file; raises ValueError if its size is none of float32 values."""
+    """Returns the number of logits in a result file. Raises ValueError if its size cannot be that of float32 values."""
     size = os.path.getsize(path)
     if size == 0 or size % 4:
         raise ValueError("%s: holds no float32 logits (%d bytes)" % (path, size))
@@ -238,28 +242,28 @@ def attributes_in(path):
 
 
 def probabilities(logits):
-    """The sigmoid of logits, as float64; written with tanh, which large logits do not overflow."""
+    """Returns the sigmoid of logits as float64. It uses tanh, which does not overflow for large logits."""
     return (1 + np.tanh(logits.astype(np.float64) / 2)) / 2
 
 
 def look_like_probabilities(values):
-    """Whether no value of all images is below 0 or above 1. Among many logits, most are negative."""
+    """Returns whether all values lie between 0 and 1. Logits would not, because most of them are negative."""
     return bool(((values >= 0) & (values <= 1)).all())
 
 
 def logits_from(chances):
-    """The logits of probabilities, float32; those of 0 and 1 are cut off at about -16 and 16."""
+    """Returns the logits of probabilities, float32. Those of 0 and 1 are limited to about -16 and 16."""
     chances = np.clip(chances.astype(np.float64), 1e-7, 1 - 1e-7)
     return np.log(chances / (1 - chances)).astype(np.float32)
 
 
 def evaluate(logits, labels):
-    """The metrics of Li et al. for logits [images, attributes] and labels 0/1 of the same shape.
+    """Computes the metrics of Li et al. for logits [images, attributes] and labels 0/1 of the same shape.
 
     Returns (dict of the instance metrics and mA, dict of the arrays per attribute: positives, negatives, label_pos_acc
-    = TP/P, label_neg_acc = TN/N, label_acc = their mean; NaN where an attribute has no positive or no negative image).
-    Images without a true attribute are left out of the instance metrics, undefined attributes out of mA. Raises
-    ValueError where nothing is left.
+    = TP/P, label_neg_acc = TN/N, label_acc = their mean). A figure is NaN if no image has the attribute, or if all have it.
+    The instance metrics leave out images without a true attribute. mA leaves out attributes without a label_acc. Raises
+    ValueError if no image has a true attribute.
     """
     predicted, true = np.asarray(logits) >= 0, np.asarray(labels) == 1
     both = (predicted & true).sum(axis=1)
@@ -286,9 +290,9 @@ def evaluate(logits, labels):
 
 
 def effect(a, b, labels):
-    """The metrics of both logits and a's less b's, {metric: {"a", "b", "change", "interval"}}; None where mA is not defined.
+    """Returns the metrics of logits a and b and their change a - b, {metric: {"a", "b", "change", "interval"}}.
 
-    interval: the change's 95 % interval, paired; None of few images.
+    An undefined mA is None. interval: the change's paired 95 % interval, or None for too few images.
     """
     of_a, of_b = evaluate(a, labels)[0], evaluate(b, labels)[0]
     intervals = change_intervals(np.asarray(a) >= 0, np.asarray(b) >= 0, np.asarray(labels) == 1, of_a)
@@ -297,12 +301,12 @@ def effect(a, b, labels):
 
 
 def range_text(interval):
-    """An interval as text; '-' for None."""
+    """Returns an interval as text, '-' for None."""
     return "-" if interval is None else "%.4f to %.4f" % tuple(interval)
 
 
 def attribute_table(rows):
-    """Returns the lines of a table of the attributes, as fusion_result.json holds them; '-' where a figure is undefined."""
+    """Returns the lines of a table of the attributes in fusion_result.json. An undefined figure is '-'."""
     width = max(len(row["name"]) for row in rows + [{"name": "attribute"}])
     with_intervals = any(row["label_acc_interval"] for row in rows)
     lines = ["%-*s  positives  negatives  label_pos_acc  label_neg_acc  label_acc%s"
@@ -317,7 +321,7 @@ def attribute_table(rows):
 
 
 def fraction(text):
-    """An accuracy given as a fraction (0.789) or in percent (78.9), as a fraction."""
+    """Returns an accuracy as a fraction. The text is a fraction (0.789) or a percentage (78.9)."""
     value = float(text)
     if not 0 <= value <= 100:
         raise ValueError
@@ -334,25 +338,25 @@ def parse(argv):
     parser.add_argument("--npu_result", nargs="+", metavar="RESULT_DIR", help="the folders of the result files")
     parser.add_argument("--label_file", metavar="LABEL", help="the labels")
     parser.add_argument("--image_list", metavar="IMAGE_TXT",
-                        help="stage 4's list of images: results of fewer or of other images are an error")
+                        help="stage 4's list of images; the results must be of exactly these images")
     parser.add_argument("--attributes", metavar="FILE",
-                        help="the attributes' names, one a line (default: PETA's, if there are 35)")
+                        help="a file with the attributes' names, one per line (default: PETA's, if there are 35)")
     parser.add_argument("--model", metavar="FILE",
-                        help="the model of the results, .onnx, or .om with its .json beside it: without --attributes, the names "
-                             "are those that it holds")
+                        help="the model of the results, .onnx, or .om with its .json beside it; without --attributes, it names "
+                             "the attributes")
     parser.add_argument("--per-attribute", action="store_true",
                         help="also print each attribute's recall of the images that have it, and of those that do not")
     parser.add_argument("--published", type=fraction, metavar="ACC",
-                        help="instance_acc to compare with, as 0.789 or 78.9; a drop of more than 1 %% (of percentage "
+                        help="instance_acc to compare with, as 0.789 or 78.9; a drop of more than 1 %% (percentage "
                              "points) is an error")
     parser.add_argument("--intervals", action="store_true",
-                        help="also the 95 %% interval of each metric, by the bootstrap over images: half a second for 7600")
+                        help="also compute each metric's 95 %% interval, by bootstrap over the images (7600 take half a second)")
     parser.add_argument("--thresholds", metavar="FILE",
-                        help="the attributes' own limits that tools/thresholds.py found on other images (default: a logit of 0 "
-                             "for all). --published still judges the accuracy at 0, as the published one is")
+                        help="each attribute's own limit, from tools/thresholds.py on other images (default: a logit of 0 for "
+                             "all). --published still judges the accuracy at 0, because the published one is at 0")
     parser.add_argument("--values", choices=["logits", "probabilities"],
-                        help="what the results hold: logits, where >= 0 means yes (default), or probabilities of a model that "
-                             "ends in a Sigmoid, where >= 0.5 does. Needed where all values lie between 0 and 1")
+                        help="what the results hold: logits (default; >= 0 means yes), or probabilities of a model that "
+                             "ends in a Sigmoid (>= 0.5 means yes). It is required if all values lie between 0 and 1")
     args = parser.parse_intermixed_args(argv)
     named = [args.npu_result, args.label_file]
     if args.positional and any(value is not None for value in named):
@@ -364,7 +368,7 @@ def parse(argv):
 
 
 def read_run(args):
-    """Returns (the images' names, logits, labels, how many labelled images have no result) of a run's results.
+    """Reads a run's results. Returns (the images' names, logits, labels, how many labelled images have no result).
 
     Raises OSError or ValueError.
     """
@@ -380,18 +384,18 @@ def read_run(args):
     logits = read_logits([results[name] for name in names], labels.shape[1])
     if args.values == "probabilities":
         if not look_like_probabilities(logits):
-            raise ValueError("%s: holds values below 0 or above 1, so they are no probabilities; leave out --values"
+            raise ValueError("%s: holds values below 0 or above 1, so they are not probabilities; leave out --values"
                              % args.folders[0])
         logits = logits_from(logits)
     elif args.values is None and look_like_probabilities(logits):
-        raise ValueError("%s: %s. Score them with --values probabilities, or with --values logits if they are logits all the "
-                         "same" % (", ".join(args.folders), PROBABILITIES))
+        raise ValueError("%s: %s. Score them with --values probabilities, or with --values logits if they are really "
+                         "logits" % (", ".join(args.folders), PROBABILITIES))
     return names, logits, labels[[rows[name] for name in names]], len(rows) - len(results)
 
 
 def main(argv=None):
     args = parse(argv)
-    gc.disable()  # it would look through all of the labels many times, for a tenth of the whole time
+    gc.disable()  # the garbage collector would scan all labels many times, which takes a tenth of the whole time
     images, logits, labels, without = read_run(args)
     names = attribute_names(labels.shape[1], args.attributes, args.model)
     names, limits, thresholds = read_thresholds(args.thresholds, names)
@@ -425,7 +429,7 @@ def main(argv=None):
             print(line)
     print("scored %d images; %d labelled images had no result" % (len(logits), without))
     if undefined:
-        print("left out of mA, as no image or every image has them: %s" % ", ".join(undefined))
+        print("left out of mA, because no image or every image has them: %s" % ", ".join(undefined))
     if names is PETA and (args.per_attribute or undefined):
         print(ASSUMED)
     if drop is not None:

@@ -1,13 +1,14 @@
-"""Stage 4: the images of a list -> the network's input, one .bin file an image.
+"""Stage 4: the images of a list -> the network's input, one .bin file per image.
 
     python3 preprocess_deepmar_pytorch.py /home/HwHiAiUser/dataset/peta/images input_bin image.txt
     python3 preprocess_deepmar_pytorch.py --file_path=.../peta/images --bin_path=input_bin --image_info=image.txt
 
 NAME.bin holds float32, little endian, [3,224,224]: ((pixel / 255) - mean) / std of the image as RGB, resized to 224x224
-(bilinear, aspect ratio not kept). NAME is the file name up to its first dot. The folder of bins is replaced as a whole
-and only if every image could be read, so it holds the images of the list and no others. Runs on all cores.
+(bilinear, aspect ratio not kept). NAME is the file name up to its first dot. The script replaces the folder of bins as a
+whole, and only if it could read every image. The folder then holds the listed images and no others. All cores work.
 
-With --uint8 it holds the resized pixels, [224,224,3], a quarter of the bytes: for a model that normalises them itself (AIPP).
+With --uint8, NAME.bin holds the resized pixels, [224,224,3], which are a quarter of the bytes. Such bins are for a model that
+normalises the pixels itself (AIPP).
 """
 import argparse
 import contextlib
@@ -25,27 +26,27 @@ with importing():
     import numpy as np
 
 SIZE = 224                   # height and width of the network's input in pixels
-MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as DeepMAR was trained with: red, green, blue
+MEAN = (0.485, 0.456, 0.406)  # red, green, blue: ImageNet's values, with which DeepMAR was trained
 STD = (0.229, 0.224, 0.225)
-LIMIT = 10 ** 4              # no value of a normalised picture is near it
-MAX_PIXELS = 64 * 1000 * 1000  # a larger image is no photograph of a pedestrian, but might exhaust the memory
-CHUNK = 64                   # images that a process is handed at a time, at most
+LIMIT = 10 ** 4              # the values of a normalised picture are far smaller
+MAX_PIXELS = 64 * 1000 * 1000  # a larger image is not a photograph of a pedestrian and might exhaust the memory
+CHUNK = 64                   # a process gets at most this many images at a time
 KILLED = "a worker process was killed; was the memory exhausted?"
 ORIENTATION = 274            # the EXIF tag; 1 is upright
-# The names of files that tools take for images, where they are given a folder.
+# When a tool is given a folder, it treats files with these endings as images.
 ENDINGS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def inside(name):
-    """Whether a line of a list can be the name of a file inside the images' folder."""
+    """Returns whether a line of a list can be the name of a file inside the images' folder."""
     return len(name) <= 1000 and not re.search(r"[\0-\x1f\x7f-\x9f]|^/|(^|/)\.\.(/|$)", name)
 
 
 def read_list(path):
-    """Returns the image names in a list file, one a line; blank lines, CRLF and a byte order mark do not count.
+    """Returns the image names in a list file, one per line. Ignores blank lines, CRLF and a byte order mark.
 
-    Raises ValueError, with the line, for a name that leaves the images' folder, or that would write the bin of an
-    earlier line.
+    Raises ValueError with the line number for a name that leaves the images' folder, or whose bin an earlier line
+    already writes.
     """
     names, seen = [], {}
     for number, name in enumerate(read_lines(path), 1):
@@ -55,27 +56,27 @@ def read_list(path):
             raise ValueError("%s: line %d: %r is not a file name inside the images' folder" % (path, number, name[:200]))
         bin_name = stem(name)
         if not bin_name:
-            raise ValueError("%s: line %d: %r has nothing before its first dot to name a bin after"
+            raise ValueError("%s: line %d: %r has nothing before its first dot, and the bin gets its name from there"
                              % (path, number, name))
         if bin_name in seen:
-            raise ValueError("%s: lines %d and %d would both write %s.bin; each image's name up to its first dot must "
-                             "be its own; tools/lists.py list --flatten makes such names"
+            raise ValueError("%s: lines %d and %d would both write %s.bin; no two images may have the same name up to "
+                             "the first dot; tools/lists.py list --flatten makes such names"
                              % (path, seen[bin_name], number, bin_name))
         seen[bin_name] = number
         names.append(name)
     if not names:
-        raise ValueError("%s: names no image; it needs one file name a line" % path)
+        raise ValueError("%s: names no image; it needs one file name per line" % path)
     return names
 
 
 def find_images(folder, names, list_path):
-    """Returns the path of each named image in a folder. Raises OSError that names all images that are not there.
+    """Returns the path of each named image in a folder. Raises OSError with the names of all missing images.
 
-    A file whose name has another Unicode form is found, too, if none has the name itself: a Mac writes a letter with an
-    accent as two characters, and a list that was made elsewhere has it as one. Raises ValueError where two files fit.
+    If no file has exactly this name, a file with another Unicode form of it is taken. A Mac writes an accented letter as
+    two characters, and a list from elsewhere has one character. Raises ValueError if two files fit.
     """
     if not os.path.isdir(folder):
-        raise FileNotFoundError("%s: no such folder; it is the images' folder" % folder)
+        raise FileNotFoundError("%s: no such folder; give the folder of the images" % folder)
     paths = [os.path.join(folder, name) for name in names]
     lost = [i for i, path in enumerate(paths) if not os.path.lexists(path)]
     listings = {}
@@ -93,9 +94,9 @@ def find_images(folder, names, list_path):
 
 
 def another_form(folder, name, listings):
-    """The name of a file in a folder, in the Unicode form that it has there; the name as given if there is none.
+    """Returns a file's name in the Unicode form that the folder has. Returns the given name if the folder has none.
 
-    listings: the folders seen so far, {folder: {composed name: [names]}}.
+    listings: the folders listed so far, {folder: {composed name: [names]}}.
     """
     if folder not in listings:
         listings[folder] = {}
@@ -104,15 +105,16 @@ def another_form(folder, name, listings):
                 listings[folder].setdefault(composed(other), []).append(other)
     found = listings[folder].get(composed(name), [name])
     if len(found) > 1 and name not in found:
-        raise ValueError("%s: has several files whose names differ in their Unicode form alone, none of them in that of the "
+        raise ValueError("%s: has several files whose names differ only in their Unicode form, and none is exactly as in the "
                          "list: %s" % (folder, ", ".join(map(ascii, found))))
     return name if name in found else found[0]
 
 
 def read_image(path, upright=False):
-    """Returns (an image file, by its path or open, as a PIL image of mode RGB, its EXIF orientation, 1 to 8).
+    """Reads an image, given as a path or an open file. Returns (a PIL image of mode RGB, its EXIF orientation, 1 to 8).
 
-    The orientation is ignored, as the guide's script ignores it, unless upright. Raises what Pillow raises, or ValueError.
+    Turns the image upright only if upright is set, because the guide's script ignores the orientation. Raises Pillow's
+    errors, or ValueError.
     """
     from PIL import Image, ImageOps
     if not hasattr(path, "read") and not os.path.isfile(path):
@@ -122,24 +124,24 @@ def read_image(path, upright=False):
             raise ValueError("%d x %d pixels are too many" % image.size)
         if image.format == "EPS":  # Pillow would let Ghostscript run it
             raise ValueError("PostScript is a program; save it as a picture")
-        image.load()  # the mode of some formats is known only then
+        image.load()  # some formats do not know their mode before
         if image.mode[0] in "IF":  # convert() would clip these at 255 instead of scaling them
-            raise ValueError("more than 8 bits a channel (mode %s); save it with 8" % image.mode)
+            raise ValueError("more than 8 bits per channel (mode %s); save it with 8" % image.mode)
         orientation = 1
         with contextlib.suppress(Exception):  # damaged EXIF data is no reason to refuse a picture
             orientation = image.getexif().get(ORIENTATION, 1)
         if upright and orientation != 1:
             image = ImageOps.exif_transpose(image)
-        return image if image.mode == "RGB" else image.convert("RGB"), orientation  # convert() would copy RGB, too
+        return image if image.mode == "RGB" else image.convert("RGB"), orientation  # convert() copies even RGB
 
 
 def empty_input(size, uint8=False):
-    """An array for one image: the network's input, float32 [3,height,width], or uint8 [height,width,3] for AIPP."""
+    """Returns an empty array for one image: float32 [3,height,width], or uint8 [height,width,3] for a model with AIPP."""
     return np.empty(tuple(size) + (3,), np.uint8) if uint8 else np.empty((3,) + tuple(size), "<f4")
 
 
 def normalise(image, out):
-    """Writes a PIL image of mode RGB into an array of empty_input(), as pixels where that is uint8; returns it."""
+    """Resizes a PIL image of mode RGB into an array from empty_input() and returns it. A uint8 array gets plain pixels."""
     from PIL import Image
     height, width = out.shape[:2] if out.dtype == np.uint8 else out.shape[1:]
     resized = image.resize((width, height), Image.BILINEAR)
@@ -147,7 +149,7 @@ def normalise(image, out):
         out[...] = resized
         return out
     for channel, name, mean, std in zip(out, "RGB", MEAN, STD):
-        # One channel at a time: Pillow takes it out of the pixels, and the arithmetic stays in the processor's cache.
+        # Each channel is done by itself, so that the arithmetic stays in the processor's cache. Pillow extracts the channel.
         pixels = np.frombuffer(resized.tobytes("raw", name), np.uint8).reshape(height, width)
         np.divide(pixels, 255, out=channel, dtype=np.float32)
         channel -= np.float32(mean)
@@ -156,10 +158,10 @@ def normalise(image, out):
 
 
 def preprocess(path, out=None, upright=False, size=(SIZE, SIZE)):
-    """Returns an image file as the network's input, float32 [3,height,width], or in the array out where there is one.
+    """Returns an image file as the network's input, float32 [3,height,width]. Writes it into the array out if given.
 
-    size: (height, width), where there is no out. upright: follow the image's EXIF orientation. Raises what Pillow raises,
-    or ValueError.
+    size: (height, width), if out is not given. upright: follow the image's EXIF orientation. Raises Pillow's errors, or
+    ValueError.
     """
     if out is None:
         out = empty_input(size)
@@ -167,12 +169,12 @@ def preprocess(path, out=None, upright=False, size=(SIZE, SIZE)):
 
 
 def fault(array):
-    """Why an array from a bin cannot be of its kind; None where it can.
+    """Returns why an array from a bin cannot be of its type, or None if it can.
 
-    A float32 bin has as many bytes as a uint8 one of twice its height and width, so a wrong size would take one for the other.
+    A float32 bin is as large as a uint8 bin of twice the height and width, so with a wrong size one could pass for the other.
     """
     with np.errstate(all="ignore"):
-        if array.dtype != np.uint8:  # four pixels, read as a float, may be anything: infinite, or 1e30
+        if array.dtype != np.uint8:  # four pixels, read as one float, give any value: infinity, or 1e30
             return None if -LIMIT < array.min() and array.max() < LIMIT else "NaN or infinite values, or beyond %d" % LIMIT
         plane = array.size // 12 * 4  # the bytes of a float32 bin's first channel
         red = (array.reshape(-1)[:min(plane, 4096)].view("<f4") * np.float32(STD[0]) + np.float32(MEAN[0])) * 255
@@ -181,12 +183,12 @@ def fault(array):
 
 
 def convert(images, bins, array):
-    """Writes the bins of images, [(path, bin's file name)], into the folder bins; array is one of empty_input().
+    """Writes the bins of images, [(path, bin's file name)], into the folder bins. array: a buffer from empty_input().
 
-    Returns, for each image, None or why it cannot be read, and how many have an EXIF orientation.
+    Returns (for each image, None or why it cannot be read; how many images have an EXIF orientation).
     """
     from PIL import Image
-    Image.core.set_blocks_max(8)  # Pillow's and our memory serves one image after the other: new memory took a tenth
+    Image.core.set_blocks_max(8)  # reuse memory for the next image: allocating it anew took a tenth of the time
     reasons, turned = [], 0
     for path, name in images:
         try:
@@ -197,7 +199,7 @@ def convert(images, bins, array):
             continue
         turned += orientation != 1
         with open(os.path.join(bins, name), "wb") as f:
-            # ext4 writes to a place allocated at once in two thirds of the time. Whatever is wrong, the write will tell.
+            # ext4 needs a third less time if the file's space is allocated at once. If that fails, write() reports why.
             with contextlib.suppress(OSError):
                 os.posix_fallocate(f.fileno(), 0, array.nbytes)
             f.write(array.data)
@@ -207,7 +209,7 @@ def convert(images, bins, array):
 
 @contextlib.contextmanager
 def uninterrupted():
-    """Holds Ctrl-C back in the block, and from the processes that it starts until they ignore it."""
+    """Delays Ctrl-C until the block ends. Processes that start in the block never see it, because they ignore it first."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -216,18 +218,18 @@ def uninterrupted():
 
 
 def start_worker(parent):
-    """Makes a worker process leave Ctrl-C to its parent, end when its parent is killed, and keep Pillow's warnings."""
+    """Makes a worker process ignore Ctrl-C, end when its parent is killed, and hide Pillow's warnings."""
     import ctypes
     import warnings
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
-    if os.getppid() != parent:  # it was killed before that
+    if os.getppid() != parent:  # the parent was killed before that call
         os._exit(1)
     warnings.simplefilter("ignore")
 
 
 def chunks(images, workers):
-    """Yields the images in parts: ever fewer at a time, so that all workers end together."""
+    """Yields the images in ever smaller parts, so that all workers end together."""
     start = 0
     while start < len(images):
         end = start + min(CHUNK, -(-(len(images) - start) // (2 * workers)))
@@ -236,19 +238,19 @@ def chunks(images, workers):
 
 
 def work(parent, pipe, bins, array):
-    """A worker process: converts the images that come through the pipe, and sends back what convert() returns."""
+    """Runs in a worker process: converts the images that come through the pipe and sends back convert()'s results."""
     start_worker(parent)
     try:
         while True:
             pipe.send(convert(pipe.recv(), bins, array))
-    except EOFError:  # there are no more
+    except EOFError:  # there are no more images
         pass
     except OSError as error:
         pipe.send(error)
 
 
 def start_workers(count, bins, array):
-    """Starts at most so many worker processes; returns {our end of its pipe: process}, as many as the system allows."""
+    """Starts up to count worker processes, as many as the system allows. Returns {our end of its pipe: process}."""
     import multiprocessing
     context = multiprocessing.get_context("fork")
     workers = {}
@@ -260,15 +262,15 @@ def start_workers(count, bins, array):
                 worker.start()
             workers[ours] = worker
     except OSError as error:  # a limit of processes or open files
-        note("%d of %d processes can be started (%s), so this takes longer" % (len(workers), count, error.strerror))
+        note("only %d of %d processes can be started (%s), so this takes longer" % (len(workers), count, error.strerror))
     return workers
 
 
 def convert_all(images, bins, array):
-    """convert() on all cores; yields its results as they come. Raises OSError where a bin cannot be written."""
+    """Runs convert() on all cores and yields its results as they come. Raises OSError if a bin cannot be written."""
     from multiprocessing.connection import wait
-    from PIL import Image  # noqa: F401 - once, for all processes
-    # Processes, as threads hold each other back in Pillow. No pool, whose threads and queues take time from the images.
+    from PIL import Image  # noqa: F401 - imported once, for all processes
+    # The workers are processes, because threads hold each other back in Pillow. A pool's own threads would cost time.
     workers = start_workers(min(cores(), len(images)) if len(images) > 1 else 0, bins, array)
     todo = chunks(images, max(1, len(workers)))
     if not workers:
@@ -293,14 +295,14 @@ def convert_all(images, bins, array):
             for pipe in wait(list(workers)):
                 yield received(pipe)
                 busy -= 1
-    finally:  # once they have ended, the caller can rename or delete what they wrote
+    finally:  # only when the workers have ended can the caller rename or delete their files
         for worker in workers.values():
             worker.kill()
             worker.join()
 
 
 def received(pipe):
-    """The next results of a worker. Raises OSError where it could not write, or where it was killed."""
+    """Returns a worker's next results. Raises OSError if the worker could not write or was killed."""
     try:
         results = pipe.recv()
     except (EOFError, ConnectionError):
@@ -318,7 +320,7 @@ def parse(argv):
     parser.add_argument("positional", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--file_path", metavar="IMAGES", help="the folder of the images")
     parser.add_argument("--bin_path", metavar="BIN_DIR", help="the folder of bins to write")
-    parser.add_argument("--image_info", metavar="IMAGE_TXT", help="the list of images, one file name a line")
+    parser.add_argument("--image_info", metavar="IMAGE_TXT", help="the list of images, one file name per line")
     parser.add_argument("--size", nargs=2, type=pixels, default=(SIZE, SIZE), metavar=("H", "W"),
                         help="height and width of the network's input (default: 224 224)")
     parser.add_argument("--uint8", action="store_true", help="write pixels, uint8 [H,W,3], for a model with AIPP")
@@ -352,7 +354,7 @@ def main(argv=None):
                                               % size))
     if turned:
         print("note: %d of %d images have an EXIF orientation (a camera held sideways). It is ignored here, as in the "
-              "guide's script, so the network sees them lying" % (turned, len(names)))
+              "guide's script, so the network sees them sideways" % (turned, len(names)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Stage 2: takes the Pad nodes that pad nothing out of an ONNX model.
+"""Stage 2: removes the Pad nodes that pad nothing from an ONNX model.
 
     python3 remove_pad.py deepmar_bs1.onnx deepmar_bs1_nopad.onnx
     python3 remove_pad.py --model_name=deepmar_bs1.onnx --output_name=deepmar_bs1_nopad.onnx
 
-F.avg_pool2d counts its padding (count_include_pad=True); exporters up to about torch 1.12 turn that into a Pad before the
-AveragePool even where all pads are 0, and the card then spends time on copying the feature map. Nodes are found by type
-and followed by tensor name, never by position. Outputs stay the same to the bit.
+F.avg_pool2d counts its padding (count_include_pad=True). Exporters up to about torch 1.12 therefore put a Pad before the
+AveragePool, even if all pads are 0. The card then spends time on copying the feature map. The script finds nodes by their
+type and follows tensor names, never positions. The model's outputs stay the same to the bit.
 """
 import argparse
 import os
@@ -16,12 +16,12 @@ HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [os.path.join(HERE, "tools"), HERE]
 from common import command, importing, note, one_line, whole_file
 
-# Operators whose output is not determined by their inputs.
+# Operators that give random output.
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 
 
 def nested(graph):
-    """The graph and, below it, every graph that a node's attribute holds (the branches of an If, the body of a Loop)."""
+    """Yields the graph and every graph inside a node's attribute (the branches of an If, the body of a Loop)."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
@@ -30,10 +30,10 @@ def nested(graph):
 
 
 def load(path):
-    """Returns the model of an ONNX file, checked by onnx's checker.
+    """Reads an ONNX file and checks it with onnx's checker.
 
-    Raises OSError if it cannot be read, ValueError if it is no valid model, or keeps its weights in other files: such a
-    model names the files that its reader opens, and a DeepMAR fits into one file many times over.
+    Raises OSError if it cannot be read, ValueError if it is not a valid model or keeps its weights in other files. Such a
+    model could make its reader open any file, and a DeepMAR easily fits into one file.
     """
     with importing():
         import onnx
@@ -43,7 +43,7 @@ def load(path):
     model = onnx.ModelProto()
     try:
         with open(path, "rb") as f, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of protobuf, about a file that the checker will refuse
+            warnings.simplefilter("ignore")  # protobuf warns about a file that the checker will refuse
             model.ParseFromString(f.read())
         for graph in nested(model.graph):
             tensors = list(graph.initializer)
@@ -56,12 +56,12 @@ def load(path):
                 raise ValueError("%s: keeps its weights in other files; save it as one file" % path)
         onnx.checker.check_model(model)
     except (DecodeError, onnx.checker.ValidationError) as error:
-        raise ValueError("%s: no valid ONNX model: %s" % (path, one_line(error)))
+        raise ValueError("%s: is not a valid ONNX model: %s" % (path, one_line(error)))
     return model
 
 
 def constant(name, scopes, model):
-    """Returns the value of a tensor that depends on constants alone, an ndarray, or None for any other tensor.
+    """Returns a tensor's value as an ndarray if it depends on constants alone, else None.
 
     scopes: the graphs whose tensors are visible, the innermost last.
     """
@@ -91,7 +91,7 @@ def constant(name, scopes, model):
             attribute = chain[0].attribute[0]
             if attribute.name == "value":
                 return numpy_helper.to_array(attribute.t)
-            if attribute.name == "value_ints":  # which ONNX Runtime 1.10 cannot read
+            if attribute.name == "value_ints":  # ONNX Runtime 1.10 cannot read it
                 return np.array(attribute.ints)
         # Longer chains: ONNX Runtime knows what every operator does.
         with importing():
@@ -101,13 +101,13 @@ def constant(name, scopes, model):
                                  opset_imports=model.opset_import)
         part.ir_version = model.ir_version
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # an error is told by the exception
-        options.intra_op_num_threads = 1  # enough for this, and possible where no more threads can be started
+        options.log_severity_level = 4  # the exception already reports an error
+        options.intra_op_num_threads = 1  # one is enough, and starting more can fail at a limit of threads
         session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
         return session.run([name], {})[0]
     except ImportError:
         raise
-    except Exception as error:  # onnxruntime has many kinds, with nothing else in common
+    except Exception as error:  # onnxruntime has many kinds of errors without a common class
         raise ValueError("the constant %s cannot be computed: %s" % (name, one_line(error)))
 
 
@@ -121,7 +121,7 @@ def pads_of(node, scopes, model):
 
 
 def rename(graph, old, new):
-    """Calls a tensor of the graph by another name, wherever it is made and used."""
+    """Renames a tensor in the graph and in the graphs inside it."""
     for inner in nested(graph):
         for node in inner.node:
             for names in (node.input, node.output):
@@ -131,7 +131,7 @@ def rename(graph, old, new):
 
 
 def bypass(graph, pad):
-    """Takes a Pad out of its graph; whoever read its output reads its input."""
+    """Removes a Pad from its graph. Whatever read the Pad's output then reads its input."""
     import onnx
     source, output = pad.input[0], pad.output[0]
     outputs = {value.name for value in graph.output}
@@ -143,7 +143,7 @@ def bypass(graph, pad):
     elif source not in outputs and any(source in node.output for node in graph.node):
         rename(graph, source, output)  # the graph's output keeps its name
         gone = source
-    else:  # an input of the graph, or another output of it, under a second name
+    else:  # source is an input or another output of the graph, so both names must stay
         graph.node.insert(position, onnx.helper.make_node("Identity", [source], [output], name=pad.name))
         return
     for value in [value for value in graph.value_info if value.name == gone]:
@@ -151,9 +151,9 @@ def bypass(graph, pad):
 
 
 def drop_unused(graph, names):
-    """Takes the named tensors out of the graph if nothing uses them, with all that served only to make them.
+    """Removes the named tensors that nothing uses, and everything that was needed only to compute them.
 
-    Returns how many nodes and initializers went; names, a set, gains what those read, perhaps from an outer graph.
+    Returns how many nodes and initializers it removed. Adds their inputs, which an outer graph may hold, to the set names.
     """
     dropped = 0
     while True:
@@ -170,14 +170,14 @@ def drop_unused(graph, names):
             names.update(name for name in node.input if name)
             graph.node.remove(node)
         gone = {tensor.name for tensor in initializers} | {name for node in nodes for name in node.output}
-        for values in (graph.input, graph.value_info):  # older exporters list initializers among the inputs
+        for values in (graph.input, graph.value_info):  # older exporters also list initializers as inputs
             for value in [value for value in values if value.name in gone]:
                 values.remove(value)
         dropped += len(initializers) + len(nodes)
 
 
 def remove_pads(model):
-    """Takes every Pad out of an onnx.ModelProto, in place, whose pads are constant and all 0.
+    """Removes every Pad whose pads are constant and all 0 from an onnx.ModelProto, in place.
 
     Returns (names of the Pads removed, how many constants went with them, [(name, why)] of the Pads kept).
     """
@@ -197,7 +197,7 @@ def remove_pads(model):
             elif any(pads):
                 kept.append((pad.name, "it pads by %s" % pads))
             else:
-                inputs = set(pad.input[1:]) - {""}  # "" is an optional input that is not there
+                inputs = set(pad.input[1:]) - {""}  # "" stands for an absent optional input
                 bypass(graph, pad)
                 removed.append(pad.name)
                 constants += sum(drop_unused(scope, inputs) for scope in reversed(scopes))
@@ -231,7 +231,7 @@ def main(argv=None):
         try:
             onnx.checker.check_model(model)
         except onnx.checker.ValidationError as error:
-            raise ValueError("%s: no valid ONNX model without its Pads: %s" % (path, one_line(error)))
+            raise ValueError("%s: is not a valid ONNX model without its Pads: %s" % (path, one_line(error)))
         data = model.SerializeToString()
     else:
         with open(path, "rb") as f:

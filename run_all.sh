@@ -1,48 +1,48 @@
 #!/usr/bin/env bash
 # DeepMAR offline inference, all stages: checkpoint -> ONNX -> Pad removed -> OM -> bins -> info -> inference -> accuracy.
 #
-#   bash run_all.sh                              on sample data, with ONNX Runtime where there is no card
-#   bash run_all.sh --batch-size 8 --stage 6     inference and accuracy only, at another batch size
+#   bash run_all.sh                              all stages on sample data; without a card, on ONNX Runtime
+#   bash run_all.sh --batch-size 8 --stage 6     only inference and accuracy, at another batch size
 #   bash run_all.sh --batch-size "1 4 8 16 32 64" --device-id "0 1 2 3"
 #
 # Edit the variables below, set them in the environment, or give them as options: batch_size is --batch-size.
-[ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # for whoever wrote: sh run_all.sh
+[ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # if it was started with sh run_all.sh
 set -euo pipefail
 
 # --- variables ------------------------------------------------------------------------------------------------------
-checkpoint=${checkpoint-}          # the trained checkpoint (.pth.tar); empty: the sample's, made in stage 0
+checkpoint=${checkpoint-}          # the trained checkpoint (.pth.tar); empty: the sample's, which stage 0 makes
 images=${images-}                  # the folder of the test images; empty: the sample's
-image_list=${image_list-}          # image.txt, one file name a line; empty: the sample's
+image_list=${image_list-}          # image.txt, one file name per line; empty: the sample's
 label_file=${label_file-}          # label.json; empty: the sample's
-attributes=${attributes-}          # the attributes' names, one a line; empty: PETA's are assumed if there are 35
-thresholds=${thresholds-}          # the attributes' own limits, which tools/thresholds.py finds; empty: a logit of 0 for all
+attributes=${attributes-}          # a file with the attributes' names, one per line; empty: PETA's if there are 35
+thresholds=${thresholds-}          # a file of tools/thresholds.py with each attribute's limit; empty: a logit of 0 for all
 published_acc=${published_acc-}    # instance_acc to compare with, as 0.789 or 78.9; empty: the sample's in PyTorch, else none
-size=${size-224 224}               # height and width of the network's input; a checkpoint does not tell them
-aipp=${aipp-no}                    # yes: bins of uint8, a quarter of the bytes, which the card normalises itself (AIPP)
-last_conv_stride=${last_conv_stride-2} # of layer4, 1 or 2, as in training; a checkpoint does not tell it
-state_dict=${state_dict-}          # which state dict of a checkpoint that has several, such as state_dict_ema
-chip_name=${chip_name-}            # the card's chip for atc, Ascend310 or 310P3; empty: what npu-smi info says
-backend=${backend-auto}            # what runs the model: benchmark (the binary), ais_bench, onnxruntime; auto: the first at hand
-provider=${provider-}              # onnxruntime: its execution provider; measure: the fastest here; empty: CANN, CUDA or the CPU
-tolerance=${tolerance-}            # onnxruntime: what a provider's logits may differ from the CPU's, as a part of the largest
+size=${size-224 224}               # height and width of the network's input, as in training; a checkpoint does not record them
+aipp=${aipp-no}                    # yes: the bins are uint8, a quarter of the bytes, and the card normalises them (AIPP)
+last_conv_stride=${last_conv_stride-2} # the stride in layer4, 1 or 2, as in training; a checkpoint does not record it
+state_dict=${state_dict-}          # the state dict to use if the checkpoint has several, such as state_dict_ema
+chip_name=${chip_name-}            # the card's chip for atc, Ascend310 or 310P3; empty: npu-smi info names it
+backend=${backend-auto}            # what runs the model: benchmark (the binary), ais_bench, onnxruntime; auto: the first that works
+provider=${provider-}              # onnxruntime: the execution provider; measure: the fastest here; empty: CANN, CUDA or the CPU
+tolerance=${tolerance-}            # onnxruntime: allowed difference from the CPU's logits, as a fraction of the largest logit
 pure=${pure-no}                    # yes: stage 6 also measures pure inference, on the same batch again and again
-batch_size=${batch_size-1}         # images per inference, one or several: "1 4 8 16 32 64"
+batch_size=${batch_size-1}         # images per inference, one number or several: "1 4 8 16 32 64"
 device_id=${device_id-0}           # the card's device, or several that share the images: "0 1 2 3"
-work_dir=${work_dir-work}          # where everything is written
-sample_size=${sample_size-200}     # images of the sample
-python=${python-${PYTHON-python3}} # the Python to use, or to make a virtual environment with
-set_env=${set_env-}                # CANN's set_env.sh; empty: where atc is not on the PATH, the one that is found
-chips=${chips-}                    # chips of a card, for its rate; empty: what npu-smi info counts, else 4 of a 310, 1 of others
-strict=${strict-}                  # an error, not a note, where ONNX Runtime has a card's provider that does not load
+work_dir=${work_dir-work}          # the folder for all files that the run writes
+sample_size=${sample_size-200}     # the number of images in the sample
+python=${python-${PYTHON-python3}} # the Python to use, or from which to make a virtual environment
+set_env=${set_env-}                # CANN's set_env.sh; empty: if atc is not on the PATH, the run looks for one
+chips=${chips-}                    # chips per card, for its rate; empty: npu-smi info counts them, else 4 for a 310, 1 for others
+strict=${strict-}                  # yes: stop if ONNX Runtime has a card's provider that does not load; empty: only a note
 stage=${stage-0}                   # the first stage to run:
 stop_stage=${stop_stage-8}         # the last stage to run: 0 sample data, 1 ONNX, 2 Pad, 3 atc, 4 bins, 5 info,
                                    # 6 inference, 7 accuracy, 8 report
-check=${check-}                    # only tells what this machine has of what is needed, and how to get the rest
-json=${json-}                      # with --check: a file for its findings
+check=${check-}                    # yes: only list what this machine has of what the run needs, and how to get the rest
+json=${json-}                      # with --check: also write the list into this file
 # --------------------------------------------------------------------------------------------------------------------
 
 here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
-# The machinery: begin and finish of a stage, names_of a batch size's files, record and fresh for what they are made from.
+# It defines begin and finish of a stage, names_of a batch size's files, record and fresh for what files were made from.
 # shellcheck source=tools/driver.sh
 source "$here/tools/driver.sh"
 start_run "$@"
@@ -83,7 +83,7 @@ if begin 3 "ONNX -> OM with atc"; then
             run_atc # tools/backend.sh
             record "$om" model="$nopad" aipp="$aipp"
         fi
-        if [ -n "$make_twin" ]; then # what ONNX Runtime runs in place of an OM with AIPP
+        if [ -n "$make_twin" ]; then # ONNX Runtime runs this model in place of an OM with AIPP
             "$python" "$here/tools/rehearse.py" aipp "$nopad" "$twin"
             record "$twin" model="$nopad" aipp="$aipp"
         fi
@@ -114,8 +114,8 @@ if begin 6 "inference on backend $backend, device $device_id"; then
         need "$model" "$model_stage"
         belongs
         say "batch size $batch: $model, $(wc -l <deepmar.info) images -> $result"
-        infer   # tools/backend.sh: the tool runs in a folder of its own, and what it left is checked
-        collect # and takes the place of all that an earlier run left
+        infer   # tools/backend.sh: runs the tool in its own folder and checks its output
+        collect # replaces the results of an earlier run
     done
     finish
 fi

@@ -68,8 +68,8 @@ def test_bins_of_another_size_are_not_taken_for_the_other_kind(tmp_path):
     for more in (["float32", "--size", 16, 16], ["uint8", "--size", 32, 32, "--uint8"]):
         done = script("preprocess_deepmar_pytorch.py", "images", more[0], "image.txt", *more[1:], cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    for folder, size, text in (("float32", 32, "is not uint8 [32,32,3], though its size is: it holds float32 values, not pixels"),
-                               ("uint8", 16, "is not float32 [3,16,16], though its size is: it holds NaN or infinite values")):
+    for folder, size, text in (("float32", 32, "is not uint8 [32,32,3], although it has that size: it holds float32 values, not pixels"),
+                               ("uint8", 16, "is not float32 [3,16,16], although it has that size: it holds NaN or infinite values")):
         check_error(script("get_info.py", folder, "deepmar.info", size, size, cwd=tmp_path), "%s/im0.bin" % folder, text)
         assert script("get_info.py", folder, "deepmar.info", 48 - size, 48 - size, cwd=tmp_path).returncode == 0
     # and each of a run's bins is looked at, not the first alone

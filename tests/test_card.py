@@ -86,7 +86,7 @@ def test_benchmark_at_several_batch_sizes(card):
     made, process = card
     assert process.returncode == 0, process.stdout + process.stderr
     assert "npu-smi info names the chip 310" in process.stdout
-    assert "backend benchmark: %s lies beside the scripts" % BINARY in process.stdout
+    assert "backend benchmark: %s is beside the scripts" % BINARY in process.stdout
     assert process.stdout.count("ATC run success") == 2
     assert process.stdout.count("stage 4: ") == 1  # the bins are made once
     rows = made.table()
@@ -142,8 +142,8 @@ def test_a_failing_inference_tool(card):
     assert before.returncode == 0, before.stderr
     for fail, text in (
             ("benchmark", "benchmark ended with status 255"),
-            ("benchmark leaves fewer", "benchmark left %d results for %d images" % (SIZE - 1, SIZE)),
-            ("benchmark leaves no rate", "benchmark left no result/perf_vision_batchsize_5_device_0.txt, which holds its rate")):
+            ("benchmark leaves fewer", "benchmark wrote %d results for %d images" % (SIZE - 1, SIZE)),
+            ("benchmark leaves no rate", "benchmark wrote no result/perf_vision_batchsize_5_device_0.txt, which holds its rate")):
         process = made.run("--stage", 6, "--batch-size", 5, FAIL=fail)
         check_stopped(process, text, "stage 6 failed")
         assert made.results() == names(1)  # the earlier ones
@@ -155,7 +155,7 @@ def test_a_failing_inference_tool(card):
     ("atc's operators", ("atc ended with status 1: ", "no operators for Ascend310P3; run: bash ./Ascend-cann-310p-ops_")),
     ("atc's Python", ("atc ended with status 1: ", "pip install decorator")),
     ("atc's library", ("atc ended with status 127: ", "devlib:$LD_LIBRARY_PATH")),
-    ("atc leaves nothing", ("atc left no deepmar_bs5.om",))])
+    ("atc leaves nothing", ("atc wrote no deepmar_bs5.om",))])
 def test_a_failing_atc(card, fail, texts):
     made, _ = card
     before = (made.work / "deepmar_bs5.om").stat()

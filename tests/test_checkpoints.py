@@ -286,7 +286,7 @@ def test_a_torchscript_archive_is_refused(tmp_path):
     with zipfile.ZipFile(script_) as archive, zipfile.ZipFile(path, "w") as plain:  # torch 1.6 compresses it
         for member in archive.namelist():
             plain.writestr(member, archive.read(member))
-    with pytest.raises(ValueError, match="a TorchScript archive, not a checkpoint; save model.state_dict()"):
+    with pytest.raises(ValueError, match="is a TorchScript archive, not a checkpoint; save model.state_dict()"):
         load_checkpoint(path)
 
 
@@ -825,7 +825,7 @@ def test_an_unpacked_checkpoint(tmp_path):
         archive.extractall(str(tmp_path / "un packed"))
     folder = [tmp_path / "un packed" / name_ for name_ in os.listdir(str(tmp_path / "un packed"))][0]
     for given in (folder, tmp_path / "un packed"):
-        with pytest.raises(ValueError, match="an unpacked checkpoint; pack its folder again: ") as error:
+        with pytest.raises(ValueError, match="is an unpacked checkpoint; pack its folder again: ") as error:
             load_checkpoint(str(given))
     command = str(error.value).split("again: ")[1]
     assert command == "(cd '%s' && zip -0 -r %s.pth %s)" % (tmp_path / "un packed", folder.name, folder.name)
@@ -833,7 +833,7 @@ def test_an_unpacked_checkpoint(tmp_path):
         assert same_state(repacked(source, tmp_path / "again.pth", root=root, folders=folders))
     with pytest.raises(ValueError, match="zip -0 -r"):
         load_checkpoint(repacked(source, tmp_path / "small.pth", zipfile.ZIP_DEFLATED))
-    with pytest.raises(ValueError, match="a folder, not a checkpoint file"):
+    with pytest.raises(ValueError, match="is a folder, not a checkpoint file"):
         load_checkpoint(str(tmp_path))
 
 
@@ -901,14 +901,14 @@ def test_safetensors(tmp_path):
     for cut in (4, 9, 40, len(values) + 200):
         with open(path, "rb") as f:
             (tmp_path / "cut.safetensors").write_bytes(f.read()[:cut])
-        with pytest.raises(ValueError, match="cut.safetensors: damaged or cut off"):
+        with pytest.raises(ValueError, match="cut.safetensors: is damaged or cut off"):
             load_checkpoint(str(tmp_path / "cut.safetensors"))
 
 
 def test_safetensors_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     path = write_safetensors(tmp_path / "m.safetensors", {"classifier.weight": ("F32", [1], bytes(4))})
-    with pytest.raises(ValueError, match="a safetensors file, for which a package is missing .*; install it: "
+    with pytest.raises(ValueError, match="is a safetensors file, and the package that reads it is missing .*; install it: "
                                          "python3 -m pip install --prefer-binary safetensors$"):
         load_checkpoint(path)
     assert same_state(saved(tmp_path / "c.pth", STATE))  # needs it not
@@ -919,11 +919,11 @@ def test_files_of_other_kinds(tmp_path):
     with tarfile.open(fileobj=content, mode="w:gz") as archive:
         archive.add(saved(tmp_path / "c.pth", STATE), "c.pth")
     (tmp_path / "checkpoint.pth.tar").write_bytes(content.getvalue())
-    with pytest.raises(ValueError, match="a tar archive, not a checkpoint; unpack it with tar -xf"):
+    with pytest.raises(ValueError, match="is a tar archive, not a checkpoint; unpack it with tar -xf"):
         load_checkpoint(str(tmp_path / "checkpoint.pth.tar"))
     with open(str(tmp_path / "pickle.pth"), "wb") as f:
         pickle.dump({key: value.numpy() for key, value in STATE.items()}, f)
-    with pytest.raises(ValueError, match="a pickle, but not one of torch.save"):
+    with pytest.raises(ValueError, match="is a pickle, but not from torch.save"):
         load_checkpoint(str(tmp_path / "pickle.pth"))
 
 
@@ -996,7 +996,7 @@ def test_a_storage_that_claims_more_than_its_record_holds(tmp_path, claimed):
                 data = data.replace(b"K\x04", b"\x8a\x08" + struct.pack("<q", claimed))
             changed.writestr(member.filename, data)
         changed.writestr("archive/ballast", bytes(5 * 10 ** 6))
-    with pytest.raises(ValueError, match="classifier.weight (reaches beyond its 4 values|and the tensors before|is no tensor)"):
+    with pytest.raises(ValueError, match="classifier.weight (reaches beyond its 4 values|and the tensors before|is not a tensor)"):
         load_checkpoint(path)
 
 

@@ -70,7 +70,7 @@ def test_different_runs(tmp_path):
     label.write_text(json.dumps({"x/im%d.jpg" % i: row for i, row in enumerate(labels.tolist() + [[0] * 35])}))
     done = script(TOOL, a, b, "--labels", label, "--json", tmp_path / "c.json")
     flips = (logits >= 0) != (other >= 0)
-    check_error(done, "the largest difference 4 is beyond 0.1", "%d flips are more than 1 " % flips.sum())
+    check_error(done, "the largest difference 4 is more than 0.1", "%d flips are more than 1 " % flips.sum())
     report = json.loads((tmp_path / "c.json").read_text())
     assert report["within_tolerances"] is False
     difference = np.abs(logits.astype(float) - other.astype(float))
@@ -148,7 +148,7 @@ def test_errors(tmp_path):
     label.write_text(json.dumps({"im%d.png" % i: [1] * 35 for i in (0, 1, 3)}))
     check_error(script(TOOL, a, b, "--labels", label), "label.json: has no label for 1 of 4 images: im2")
     label.write_text(json.dumps({"im%d.png" % i: [1] * 26 for i in range(4)}))
-    check_error(script(TOOL, a, b, "--labels", label), "label.json: its rows have 26 attributes, the model's results 35")
+    check_error(script(TOOL, a, b, "--labels", label), "label.json: its rows have 26 attributes, but the model's results have 35")
     (a / "im0_1.bin").write_bytes(bytes(139))
     check_error(script(TOOL, a, b), "a/im0_1.bin: holds no float32 logits (139 bytes)")
     (a / "im0_1.bin").write_bytes(np.full(35, np.nan, "<f4").tobytes())
@@ -172,7 +172,7 @@ def test_the_other_side_computed(tmp_path, batch_size, size):
     file = result / "im3_1.bin"
     file.write_bytes((np.fromfile(str(file), "<f4") + np.float32(1)).tobytes())
     done = script(*command)
-    check_error(done, "the largest difference 1 is beyond 0.1")
+    check_error(done, "the largest difference 1 is more than 0.1")
     assert "worst images:\n  im3: 1 (" in done.stdout
 
 

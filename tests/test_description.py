@@ -146,9 +146,9 @@ def test_stage_7_and_the_report(exported, tmp_path):
                            (["--model", "out.json", "--attributes", "others.txt"], "other 0"), ([], "personalLess30")):
         assert script(STAGE, result, label, *options, cwd=tmp_path).returncode == 0
         assert json.loads((tmp_path / "fusion_result.json").read_text())["attributes"][0]["name"] == first
-    assert "PETA's names assumed" in page() and 'data-value="personalLess30"' in page()
+    assert "PETA's names are assumed" in page() and 'data-value="personalLess30"' in page()
     text = page("--model", "out.json")
-    assert 'data-value="hat"' in text and "PETA's names assumed" not in text
+    assert 'data-value="hat"' in text and "PETA's names are assumed" not in text
     assert "SHA-256 " + hashlib.sha256(b"checkpoint").hexdigest() in text
     assert 'data-value="other 0"' in page("--model", "out.json", "--attributes", "others.txt")
     (tmp_path / "none.json").write_text("{}")
@@ -174,5 +174,5 @@ def test_damaged_metadata(tmp_path, entries, message):
 def test_no_model(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"<html>")
     (tmp_path / "m.json").write_text("<html>")
-    for name, message in (("m.onnx", "m.onnx: is no ONNX model"), ("m.json", "m.json: is not JSON"), ("m.om", "m.json: is not")):
+    for name, message in (("m.onnx", "m.onnx: is not an ONNX model"), ("m.json", "m.json: is not JSON"), ("m.om", "m.json: is not")):
         check_error(script("tools/describe.py", name, cwd=tmp_path), message)

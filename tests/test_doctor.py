@@ -188,11 +188,11 @@ def test_the_package_that_a_chip_needs(machine, monkeypatch):
 
 @pytest.mark.parametrize("version, python, missing, numpy, problem", [
     ("8.1.RC1", [3, 9, 2], [], "1.24.0", None),
-    ("8.1.RC1", [3, 9, 2], [], "2.0.1", "NumPy 2.0.1, where CANN 8.1.RC1 takes NumPy 1"),
-    ("8.1.RC1", [3, 12, 0], [], "1.26.4", "CANN 8.1.RC1 takes Python 3.7 to 3.11"), ("8.5.0", [3, 12, 0], [], "1.26.4", None),
+    ("8.1.RC1", [3, 9, 2], [], "2.0.1", "NumPy 2.0.1, but CANN 8.1.RC1 needs NumPy 1"),
+    ("8.1.RC1", [3, 12, 0], [], "1.26.4", "CANN 8.1.RC1 needs Python 3.7 to 3.11"), ("8.5.0", [3, 12, 0], [], "1.26.4", None),
     ("8.5.0", [3, 13, 1], [], "2.2.0", None), ("9.0.0", [3, 11, 1], [], "2.2.0", None),
     ("5.1.RC1", [3, 7, 5], ["decorator", "attr"], "1.18.5", "no attrs, no decorator"),
-    ("8.5.0", [3, 6, 8], [], "1.19.5", "CANN 8.5.0 takes Python 3.7 to 3.13"), ("9.1.0", [3, 14, 0], ["absl"], "2.3.0", None)])
+    ("8.5.0", [3, 6, 8], [], "1.19.5", "CANN 8.5.0 needs Python 3.7 to 3.13"), ("9.1.0", [3, 14, 0], ["absl"], "2.3.0", None)])
 def test_the_python_that_atc_runs(machine, monkeypatch, version, python, missing, numpy, problem):
     monkeypatch.setenv("ASCEND_HOME_PATH", str(install(machine / "Ascend", version)))
     assert doctor.Cann().python_problem(python, missing, numpy)[0] == problem

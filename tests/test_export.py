@@ -141,7 +141,7 @@ def test_another_number_of_attributes_than_asked_for_stops_before_the_export(sma
 
 def test_help_says_that_a_checkpoint_does_not_tell_stride_and_size():
     process = script("export_onnx.py", "--help")
-    assert "A checkpoint does not tell with which values it was" in process.stdout
+    assert "A checkpoint does not record their values" in process.stdout
 
 
 @pytest.mark.parametrize("wrong", [
@@ -166,7 +166,7 @@ def test_usage(capsys, wrong):
 def test_errors(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "page.pth").write_text("<!DOCTYPE html>")
-    check_error(script("export_onnx.py", "page.pth", "o.onnx", 1, cwd=tmp_path), "export_onnx.py: error: page.pth: no PyTorch")
+    check_error(script("export_onnx.py", "page.pth", "o.onnx", 1, cwd=tmp_path), "export_onnx.py: error: page.pth: is not a PyTorch")
     with pytest.raises(OSError, match="nowhere.pth: no such file"):
         export_onnx.main(["nowhere.pth", "o.onnx", "1"])
     assert os.listdir(".") == ["page.pth"]

@@ -86,10 +86,10 @@ FAILURES = {
     "exports another shape": ("x[:, :7] if torch.onnx.is_in_onnx_export() else x", "shape (2, 7), PyTorch (2, 35)"),
     "exports NaN": ("x * float('nan') if torch.onnx.is_in_onnx_export() else x", "differ from PyTorch's by nan"),
     "computes NaN": ("x * float('nan')", "differ from PyTorch's by nan"),
-    "has no operator in ONNX": ("torch.erfinv(x)", "out.onnx: not exported: "),
-    "fails in torch": ("x @ x", "out.onnx: not exported: RuntimeError: "),
+    "has no operator in ONNX": ("torch.erfinv(x)", "out.onnx: was not exported: "),
+    "fails in torch": ("x @ x", "out.onnx: was not exported: RuntimeError: "),
     "raises many lines": ("(_ for _ in ()).throw(RuntimeError('one\\ntwo'))", "not exported: RuntimeError: one two"),
-    "does not depend on the input": ("torch.zeros(2, 35)", "out.onnx: not exported: "),
+    "does not depend on the input": ("torch.zeros(2, 35)", "out.onnx: was not exported: "),
 }
 
 
@@ -102,7 +102,7 @@ def test_a_failure_is_one_line_and_keeps_the_earlier_output(checkout, tmp_path, 
 
 
 def test_a_batch_that_does_not_fit_into_memory(checkout):
-    check_error(checkout(NETWORK % "x", batch_size=999999999), "out.onnx: not exported: ")
+    check_error(checkout(NETWORK % "x", batch_size=999999999), "out.onnx: was not exported: ")
     assert checkout.new == set()
 
 

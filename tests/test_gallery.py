@@ -307,7 +307,7 @@ def test_a_folder(folder, first):
     assert done.stderr == "note: %s\n" % post.ASSUMED
     lines = done.stdout.split("\n")
     assert lines[0].startswith("out: 22 images in 5 parts, 2 images cannot be read; ")
-    assert re.match(r"\d+ workers on 1 nodes, 0 lost; 0 parts begun again$", lines[1]) and lines[2:] == [""]
+    assert re.match(r"\d+ workers on 1 nodes, 0 lost; 0 parts started again$", lines[1]) and lines[2:] == [""]
     found = check_once(output, all_images(folder / "images"))
     assert sorted(path for path, (error, _) in found.items() if error) == ["b/empty.png", "cut.jpg"]
     schema = parquet.read_schema(str(output / "part-000000.parquet"))
@@ -372,7 +372,7 @@ def refusal(*arguments, output="out"):
 
 def test_another_run_into_the_same_folder(folder, first, tmp_path, monkeypatch):
     def refused(*arguments):
-        assert "out: was begun with something else: " in refusal(*arguments)
+        assert "out: was started with other settings: " in refusal(*arguments)
         return refusal(*arguments)
 
     monkeypatch.chdir(folder)
@@ -404,12 +404,12 @@ def test_errors_before_work(folder, tmp_path, monkeypatch):
     assert "all in .parquet" in refused("a.tar", "a.parquet")
     assert "none of its first 22 images is in" in refused("list.txt", "--root", "images/b/b")
     (folder / "names.txt").write_text("\n".join(["Path"] + list(post.PETA)[1:]))
-    assert "cannot be columns beside path" in refused("images", "--attributes", "names.txt")
+    assert "columns would have the name path or error" in refused("images", "--attributes", "names.txt")
     assert "cannot be opened" in refused("nonsense://bucket/list.txt", "--root", "images")
     (tmp_path / "gbk.txt").write_bytes("\u884c\u4eba.png\n".encode("gbk"))
     assert "is not UTF-8 text" in refused(tmp_path / "gbk.txt", "--root", "images")
     (tmp_path / "zeros.txt").write_bytes(bytes(10 ** 6))
-    assert "is no list of file names" in refused(tmp_path / "zeros.txt", "--root", "images")
+    assert "is not a list of file names" in refused(tmp_path / "zeros.txt", "--root", "images")
 
 
 def test_without_ray(folder, tmp_path):

@@ -405,7 +405,7 @@ def test_a_failing_run(place, tmp_path):
     front, work = FRONT_ENDS[2], tmp_path / "work"
     assert place.run(front, work).returncode == 0
     for fail, text in (("ais_bench", "ais_bench ended with status 1"),
-                       ("ais_bench leaves fewer", "ais_bench left 12 results for 13 images"),
+                       ("ais_bench leaves fewer", "ais_bench wrote 12 results for 13 images"),
                        ("ais_bench reports an error", "ais_bench reports an error")):
         process = place.run(front, work, "--stage", 6, FAIL=fail)
         check_stopped(process, text, "stage 6 failed")

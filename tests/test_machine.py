@@ -137,7 +137,7 @@ def test_no_threads_and_processes_can_be_started(folder, stage):
     expected = undisturbed(folder, stage)
     process = finish(start(folder, stage, preexec_fn=refused(errno.EAGAIN, "clone", "clone3", "fork", "vfork")))
     assert process.returncode == 0 and "Traceback" not in process.stderr, process.stderr
-    said = {"preprocess": "note: 0 of ", "lists": "note: no process can be started (Resource temporarily unavailable)",
+    said = {"preprocess": "note: only 0 of ", "lists": "note: no process can be started (Resource temporarily unavailable)",
             "benchmark": "ulimit -u", "predict": "ulimit -u"}
     assert said.get(stage, "") in process.stderr
     assert output(folder, stage) == expected
@@ -226,7 +226,7 @@ def test_what_cannot_be_renamed_and_is_half_deleted_is_no_result(tmp_path, monke
             stopped.setattr(os, "remove", remove_one)
     assert len(os.listdir(str(tmp_path / "bins"))) == 3 and not (tmp_path / "bins.partial").exists()
     check_error(script("get_info.py", "bins", "i.info", 8, 8, cwd=tmp_path), "unfinished.bin (0 bytes)")
-    with pytest.raises(ValueError, match="unfinished.bin: is no result file"):
+    with pytest.raises(ValueError, match="unfinished.bin: is not a result file"):
         list_results([str(tmp_path / "bins")])
     with replaced_folder(str(tmp_path / "bins")) as partial:
         open(os.path.join(partial, "new.bin"), "w").close()
@@ -321,7 +321,7 @@ def test_a_missing_package(folder, tmp_path, package, stage):
     (tmp_path / (package + ".py")).write_text("raise ImportError('No module named %s')" % package)
     earlier = put_earlier(folder, stage)
     process = finish(start(folder, stage, env=dict(os.environ, PYTHONPATH=str(tmp_path))))
-    check_error(process, "error: No module named %s; the packages that it needs are in requirements.txt" % package)
+    check_error(process, "error: No module named %s; install the packages in requirements.txt" % package)
     assert output(folder, stage) == earlier
 
 

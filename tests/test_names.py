@@ -137,8 +137,8 @@ def test_a_terminal_in_gbk(tmp_path, gbk):
     # The bytes that this terminal's keyboard gives for Chinese letters are no UTF-8; they can be read in an error.
     status, _, errors = run_gbk(gbk, tmp_path, ROOT + "/preprocess_deepmar_pytorch.py", "图像".encode("gbk"), "b",
                                 "image.txt")
-    assert status == 1 and errors == "preprocess_deepmar_pytorch.py: error: 图像: no such folder; it is the images' " \
-                                     "folder\n"
+    assert status == 1 and errors == "preprocess_deepmar_pytorch.py: error: 图像: no such folder; give the folder " \
+                                     "of the images\n"
     os.makedirs(os.fsencode(str(tmp_path)) + b"/" + "旧".encode("gbk"))
     with open(os.fsencode(str(tmp_path)) + b"/" + "旧/a.bin".encode("gbk"), "wb") as f:
         f.write(bytes(12))

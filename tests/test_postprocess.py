@@ -219,9 +219,9 @@ def test_right_labels(tmp_path, text):
     ('{"a.png": [0, 1], "b.png": "01"}', "'b.png'"),
     ('{"a.png": null}', "'a.png'"),
     ('{"a.png": []}', "'a.png'"),
-    ('{"a.png": [0, 1], "b.png": [0, 1, 1]}', "'b.png' has 3 values, the rows before it 2"),
-    ('{"a.png": [0, 1], "b.png": [1, 1], "a.png": [0, 1]}', "'a.png' and 'a.png' are one image"),
-    ('{"a.png": [0, 1], "x/a.jpg": [0, 1]}', "'a.png' and 'x/a.jpg' are one image"),
+    ('{"a.png": [0, 1], "b.png": [0, 1, 1]}', "'b.png' has 3 values, but the rows before it have 2"),
+    ('{"a.png": [0, 1], "b.png": [1, 1], "a.png": [0, 1]}', "'a.png' and 'a.png' are the same image"),
+    ('{"a.png": [0, 1], "x/a.jpg": [0, 1]}', "'a.png' and 'x/a.jpg' are the same image"),
     ('{}', "is not {image file name"),
     ('[[0, 1]]', "is not {image file name"),
     ('[]', "is not {image file name"),
@@ -280,9 +280,9 @@ def test_result_errors(tmp_path):
     file.write_bytes(logits[2].tobytes())
     for stray in ("_1.bin", "00002.bin", "00002_2.bin"):
         (tmp_path / "result" / stray).write_bytes(bytes(140))
-        check_error(script(STAGE, result, label, cwd=tmp_path), stray + ": is no result file")
+        check_error(script(STAGE, result, label, cwd=tmp_path), stray + ": is not a result file")
         (tmp_path / "result" / stray).unlink()
     assert not (tmp_path / "fusion_result.json").exists()
     (tmp_path / "empty").mkdir()
-    check_error(script(STAGE, tmp_path / "empty", label, cwd=tmp_path), "empty: no result file")
+    check_error(script(STAGE, tmp_path / "empty", label, cwd=tmp_path), "empty: has no result file")
     check_error(script(STAGE, tmp_path / "absent", label, cwd=tmp_path), "absent: no such folder")

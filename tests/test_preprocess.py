@@ -161,7 +161,7 @@ def test_bad_images_are_named_and_the_earlier_bins_stay(images):
 
 
 def test_a_folder_with_other_files_is_never_replaced(images):
-    check_error(script(NAME, "images", ".", "image.txt", cwd=images), "no .bin file")
+    check_error(script(NAME, "images", ".", "image.txt", cwd=images), "only .bin files")
     (images / "full").mkdir()
     (images / "full" / "thesis.doc").write_text("mine")
     check_error(script(NAME, "images", "full", "image.txt", cwd=images), "thesis.doc")

@@ -64,7 +64,7 @@ def test_figures_of_several_devices(folder):
 def test_damaged_summaries(folder, content):
     (folder / "dumpOutput_device0_summary.json").write_text(content)
     process = script("tools/table.py", "t", "--run", "8", folder, "m.om", "ais_bench", cwd=folder)
-    check_error(process, "dumpOutput_device0_summary.json: is no summary", "run stage 6 again")
+    check_error(process, "dumpOutput_device0_summary.json: is not a summary", "run stage 6 again")
     assert not (folder / "t.csv").exists()
 
 
@@ -142,7 +142,7 @@ def test_no_rate_of_pure_inference(place):
 
 def test_the_provider_reaches_stage_6(place):
     process = run(place, "--stage", 4, "--stop-stage", 6, "--backend", "onnxruntime", "--provider", "NoSuchProvider")
-    assert process.returncode == 1 and "has no provider NoSuchProvider, but " in process.stderr, process.stderr
+    assert process.returncode == 1 and "has no provider NoSuchProvider, only " in process.stderr, process.stderr
     process = run(place, "--stage", 4, "--stop-stage", 6, "--backend", "onnxruntime", "--provider", "measure", "--tolerance", "0.5")
     assert process.returncode == 0 and "[INFO] measured: " in process.stdout, process.stderr
     for wrong in (("--tolerance", "x"), ("--pure", "maybe")):

@@ -139,7 +139,7 @@ def test_figures(browser, run):
     assert texts(browser, ".sortable tbody tr:first-child td") == [
         percent(weakest[0]["label_acc"]), percent(weakest[0]["label_pos_acc"]), percent(weakest[0]["label_neg_acc"]),
         str(weakest[0]["positives"]), str(weakest[0]["negatives"]), between(weakest[0]["label_acc_interval"])]
-    assert "PETA's names assumed (--attributes FILE gives others)" in " ".join(
+    assert "PETA's names are assumed (--attributes FILE gives others)" in " ".join(
         texts(browser, "[aria-labelledby=attributes] p.soft")[0].split())
     facts = dict(zip(texts(browser, "header dt"), texts(browser, "header dd")))
     assert facts["Model"] == "deepmar_bs1.onnx, deepmar_bs8.onnx, deepmar_bs16.onnx"
@@ -501,9 +501,9 @@ def test_bad_speeds(small):
     perf = write_perf(small, 1, 0)
     for text in ("", PERF.replace("202.23", "fast"), PERF.replace("326.049", "inf"), PERF.replace("Interface", "")):
         (small / perf).write_text(text)
-        check_error(make(small, "--perf", perf), "%s: is no perf_vision" % perf)
+        check_error(make(small, "--perf", perf), "%s: is not a perf_vision" % perf)
     (small / "perf.txt").write_text(PERF)
-    check_error(make(small, "--perf", "perf.txt"), "perf.txt: is no perf_vision")
+    check_error(make(small, "--perf", "perf.txt"), "perf.txt: is not a perf_vision")
     check_error(make(small, "--perf", perf, "--throughput", "t.csv"), "not allowed with", code=2)
 
 
@@ -527,7 +527,7 @@ def test_other_names(browser, small):
     (small / "names.txt").write_text("\n".join("trait %d" % i for i in range(35)))
     made(small, "--attributes", "names.txt")
     browser.open(small / "report.html")
-    assert "PETA's names assumed" not in browser.run("document.body.innerText")
+    assert "PETA's names are assumed" not in browser.run("document.body.innerText")
     assert texts(browser, "select[name=attribute] option")[1:] == ["trait %d" % i for i in range(35)]
     (small / "names.txt").write_text("one\n")
     check_error(make(small, "--attributes", "names.txt"), "names.txt: holds 1 names, but there are 35")
@@ -546,7 +546,7 @@ def test_a_missing_package(small, monkeypatch, package):
     (small / "path").mkdir()
     (small / "path" / (package + ".py")).write_text("raise ImportError(\"No module named '%s'\")" % package)
     monkeypatch.setenv("PYTHONPATH", str(small / "path"))
-    check_error(make(small, run=started), "report.py: error: No module named '%s'; the packages that it needs are in" % package)
+    check_error(make(small, run=started), "report.py: error: No module named '%s'; install the packages in" % package)
 
 
 def test_odd_pictures(small):

@@ -177,7 +177,7 @@ def test_a_failing_stage_stops_the_run(copy):
 
 def test_bad_variables(tmp_path):
     for wrong, text in ((["--batch-size", "0"], "batch_size"), (["--batch-size", "x"], "batch_size"),
-                        (["--nonsense", "1"], "nonsense"), (["--stage"], "value"), (["8"], "no option"),
+                        (["--nonsense", "1"], "nonsense"), (["--stage"], "value"), (["8"], "not an option"),
                         (["--stage", "9"], "stage"), (["--device-id", "-1"], "device_id"),
                         (["--chip-name", "a b"], "chip_name"), (["--checkpoint", __file__], "images is not set, and stage 4"),
                         (["--stage", "7", "--label-file", __file__], "image_list is not set, and stage 7 needs it"),

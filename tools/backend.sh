@@ -1,22 +1,22 @@
-# What run_all.sh needs of the toolkit's tools: which of them this machine has, and how each is called. Sourced by it; uses its
-# variables and functions.
+# Functions of run_all.sh for the toolkit's tools: they find out which tools this machine has, and call them. run_all.sh sources
+# this file, which uses its variables and functions.
 # shellcheck shell=bash disable=SC2034,SC2154,SC2317
 set -euo pipefail
 
 benchmark=$here/benchmark.$(uname -m)
 binary=$(basename "$benchmark")
-doctor() { "$python" "$here/tools/doctor.py" "$@"; } # it understands npu-smi's table and CANN's folders
-cores() { PYTHONPATH=$here/tools "$python" -c 'import common; print(common.cores())'; } # fewer than nproc's under a CPU quota
+doctor() { "$python" "$here/tools/doctor.py" "$@"; } # it reads npu-smi's table and finds CANN's folders
+cores() { PYTHONPATH=$here/tools "$python" -c 'import common; print(common.cores())'; } # unlike nproc, this respects a CPU quota
 has_atc() { command -v atc >/dev/null; }
 has_benchmark() { [ -x "$benchmark" ]; }
 has_ais_bench() { "$python" "$here/tools/ais_bench_files.py" check / 2>/dev/null; }
-has_om() { # whether there will be an OM for every batch size
+has_om() { # returns whether there will be an OM for every batch size
     local batch
     runs 3 && has_atc && return
     for batch in $batch_size; do [ -e "$work_dir/deepmar_bs$batch.om" ] || return; done
 }
 
-# read_set_env: reads CANN's set_env.sh, the one that was asked for, or the machine's where atc is not on the PATH
+# read_set_env: sources CANN's set_env.sh: the given one or, if atc is not on the PATH, the one found on the machine
 read_set_env() {
     if [ -n "$set_env" ]; then
         if [ ! -r "$set_env" ] || [ -d "$set_env" ]; then fail "set_env: $set_env: no such file"; fi
@@ -24,7 +24,7 @@ read_set_env() {
         has_atc || set_env=$(doctor set_env)
         [ -n "$set_env" ] || return 0
     fi
-    set +eu # it is not written for them
+    set +eu # set_env.sh fails with these options
     # shellcheck disable=SC1090
     source "$set_env"
     set -eu
@@ -32,7 +32,7 @@ read_set_env() {
     say "read $set_env"
 }
 
-# check_machine: tells what the machine has and lacks for these variables; its status says whether the backend could run
+# check_machine: prints what the machine has and lacks for this run. Its status says whether the run could work
 check_machine() {
     local asked=$backend name values=()
     [ "$backend" != auto ] || choose_backend
@@ -41,8 +41,8 @@ check_machine() {
     exec "$python" "$here/tools/doctor.py" check "asked_backend=$asked" "packages=${packages[*]}" "${values[@]}"
 }
 
-# choose_backend: sets backend to what will run the model, and make_om where atc is to make an OM; stops where a piece of a
-# backend that was asked for is missing
+# choose_backend: sets backend to what will run the model, and make_om if atc will make an OM. Stops if a part of a requested
+# backend is missing
 choose_backend() {
     local why=
     make_om=''
@@ -50,11 +50,11 @@ choose_backend() {
     case $backend in
         auto)
             if ! runs 6; then
-                : # nothing will run it
+                : # this run does not run the model
             elif ! has_om; then
                 backend=onnxruntime why="no atc and no OM on this machine"
             elif has_benchmark; then
-                backend=benchmark why="$binary lies beside the scripts"
+                backend=benchmark why="$binary is beside the scripts"
             elif has_ais_bench; then
                 backend=ais_bench why="no $binary beside the scripts, but $python has the package"
             else
@@ -64,7 +64,7 @@ choose_backend() {
         benchmark | ais_bench)
             if [ "$backend" = benchmark ] && ! has_benchmark; then
                 [ ! -e "$benchmark" ] || fail "backend benchmark: $benchmark is not executable; run: chmod u+x $benchmark"
-                fail "backend benchmark: there is no $benchmark; take it from CANN's benchmark tool, then run:" \
+                fail "backend benchmark: there is no $benchmark; get it from CANN's benchmark tool, then run:" \
                     "cp $binary $here/ && chmod u+x $benchmark"
             fi
             has_om || fail "backend $backend: no atc and no OM on this machine; put an OM for each batch size, as" \
@@ -77,7 +77,8 @@ choose_backend() {
     [ "$backend" != onnxruntime ] || no_om="the ONNX model runs on ONNX Runtime"
 }
 
-# choose_chip: sets chip_name as atc takes it, empty where no OM is made and nothing names it, and chips, those of a card
+# choose_chip: sets chip_name to the name for atc, and chips to the number of chips on a card. chip_name stays empty if no OM is
+# made and the chip is unknown
 choose_chip() {
     local asked=$chip_name found
     if command -v npu-smi >/dev/null && { [ -n "$make_om" ] || [ "$backend" != onnxruntime ]; }; then
@@ -97,11 +98,11 @@ choose_chip() {
     [ -z "$chips" ] || return 0
     case $chip_name in '') chips=0 ;; Ascend310) chips=4 ;; *) chips=1 ;; esac
     [ "$chips" = 0 ] || [ "$backend" = onnxruntime ] || ! runs 7 ||
-        say "a card is taken to have $chips of the chip $chip_name, as no npu-smi counts them; --chips tells another number"
+        say "assuming $chips chips $chip_name per card, because there is no npu-smi to count them; --chips sets another number"
 }
 
-# new_scratch NAME: an empty folder in the work folder, for a tool to leave its files in. Its name has the devices, so that
-# what a killed run with one of them left is cleared away, and no other run's.
+# new_scratch NAME: makes an empty folder in the work folder for a tool's files. The folder's name holds the devices, so a run
+# deletes only what killed runs on its own devices left.
 new_scratch() {
     local device
     for device in "${devices[@]}"; do rm -rf ./*.partial*"-$device-"*; done
@@ -109,27 +110,27 @@ new_scratch() {
     mkdir "$scratch"
 }
 
-# tool LOG COMMAND ...: runs a tool of the toolkit, whose output goes to the screen and to logs/LOG
+# tool LOG COMMAND ...: runs a tool of the toolkit. Its output goes to the screen and to logs/LOG
 tool() {
     local log=$1
     shift
     "$@" 2>&1 | tee "$work_dir/logs/$log" || broken "${log%_bs*} ended with status ${PIPESTATUS[0]}$(explain "$log")" "$log"
 }
-# explain LOG: prints what a known failure of atc means, for the end of a sentence
+# explain LOG: prints the meaning of a known failure of atc, as the end of a sentence
 explain() {
     local why=
     case $1 in atc_*) why=$(doctor explain "$work_dir/logs/$1" "$chip_name") || why= ;; esac
     [ -z "$why" ] || printf ': %s' "$why"
 }
-# broken WHAT LOG: stops with a tool's errors, where it marks them, as its last words may be those of its usage text
+# broken WHAT LOG: stops and prints a tool's [ERROR] lines and its last lines, which alone may only be its usage text
 broken() {
     local log=$work_dir/logs/$2 last=10
     if tr '\r' '\n' <"$log" | grep -F '[ERROR]' | sed -n '1,10s/^/    /p' >&2; then last=3; fi
     tr '\r' '\n' <"$log" | tail -n "$last" | grep -vF '[ERROR]' | sed 's/^/    /' >&2 || :
     fail "$1; above are the errors and the last lines of $log"
 }
-# run_atc: makes the OM of one batch size. In a folder of its own, as atc also leaves a fusion_result.json, which is not that of
-# stage 7.
+# run_atc: makes the OM of one batch size. atc runs in its own folder, because it also writes a fusion_result.json, which would
+# overwrite stage 7's.
 run_atc() {
     local insert=()
     [ "$aipp" = no ] || insert=(--insert_op_conf=../aipp.cfg --enable_small_channel=1)
@@ -137,20 +138,20 @@ run_atc() {
     cd "$scratch"
     tool "atc_bs$batch.log" atc --model="../$nopad" --framework=5 --output="${om%.om}" --input_format=NCHW \
         --input_shape="actual_input_1:$batch,3,$height,$width" --log=error --soc_version="$chip_name" "${insert[@]}"
-    [ -e "$om" ] || broken "atc left no $om" "atc_bs$batch.log"
+    [ -e "$om" ] || broken "atc wrote no $om" "atc_bs$batch.log"
     cd "$work_dir"
     mv "$scratch/$om" "$om"
 }
 
-# infer: runs one batch size's model over the bins, on all devices, in the scratch folder. Stops where the tool left fewer
-# results than there are images, or no rate. Sets ran, what ran the model.
+# infer: runs one batch size's model over the bins on all devices, in the scratch folder. Stops if the tool wrote fewer results
+# than there are images, or no rate. Sets ran to what ran the model.
 infer() {
     local device count made=0 wanted log=${backend}_bs${batch}_device${devices[0]}.log
     [ "$backend" != ais_bench ] || log=ais_bench_bs$batch.log
     [ "$backend" != onnxruntime ] || [ ${#devices[@]} = 1 ] ||
-        say "these devices are not cards: ${#devices[@]} processes on ONNX Runtime share $(cores) cores"
+        say "these devices are not cards, but ${#devices[@]} processes on ONNX Runtime that share $(cores) cores"
     wanted=$(wc -l <deepmar.info)
-    new_scratch "$result" # the tools write into result/ of the folder that they run in, over what is there
+    new_scratch "$result" # the tools write into result/ of their current folder and overwrite files there
     [ "$backend" = ais_bench ] || ln -s ../input_bin ../deepmar.info "../$model" "$scratch"
     cd "$scratch"
     if [ "$backend" = ais_bench ]; then
@@ -159,16 +160,16 @@ infer() {
         run_devices
     elif [ "$backend" = benchmark ]; then
         tool "$log" run_device "$device_id" deepmar.info
-    else # its progress bar goes to the terminal
+    else # without tool, which would send the progress bar to the log
         run_device "$device_id" deepmar.info | tee "$work_dir/logs/$log"
     fi
     for device in "${devices[@]}"; do
         count=$(find "result/dumpOutput_device$device" -name '*_[01].bin' 2>/dev/null | wc -l)
         made=$((made + count))
         [ "$backend" = ais_bench ] || [ -e "result/perf_vision_batchsize_${batch}_device_$device.txt" ] ||
-            broken "$backend left no result/perf_vision_batchsize_${batch}_device_$device.txt, which holds its rate" "$log"
+            broken "$backend wrote no result/perf_vision_batchsize_${batch}_device_$device.txt, which holds its rate" "$log"
     done
-    [ "$made" = "$wanted" ] || broken "$backend left $made results for $wanted images" "$log"
+    [ "$made" = "$wanted" ] || broken "$backend wrote $made results for $wanted images" "$log"
     [ "$pure" = no ] || run_pure
     cd "$work_dir"
     case $backend in
@@ -178,11 +179,11 @@ infer() {
     esac
 }
 
-# collect: puts what the tool left into the place of all that an earlier run on these devices left
+# collect: replaces the results of an earlier run on these devices by the new ones
 collect() {
     local device folder
     mkdir -p "$result"
-    for folder in "${folders[@]}"; do record "$folder"; done # of nothing, should this be interrupted here
+    for folder in "${folders[@]}"; do record "$folder"; done # an empty record, in case the run is interrupted here
     for device in "${devices[@]}"; do
         rm -rf "$result/dumpOutput_device$device" "$result/dumpOutput_device${device}_summary.json" \
             "$result"/perf_vision_batchsize_*"_device_$device.txt" "$result"/PureInfer_perf_of_*"_in_device_$device"{.txt,_summary.json} \
@@ -195,8 +196,8 @@ collect() {
     done
 }
 
-# run_device DEVICE [INFO]: runs the model over an info file's bins, without one pure inference; the binary and its stand-in have
-# the same options. Takes the place of the subshell that it is called in, so that a signal to this one reaches the tool.
+# run_device DEVICE [INFO]: runs the model over an info file's bins, or pure inference if there is no INFO. The benchmark binary
+# and tools/benchmark.py have the same options. exec replaces the calling subshell, so that its signals reach the tool.
 run_device() {
     local command=("$benchmark")
     if [ "$backend" = onnxruntime ]; then
@@ -210,7 +211,7 @@ run_device() {
         -useDvpp=false -output_binary=true
 }
 
-# run_devices: the same on all devices, each with its part of the images and an info file of its own
+# run_devices: runs the model on all devices at the same time. Each device has its own part of the images and its own info file
 run_devices() {
     local count=${#devices[@]} threads index
     [ "$backend" != onnxruntime ] || threads=$(($(cores) / count))
@@ -223,7 +224,7 @@ run_devices() {
 }
 run_part() { run_device "$1" "deepmar_device$1.info"; }
 
-# on_devices LOG COMMAND ...: runs COMMAND ... DEVICE on all devices at the same time, with logs/LOG_deviceD.log each
+# on_devices LOG COMMAND ...: runs COMMAND ... DEVICE on all devices at the same time. Each writes logs/LOG_deviceD.log
 on_devices() {
     local log=$1 device failed='' jobs=()
     shift
@@ -238,7 +239,7 @@ on_devices() {
     [ -z "$failed" ] || broken "$backend failed on device $failed" "${log}_device${failed%% *}.log"
 }
 
-# run_pure: pure inference, which has no images; on all devices at the same time
+# run_pure: runs pure inference, which needs no images, on all devices at the same time
 run_pure() {
     local device left threads
     say "pure inference"
@@ -246,8 +247,8 @@ run_pure() {
     on_devices "pure_${backend}_bs$batch" pure_device
     for device in "${devices[@]}"; do
         left=$(find result -name "PureInfer_perf_of_*_in_device_$device.txt" -o -name "pure_device${device}_summary.json")
-        [ -n "$left" ] || broken "$backend left no rate of pure inference" "pure_${backend}_bs${batch}_device$device.log"
-        rm -rf "result/pure_device$device" # what the model makes of nothing
+        [ -n "$left" ] || broken "$backend wrote no rate of pure inference" "pure_${backend}_bs${batch}_device$device.log"
+        rm -rf "result/pure_device$device" # the outputs for empty input
     done
 }
 pure_device() {
@@ -256,26 +257,26 @@ pure_device() {
         --batchsize "$batch" --device "$1" --loop 20
 }
 
-# check_ais_bench: where ais_bench is to run, stops if it does not start, or would refuse what is there. Sets ais_bench_help.
+# check_ais_bench: if ais_bench will run, stops if it does not start or would refuse the files. Sets ais_bench_help.
 check_ais_bench() {
     local paths=() batch
     if [ "$backend" != ais_bench ] || ! runs 6; then return 0; fi
-    [[ $python != */* ]] || python=$(realpath -s -- "$python") # it is called in other folders
+    [[ $python != */* ]] || python=$(realpath -s -- "$python") # it will be called from other folders
     runs 4 || paths+=("$work_dir/input_bin")
     for batch in $batch_size; do [ -n "$make_om" ] || paths+=("$work_dir/deepmar_bs$batch.om"); done
     "$python" "$here/tools/ais_bench_files.py" check "$work_dir" "${paths[@]}" || exit 1
     ais_bench_help=$(cd / && "$python" -m ais_bench --help 2>&1) ||
-        fail "backend ais_bench: $python -m ais_bench --help ends with: ${ais_bench_help##*$'\n'}; install what is missing, or" \
-            "source CANN's set_env.sh where that is a library"
+        fail "backend ais_bench: $python -m ais_bench --help ends with: ${ais_bench_help##*$'\n'}; install what is missing; if that" \
+            "is a library, source CANN's set_env.sh"
 }
 
-# run_ais_bench: it shares the images among several devices by itself
+# run_ais_bench: runs ais_bench, which itself divides the images among several devices
 run_ais_bench() {
     local folder=dumpOutput_device$device_id divide=() taken
     if [ ${#devices[@]} -gt 1 ]; then
         [ "$wanted" -ge ${#devices[@]} ] || fail "${#devices[@]} devices, but fewer images in $work_dir/deepmar.info"
         folder=devices
-        # without it, versions since 2024 give each device all images
+        # without this option, versions since 2024 give each device all images
         [[ $ais_bench_help != *--divide_input* ]] || divide=(--divide_input 1)
     fi
     "$python" "$here/tools/ais_bench_files.py" give ../input_bin "../$model"
@@ -283,7 +284,7 @@ run_ais_bench() {
         --outfmt BIN --batchsize "$batch" --device "${device_id// /,}" "${divide[@]}"
     ! grep -qF '[ERROR]' "$work_dir/logs/$log" || broken "ais_bench reports an error" "$log"
     taken=$(sed -n 's/.*filesperbatch:\([0-9]*\) .*/\1/p' "$work_dir/logs/$log" | sort -u)
-    [ -z "$taken" ] || [ "$taken" = "$batch" ] || # it does not compare them, but computes its throughput with --batchsize
-        broken "$model takes $taken images at a time, not $batch; put another there, or run stage 3" "$log"
+    [ -z "$taken" ] || [ "$taken" = "$batch" ] || # ais_bench does not compare them, but computes its throughput from --batchsize
+        broken "$model takes $taken images at a time, not $batch; put the right OM there, or run stage 3" "$log"
     "$python" "$here/tools/ais_bench_files.py" collect ../input_bin "${devices[@]}"
 }

@@ -1,13 +1,13 @@
-"""Stage 6 without a card: stands in for benchmark.x86_64 and runs the ONNX model on ONNX Runtime.
+"""Stage 6 without a card: replaces benchmark.x86_64 and runs the ONNX model on ONNX Runtime.
 
     python3 tools/benchmark.py -model_type=vision -batch_size=1 -device_id=0 -om_path=deepmar_bs1_nopad.onnx \\
         -input_width=224 -input_height=224 -input_text_path=deepmar.info -useDvpp=false -output_binary=true
     python3 tools/benchmark.py -round=20 -om_path=deepmar_bs1_nopad.onnx -device_id=0 -batch_size=1
 
-Takes the options of the benchmark binary and writes what it writes: result/dumpOutput_device<ID>/NAME_1.bin for each bin of
-the info file and result/perf_vision_batchsize_<N>_device_<ID>.txt; with -round, pure inference on random input,
-result/PureInfer_perf_of_<model>_in_device_<ID>.txt. Reading, inference and writing overlap. The folder of results is
-replaced as a whole, so it never holds those of an earlier run.
+The script takes the options of the benchmark binary and writes the same files: result/dumpOutput_device<ID>/NAME_1.bin for
+each bin of the info file, and result/perf_vision_batchsize_<N>_device_<ID>.txt. With -round, it runs pure inference on random
+input and writes result/PureInfer_perf_of_<model>_in_device_<ID>.txt. Reading, inference and writing overlap. The folder of
+results is replaced as a whole, so it never holds results of an earlier run.
 """
 import argparse
 import json
@@ -31,7 +31,7 @@ with importing():
 
 
 def read_info(path, height, width, uint8=False):
-    """Returns the bins of an info file, [(name, path)]; raises OSError or ValueError, as for a bin of the wrong size."""
+    """Returns the bins of an info file, [(name, path)]. Raises OSError, or ValueError for a bin of the wrong size."""
     text, size = kind(height, width, uint8)
     try:
         with open(path, encoding="utf-8") as f:
@@ -51,7 +51,7 @@ def read_info(path, height, width, uint8=False):
                              % (path, len(bins) + 1, match.group(3), match.group(4), width, height))
         name = os.path.splitext(os.path.basename(match.group(2)))[0]
         if name in seen:
-            raise ValueError("%s: two bins are called %s, so their results would be one file" % (path, name))
+            raise ValueError("%s: two bins are called %s, so their results would be the same file" % (path, name))
         seen.add(name)
         bins.append((name, match.group(2)))
         if not os.path.isfile(match.group(2)):
@@ -59,7 +59,7 @@ def read_info(path, height, width, uint8=False):
         elif os.path.getsize(match.group(2)) != size:
             bad.append("%s (%d bytes)" % (match.group(2), os.path.getsize(match.group(2))))
     if bad:
-        raise ValueError("%s: %d of %d bins are not %s (%d bytes), which the model takes: %s"
+        raise ValueError("%s: %d of %d bins are not %s (%d bytes), the model's input: %s"
                          % (path, len(bad), len(bins), text, size, some(bad)))
     if not bins:
         raise ValueError("%s: names no bin; get_info.py writes this file" % path)
@@ -67,7 +67,7 @@ def read_info(path, height, width, uint8=False):
 
 
 def vision(session, bins, calls, args):
-    """Runs the model over the bins; returns what to print."""
+    """Runs the model over the bins. Returns the lines to print."""
     folder = os.path.join("result", "dumpOutput_device%d" % args.device_id)
     with replaced_folder(folder) as partial, progress(len(bins), "image") as bar:
         clocks, seconds = run(session, bins, args.batch_size, args.input_height, args.input_width, partial, bar.update, calls)
@@ -79,7 +79,7 @@ def vision(session, bins, calls, args):
 
 
 def pure_inference(session, batch, calls, args):
-    """Runs the model on the same batch again and again; returns what to print."""
+    """Runs the model on the same batch again and again. Returns the lines to print."""
     feed = {session.get_inputs()[0].name: batch}
     clock, seconds = Clock(), []
 
@@ -91,7 +91,7 @@ def pure_inference(session, batch, calls, args):
 
     pool = ThreadPoolExecutor if can_start(calls + 1) else Inline
     with interruptible() as options, progress(args.round, "round") as bar, pool(calls) as runner:
-        list(runner.map(lambda _: session.run(None, feed, options), range(calls)))  # these also allocate memory
+        list(runner.map(lambda _: session.run(None, feed, options), range(calls)))  # a warm-up
         for _ in runner.map(infer, range(args.round)):
             bar.update()
     line = pure_line(args.round * len(batch), clock.seconds)
@@ -109,7 +109,7 @@ def write_summary(path, session, seconds, throughput):
 
 
 def first_batch(session, bins, size):
-    """A batch to try a provider on: the first bins, or random input where there are none."""
+    """Returns a batch for trying out a provider: the first bins, or random input if there are no bins."""
     batch = empty_batch(session, *size)
     if bins:
         read_batch(bins, batch)
@@ -120,9 +120,9 @@ def first_batch(session, bins, size):
 
 
 def opened(args, name, threads, calls):
-    """Returns (session, bins, a batch) on a provider, once all fits together and its logits are right; bins is None with -round.
+    """Opens the model on a provider. Checks that model, bins and options fit together and that the provider's logits are right.
 
-    Raises OSError or ValueError.
+    Returns (session, bins, a batch). bins is None with -round. Raises OSError or ValueError.
     """
     session, bins = open_session(args.om_path, args.device_id, threads, calls, name, exact=args.tolerance <= TOLERANCE), None
     if args.round:
@@ -137,7 +137,7 @@ def opened(args, name, threads, calls):
 
 
 def fastest(args, threads, calls):
-    """Returns what opened() does, on the provider that runs most images in a second of those that compute right."""
+    """Measures every provider whose logits are right. Returns the result of opened() for the fastest one."""
     rates = {}
     for name in available():
         try:
@@ -154,7 +154,7 @@ def fastest(args, threads, calls):
 
 
 def count_images(args):
-    """The number of images to come, before the info file is looked at closely."""
+    """Returns the number of images to run. Only counts the info file's lines, because read_info() checks them later."""
     if args.round:
         return args.round * args.batch_size
     with open(args.input_text_path, "rb") as f:
@@ -183,24 +183,24 @@ def main(argv=None):
         parser.add_argument("-" + name, "--" + name, **settings)
 
     option("model_type", choices=["vision"], default="vision", help="(default: vision)")
-    option("batch_size", type=positive, required=True, help="images per inference; the model's own")
-    option("device_id", type=int, default=0, help="names the result files; the card, if the provider has one (default: 0)")
-    option("om_path", required=True, help="the model: the ONNX file that the OM would be made from")
+    option("batch_size", type=positive, required=True, help="images per inference, as in the model")
+    option("device_id", type=int, default=0, help="the card, if the provider has one; also in the results' names (default: 0)")
+    option("om_path", required=True, help="the ONNX model from which the OM would be made")
     option("input_width", type=pixels, default=224, help="in pixels (default: 224)")
     option("input_height", type=pixels, default=224, help="in pixels (default: 224)")
     option("input_text_path", help="the info file")
-    option("useDvpp", choices=["false"], default="false", help="images are decoded by stage 4 (default: false)")
+    option("useDvpp", choices=["false"], default="false", help="always false, because stage 4 decodes the images (default: false)")
     option("output_binary", choices=["true"], default="true", help="results are .bin files (default: true)")
-    option("round", type=positive, help="pure inference on random input, so many times")
-    option("threads", type=positive, help="threads of the CPU (default: one a core)")
-    option("calls", type=positive, help="batches in the model at a time, on the CPU (default: one a thread, as far as they take "
-                                        "no more than %d MB and no thread is left without work at the end)" % CALLS_MB)
+    option("round", type=positive, help="run pure inference on random input this many times")
+    option("threads", type=positive, help="CPU threads (default: one per core)")
+    option("calls", type=positive, help="batches that the CPU computes at the same time (default: one per thread, or fewer if they "
+                                        "need more than %d MB or would leave threads idle at the end)" % CALLS_MB)
     option("provider", help="the execution provider of ONNX Runtime, such as OpenVINOExecutionProvider; measure tries each for a "
-                            "second and takes the fastest (default: the first of %s that there is)" % ", ".join(PROVIDERS))
-    option("tolerance", type=part, default=TOLERANCE, metavar="PART",
-           help="what the logits of a provider may differ from the CPU's, as a part of the largest; above the default, "
+                            "second and takes the fastest (default: the first available one of %s)" % ", ".join(PROVIDERS))
+    option("tolerance", type=part, default=TOLERANCE, metavar="FRACTION",
+           help="how far a provider's logits may differ from the CPU's, as a fraction of the largest logit; above the default, "
                 "OpenVINO may compute in bfloat16 (default: %g)" % TOLERANCE)
-    option("strict", action="store_true", help="an error where ONNX Runtime has a card's provider that does not load")
+    option("strict", action="store_true", help="fail if ONNX Runtime has a card's provider that does not load")
     args = parser.parse_args(argv)
     if (args.input_text_path is None) == (args.round is None):
         parser.error("give -input_text_path for inference on data, or -round for pure inference")

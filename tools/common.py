@@ -1,4 +1,4 @@
-"""What the scripts share: how they start and end, files that are written whole, progress bars, names and text."""
+"""Functions that all scripts share: start and end, files that are written whole, progress bars, names and text."""
 import codecs
 import contextlib
 import errno
@@ -11,15 +11,15 @@ import threading
 import time
 import unicodedata
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on, ONNX Runtime reports each model to its makers
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")   # numpy's threads, which nothing here needs: where none can be started,
-                                                     # its import would end the process
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime >= 1.29 reports each model to its makers
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")   # numpy's threads are not needed. If none can be started, its import
+                                                     # would end the process
 
-# What a file system without locks answers to flock: Lustre without -o flock, some NFS and FUSE mounts.
+# flock gives these errors on a file system without locks: Lustre without -o flock, some NFS and FUSE mounts.
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
-NAMED = 1000  # items that an error names at most
-NUMBER = (int, float)  # in a JSON file, for fits()
-READER_LEFT = 141  # the exit status where the output's reader has left, as head does: a shell's 128 + SIGPIPE
+NAMED = 1000  # an error names at most this many items
+NUMBER = (int, float)  # the types of a number in a JSON file, for fits()
+READER_LEFT = 141  # exit status if the program that reads the output has ended, as head does: 128 + SIGPIPE, as in a shell
 LIMIT = "the limit of processes, threads or memory is reached (ulimit -u and -v, a container's pids limit)"
 MOUNTED = "%s: something is mounted there, so it cannot be replaced as a whole; give a folder inside it"
 UNFINISHED = "unfinished.bin"
@@ -30,10 +30,10 @@ NOTED = set()
 
 @contextlib.contextmanager
 def importing(ends=True):
-    """For the import of a large library. In the block Ctrl-C ends the process at once.
+    """Wraps the import of a large library. In the block, Ctrl-C ends the process at once.
 
-    Otherwise the library may turn the KeyboardInterrupt into an error of its own, such as an ImportError. If ends, a missing
-    library ends the process with one line, as this may be before command().
+    Otherwise the library could turn the KeyboardInterrupt into another error, such as an ImportError. If ends is set, a
+    missing library ends the process with a one-line message, because command() may not be running yet.
     """
     main = threading.current_thread() is threading.main_thread()  # Python lets no other thread set a handler
     before = signal.signal(signal.SIGINT, signal.SIG_DFL) if main else None
@@ -53,12 +53,12 @@ def script_name():
 
 
 def missing(error):
-    """The message of an ImportError."""
-    return "%s: error: %s; the packages that it needs are in requirements.txt" % (script_name(), error)
+    """Returns the message for an ImportError."""
+    return "%s: error: %s; install the packages in requirements.txt" % (script_name(), error)
 
 
 def command(main):
-    """Runs a script's main(). What is wrong becomes one line, 'SCRIPT: error: ...', and exit status 1."""
+    """Runs a script's main(). Turns an error into one line, 'SCRIPT: error: ...', and exit status 1."""
     script = script_name()
     start_in_utf8()
     status = None
@@ -81,7 +81,7 @@ def command(main):
     try:
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries it once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
         status = status or (READER_LEFT if error.errno == errno.EPIPE else
                             "%s: error: the output cannot be written: %s" % (script, error.strerror))
     if status:
@@ -89,12 +89,12 @@ def command(main):
 
 
 def start_in_utf8():
-    """Sees to it that file names are UTF-8, as the lists, the labels and the info file are, and to readable output."""
+    """Makes Python decode file names as UTF-8, like the lists, the labels and the info file. Makes the output readable."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed
+        if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, "w"))
-    if sys.getfilesystemencoding() != "utf-8":  # such as in the locale zh_CN.GBK
-        os.environ["PYTHONIOENCODING"] = sys.stdout.encoding  # the terminal's stays
+    if sys.getfilesystemencoding() != "utf-8":  # for example in the locale zh_CN.GBK
+        os.environ["PYTHONIOENCODING"] = sys.stdout.encoding  # the output keeps the terminal's encoding
         with open("/proc/self/cmdline", "rb") as f:  # sys.argv as it was before Python decoded it
             arguments = f.read().split(b"\0")[:-1][-len(sys.argv):]
         os.execv(sys.executable, [sys.executable, "-X", "utf8"] + ["-B"] * sys.flags.dont_write_bytecode + arguments)
@@ -104,9 +104,10 @@ def start_in_utf8():
 
 
 def readable(error):
-    """For codecs: what the output's encoding lacks is escaped; a name's bytes that are letters in it stay as they are.
+    """An error handler for codecs. It escapes characters that the output's encoding lacks.
 
-    Python holds a byte that is not UTF-8 as U+DC80 to U+DCFF.
+    It keeps the bytes of a name that is not UTF-8, if they are letters in the output's encoding. Python represents such a byte
+    as U+DC80 to U+DCFF.
     """
     found = re.compile("[^\0-\x7f]*[\udc80-\udcff][^\0-\x7f]*").match(error.object, error.start)
     if found:
@@ -118,14 +119,14 @@ def readable(error):
 
 
 def note(text):
-    """Tells the user something that is no error, on stderr, once."""
+    """Prints a note for the user, which is not an error, on stderr. Prints the same note only once."""
     if text not in NOTED:
         NOTED.add(text)
         print("note: %s" % text, file=sys.stderr)
 
 
 def progress(total, unit):
-    """A progress bar on a terminal, once the work has taken two seconds; elsewhere, an object that does nothing."""
+    """Returns a progress bar that appears after two seconds. Without a terminal, the bar shows nothing."""
     if not sys.stderr.isatty():
         return Silent()
     from tqdm import tqdm
@@ -146,7 +147,7 @@ class Silent(object):
 
 
 def pixels(text):
-    """An argument that is a height or width in pixels: a positive whole number."""
+    """Converts an argument that is a height or width in pixels: a positive whole number."""
     value = int(text)
     if not 0 < value < 10 ** 5:
         raise ValueError
@@ -156,7 +157,7 @@ def pixels(text):
 # --- the machine ----------------------------------------------------------------------------------------------------
 
 def cgroup_cores(root="/sys/fs/cgroup", table="/proc/self/cgroup"):
-    """The cores that a container's CPU quota amounts to, rounded up; None without a quota. Reads cgroup v1 and v2."""
+    """Returns a container's CPU quota in cores, rounded up, or None without a quota. Reads cgroup v1 and v2."""
     found = []
     with contextlib.suppress(OSError), open(table) as f:
         for line in f:
@@ -165,7 +166,7 @@ def cgroup_cores(root="/sys/fs/cgroup", table="/proc/self/cgroup"):
                 continue
             base = os.path.join(root, "cpu") if controllers else root
             parts = [part for part in path.split("/") if part]
-            for depth in range(len(parts) + 1):  # a quota holds for all groups below it
+            for depth in range(len(parts) + 1):  # a quota also limits all groups below it
                 folder = os.path.join(base, *parts[:depth])
                 with contextlib.suppress(OSError, ValueError):
                     if controllers:
@@ -173,28 +174,28 @@ def cgroup_cores(root="/sys/fs/cgroup", table="/proc/self/cgroup"):
                             quota, period = int(q.read()), int(p.read())
                     else:
                         with open(folder + "/cpu.max") as q:
-                            quota, period = map(int, q.read().split())  # "max" is no number
+                            quota, period = map(int, q.read().split())  # "max" means no quota and raises ValueError
                     if quota > 0:
                         found.append(-(-quota // period))
     return min(found) if found else None
 
 
 def cores():
-    """The number of cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return min(len(os.sched_getaffinity(0)), cgroup_cores() or sys.maxsize)
 
 
 def tasks():
-    """The number of this process's threads, as the kernel counts them; 0 where there is no /proc."""
+    """Returns the kernel's count of this process's threads, or 0 without /proc."""
     with contextlib.suppress(OSError):
         return len(os.listdir("/proc/self/task"))
     return 0
 
 
 def can_start(threads, instead="one thread does all the work"):
-    """Whether so many threads can be started now; if not, a note tells what happens instead.
+    """Returns whether this many threads can be started now. If not, prints a note that says what happens instead.
 
-    To be asked before a library starts threads: ONNX Runtime may wait for ever where only some of them start.
+    Ask this before a library starts threads: ONNX Runtime may wait for ever if only some of them start.
     """
     go, started, before = threading.Event(), [], tasks()
     try:
@@ -210,7 +211,7 @@ def can_start(threads, instead="one thread does all the work"):
         go.set()
         for thread in started:
             thread.join()
-        for _ in range(1000):  # they count until the kernel has cleared them away
+        for _ in range(1000):  # the kernel still counts a thread for a moment after its end
             if tasks() <= before:
                 break
             time.sleep(0.001)
@@ -218,7 +219,7 @@ def can_start(threads, instead="one thread does all the work"):
 
 
 class Inline(object):
-    """Stands in for a ThreadPoolExecutor where no threads can be started: the caller's thread does the work."""
+    """Replaces a ThreadPoolExecutor when no threads can be started. The caller's thread does the work."""
     map = staticmethod(map)
 
     def __init__(self, _):
@@ -238,9 +239,9 @@ class Inline(object):
 
 
 def lock(file):
-    """Locks an open file or folder against other processes. Returns False where another one holds the lock.
+    """Locks an open file or folder against other processes. Returns False if another process holds the lock.
 
-    A file system without locks is no reason to stop: returns True, with a note.
+    On a file system without locks, it prints a note and returns True.
     """
     import fcntl
     try:
@@ -250,7 +251,7 @@ def lock(file):
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        note("this file system has no locks (%s), so two runs that write the same file are not kept apart"
+        note("this file system has no locks (%s), so do not start two runs that write the same file"
              % error.strerror)
     return True
 
@@ -259,12 +260,12 @@ def lock(file):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Yields the name of a new file beside path, which becomes path if the block succeeds, and goes if it fails."""
+    """Yields the name of a new file beside path. Renames it to path if the block succeeds, deletes it if the block fails."""
     import glob
-    # A file that nobody locks is left from a run that was killed.
+    # A file that no process locks is left from a killed run.
     for left in glob.glob(glob.escape(path) + ".%s.partial" % ("[0-9a-f]" * 8)):
         with contextlib.suppress(OSError):
-            file = os.open(left, os.O_RDWR)  # NFS locks no file that is open for reading only
+            file = os.open(left, os.O_RDWR)  # NFS cannot lock a file that is open only for reading
             try:
                 if lock_quietly(file):
                     os.remove(left)
@@ -287,7 +288,7 @@ def whole_file(path):
 
 
 def lock_quietly(file):
-    """Locks an open file; returns whether this process holds the lock now."""
+    """Tries to lock an open file. Returns whether this process holds the lock now."""
     import fcntl
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -304,10 +305,10 @@ def write_text(path, text):
 
 @contextlib.contextmanager
 def replaced_folder(path, ending=".bin"):
-    """Yields an empty folder beside path; if the block succeeds it becomes path, in place of an earlier one.
+    """Yields an empty folder beside path. If the block succeeds, the folder replaces path.
 
-    The earlier one may hold names of this ending only, so that a mistyped path deletes nothing else. Raises ValueError
-    or OSError.
+    An earlier folder at path may only hold names with this ending, so that a mistyped path deletes nothing else. Raises
+    ValueError or OSError.
     """
     import shutil
     path = os.path.realpath(path)
@@ -316,7 +317,7 @@ def replaced_folder(path, ending=".bin"):
     if os.path.exists(path):
         others = sorted(name for name in os.listdir(path) if not name.endswith(ending))
         if others:
-            raise ValueError("%s: holds %s, which is no %s file; give a new folder, or one of an earlier run"
+            raise ValueError("%s: holds %s, and only %s files may be there; give a new folder, or one of an earlier run"
                              % (path, others[0], ending))
     partial, old = path + ".partial", path + ".old"
     os.makedirs(partial, exist_ok=True)
@@ -328,8 +329,8 @@ def replaced_folder(path, ending=".bin"):
             ours = False
         if not ours:
             raise ValueError("%s: another run is writing this folder" % path)
-        empty(partial)  # of a run that was killed
-        if os.path.exists(old) and not os.path.exists(path):  # of a run that was killed between the two renames below
+        empty(partial)  # a killed run may have left files
+        if os.path.exists(old) and not os.path.exists(path):  # an earlier run was killed between the two renames below
             os.rename(old, path)
         shutil.rmtree(old, ignore_errors=True)
         try:
@@ -338,7 +339,7 @@ def replaced_folder(path, ending=".bin"):
                 put_away(path, old)
             os.rename(partial, path)
         except BaseException as error:
-            if os.path.exists(old) and not os.path.exists(path):  # interrupted between the two renames
+            if os.path.exists(old) and not os.path.exists(path):  # this run was interrupted between the two renames
                 os.rename(old, path)
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk
@@ -350,7 +351,7 @@ def replaced_folder(path, ending=".bin"):
 
 
 def put_away(path, old):
-    """Renames a folder, or deletes it where it cannot be renamed: in the lower layer of an overlay (a container's image)."""
+    """Renames a folder. Deletes it if it lies in the lower layer of an overlay (a container's image), which forbids renaming."""
     try:
         os.rename(path, old)
     except OSError as error:
@@ -358,7 +359,7 @@ def put_away(path, old):
             raise ValueError(MOUNTED % path)
         if error.errno != errno.EXDEV:
             raise
-        # If this is killed halfway, what is left must not pass for a whole folder: no stage takes one with this file.
+        # If the deletion is killed halfway, this file marks the folder as incomplete. No stage accepts a folder with it.
         open(os.path.join(path, UNFINISHED), "w").close()
         empty(path, UNFINISHED)
         os.remove(os.path.join(path, UNFINISHED))
@@ -366,19 +367,19 @@ def put_away(path, old):
 
 
 def empty(folder, but=None):
-    """Deletes all that is in a folder, but for the file of this name."""
+    """Deletes everything in a folder except the file with this name."""
     import shutil
     for entry in list(os.scandir(folder)):
         if entry.name != but:
             (shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.remove)(entry.path)
 
 
-# --- JSON files, and what a model says of itself ----------------------------------------------------------------------
+# --- JSON files and the description in a model ------------------------------------------------------------------------
 
 def fits(value, shape):
-    """Whether a value of a JSON file is of a shape: a type or types, [the shape of each item] or {key: shape}.
+    """Returns whether a value from a JSON file has a shape: a type or types, [the shape of each item] or {key: shape}.
 
-    Numbers must be finite, and not so large that they are no figures of a run.
+    Numbers must be finite and below 1e15, as all figures of a run are.
     """
     if isinstance(shape, dict):
         return isinstance(value, dict) and all(key in value and fits(value[key], shape[key]) for key in shape)
@@ -388,7 +389,8 @@ def fits(value, shape):
 
 
 def read_json(path, shape, writer):
-    """Returns the content of a JSON file that has the shape, which writer makes; raises OSError or ValueError."""
+    """Returns the content of a JSON file, which must have the shape. writer: the script that writes it. Raises OSError or
+    ValueError."""
     import json
     try:
         with open(path, encoding="utf-8") as f:
@@ -400,12 +402,12 @@ def read_json(path, shape, writer):
     return value
 
 
-PREFIX = "deepmar."  # of the names of our entries in an ONNX file's metadata
-TEXTS = ("layout", "output", "checkpoint_sha256", "version")  # the entries that are no JSON
+PREFIX = "deepmar."  # the names of our entries in an ONNX file's metadata begin with this
+TEXTS = ("layout", "output", "checkpoint_sha256", "version")  # these entries are plain text, the others JSON
 
 
 def description(path):
-    """Returns what a model says of itself: of an .onnx its metadata, of an OM the .json beside it; {} where it says nothing.
+    """Returns a model's description: an .onnx file's metadata, or the .json beside an OM. It is {} if there is none.
 
     The keys are those that export_onnx.py writes: attributes, mean, std, size, layout, output, last_conv_stride,
     checkpoint_sha256, version. Raises OSError or ValueError.
@@ -423,36 +425,36 @@ def description(path):
         model = onnx.ModelProto()
         try:
             with open(path, "rb") as f, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of an old protobuf, about a file that is none
+                warnings.simplefilter("ignore")  # an old protobuf warns about a file that is not a model
                 model.ParseFromString(f.read())
             if not model.HasField("graph"):
                 raise DecodeError
             found = {entry.key[len(PREFIX):]: entry.value for entry in model.metadata_props if entry.key.startswith(PREFIX)}
             found = {key: value if key in TEXTS else json.loads(value) for key, value in found.items()}
         except DecodeError:
-            raise ValueError("%s: is no ONNX model" % path)
+            raise ValueError("%s: is not an ONNX model" % path)
         except (ValueError, RecursionError) as error:
             raise ValueError("%s: its metadata is damaged: %s" % (path, one_line(error)))
     names = found.get("attributes", [])
     if not fits(names, [str]) or len(set(names)) < len(names) or not all(len(name.splitlines()) == 1 for name in names):
-        raise ValueError("%s: its attributes are not a list of different names, of a line each" % path)
+        raise ValueError("%s: its attributes are not a list of different names, each on one line" % path)
     return found
 
 
 # --- names and text --------------------------------------------------------------------------------------------------
 
 def composed(text):
-    """Text in Unicode's composed form (NFC), in which names are compared: a Mac writes an accent as a second character."""
+    """Returns text in Unicode's composed form (NFC) for comparing names: a Mac writes an accent as a second character."""
     return unicodedata.normalize("NFC", text)
 
 
 def stem(name):
-    """What a file is called in every stage: its name, without folders, up to the first dot, in composed form."""
+    """Returns the name that a file has in every stage: without folders, up to the first dot, in composed form."""
     return composed(name.rpartition("/")[2].partition(".")[0])
 
 
 def read_lines(path):
-    """Returns the lines of a UTF-8 text file, stripped; a byte order mark, CRLF and a missing last newline don't count.
+    """Returns the stripped lines of a UTF-8 text file. Ignores a byte order mark, CRLF and a missing last newline.
 
     Raises OSError or ValueError.
     """
@@ -464,16 +466,16 @@ def read_lines(path):
 
 
 def one_line(error):
-    """An exception's text on one line."""
+    """Returns an exception's text on one line."""
     return " ".join(str(error).split()) or repr(error)
 
 
 def some(items, most=5):
-    """The first few items as text, with the number of the others."""
+    """Returns the first items as text, and how many more there are."""
     items = list(items)
     return ", ".join(items[:most]) + (" and %d more" % (len(items) - most) if len(items) > most else "")
 
 
 def joined(items, separator=", "):
-    """All items as text, so that the user can mend all at once; of more than NAMED the first ones."""
+    """Returns all items as text, at most the first NAMED, so that the user can fix all of them at once."""
     return separator.join(items[:NAMED] + ["..."] * (len(items) > NAMED))

@@ -1,24 +1,25 @@
-"""Two runs over the same images: how far their logits differ, which attributes flip, and what that does to the metrics.
+"""Compares two runs over the same images: how far the logits differ, which attributes flip, and how the metrics change.
 
     python3 tools/compare.py result/dumpOutput_device0 result_onnx/dumpOutput_device0
     python3 tools/compare.py result/dumpOutput_device0 --onnx deepmar_bs1_nopad.onnx --bins input_bin --labels label.json
     python3 tools/compare.py result/dumpOutput_device0 --onnx deepmar_bs1_nopad.onnx --rehearsal deepmar_bs1_float16.onnx \\
         --bins input_bin
 
-For an accuracy that drops: the OM's results against ONNX Runtime's (the second line computes those), those of two batch
-sizes, of two stacks. An attribute flips where one run says that an image has it and the other that it has not. Exits with
-1 where the runs differ by more than the tolerances:
+Use it when the accuracy drops. It compares the OM's results with ONNX Runtime's (the second command computes these), or the
+results of two batch sizes or two software versions. An attribute flips if one run says that an image has it and the other
+says that it does not. The script exits with 1 if the runs differ by more than the tolerances:
 
-    --max-difference 0.1   of any logit. A probability is then off by at most 0.025. An OM computes in float16, which
-                           moves DeepMAR's logits by some hundredths; float32 on both sides, by less than 0.0001.
-    --max-flips N          of all images' attributes together; one in 1000 unless given, which cannot move a metric
-                           over many images by much.
+    --max-difference 0.1   the largest difference of any logit. It moves a probability by at most 0.025. An OM computes in
+                           float16, which moves DeepMAR's logits by some hundredths. With float32 on both sides, they move
+                           by less than 0.0001.
+    --max-flips N          the number of flips over all images and attributes. The default is one in 1000, which changes a
+                           metric over many images only a little.
 
---rehearsal, the third line, takes as tolerance what float16 does on these very images: twice as far as the model's float16
-twin (tools/rehearse.py float16) shifts the logits, at most and on average (root mean square). What is beyond has another
-cause. Wrong inputs (BGR, no mean ...), another order of attributes or images, values beyond 65504 and a wrong last layer are
-told from the results alone. A fault in another layer is named where its model can be run here: give the ONNX model that the
-OM was made from in place of A. --layers ranks the layers by what float16 takes from them.
+With --rehearsal (the third command), the tolerance is what float16 does on these very images: the runs may differ by twice the
+shift of the model's float16 twin (tools/rehearse.py float16), for the largest difference and for the root mean square. A larger
+difference has another cause. From the results alone, the script recognises wrong inputs (BGR, no mean ...), another order of
+attributes or images, values beyond 65504 and a wrong last layer. To find a fault in another layer, give the ONNX model from
+which the OM was made as A. --layers ranks the layers by their loss of precision in float16.
 """
 import argparse
 import json
@@ -41,12 +42,12 @@ with importing():
 
 MAX_DIFFERENCE = 0.1
 MAX_FLIP_SHARE = 0.001
-WORST = 5    # images to name
-RANKED = 10  # layers to name
+WORST = 5    # the report names this many images
+RANKED = 10  # --layers names this many layers
 
 
 def same_images(a, b, results, others):
-    """Raises ValueError unless two runs, called a and b, have results {stem: path} of the same images."""
+    """Raises ValueError unless two runs with the names a and b have results {stem: path} for the same images."""
     for name, missing in ((b, set(results) - set(others)), (a, set(others) - set(results))):
         if missing:
             raise ValueError("%s: has nothing for %d images that the other side has: %s; compare runs over the same "
@@ -54,17 +55,17 @@ def same_images(a, b, results, others):
 
 
 def cosine(a, b):
-    """The cosine similarity of the rows of two float64 arrays; 1 where both are 0, 0 where one of them is."""
+    """Returns the cosine similarity of the rows of two float64 arrays: 1 if both are 0, 0 if only one is."""
     norms = np.sqrt((a * a).sum(axis=-1)) * np.sqrt((b * b).sum(axis=-1))
     both_zero = ~a.any(axis=-1) & ~b.any(axis=-1)
     similarity = (a * b).sum(axis=-1) / np.where(norms > 0, norms, 1)
-    return np.where(both_zero, 1.0, np.clip(similarity, -1, 1))  # rounding would go beyond
+    return np.where(both_zero, 1.0, np.clip(similarity, -1, 1))  # rounding may exceed 1
 
 
 def compare(a, b, images, attributes):
-    """Compares logits, float32 [images, attributes] each; returns a dict for JSON. images, attributes: their names.
+    """Compares logits, float32 [images, attributes] each. Returns a dict for JSON. images, attributes: their names.
 
-    Flips are told from b to a: "gained" are attributes that a has and b has not.
+    Flips count from b to a: "gained" is an attribute that a has and b does not have.
     """
     has_a, has_b = a >= 0, b >= 0
     a, b = a.astype(np.float64), b.astype(np.float64)
@@ -90,7 +91,7 @@ def compare(a, b, images, attributes):
 
 
 def lines(report):
-    """The report as lines of text."""
+    """Yields the report as lines of text."""
     yield "A: %s" % report["a"]
     yield "B: %s" % report["b"]
     yield "images: %d with %d attributes each%s" % (report["images"], report["attributes"],
@@ -117,8 +118,8 @@ def lines(report):
     if "rehearsal" in report:
         yield "float16 alone (%s): largest difference %.6g, flips %d" % tuple(
             report["rehearsal"][name] for name in ("twin", "shift", "flips"))
-        yield ("  this bounds rounding and simulates no chip: the card's order of accumulation and its kernels are unknown, so %d times "
-               "as much is within" % FACTOR)
+        yield ("  this is a bound on rounding, not a simulation of the chip: the card's order of accumulation and its kernels are "
+               "unknown, so up to %d times as much is allowed" % FACTOR)
 
 
 def tolerance(text):
@@ -138,15 +139,15 @@ def count(text):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("a", metavar="A", help="a folder of results, of the benchmark tool or ais_bench; or a model, NAME.onnx")
-    parser.add_argument("b", metavar="B", nargs="?", help="the folder to compare it with")
+    parser.add_argument("a", metavar="A", help="a folder of results from the benchmark tool or ais_bench, or a model, NAME.onnx")
+    parser.add_argument("b", metavar="B", nargs="?", help="the folder to compare A with")
     parser.add_argument("--onnx", metavar="MODEL", help="instead of B: the model that computes the other side")
     parser.add_argument("--bins", metavar="BIN_DIR", help="the models' input, the folder that stage 4 wrote")
-    parser.add_argument("--rehearsal", metavar="TWIN", help="the float16 twin of --onnx MODEL: A may be as far off as float16 explains")
-    parser.add_argument("--layers", action="store_true", help="rank the layers by the relative error of A, if it is a model, or of TWIN")
+    parser.add_argument("--rehearsal", metavar="TWIN", help="the float16 twin of --onnx MODEL; it sets how far A may be off")
+    parser.add_argument("--layers", action="store_true", help="rank the layers by the relative error in A, if A is a model, or in TWIN")
     parser.add_argument("--labels", metavar="LABEL", help="label.json, for the effect on each metric")
     parser.add_argument("--attributes", metavar="FILE",
-                        help="the attributes' names, one a line (default: PETA's, if there are 35)")
+                        help="a file with the attributes' names, one per line (default: PETA's, if there are 35)")
     parser.add_argument("--max-difference", type=tolerance, metavar="X",
                         help="allowed difference of a logit (default: %s)" % MAX_DIFFERENCE)
     parser.add_argument("--max-flips", type=count, metavar="N",
@@ -157,7 +158,7 @@ def parse(argv):
         parser.error("give either B, or --onnx and --bins")
     args.a_model = args.a if args.a.endswith(".onnx") else None
     if args.onnx is None and (args.a_model or args.rehearsal):
-        parser.error("a model is compared with --onnx MODEL, on --bins")
+        parser.error("a model as A, or --rehearsal, needs --onnx MODEL and --bins BIN_DIR")
     if args.layers and not (args.a_model or args.rehearsal):
         parser.error("--layers needs --rehearsal, or a model as A")
     if args.rehearsal and (args.max_difference, args.max_flips) != (None, None):
@@ -166,14 +167,14 @@ def parse(argv):
 
 
 def bins_of(folder, session):
-    """{name: path} of the bins in a folder, which must be of the kind that a model takes."""
+    """Returns {name: path} of the bins in a folder, which must be of the type that the session's model takes."""
     _, height, width = input_size(session)
     return {composed(name[:-len(".bin")]): os.path.join(folder, name)
             for name in list_bins(folder, width, height, takes_uint8(session))}
 
 
 def check_twin(session, path, model):
-    """Raises ValueError unless a session, opened from a path, is of the twin of a model, also a path."""
+    """Raises ValueError unless a session of the model at path is the float16 twin of another model, given by its path."""
     with open(model, "rb") as f:
         made_from = "%08x" % zlib.crc32(f.read())
     if session.get_modelmeta().custom_metadata_map.get("rehearsal_of") != made_from:
@@ -183,7 +184,7 @@ def check_twin(session, path, model):
 
 def read_sides(args):
     """Returns ([logits of A, of B and, with --rehearsal, of TWIN], the images' names, their bins {name: path} or {}, whether
-    the models take uint8); raises OSError or ValueError. With --rehearsal the logits may be NaN or infinite."""
+    the models take uint8). Raises OSError or ValueError. With --rehearsal, logits may be NaN or infinite."""
     sessions = {path: open_session(path) for path in (args.a_model, args.onnx, args.rehearsal) if path}
     if args.rehearsal:
         check_twin(sessions[args.rehearsal], args.rehearsal, args.onnx)
@@ -203,17 +204,17 @@ def read_sides(args):
             width = logits[0].shape[1] if logits else attributes_in(found[side][names[0]])
             values = read_logits([found[side][name] for name in names], width, not args.rehearsal)
         if logits and values.shape != logits[0].shape:
-            raise ValueError("%s: gives %d attributes, the results in %s have %d"
+            raise ValueError("%s: gives %d attributes, but the results in %s have %d"
                              % (side, values.shape[1], args.a, logits[0].shape[1]))
         if np.isfinite(values).all() and look_like_probabilities(values):
-            note("%s: %s; compared are the logits that belong to them" % (side, PROBABILITIES))
+            note("%s: %s; they are converted to logits for the comparison" % (side, PROBABILITIES))
             values = logits_from(values)
         logits.append(values)
     return logits, names, bins, any(map(takes_uint8, sessions.values()))
 
 
 def check_overflow(logits, names, bins, args):
-    """Raises ValueError where a side's logits are NaN or infinite, with the layer where float16 ends."""
+    """Raises ValueError if a side's logits are NaN or infinite. The error names the layer that overflows in float16."""
     bad = ~np.isfinite(logits).all(axis=(0, 2))
     if bad.any():
         side = next(side for side, values in zip((args.a, args.onnx, args.rehearsal), logits) if not np.isfinite(values).all())
@@ -221,15 +222,15 @@ def check_overflow(logits, names, bins, args):
         why = overflow(args.onnx, models, [bins[name] for name in np.array(names)[bad][:IMAGES]])
         raise ValueError("%s: NaN or infinite logits for %d of %d images (%s): %s" % (
             side, bad.sum(), len(names), some(np.array(names)[bad]),
-            why or "an overflow, though no value of %s is beyond float16: of another model, or another input" % args.onnx))
+            why or "they overflow although no value of %s is beyond float16, so the model or the input is another one" % args.onnx))
 
 
 def rank(args, names, bins):
-    """The lines of a ranking of the layers of A, if it is a model, or of TWIN, over images from all of the folder."""
+    """Yields the lines of a ranking of the layers of A, if it is a model, or of TWIN, over images spread over the folder."""
     chosen = sorted({round(i * (len(names) - 1) / (IMAGES - 1)) for i in range(IMAGES)})
     rows = layers(args.onnx, [args.a_model or args.rehearsal], [bins[names[i]] for i in chosen])
     error = {row["tensor"]: row["error"][0] for row in rows}
-    yield "relative error of each layer's result, the largest first, and how many times that of its input it is:"
+    yield "relative error of each layer's result, the largest first, and its ratio to the error of the layer's input:"
     for row in sorted((row for row in rows if row["op"] != "Relu"), key=lambda row: -row["error"][0])[:RANKED]:
         before = max([error[name] for name in row["inputs"] if name in error] or [0])
         times = "x %.2f" % (row["error"][0] / before) if before else "-"
@@ -238,20 +239,20 @@ def rank(args, names, bins):
 
 
 def vendors_command(args, path):
-    """How the vendor's tool compares the layers of an OM with those of an ONNX model, on the card's machine."""
+    """Returns the command of the vendor's tool that compares the layers of an OM and an ONNX model on the card's machine."""
     onnx = re.sub(r"_aipp\.onnx$", "_nopad.onnx", args.onnx)
     return "msprobe compare -m offline_model -gp %s -tp %s --input_data %s -o msprobe_output" % (
         onnx, re.sub(r"(_nopad)?(\.onnx)?$", "", onnx) + ".om", path)
 
 
 def judge_fixed(report, args):
-    """Adds to a report whether its runs are within the tolerances; returns what is beyond them, as a list of texts."""
+    """Adds to a report whether its runs are within the tolerances. Returns a list of texts about what exceeds them."""
     if args.max_difference is None:
         args.max_difference = MAX_DIFFERENCE
     max_flips = int(MAX_FLIP_SHARE * report["decisions"]) if args.max_flips is None else args.max_flips
     beyond = []
     if report["max_difference"] > args.max_difference:
-        beyond.append("the largest difference %.6g is beyond %.6g (--max-difference)"
+        beyond.append("the largest difference %.6g is more than %.6g (--max-difference)"
                       % (report["max_difference"], args.max_difference))
     if report["flips"] > max_flips:
         beyond.append("%d flips are more than %d (--max-flips)" % (report["flips"], max_flips))
@@ -260,7 +261,7 @@ def judge_fixed(report, args):
 
 
 def judge_by_twin(report, logits, attributes, args):
-    """Adds to a report whether A is within what float16 explains; returns what is beyond it, as a list of texts."""
+    """Adds to a report whether float16 explains A's differences. Returns a list of texts about what it does not explain."""
     judged = judge(*logits)
     shifts, flips = np.abs(logits[2] - logits[1]).max(axis=0), (logits[2] >= 0) != (logits[1] >= 0)
     report.update(allowed_difference=judged["allowed"], allowed_flips=int((np.abs(logits[1]) <= judged["allowed"]).sum()),
@@ -274,13 +275,13 @@ def judge_by_twin(report, logits, attributes, args):
 
 
 def refusal(report, beyond, args, logits, names, bins, uint8, attributes):
-    """What is said of runs that differ too much."""
-    text, causes = "", ["the worst images above are where to look"]
+    """Returns the error message for runs that differ too much."""
+    text, causes = "", ["look at the worst images above"]
     if args.rehearsal:
         text = " by more than float16 explains, which is up to %d times its own shift" % FACTOR
         causes = explain(*logits, (args.onnx, args.rehearsal, args.a_model), uint8, names, bins, attributes) or [
-            "no other input or order explains it, so a layer or its weights do: give the ONNX model that the OM was made from in "
-            "place of %s, or run on the card: %s" % (args.a, vendors_command(args, bins[report["worst_images"][0]["name"]]))]
+            "no wrong input or order explains it, so a layer or its weights are wrong: give the ONNX model from which the OM was "
+            "made in place of %s, or run on the card: %s" % (args.a, vendors_command(args, bins[report["worst_images"][0]["name"]]))]
     return "%s and %s differ%s: %s; %s" % (report["a"], report["b"], text, " and ".join(beyond), "; ".join(causes))
 
 

@@ -1,10 +1,10 @@
-"""What a model says of itself: attributes, size, normalisation, checkpoint; for an OM, as a JSON file beside it.
+"""Prints or writes a model's description: attributes, size, normalisation, checkpoint. An OM has it in a JSON file beside it.
 
     python3 tools/describe.py deepmar_bs1_nopad.onnx
     python3 tools/describe.py deepmar_bs1_nopad.onnx deepmar_bs1.json
 
-export_onnx.py writes it into the ONNX file's metadata, which remove_pad.py and tools/quantize.py keep and atc leaves out.
-The JSON file beside deepmar_bs1.om goes with the OM to another machine; stage 7 and tools/report.py read it (--model).
+export_onnx.py writes the description into the ONNX file's metadata. remove_pad.py and tools/quantize.py keep it, but atc drops
+it. So copy deepmar_bs1.json to another machine together with deepmar_bs1.om. Stage 7 and tools/report.py read it (--model).
 """
 import argparse
 import json
@@ -18,8 +18,8 @@ from common import command, description, write_text
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("model", metavar="MODEL", help="the .onnx, or the .json of one")
-    parser.add_argument("output", metavar="JSON", nargs="?", help="the file to write (default: only the screen)")
+    parser.add_argument("model", metavar="MODEL", help="the .onnx file, or the .json file of a model")
+    parser.add_argument("output", metavar="JSON", nargs="?", help="the file to write (default: print it)")
     args = parser.parse_args(argv)
     text = json.dumps(description(args.model), indent=1, ensure_ascii=False)
     if args.output is None:

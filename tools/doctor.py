@@ -1,12 +1,12 @@
-"""What this machine has of what run_all.sh needs: driver and card, CANN, the tools that run an OM, packages, disk, inputs.
+"""Finds out what run_all.sh needs and what this machine has: driver, card, CANN, tools that run an OM, packages, disk, inputs.
 
-    bash run_all.sh --check [--json FILE]       all of it as a table, before any work; FILE is all that is written
-    python3 tools/doctor.py chip NAME DEVICE    "310P3 2": the chip's name and how many of it the card with this device has, as
-                                                npu-smi info tells them; where NAME is given, it only counts
-    python3 tools/doctor.py set_env             the set_env.sh of this machine's CANN, if there is one
-    python3 tools/doctor.py explain LOG CHIP    what to do about the failure in atc's LOG, if it is a known one
+    bash run_all.sh --check [--json FILE]       prints all of it as a table before any work, and writes only FILE
+    python3 tools/doctor.py chip NAME DEVICE    prints "310P3 2": the chip's name and how many of them the card with this device
+                                                has, from npu-smi info. If NAME is not empty, only the number comes from there
+    python3 tools/doctor.py set_env             prints the path of set_env.sh of this machine's CANN, if there is one
+    python3 tools/doctor.py explain LOG CHIP    prints what to do about the failure in atc's LOG, if it is a known one
 
-It needs Python alone. npu-smi's table and CANN's folders are understood here and nowhere else.
+The script needs only Python. No other file reads npu-smi's table and CANN's folders.
 """
 import glob
 import importlib.util
@@ -20,22 +20,22 @@ import sys
 TOOLS = os.path.dirname(os.path.abspath(__file__))
 HERE = os.path.dirname(TOOLS)
 MACHINE = os.uname().machine
-INPUTS = {"checkpoint": [1], "images": [4, 8], "image_list": [4, 7], "label_file": [7]}  # and the stages that need them
+INPUTS = {"checkpoint": [1], "images": [4, 8], "image_list": [4, 7], "label_file": [7]}  # input: the stages that need it
 TOOLKIT = "bash ./Ascend-cann-toolkit_VERSION_linux-%s.run --install" % MACHINE
 OTHER_PYTHON = "export PATH=/FOLDER/OF/SUCH/A/PYTHON/bin:$PATH"
 
-# How a chip's name begins, the folder of its operators in CANN, the word for it in their package's name. The first that fits
-# counts: 910B is an old name of the 910, 910B3 the later 910b.
+# The beginning of a chip's name, the folder of its operators in CANN, and the word for it in their package's name. The first
+# match counts: 910B is an old name of the 910, but 910B3 is the later 910b.
 FAMILIES = [("310P", "ascend310p", "310p"), ("310B", "ascend310b", "310b"), ("310", "ascend310", None),
             ("910_93", "ascend910_93", "A3"), ("910B[1-4]", "ascend910b", "910b"), ("910", "ascend910", "910")]
-# From this CANN on: the last Python 3 that its guide allows, and whether NumPy must be below 2 on Pythons before 3.13
+# The first CANN version of a range, the last Python 3 that its guide allows, and whether NumPy must be below 2 before Python 3.13
 PYTHONS = [((9, 1), 14, False), ((9, 0), 13, False), ((8, 5), 13, True), ((8, 0), 11, True), ((7, 0), 10, True), ((0,), 9, True)]
-# What the guide installs there. Without the first five, atc is known to stop.
+# CANN's guide installs these packages in that Python. Without any of the first five, atc stops.
 PACKAGES = {"attr": "attrs", "decorator": "decorator", "numpy": "numpy", "psutil": "psutil", "scipy": "scipy", "absl": "absl-py",
             "cffi": "cffi", "google.protobuf": "protobuf", "pathlib2": "pathlib2", "requests": "requests", "sympy": "sympy",
             "yaml": "pyyaml"}
 
-# Run by other Pythons than this one; they print JSON.
+# These programs run in other Pythons and print JSON.
 MODULES = """
 import importlib.util, json, sys
 missing = []
@@ -58,7 +58,7 @@ try:
 except ImportError as error:
     print(json.dumps(str(error)))
 else:
-    # a model of one Relu
+    # a model with one Relu
     model = bytes.fromhex("08063a330a0c0a0178120179220452656c751201675a0f0a0178120a0a08080112040a0208"
                           "01620f0a0179120a0a08080112040a0208014202100b")
     session = onnxruntime.InferenceSession(model, providers=default())
@@ -68,7 +68,7 @@ else:
 
 
 def run(command):
-    """Returns a command's (status, output); raises OSError where it cannot be run, or takes longer than a minute."""
+    """Returns a command's (status, output). Raises OSError if it cannot be run or takes longer than a minute."""
     try:
         process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
     except subprocess.TimeoutExpired:
@@ -77,7 +77,7 @@ def run(command):
 
 
 def ask(python, program, *arguments):
-    """Returns the JSON that a program ends with in another Python; raises OSError with its last words."""
+    """Runs a program in another Python and returns the JSON in its last line. Raises OSError with that line if it is not JSON."""
     status, output = run([python, "-B", "-c", program] + list(arguments))
     last = output.strip().split("\n")[-1]
     try:
@@ -87,17 +87,17 @@ def ask(python, program, *arguments):
 
 
 def short(name):
-    """A chip's name as npu-smi has it: 310P3 of Ascend310P3."""
+    """Returns a chip's name as npu-smi prints it: 310P3 for Ascend310P3."""
     return name[6:] if name.startswith("Ascend") else name
 
 
 def family(name):
-    """Returns (the folder of a chip's operators, the word in their package's name), None for what is not known."""
+    """Returns (the folder of a chip's operators, the word in their package's name). What is unknown is None."""
     return next((rest for begin, *rest in FAMILIES if re.match(begin, name)), (None, None))
 
 
 def read(path):
-    """Returns a file's text, '' where it cannot be read."""
+    """Returns a file's text, or '' if it cannot be read."""
     try:
         with open(path, encoding="utf-8", errors="replace") as f:
             return f.read()
@@ -106,7 +106,7 @@ def read(path):
 
 
 def has(module):
-    """Whether this Python has a module."""
+    """Returns whether this Python has a module."""
     try:
         return importlib.util.find_spec(module) is not None
     except ImportError:
@@ -114,7 +114,7 @@ def has(module):
 
 
 def library(name):
-    """Returns where the loader finds a shared library, None where it does not."""
+    """Returns the path where the loader finds a shared library, or None."""
     for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":"):
         if folder and os.path.exists(os.path.join(folder, name)):
             return os.path.join(folder, name)
@@ -130,13 +130,13 @@ def library(name):
 def read_table(text):
     """Returns the driver's version and the chips [(card, name, health, device)] from the table of npu-smi info.
 
-    A chip has two rows, "| CARD NAME | HEALTH | ..." and "| CHIP DEVICE | BUS | ...". A card has as many chips as rows begin with
-    its number. The device is None where the table has no such column. Raises ValueError for another text.
+    A chip has two rows, "| CARD NAME | HEALTH | ..." and "| CHIP DEVICE | BUS | ...". A card has one chip for each row that
+    begins with its number. The device is None if the table has no such column. Raises ValueError for any other text.
     """
     version, chips, above, has_device = re.search(r"\bVersion: *([\w.]+)", text), [], None, False
     for line in text.splitlines():
         cells = [cell.split() for cell in line.strip().strip("|").split("|")]
-        if cells[0][:2] == ["NPU", "Chip"]:  # from here on: the processes
+        if cells[0][:2] == ["NPU", "Chip"]:  # here the table of processes begins
             break
         if cells[0][:1] == ["Chip"]:
             has_device = cells[0][1:] == ["Device"]
@@ -153,7 +153,7 @@ def read_table(text):
 
 
 def npu_smi():
-    """Returns read_table() of this machine; raises OSError or ValueError."""
+    """Returns read_table() for this machine. Raises OSError or ValueError."""
     status, output = run(["npu-smi", "info"])
     if status:
         raise OSError("npu-smi info failed: %s" % output.strip().split("\n")[-1])
@@ -161,27 +161,27 @@ def npu_smi():
 
 
 def name_of(chips):
-    """Returns the name of these chips; raises ValueError unless it is one that atc takes."""
+    """Returns the name of these chips. Raises ValueError unless atc accepts it."""
     names = sorted({chip[1] for chip in chips})
     if len(names) > 1:
         raise ValueError("npu-smi info names several chips, %s; set chip_name to one of them" % " and ".join(names))
-    if names == ["910"]:  # the 910_93: 910_9362, 910_9392 ...
-        raise ValueError("npu-smi info says Ascend910 only; set chip_name to 910_N, N being the NPU Name of: "
+    if names == ["910"]:  # a chip of the 910_93 family: 910_9362, 910_9392 ...
+        raise ValueError("npu-smi info says Ascend910 only; set chip_name to 910_N, where N is the NPU Name in the output of: "
                          "npu-smi info -t board -i %s -c 0" % chips[0][0])
     if not re.match(r"[0-9]{3}[A-Za-z0-9_-]*$", names[0]):
-        raise ValueError("npu-smi info names the chip %r; set chip_name" % names[0])
+        raise ValueError("npu-smi info names an unknown chip, %r; set chip_name" % names[0])
     return names[0]
 
 
 def chips_of(chips, name, device):
-    """Returns how many chips the card with this device has, or else the first card of these chips; 0 without one."""
+    """Returns how many chips the card with this device has, else the first card with such a chip. 0 means that there is none."""
     cards = [card for card, chip, _, _ in chips if chip == name]
     own = [card for card, chip, _, number in chips if (chip, number) == (name, device)]
     return cards.count((own or cards)[0]) if cards else 0
 
 
 def chip(name, device):
-    """Returns what the command chip prints."""
+    """Returns the output of the command chip."""
     try:
         _, chips = npu_smi()
         name = short(name) or name_of(chips)
@@ -195,18 +195,18 @@ def chip(name, device):
 # --- CANN -----------------------------------------------------------------------------------------------------------
 
 def find_set_env():
-    """Returns the set_env.sh of this machine's CANN, None without one."""
+    """Returns the path of set_env.sh of this machine's CANN, or None."""
     folders = []
     for home in filter(None, map(os.environ.get, ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME"))):
-        folders += [home, os.path.dirname(home.rstrip("/"))]  # up to 8.3 it lies beside the folder latest
+        folders += [home, os.path.dirname(home.rstrip("/"))]  # up to CANN 8.3, set_env.sh is beside the folder latest
     roots = (os.path.expanduser("~/Ascend"), "/usr/local/Ascend")
     folders += [os.path.join(root, name) for root in roots for name in ("cann", "ascend-toolkit")]
-    folders += [os.path.join(root, "nnrt") for root in roots]  # without atc: for the card's machine
+    folders += [os.path.join(root, "nnrt") for root in roots]  # it has no atc, but is enough on the card's machine
     return next((path for path in (os.path.join(folder, "set_env.sh") for folder in folders) if os.path.isfile(path)), None)
 
 
 class Cann(object):
-    """The CANN that this process's environment leads to: home (None without one), version, atc, packages, operators."""
+    """The CANN that this process's environment points to: home (None if there is none), version, atc, packages, operators."""
 
     def __init__(self):
         self.atc = shutil.which("atc")
@@ -227,7 +227,7 @@ class Cann(object):
         self.version = versions[0] if versions else older.group(1) if older else "unknown"
         self.number = tuple(map(int, re.findall(r"\d+", self.version)[:2]))
         opp = os.environ.get("ASCEND_OPP_PATH") or os.path.join(self.home or "", "opp")
-        # families of chips: the folders that describe operators; before 6.0 the second place
+        # the families of chips: the names of the folders that describe operators; the second place is that of CANN before 6.0
         self.operators = sorted({os.path.basename(os.path.dirname(path)) for place in ("built-in/op_impl", "op_impl/built-in")
                                  for path in glob.glob(os.path.join(glob.escape(opp), place, "ai_core/tbe/config/*/*.json"))})
 
@@ -235,7 +235,7 @@ class Cann(object):
         return "CANN %s in %s" % (self.version, self.home) if self.home else "the CANN on the PATH"
 
     def operator_package(self, name):
-        """Returns the command that installs the operators of a chip, None where no package is known."""
+        """Returns the command that installs the operators of a chip, or None if no package is known."""
         word, old = family(name)[1], self.number and self.number < (8, 5)
         if not word or (old and word == "A3"):
             return None
@@ -243,7 +243,7 @@ class Cann(object):
         return "bash ./%s --install" % (form % (word, self.version if self.number else "VERSION", MACHINE))
 
     def driver_library(self):
-        """Returns the setting with which atc finds the driver's library: the driver's own, or that which the toolkit has too."""
+        """Returns the setting with which atc finds the driver's library, from the driver or from the toolkit, which has a copy."""
         found = glob.glob("/usr/local/Ascend/driver/lib64/**/libascend_hal.so", recursive=True) + glob.glob(
             os.path.join(glob.escape(self.home or "/dev/null"), "*-linux", "devlib", "libascend_hal.so"))
         folder = os.path.dirname(found[0]) if found else "/FOLDER/OF/CANN/%s-linux/devlib" % MACHINE
@@ -253,17 +253,17 @@ class Cann(object):
         """Returns (what is wrong with the Python that atc runs, the command that helps), or (None, None)."""
         last, old_numpy = next(rule[1:] for rule in PYTHONS if (self.number or (99,)) >= rule[0])
         if not (3, 7) <= tuple(version[:2]) <= (3, last):
-            return "CANN %s takes Python 3.7 to 3.%d" % (self.version, last), OTHER_PYTHON
+            return "CANN %s needs Python 3.7 to 3.%d" % (self.version, last), OTHER_PYTHON
         problems = ["no " + PACKAGES[name] for name in list(PACKAGES)[:5] if name in missing]
         old_numpy = old_numpy and version[1] < 13
         if numpy and old_numpy and int(numpy.split(".")[0]) >= 2:
-            problems.append("NumPy %s, where CANN %s takes NumPy 1" % (numpy, self.version))
+            problems.append("NumPy %s, but CANN %s needs NumPy 1" % (numpy, self.version))
         names = ["'numpy<2'" if name == "numpy" and old_numpy else name for name in PACKAGES.values()]
         return (", ".join(problems), "python3 -m pip install " + " ".join(names)) if problems else (None, None)
 
 
 def explain(log, name):
-    """Returns what to do about the failure in atc's log, None where it is not a known one."""
+    """Returns what to do about the failure in atc's log, or None if it is not a known one."""
     cann, name = Cann(), short(name)
     found = re.search(r"No supported Ops kernel and engine are found for .*optype \[(\w+)\]", log)
     if found:
@@ -287,10 +287,10 @@ def explain(log, name):
 # --- the whole machine ----------------------------------------------------------------------------------------------
 
 class Check(object):
-    """What run_all.sh needs under these values of its variables, as rows of {stage, what, state, found, run}.
+    """Lists what run_all.sh needs with these values of its variables, as rows of {stage, what, state, found, run}.
 
-    The states: ok; note, something to know; missing, without which the run cannot end well; absent, which it can do without.
-    run is the command that provides it.
+    The states: ok; note: something to know; missing: the run needs it; absent: the run does not need it. run is the command
+    that provides it.
     """
 
     def __init__(self, values):
@@ -321,7 +321,7 @@ class Check(object):
         return self.runs(6) and self.values["backend"] == backend
 
     def packages(self):
-        """The Python that tools/python.sh would give; self.python is the one that runs a model, None where it has to be made."""
+        """Checks the Python that tools/python.sh would choose. Sets self.python to it, or to None if it must still be made."""
         names = self.values["packages"].split()
         modules = {{"Pillow": "PIL"}.get(name, name) for name in names} | {"google" for name in names if "onnx" in name}
         self.python, found = sys.executable, "%d.%d.%d, %s" % (sys.version_info[:3] + (sys.executable,))
@@ -332,7 +332,7 @@ class Check(object):
             self.python = os.path.join(folder, "bin", "python")
             try:
                 missing = ask(self.python, MODULES, *modules)[1]
-                found += "; in its place " + folder
+                found += "; the run uses " + folder
             except OSError:
                 self.python = None
         self.row("all", "Python", "note" if missing else "ok",
@@ -343,7 +343,7 @@ class Check(object):
         given = [name for name in INPUTS if values[name]]
         self.images = int(values["sample_size"])
         if not given:
-            return self.row("1 4 7", "inputs", "note", "none given, so the sample's: %d images, a checkpoint" % self.images)
+            return self.row("1 4 7", "inputs", "note", "none given; the run uses the sample: %d images, a checkpoint" % self.images)
         problems = ["no " + values[name] for name in given if not os.path.exists(values[name])]
         problems += ["%s is not set" % name for name in INPUTS if name not in given and any(map(self.runs, INPUTS[name]))]
         names = [line.strip() for line in read(values["image_list"]).splitlines() if line.strip()]
@@ -351,7 +351,7 @@ class Check(object):
         if self.runs(4) and not problems:
             absent = [name for name in names if not os.path.exists(os.path.join(values["images"], name))]
             if absent:
-                problems.append("%d of the %d images in %s are not in %s, as %s"
+                problems.append("%d of the %d images in %s are not in %s, such as %s"
                                 % (len(absent), self.images, values["image_list"], values["images"], absent[0]))
         self.row("1 4 7", "inputs", "missing" if problems else "ok",
                  ", ".join(problems or [values[name] for name in given] + ["%d images" % self.images]))
@@ -383,7 +383,7 @@ class Check(object):
         if self.chip:
             count = self.values["chips"] or chips_of(chips, self.chip, devices[0])
             self.row("3 7", "chip", "ok", "Ascend%s, %s" % (self.chip, "%s on a card" % count if count else
-                                                            "--chips tells how many a card has"))
+                                                            "--chips sets how many a card has"))
         else:
             self.row("3 7", "chip", self.need(self.converts), problem, "bash run_all.sh --chip-name 310P3")
 
@@ -404,9 +404,9 @@ class Check(object):
         packages = {name: version for name, version in cann.packages.items() if name.endswith("-ops")}
         found = ", ".join("%s %s" % item for item in packages.items()) or " ".join(cann.operators) or "none"
         if not cann.home or not self.chip:
-            self.row("3", "operators", "note", "%s; for which chip is not known" % found if cann.home else "of an unknown CANN")
+            self.row("3", "operators", "note", "%s; the chip is not known" % found if cann.home else "the CANN is unknown")
         elif family(self.chip)[0] not in cann.operators:
-            self.row("3", "operators", self.need(self.converts), "none for Ascend%s, but: %s" % (self.chip, found),
+            self.row("3", "operators", self.need(self.converts), "none for Ascend%s, only: %s" % (self.chip, found),
                      cann.operator_package(self.chip))
         else:
             other = set(packages.values()) - {cann.version}
@@ -495,7 +495,7 @@ def main(arguments):
             if row["run"]:
                 print(form % ("", "", "", "run: " + row["run"]))
         backend = " with backend %s" % values["backend"] if values["backend"] != "auto" else ""
-        print("run_all.sh%s %s" % (backend, "lacks: " + ", ".join(lacking) if lacking else "finds all that it needs"))
+        print("run_all.sh%s %s" % (backend, "lacks: " + ", ".join(lacking) if lacking else "has all that it needs"))
         if values["json"]:
             text = json.dumps({"backend": values["backend"], "ok": not lacking, "rows": rows}, indent=1)
             try:

@@ -1,5 +1,5 @@
-# run_all.sh's machinery: its options and their checks, the work folder and its locks, the start and end of a stage, and what
-# each file was made from. Sourced by it; uses its variables.
+# Functions of run_all.sh: options and their checks, the work folder and its locks, the start and end of a stage, and the
+# records of what each file was made from. run_all.sh sources this file, which uses its variables.
 # shellcheck shell=bash disable=SC2034,SC2154
 set -euo pipefail
 
@@ -9,17 +9,17 @@ chip_name backend provider tolerance pure batch_size device_id work_dir sample_s
 say() { printf '[run_all] %s\n' "$*"; }
 fail() { printf 'run_all.sh: error: %s\n' "$*" >&2; exit 1; }
 usage() { printf 'run_all.sh: error: %s; --help lists the options\n' "$*" >&2; exit 2; }
-runs() { [ "$stage" -le "$1" ] && [ "$1" -le "$stop_stage" ]; } # runs N: whether stage N is asked for
+runs() { [ "$stage" -le "$1" ] && [ "$1" -le "$stop_stage" ]; } # runs N: whether stage N is to run
 
 # shellcheck source=tools/backend.sh
 source "$here/tools/backend.sh"
 
-# start_run ARGUMENT ...: all that comes before the first stage
+# start_run ARGUMENT ...: does everything that comes before the first stage
 start_run() {
     read_options "$@"
     check_options
     check_given
-    command -v "$python" >/dev/null || fail "$python: no such Python; set python to one"
+    command -v "$python" >/dev/null || fail "$python: no such Python; set the variable python, or give --python"
     read_set_env
     [ -z "$check" ] || check_machine
     choose_backend
@@ -39,7 +39,7 @@ start_run() {
 
 # --- options --------------------------------------------------------------------------------------------------------
 
-help() { # the comments at the top of run_all.sh, and those of its variables
+help() { # prints the comments at the top of run_all.sh and those of its variables
     sed -n '2,/^\[/{s/^# \{0,1\}//; /^\[/!p}' "$here/run_all.sh"
     sed -n 's/^\([a-z_]*\)=\${.*[-]\(.*\)}\{1,2\} *# *\(.*\)/\1 \3/p; s/^ \{30,\}# /. /p' "$here/run_all.sh" |
         while read -r name text; do
@@ -60,14 +60,14 @@ read_options() {
                 if [ "$name" = --size ] && [[ $value =~ ^[0-9]+$ && ${1-} =~ ^[0-9]+$ ]]; then # --size H W
                     value="$value $1" && shift
                 fi ;;
-            *) usage "$1 is no option" ;;
+            *) usage "$1 is not an option" ;;
         esac
         name=${name#--} name=${name//-/_}
-        case " ${names//$'\n'/ } " in *" $name "*) printf -v "$name" %s "$value" ;; *) usage "--${name//_/-} is no option" ;; esac
+        case " ${names//$'\n'/ } " in *" $name "*) printf -v "$name" %s "$value" ;; *) usage "--${name//_/-} is not an option" ;; esac
     done
 }
 
-# numbers NAME PATTERN TEXT [twice]: the variable must hold one or several numbers, different ones unless twice
+# numbers NAME PATTERN TEXT [twice]: checks that the variable holds one or several numbers, all different unless twice is given
 numbers() {
     local list=${!1//,/ } number
     read -ra list <<<"${list//$'\n'/ }"
@@ -95,11 +95,11 @@ check_options() {
     done
     [[ $chips =~ ^([1-9][0-9]?)?$ ]] || usage "chips must be a positive whole number, not '$chips'"
     for name in check strict; do [[ ${!name} =~ ^(yes)?$ ]] || usage "$name must be yes or empty, not '${!name}'"; done
-    [ -z "$json" ] || [ -n "$check" ] || usage "json is for --check"
-    [[ $chip_name =~ ^((Ascend)?[0-9]+[A-Za-z0-9_-]*)?$ ]] || usage "chip_name must be as in Ascend310 or 310P3, not '$chip_name'"
+    [ -z "$json" ] || [ -n "$check" ] || usage "json needs --check"
+    [[ $chip_name =~ ^((Ascend)?[0-9]+[A-Za-z0-9_-]*)?$ ]] || usage "chip_name must be a name such as Ascend310 or 310P3, not '$chip_name'"
     [[ $published_acc =~ ^(100(\.0*)?|[0-9]{1,2}(\.[0-9]*)?|\.[0-9]+)?$ ]] ||
         usage "published_acc must be a number such as 0.789 or 78.9, not '$published_acc'"
-    [[ $tolerance =~ ^(0?\.[0-9]+|[0-9]e-[0-9]+)?$ ]] || usage "tolerance must be a part such as 0.01, not '$tolerance'"
+    [[ $tolerance =~ ^(0?\.[0-9]+|[0-9]e-[0-9]+)?$ ]] || usage "tolerance must be a fraction such as 0.01, not '$tolerance'"
     case $backend in auto | benchmark | ais_bench | onnxruntime) ;; *)
         usage "backend must be auto, benchmark, ais_bench or onnxruntime, not '$backend'" ;;
     esac
@@ -107,8 +107,8 @@ check_options() {
     model_settings=(size="$size" last_conv_stride="$last_conv_stride" state_dict="$state_dict")
 }
 
-# check_given: each stage asks for what it needs. The sample is used as a whole or not at all: a checkpoint scored on drawings
-# would give a number that means nothing.
+# check_given: checks that each stage has the data that it needs. The sample is used as a whole or not at all, because the
+# accuracy of the user's checkpoint on the sample's drawings would mean nothing.
 check_given() {
     local name needed
     sample=yes
@@ -128,7 +128,7 @@ check_given() {
 
 # --- the work folder ------------------------------------------------------------------------------------------------
 
-# locked ARGUMENT ...: flock, where 1 means that another run has the lock. A file system without locks: goes on, with a note.
+# locked ARGUMENT ...: calls flock, whose status 1 means that another run has the lock. Without locks, it only prints a note.
 locked() {
     local status=0
     flock "$@" 2>/dev/null || status=$?
@@ -136,7 +136,7 @@ locked() {
     [ "$status" != 1 ]
 }
 
-# Whoever makes files has the folder alone; runs that only infer and score (--stage 6) share it, each with devices of its own.
+# A run that makes files locks the folder for itself. Runs that only infer and score (--stage 6) share it on different devices.
 open_work_folder() {
     local device lock mode=-x
     mkdir -p "$work_dir"
@@ -153,7 +153,7 @@ open_work_folder() {
     }
 }
 
-# needed_packages: sets packages to what the stages to be run need, and no others
+# needed_packages: sets packages to those that the requested stages need
 needed_packages() {
     packages=(numpy)
     if [ -n "$sample" ] && runs 0; then packages+=(torch torchvision Pillow tqdm); fi
@@ -164,12 +164,12 @@ needed_packages() {
     if runs 8; then packages+=(Pillow tqdm jinja2 matplotlib); fi
 }
 
-# choose_python: a Python with these packages
+# choose_python: sets python to one that has these packages
 choose_python() {
     requested=$python
     needed_packages
     python=$(PYTHON=$python "$here/tools/python.sh" requirements.txt "${packages[@]}") ||
-        fail "no Python with the packages; see above"
+        fail "there is no Python with the packages; see above"
 }
 
 sample_paths() {
@@ -183,7 +183,7 @@ sample_paths() {
     data=(image_list="$image_list" images="$images" size="$size" aipp="$aipp")
 }
 
-# check_inputs: the user's lists, before any work
+# check_inputs: checks the user's lists before any work
 check_inputs() {
     local count=
     [ -n "$sample" ] || count=$(inputs check ${image_list:+--image-list "$image_list"} ${images:+--images "$images"} \
@@ -196,7 +196,7 @@ check_inputs() {
 
 # --- stages ---------------------------------------------------------------------------------------------------------
 
-# begin N TEXT: whether stage N is asked for; says so, and remembers it for the message of a failure
+# begin N TEXT: returns whether stage N is to run. Prints its name and remembers it for an error message
 current='' scratch='' table_inputs=()
 begin() {
     runs "$1" || return 1
@@ -221,15 +221,15 @@ end_run() {
     [ -z "${dropped-}" ] || fail "the accuracy at batch size $dropped is more than 1 % below the published one"
 }
 
-# need FILE STAGE: stops where an earlier stage's output is missing
+# need FILE STAGE: stops if an earlier stage's output is missing
 need() { [ -e "$1" ] || fail "$work_dir/${1#"$work_dir"/} is missing; run stage $2 first"; }
 
-# What each file was made from: see tools/inputs.py.
+# These keep and check the records of what each file was made from: see tools/inputs.py.
 inputs() { "$python" "$here/tools/inputs.py" "$@"; }
 record() { inputs record "$@"; }
 fresh() { inputs fresh "$@" || exit 1; }
 
-# names_of BATCH: the names of a batch size's files. Several batch sizes have a folder of results each.
+# names_of BATCH: sets the names of a batch size's files. If there are several batch sizes, each has its own folder of results.
 names_of() {
     onnx=deepmar_bs$1.onnx nopad=deepmar_bs${1}_nopad.onnx twin=deepmar_bs${1}_aipp.onnx om=deepmar_bs$1.om result=result
     [ "$batch_size" = "$1" ] || result=result_bs$1
@@ -237,11 +237,11 @@ names_of() {
     [ "$backend" != onnxruntime ] || model=$nopad model_stage=2
     [ "$backend$aipp" != onnxruntimeyes ] || model=$twin model_stage=3
     described=()
-    [ ! -e "deepmar_bs$1.json" ] || described=(--model "$work_dir/deepmar_bs$1.json") # what the model says of itself
+    [ ! -e "deepmar_bs$1.json" ] || described=(--model "$work_dir/deepmar_bs$1.json") # the model's description
     folders=("${devices[@]/#/$result/dumpOutput_device}")
 }
 
-# belongs [CHECK ...]: stops unless all that is there of what stages 6 to 8 take was made from what they are given now
+# belongs [CHECK ...]: stops unless all existing input of stages 6 to 8 was made from the data and settings of this run
 belongs() {
     local checks=()
     [ ! -e input_bin ] || checks+=(-- input_bin 4 "${data[@]}")
@@ -249,11 +249,11 @@ belongs() {
     [ ! -e "$onnx" ] || checks+=(-- "$onnx" 1 checkpoint="$checkpoint" "${model_settings[@]}")
     [ ! -e "$nopad" ] || checks+=(-- "$nopad" 2 onnx="$onnx")
     [ "$model" = "$nopad" ] || [ ! -e "$model" ] || checks+=(-- "$model" 3 model="$nopad" aipp="$aipp")
-    checks+=("$@") # last, so that what is wrong is named where it began
+    checks+=("$@") # last, so that the message names the earliest stage that is wrong
     [ ${#checks[@]} = 0 ] || fresh "${checks[@]}"
 }
 
-# results_belong: the same for stages 7 and 8. Sets model and ran, the model and the backend that gave the results.
+# results_belong: does the same for stages 7 and 8. Sets model and ran to the model and the backend that made the results.
 results_belong() {
     local folder recorded results=()
     for folder in "${folders[@]}"; do need "$folder" 6; done
@@ -267,14 +267,14 @@ results_belong() {
     belongs "${results[@]}"
 }
 
-# score: the accuracy of the results of one batch size; a drop is noted, so that the table and the report show it
+# score: computes the accuracy of one batch size's results. A drop only fails the run at the end, after the table and the report
 score() {
     local published=$published_acc
     if [ -z "$published" ] && [ -n "$sample" ]; then
         published=$(cat sample/accuracy.txt)
-        say "no card's or paper's accuracy applies to the sample: compared with PyTorch's own on the same images"
+        say "the sample has no published accuracy, so the results are compared with PyTorch's on the same images"
     fi
-    if [ -z "${scoring-}" ]; then # one run at a time writes the files of stages 7 and 8, so that they belong together
+    if [ -z "${scoring-}" ]; then # only one run at a time may write the files of stages 7 and 8, so that they match each other
         exec {scoring}>>.scoring.lock
         locked "$scoring"
     fi

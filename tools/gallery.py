@@ -1,21 +1,22 @@
-"""The attributes of any number of images, as Parquet files: without bins or labels, on one machine or on a cluster of Ray.
+"""Computes the attributes of any number of images, as Parquet files. Needs no bins or labels; one machine or a Ray cluster.
 
     python3 tools/gallery.py crops/ --onnx deepmar_bs8_nopad.onnx --output attributes/
     python3 tools/gallery.py list.txt --root crops/ --onnx deepmar_bs8_nopad.onnx --output attributes/ --address auto
     python3 tools/gallery.py 'shards/*.tar' --onnx deepmar_bs8_nopad.onnx --output attributes/
 
-The images are those of a folder and the folders below it, of a list file (a path in --root a line), of WebDataset tars, or
-of Parquet files with a column of paths and one of the images' bytes; here, or on any file system that fsspec opens, such as
-s3://bucket/crops. Writes OUTPUT/part-000000.parquet ..., a row an image: path, a column of logits for each attribute, and
-error (why it could not be read, else null). The logits are those that stages 4 to 6 would write, to the bit.
+The images come from a folder and its subfolders, from a list file (one path in --root per line), from WebDataset tars, or from
+Parquet files with a column of paths and a column of the images' bytes. All of these may be local or on any file system that
+fsspec opens, such as s3://bucket/crops. The script writes OUTPUT/part-000000.parquet ... with one row per image: path, one
+column of logits per attribute, and error (why the image could not be read, else null). The logits are exactly those of stages
+4 to 6.
 
-About 1000 images at a time make a part. A run that was stopped or killed goes on where it was: start it again. It must be the
-same model, images and options, which OUTPUT/_manifest.json holds; so every image is in exactly one part.
+About 1000 images make a part. To continue a run that was stopped or killed, start it again with the same model, images and
+options. OUTPUT/_manifest.json records these, so that every image is in exactly one part.
 
-Each worker takes one core, or as much as --cpus, --gpus and --npus say (0.25: four share a device), and there are as many as
-the machine or the cluster has room for; those of a node that is lost are replaced, a node that joins gets some. On a cluster,
-every node needs the checkout and its packages in the same place, the images and OUTPUT; the model travels by itself. Needs
-Python 3.10 or later and the packages of tools/requirements-gallery.txt.
+Each worker takes one core, or as much as --cpus, --gpus and --npus say (0.25: four workers share a device). The script starts
+as many workers as the machine or cluster has room for. It replaces the workers of a lost node and starts workers on a new node.
+On a cluster, every node needs the checkout and its packages in the same place, and access to the images and OUTPUT. The script
+sends the model to the nodes. It needs Python 3.10 or later and the packages of tools/requirements-gallery.txt.
 """
 import argparse
 import collections
@@ -39,28 +40,28 @@ from providers import CPU, PROVIDERS
 from remove_pad import load
 from session import input_size, open_session, takes_uint8
 
-PYTHON = (3, 10)  # Ray's oldest
+PYTHON = (3, 10)  # the oldest Python that Ray supports
 NEEDS = "%s -m pip install -r %s" % (sys.executable, os.path.join(HERE, "requirements-gallery.txt"))
-GROW = 2          # seconds after which the driver looks for new nodes
-MINUTE = 60       # seconds between two lines of progress, where there is no terminal
-ASKED = 100       # workers that the driver asks, each time that it looks, how far they are
-START, COUNT = -1, -2  # what a worker was called for, where it is no shard
-TRIES = 5         # of a shard whose worker is lost, or that cannot be read or written, which is no fault of an image
+GROW = 2          # seconds between two looks for new nodes
+MINUTE = 60       # seconds between two lines of progress if there is no terminal
+ASKED = 100       # at each look, the driver asks so many workers how far they are
+TRIES = 5         # tries of a shard whose worker is lost, or that cannot be read or written through no fault of an image
+START, COUNT = -1, -2  # in place of a shard's number: the worker was called to start, or to say how far it is
 MANIFEST, LIST = "_manifest.json", "_list.txt"
-RECORDED = ("ray", "pyarrow", "python")  # versions that may change between two runs, as no logit depends on them
+RECORDED = ("ray", "pyarrow", "python")  # these versions may change between two runs, because no logit depends on them
 
 
 # --- the output folder ---------------------------------------------------------------------------------------------------
 
 def flat(value, name=""):
-    """The values of a manifest by their names, such as {"model.sha256": "..."}."""
+    """Returns a manifest's values as a flat dict, such as {"model.sha256": "..."}."""
     if not isinstance(value, dict):
         return {name: value}
     return {key: item for part in value for key, item in flat(value[part], name + "." * bool(name) + part).items()}
 
 
 def differences(theirs, ours):
-    """What keeps two manifests from being of one run, as text for the user."""
+    """Returns the differences that show that two manifests belong to different runs, as texts for the user."""
     theirs, ours = (collections.OrderedDict((name, value) for name, value in flat(manifest).items()
                                             if name.rpartition(".")[2] not in RECORDED) for manifest in (theirs, ours))
     return ["%s: %s there, %s now" % (name, theirs.get(name), ours.get(name))
@@ -68,9 +69,9 @@ def differences(theirs, ours):
 
 
 def begin(output, manifest, found):
-    """Makes the output folder this run's; returns a bytearray with a 1 for each part that is there already.
+    """Prepares the output folder for this run. Returns a bytearray with a 1 for each part that already exists.
 
-    Raises ValueError where the folder is that of another run.
+    Raises ValueError if the folder belongs to another run.
     """
     fs, path = filesystem(output)
     if is_local(output):
@@ -85,10 +86,10 @@ def begin(output, manifest, found):
             raise ValueError("%s/%s: is damaged: %s" % (output, MANIFEST, one_line(error)))
         other = differences(earlier, manifest)
         if other and parts:
-            raise ValueError("%s: was begun with something else: %s. Give another --output, or what it was begun with"
+            raise ValueError("%s: was started with other settings: %s. Give another --output, or the same settings again"
                              % (output, "; ".join(other)))
     elif parts:
-        raise ValueError("%s: holds %d parts but no %s, so nobody knows what they are of; give another --output"
+        raise ValueError("%s: holds %d parts but no %s, so it is unknown which run wrote them; give another --output"
                          % (output, len(parts), MANIFEST))
     if not parts:
         if found.list is not None:
@@ -99,13 +100,13 @@ def begin(output, manifest, found):
     done = bytearray(found.count)
     for number in parts:
         if number >= found.count:
-            raise ValueError("%s: is no part of this run" % part_name(output, number))
+            raise ValueError("%s: is not a part of this run; give another --output" % part_name(output, number))
         done[number] = 1
     return done
 
 
 def publish_list(output, found):
-    """Copies the list into the output folder, where the workers read it; raises ValueError if it is no longer the same."""
+    """Copies the list into the output folder, where the workers read it. Raises ValueError if it has changed meanwhile."""
     digest = hashlib.sha256()
     found.list.seek(0)
     with whole("%s/%s" % (output, LIST)) as temporary, open(temporary, "wb") as f:
@@ -119,31 +120,31 @@ def publish_list(output, found):
 # --- the workers ---------------------------------------------------------------------------------------------------------
 
 class Pool(object):
-    """The workers of a run, and the shards that they have under way.
+    """The workers of a run and the shards that they are computing.
 
-    Plain actors of Ray, not Ray Data: a shard that is finished stays so, whatever becomes of the node that computed it, and
-    one that costs its worker's life again and again does not hold up the others.
+    The workers are plain Ray actors, not Ray Data. So a finished shard stays finished even if its node is lost, and a shard
+    that kills its worker again and again does not hold up the others.
     """
 
     def __init__(self, args, job, model):
         import ray
         self.ray, self.job, self.wanted = ray, job, args.actors
         self.needs = {"CPU": args.cpus, "GPU": args.gpus, "NPU": args.npus}
-        self.at_once = 1 if job["provider"] == CPU else 2  # a device has no time to wait for the end of a shard
+        self.at_once = 1 if job["provider"] == CPU else 2  # a device gets its next shard early, so that it never waits
         self.actor = ray.remote(Worker).options(
             num_cpus=args.cpus, num_gpus=args.gpus, resources={"NPU": args.npus} if args.npus else None, max_restarts=0,
             max_concurrency=self.at_once + 1)  # one more, which answers how far it is
         self.model = ray.put(model)
         self.events = queue.SimpleQueue()  # (worker, shard's number or START or COUNT, future)
-        self.workers, self.idle = set(), []  # idle: a worker once for each shard that it could take
-        self.counts = {}  # images that a worker has computed of the shards that it has under way, as it last said
-        self.asked = collections.deque()  # the workers that can be asked, the one that waits longest first
+        self.workers, self.idle = set(), []  # idle: lists a worker once for each shard that it could take
+        self.counts = {}  # for each worker: how many images of its unfinished shards it has computed, as it last said
+        self.asked = collections.deque()  # the workers that are not being asked now; the first one has waited longest
         self.nodes = set()
         self.unfit = self.lost = self.stillborn = 0
         self.looked = -GROW
 
     def room(self):
-        """How many workers the nodes that are alive have room for."""
+        """Returns how many workers fit on the live nodes."""
         room = 0
         for node in self.ray.nodes():
             fit = min(int(node["Resources"].get(name, 0) / need + 1e-6) for name, need in self.needs.items() if need)
@@ -153,7 +154,7 @@ class Pool(object):
         return room
 
     def grow(self):
-        """Starts the workers that are missing, if it is time to look."""
+        """Starts missing workers, if GROW seconds have passed since the last look."""
         if time.monotonic() < self.looked + GROW:
             return
         self.looked = time.monotonic()
@@ -174,12 +175,12 @@ class Pool(object):
         worker = self.idle.pop()
         self.call(worker, number, worker.work.remote(number, shard))
 
-    def under_way(self):
-        """The images that are computed and not yet in a part, about."""
+    def unfinished(self):
+        """About how many images are computed but in no part yet."""
         return sum(self.counts.values())
 
     def next(self):
-        """Waits for a shard; returns (its number, what Worker.work() returned, None or the error), or None after a while."""
+        """Waits for a shard. Returns (its number, the result of Worker.work(), the error or None), or None after GROW seconds."""
         self.grow()
         try:
             worker, number, future = self.events.get(timeout=GROW)
@@ -202,11 +203,11 @@ class Pool(object):
         return None if number in (START, COUNT) else (number, None if error else future.result(), error)
 
     def drop(self, worker, number, error):
-        """Forgets a worker that died, or that cannot start where it is."""
+        """Removes a worker that died or cannot start on its node."""
         self.workers.remove(worker)
         self.idle = [other for other in self.idle if other != worker]
         self.counts.pop(worker, None)
-        self.ray.kill(worker)  # it may be alive where the network does not reach
+        self.ray.kill(worker)  # it may still be alive on a node that the network does not reach
         if number != START:
             self.lost += 1
             return
@@ -220,7 +221,7 @@ class Pool(object):
 
 
 def why(error):
-    """An error of Ray's on one line: what a worker raised, or what became of the worker."""
+    """Returns a Ray error on one line: the error that a worker raised, or the reason why the worker was lost."""
     cause = getattr(error, "cause", None) or error
     text = re.sub("\x1b\\[[0-9;]*m", "", one_line(cause))  # Ray colours its texts
     last = str(cause).strip().split("\n")[-1]
@@ -231,7 +232,7 @@ def why(error):
 
 
 def compute(pool, found, output, done, report):
-    """Has the pool compute all parts that are not done; raises ValueError for those that cannot be computed."""
+    """Lets the pool compute all parts that are not done. Raises ValueError with the parts that cannot be computed."""
     todo = (number for number in range(found.count) if not done[number])
     left = found.count - sum(done)
     again, tries, failed = [], collections.Counter(), {}
@@ -242,7 +243,7 @@ def compute(pool, found, output, done, report):
                 break
             report.start = report.start or time.monotonic()
             pool.give(number, found.describe(number))
-        report.look(pool.under_way())
+        report.look(pool.unfinished())
         event = pool.next()
         if event is None:
             continue
@@ -263,13 +264,13 @@ def compute(pool, found, output, done, report):
 
 
 class Report(object):
-    """Counts the images, and tells how far the run is: with a bar on a terminal, elsewhere with a line a minute."""
+    """Counts the images and shows the progress: a bar on a terminal, elsewhere a line per minute."""
 
     def __init__(self, total, most):
-        self.total, self.most = total, most  # images, if they are known; errors that are allowed, None for any number
+        self.total, self.most = total, most  # the number of images, or None; how many errors are allowed, None for any number
         self.images = self.errors = self.repeated = 0
         self.bar = progress(total, "image")
-        self.start = None  # when there is a worker
+        self.start = None  # the time when the first worker was ready
         self.told = time.monotonic()
 
     def add(self, images, errors, example):
@@ -284,9 +285,9 @@ class Report(object):
     def rate(self):
         return self.images / self.seconds()
 
-    def look(self, under_way):
-        """Tells how far the run is; without a terminal, if a minute has passed. under_way: images computed, not yet in a part."""
-        images = self.images + under_way
+    def look(self, unfinished):
+        """Moves the bar, or prints a line if a minute has passed. unfinished: images that are computed but in no part yet."""
+        images = self.images + unfinished
         if not isinstance(self.bar, Silent):
             self.bar.set_postfix(errors=self.errors, refresh=False)
             self.bar.update(images - self.bar.n)
@@ -311,23 +312,23 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("input", nargs="+", metavar="INPUT", help="a folder, a list file, tars, or Parquet files; a pattern in quotes")
     parser.add_argument("--onnx", metavar="MODEL", required=True, help="the model, of any batch size")
-    parser.add_argument("--output", metavar="FOLDER", required=True, help="a new folder, or that of the run that is to go on")
+    parser.add_argument("--output", metavar="FOLDER", required=True, help="a new folder, or the folder of a run to continue")
     parser.add_argument("--root", metavar="FOLDER", help="the folder of a list's images")
-    parser.add_argument("--path-column", default="path", metavar="NAME", help="of Parquet files (default: path)")
-    parser.add_argument("--bytes-column", default="bytes", metavar="NAME", help="of Parquet files (default: bytes)")
+    parser.add_argument("--path-column", default="path", metavar="NAME", help="the column of paths in Parquet files (default: path)")
+    parser.add_argument("--bytes-column", default="bytes", metavar="NAME", help="the column of images in Parquet files (default: bytes)")
     parser.add_argument("--attributes", metavar="FILE",
-                        help="the attributes' names, one a line (default: the model's own, else PETA's if there are 35)")
+                        help="a file with the attributes' names, one per line (default: the model's, else PETA's if 35)")
     parser.add_argument("--probabilities", action="store_true", help="write the sigmoid of the logits")
     parser.add_argument("--max-errors", type=whole_number(0), metavar="N",
-                        help="stop where more images cannot be read (default: note them and go on)")
+                        help="stop if more than N images cannot be read (default: record them and go on)")
     parser.add_argument("--shard-size", type=whole_number(1), default=1000, metavar="N",
-                        help="images a part, of a folder or list (default: 1000); a tar or a row group is a part")
-    parser.add_argument("--address", metavar="HOST", help="of a cluster's head, or auto: the one that this machine belongs to "
+                        help="images per part, for a folder or list (default: 1000); each tar or row group is one part")
+    parser.add_argument("--address", metavar="HOST", help="a Ray cluster's head, or auto for the cluster of this machine "
                                                           "(default: this machine alone)")
-    parser.add_argument("--actors", type=whole_number(1), metavar="N", help="workers (default: as many as there is room for)")
-    parser.add_argument("--cpus", type=whole_number(1), default=1, metavar="N", help="cores of a worker (default: 1)")
-    parser.add_argument("--gpus", type=float, default=0, metavar="N", help="GPUs of a worker; may be a fraction")
-    parser.add_argument("--npus", type=float, default=0, metavar="N", help="Ascend NPUs of a worker; may be a fraction")
+    parser.add_argument("--actors", type=whole_number(1), metavar="N", help="number of workers (default: as many as fit)")
+    parser.add_argument("--cpus", type=whole_number(1), default=1, metavar="N", help="cores per worker (default: 1)")
+    parser.add_argument("--gpus", type=float, default=0, metavar="N", help="GPUs per worker; may be a fraction")
+    parser.add_argument("--npus", type=float, default=0, metavar="N", help="Ascend NPUs per worker; may be a fraction")
     args = parser.parse_args(argv)
     if args.gpus < 0 or args.npus < 0 or args.gpus and args.npus:
         parser.error("give either --gpus or --npus, above 0")
@@ -337,12 +338,12 @@ def parse(argv):
 
 
 def import_libraries():
-    """Imports what this script alone needs; raises ValueError, with the command that installs it."""
+    """Imports the libraries that only this script needs. Raises ValueError with the command that installs them."""
     if sys.version_info < PYTHON:
-        raise ValueError("Ray needs Python %d.%d or later, and this is %d.%d; the rest of the project does not need Ray"
+        raise ValueError("Ray needs Python %d.%d or later, but this is %d.%d; the rest of the project does not need Ray"
                          % (PYTHON + sys.version_info[:2]))
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is reported to Ray's makers
-    os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "."  # Ray's own words about each worker that is lost
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray must not report to its makers
+    os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "."  # silences Ray's messages about lost workers
     try:
         with importing(ends=False):
             import fsspec  # noqa: F401
@@ -355,19 +356,20 @@ def import_libraries():
 
 
 def examine(args):
-    """Returns (the model's bytes, what the manifest says of it, its attributes' names, whether it ends in a Sigmoid)."""
+    """Returns (the model's bytes, its entry for the manifest, its attributes' names, whether it ends in a Sigmoid)."""
     session = open_session(args.onnx, threads=1, provider=CPU)
     batch_size, height, width = input_size(session)
     output = session.get_outputs()[0]
     if not isinstance(output.shape[1], int):
-        raise ValueError("%s: does not say how many attributes it has; its output is %s" % (args.onnx, output.shape))
+        raise ValueError("%s: does not fix the number of its attributes; its output is %s" % (args.onnx, output.shape))
     names = attribute_names(output.shape[1], args.attributes, args.onnx)
     if names is PETA:
         note(ASSUMED)
-    lower = [name.lower() for name in names] + ["path", "error"]  # SQL's names have no case
+    lower = [name.lower() for name in names] + ["path", "error"]  # names in SQL ignore case
     twice = [name for name in names if lower.count(name.lower()) > 1]
     if twice:
-        raise ValueError("these attributes cannot be columns beside path, error and each other: %s; name them by --attributes"
+        raise ValueError("these attributes' columns would have the name path or error, or the same name: %s; give other names with "
+                         "--attributes"
                          % some(twice))
     with open(args.onnx, "rb") as f:
         model = f.read()
@@ -378,7 +380,7 @@ def examine(args):
 
 @contextlib.contextmanager
 def cluster(address):
-    """Connects to a cluster of Ray, or starts one on this machine for the block alone."""
+    """Connects to a Ray cluster, or starts one on this machine that ends with the block."""
     import ray
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": None if address else False}
     with tempfile.TemporaryDirectory(prefix="gallery", ignore_cleanup_errors=True) as folder:
@@ -388,7 +390,7 @@ def cluster(address):
             else:
                 ray.init(address="local", num_cpus=cores(), object_store_memory=2 ** 30, _temp_dir=folder, **quiet)
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-            raise ValueError("no cluster of Ray %s: %s" % (
+            raise ValueError("no Ray cluster %s: %s" % (
                 "at %s" % address if address else "can be started", str(error).strip().split("\n")[-1]))
         try:
             yield
@@ -424,7 +426,7 @@ def main(argv=None):
             compute(pool, found, output, done, report)
     print("%s: %d images in %d parts, %d images cannot be read; %.1f s, %.1f images/s after the start" % (
         args.output, report.images, found.count - there, report.errors, report.seconds(), report.rate()))
-    print("%d workers on %d nodes, %d lost; %d parts begun again" % (len(pool.workers), len(pool.nodes), pool.lost, report.repeated))
+    print("%d workers on %d nodes, %d lost; %d parts started again" % (len(pool.workers), len(pool.nodes), pool.lost, report.repeated))
 
 
 if __name__ == "__main__":

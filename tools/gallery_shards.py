@@ -1,6 +1,6 @@
-"""The images that tools/gallery.py is given, as shards: descriptions of a few words, from which a worker reads about 1000 images.
+"""Splits the input of tools/gallery.py into shards. A shard is a small dict from which a worker reads about 1000 images.
 
-The same input always gives the same shards. The driver holds no names of images: a list file is read once, from end to end.
+The same input always gives the same shards. The driver keeps no image names in memory: it reads a list file only once.
 """
 import array
 import collections
@@ -18,9 +18,9 @@ from common import note, one_line, some
 from gallery_worker import filesystem, is_image, is_local
 from preprocess_deepmar_pytorch import ENDINGS, inside
 
-MAX_LINE = 10000  # bytes; a list's longer lines are no names
-# settings: what the manifest says of the input. images: how many, None where only the workers will know. describe: a function of
-# a shard's number, count: of shards. list: the open list file of stretches, else None.
+MAX_LINE = 10000  # in bytes; a longer line cannot be a name
+# settings: the input's entry in the manifest. images: their number, None if only the workers will know it. describe: a function
+# from a shard's number to its dict. count: the number of shards. list: the open list file of stretches(), else None.
 Input = collections.namedtuple("Input", "settings images describe count list")
 
 
@@ -29,15 +29,15 @@ def absolute(url):
 
 
 def open_binary(url):
-    """A file on any file system, open for reading; raises OSError or ValueError."""
+    """Opens a file on any file system for reading. Raises OSError or ValueError."""
     fs, path = filesystem(url)
     return open(path, "rb") if is_local(url) else io.BufferedReader(fs.open(path, "rb"), 2 ** 20)
 
 
 def find_input(args, copy):
-    """Returns the Input of the command line; raises OSError or ValueError.
+    """Returns the Input for the command line's arguments. Raises OSError or ValueError.
 
-    copy: where the workers will find the list file of it, if it has one.
+    copy: the path at which the workers will find the list file, if there is one.
     """
     files = [name for pattern in args.input for name in matching(absolute(pattern))]
     kinds = {"parquet" if name.endswith(".parquet") else "tar" if re.search(r"\.(tar|tar\.gz|tgz)$", name) else None
@@ -50,7 +50,7 @@ def find_input(args, copy):
     fs, path = filesystem(files[0])
     if not fs.isdir(path):
         if args.root is None:
-            raise ValueError("%s: is taken for a list file; give --root, the folder of its images" % files[0])
+            raise ValueError("%s: is a list file; give --root, the folder of its images" % files[0])
         return stretches(open_binary(files[0]), files[0], absolute(args.root), args.shard_size, copy)
     if args.root is not None:
         raise ValueError("%s: is a folder; --root is for a list file" % files[0])
@@ -60,7 +60,7 @@ def find_input(args, copy):
 
 
 def matching(pattern):
-    """The files that a path with *, ? or [ fits, in order; raises FileNotFoundError for none."""
+    """Returns the files that match a path with *, ? or [, in order. Raises FileNotFoundError if there are none."""
     fs, path = filesystem(pattern)
     found = [path] if fs.exists(path) else sorted(fs.glob(path)) if re.search(r"[*?\[]", path) else []
     if not found:
@@ -70,7 +70,7 @@ def matching(pattern):
 
 
 def listing(folder, file):
-    """Writes the names of all images in a folder and below it into a file, one a line, always in the same order."""
+    """Writes the names of all images in a folder and its subfolders into a file, one per line, always in the same order."""
     def raise_(error):
         raise error
 
@@ -89,11 +89,11 @@ def listing(folder, file):
         raise ValueError("%s: the names of %d of its images are not UTF-8, or hold control characters, or begin or end with a "
                          "space: %s; rename them (convmv -f GBK -t UTF-8)" % (folder, len(bad), some(map(ascii, bad))))
     if others:
-        note("%s: %d files are left out, as their names do not end as those of images" % (folder, others))
+        note("%s: %d files are left out, because their names do not end like those of images" % (folder, others))
 
 
 def stretches(file, source, root, size, copy):
-    """The Input of a list file, by stretches of so many lines. One pass, and 8 bytes a stretch, however long the list is."""
+    """Returns the Input for a list file. Each shard is a stretch of size lines. Takes one pass and 8 bytes per stretch."""
     ends, images, digest = array.array("Q"), 0, hashlib.sha256()
     file.seek(0)
     while True:
@@ -107,7 +107,7 @@ def stretches(file, source, root, size, copy):
             raise ValueError("%s: is not UTF-8 text (byte %d); convert it: iconv -f GBK -t UTF-8"
                              % (source, (ends[-1] if ends else 0) + error.start))
         if max(map(len, lines)) == MAX_LINE:
-            raise ValueError("%s: is no list of file names: line %d or a later one has %d bytes or more"
+            raise ValueError("%s: is not a list of file names: line %d or a later one has %d bytes or more"
                              % (source, images + 1, MAX_LINE))
         if not ends:
             check_root(source, root, content.decode("utf-8-sig").split("\n"))
@@ -115,13 +115,13 @@ def stretches(file, source, root, size, copy):
         images += len(lines)
         ends.append(len(content) + (ends[-1] if ends else 0))
     if not images:
-        raise ValueError("%s: names no image; it needs one file name a line" % source)
+        raise ValueError("%s: names no image; it needs one file name per line" % source)
     return Input({"kind": "list", "root": root, "sha256": digest.hexdigest(), "shards": len(ends), "shard_size": size}, images,
                  lambda i: {"list": copy, "start": ends[i - 1] if i else 0, "end": ends[i], "root": root}, len(ends), file)
 
 
 def check_root(source, root, lines):
-    """Raises ValueError where none of a list's first images is there: then the root is a wrong one."""
+    """Raises ValueError if none of a list's first images exists, because then the root is wrong."""
     fs, path = filesystem(root)
     names = [line.strip() for line in lines if line.strip()]
     if names and all(name.isascii() and not fs.exists("%s/%s" % (path.rstrip("/"), name)) for name in filter(inside, names)):
@@ -129,19 +129,19 @@ def check_root(source, root, lines):
 
 
 def of_files(kind, lines, shards, images):
-    """The Input of tars or Parquet files, known by their names and sizes."""
+    """Returns the Input for tars or Parquet files. The manifest identifies them by names and sizes."""
     digest = hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
     return Input({"kind": kind, "sha256": digest, "shards": len(shards)}, images, shards.__getitem__, len(shards), None)
 
 
 def tars(files):
-    """The Input of tars, one a shard."""
+    """Returns the Input for tars. Each tar is a shard."""
     lines = ["%s %d\n" % (name, filesystem(name)[0].size(name)) for name in files]
     return of_files("tar", lines, [{"tar": name} for name in files], None)
 
 
 def row_groups(files, path_column, bytes_column):
-    """The Input of Parquet files, a row group a shard."""
+    """Returns the Input for Parquet files. Each row group is a shard."""
     import pyarrow.parquet
     lines, shards, images = [], [], 0
     for name in files:
@@ -149,7 +149,7 @@ def row_groups(files, path_column, bytes_column):
             with open_binary(name) as f:
                 metadata = pyarrow.parquet.read_metadata(f)
         except pyarrow.ArrowInvalid as error:
-            raise ValueError("%s: is no Parquet file: %s" % (name, one_line(error)))
+            raise ValueError("%s: is not a Parquet file: %s" % (name, one_line(error)))
         columns = {metadata.schema.column(i).path for i in range(metadata.num_columns)}
         if not {path_column, bytes_column} <= columns:
             raise ValueError("%s: has the columns %s, not %s and %s; give --path-column and --bytes-column"
@@ -160,5 +160,5 @@ def row_groups(files, path_column, bytes_column):
             shards.append({"parquet": name, "group": group, "path_column": path_column, "bytes_column": bytes_column})
             images += rows
     if not images:
-        raise ValueError("%s: no row in any file" % some(files))
+        raise ValueError("%s: these files have no rows" % some(files))
     return of_files("parquet", lines, shards, images)

@@ -1,7 +1,7 @@
-"""What a worker of tools/gallery.py does: reads the images of a shard, runs the model on them, writes their Parquet file.
+"""A worker of tools/gallery.py: reads the images of a shard, runs the model on them and writes their Parquet file.
 
-A shard is described by a dict of a few words: a stretch of a list file, a tar, or a row group of a Parquet file. Nothing in
-this file knows of Ray. All paths may be local or URLs that fsspec opens, such as s3://bucket/folder.
+A small dict describes a shard: a stretch of a list file, a tar, or a row group of a Parquet file. This file does not depend on
+Ray. Each path may be local or a URL that fsspec opens, such as s3://bucket/folder.
 """
 import collections
 import contextlib
@@ -28,11 +28,11 @@ from session import AHEAD, empty_batch, input_size, open_session
 with importing():
     import numpy as np
 
-OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "obs"}  # here a put appears whole or not at all
-MAX_BYTES = 256 * 1000 * 1000  # of an image's file in a tar or an object store, which is held in memory; larger ones are refused
-PARQUET_ROWS = 64  # that are read at a time
-REMOTE_READERS = 16  # threads: an object store answers each after tens of milliseconds
-# An OSError of these kinds is the image's own fault. With any other one, such as a network's, the shard is tried again.
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "obs"}  # a file put there appears whole or not at all
+MAX_BYTES = 256 * 1000 * 1000  # larger image files in a tar or object store are refused, because they are read into memory
+PARQUET_ROWS = 64  # this many rows are read at a time
+REMOTE_READERS = 16  # threads that read from an object store, which takes tens of milliseconds to answer
+# An OSError with one of these numbers is the image's own fault. After any other, such as a network error, the shard is retried.
 OWN_FAULTS = {None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 LISTING = threading.Lock()
 
@@ -44,7 +44,7 @@ def is_local(url):
 
 
 def filesystem(url):
-    """Returns (the fsspec file system of a path or URL, the path there); raises ValueError where no package opens it."""
+    """Returns (the fsspec file system of a path or URL, the path there). Raises ValueError if no package can open it."""
     from fsspec.core import url_to_fs
     try:
         return url_to_fs(url)
@@ -54,12 +54,12 @@ def filesystem(url):
 
 @contextlib.contextmanager
 def whole(url):
-    """Yields the name of a local file for the block to write, which then becomes url, whole or not at all."""
+    """Yields the name of a local file for the block to write. The file then appears at url, whole or not at all."""
     if is_local(url):
         with whole_file(url) as temporary:
             yield temporary
             with open(temporary, "rb") as f:
-                os.fsync(f.fileno())  # else a power failure after the rename may leave an empty file
+                os.fsync(f.fileno())  # without it, a power failure after the rename may leave an empty file
         return
     with tempfile.NamedTemporaryFile(prefix="gallery") as f:
         yield f.name
@@ -74,26 +74,26 @@ def put(name, fs, path):
         return
     temporary = "%s.%s.partial" % (path, secrets.token_hex(4))
     fs.put_file(name, temporary)
-    if fs.exists(path):  # HDFS renames to no name that there is
+    if fs.exists(path):  # HDFS cannot rename to an existing name
         fs.rm_file(path)
     fs.mv(temporary, path)
 
 
 def own_fault(error):
-    """Whether an image, tar or Parquet file itself is at fault, so that another try would end in the same way."""
+    """Returns whether an image, tar or Parquet file itself is at fault, so that another try would fail in the same way."""
     return not isinstance(error, OSError) or error.errno in OWN_FAULTS
 
 
 def text(name):
-    """A name as Parquet can hold it: bytes that are not UTF-8 are escaped."""
+    """Returns a name that Parquet can hold. Escapes bytes that are not UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 # --- the images of a shard, each as (its path in the result, its content) ------------------------------------------------
-# The content is bytes, or a function that returns bytes or a local path; an exception stands for what cannot be read.
+# The content is bytes, or a function that returns bytes or a local path, or an exception if it cannot be read.
 
 def listed_names(shard):
-    """The names in a stretch of a list file, by the rules of common.read_lines()."""
+    """Returns the names in a stretch of a list file, by the rules of common.read_lines()."""
     fs, path = filesystem(shard["list"])
     with fs.open(path, "rb") as f:
         f.seek(shard["start"])
@@ -110,12 +110,12 @@ def of_list(shard):
 
 
 def check_inside(name):
-    if not inside(name):  # a list may come from anywhere
+    if not inside(name):  # a list may come from an untrusted source
         raise ValueError("not a file name inside the images' folder")
 
 
 def local_path(root, name, listings):
-    """The path of a listed image, which may be there in another Unicode form than in the list."""
+    """Returns the path of a listed image. Its file may have another Unicode form of the name than the list."""
     check_inside(name)
     path = os.path.join(root, name)
     if not os.path.lexists(path) and not name.isascii():
@@ -129,7 +129,7 @@ def local_path(root, name, listings):
 
 
 def fetch(fs, root, name):
-    """The bytes of a listed image on another file system; raises an OSError that is no own fault where that fails."""
+    """Returns the bytes of a listed image on a remote file system. After its OSError with EIO, the shard is retried."""
     check_inside(name)
     try:
         with fs.open("%s/%s" % (root.rstrip("/"), name), "rb") as f:
@@ -137,12 +137,12 @@ def fetch(fs, root, name):
             return f.read() if size <= MAX_BYTES else too_large(size)
     except FileNotFoundError:
         raise FileNotFoundError("no such file")
-    except Exception as error:  # each file system has its own kinds
+    except Exception as error:  # each file system has its own kinds of errors
         raise OSError(errno.EIO, "%s/%s: %s" % (root, name, one_line(error)))
 
 
 def too_large(size):
-    """Content of a file that is not read."""
+    """Returns the error that stands for the content of a file that is too large."""
     return ValueError("%d bytes are too many" % size)
 
 
@@ -153,7 +153,7 @@ def of_tar(shard):
             if member.isdir() or not is_image(member.name):
                 continue
             if not member.isreg():
-                content = ValueError("a link or another thing in the tar, no file")
+                content = ValueError("is a link or another special entry in the tar, not a file")
             elif member.size > MAX_BYTES:
                 content = too_large(member.size)
             else:
@@ -162,7 +162,7 @@ def of_tar(shard):
 
 
 def is_image(path):
-    """Whether a file in a folder or tar is taken for an image, by its name."""
+    """Returns whether a file in a folder or tar is an image, judged by its name."""
     name = path.rpartition("/")[2]
     return name.lower().endswith(ENDINGS) and not name.startswith(".")
 
@@ -187,19 +187,19 @@ def of_row_group(shard):
 
 
 def images(shard):
-    """Yields (path, content) for each image of a shard. A tar or Parquet file that is damaged is an item of its own."""
+    """Yields (path, content) for each image of a shard. For a damaged tar or Parquet file, yields its path and the error."""
     kind = next(kind for kind in ("list", "tar", "parquet") if kind in shard)
     try:
         for name, content in {"list": of_list, "tar": of_tar, "parquet": of_row_group}[kind](shard):
             yield text(name), content
-    except Exception as error:  # of tarfile, zlib, lzma, pyarrow
+    except Exception as error:  # tarfile, zlib, lzma and pyarrow have their own kinds
         if not own_fault(error) or kind == "list":
             raise
         yield shard[kind], error
 
 
 def read(content, row):
-    """Writes an image into its row of a batch; returns None, or why it cannot be read."""
+    """Writes an image into its row of a batch. Returns None, or why the image cannot be read."""
     try:
         content = content() if callable(content) else content
         if isinstance(content, Exception):
@@ -215,14 +215,14 @@ def read(content, row):
 # --- a worker -----------------------------------------------------------------------------------------------------------
 
 def versions():
-    """Of what the logits come from: the same on all machines."""
+    """Returns the versions of the packages that compute the logits. They must be the same on all machines."""
     import onnxruntime
     import PIL
     return {"onnxruntime": onnxruntime.__version__, "Pillow": PIL.__version__, "numpy": np.__version__}
 
 
 class Worker(object):
-    """Computes shards. job is a dict of what all workers share, which tools/gallery.py's main() makes."""
+    """Computes shards. job: a dict with the settings that all workers share, from main() in tools/gallery.py."""
 
     def __init__(self, job):
         self.job = job
@@ -233,11 +233,11 @@ class Worker(object):
         return sum(list(self.under_way.values()))
 
     def start(self, model):
-        """Opens the model, an ONNX file's content; raises ValueError where this machine does not fit the job."""
-        import pyarrow.parquet  # noqa: F401 - here, as it takes a while
+        """Opens the model, the bytes of an ONNX file. Raises ValueError if this machine does not fit the job."""
+        import pyarrow.parquet  # noqa: F401 - import it now, because that takes a while
         from PIL import Image
-        warnings.simplefilter("ignore")  # Pillow's, about damaged files
-        Image.core.set_blocks_max(8)  # its memory serves one image after the other
+        warnings.simplefilter("ignore")  # Pillow warns about damaged files
+        Image.core.set_blocks_max(8)  # reuse memory for the next image
         calls, readers = self.job["calls"], self.job["readers"]
         with tempfile.NamedTemporaryFile(prefix="gallery", suffix=".onnx") as f:
             f.write(model)
@@ -247,16 +247,16 @@ class Worker(object):
         differing = ["%s %s, not %s" % (name, mine, self.job["versions"][name])
                      for name, mine in versions().items() if mine != self.job["versions"][name]]
         if differing:
-            raise ValueError("its logits might differ: it has %s" % ", ".join(differing))
+            raise ValueError("its logits might differ, because it has %s" % ", ".join(differing))
         self.size = input_size(self.session)
         self.input = self.session.get_inputs()[0].name
         self.session.run(None, {self.input: empty_batch(self.session, *self.size)})  # the first call also allocates memory
         self.runners, self.readers = ThreadPoolExecutor(calls), ThreadPoolExecutor(readers)
 
     def work(self, number, shard):
-        """Computes a shard and writes its part; returns (images, how many of them cannot be read, one of these with the reason).
+        """Computes a shard and writes its part. Returns (number of images, number of unreadable ones, one of them and why).
 
-        Several calls may be under way at a time. Raises where the shard should be tried again.
+        Several calls may run at the same time. Raises an error if the shard should be tried again.
         """
         self.under_way[number] = 0
         paths, reasons, parts = [], [], [np.zeros((0, len(self.job["names"])), np.float32)]
@@ -287,9 +287,9 @@ class Worker(object):
         return len(paths), len(bad), bad[:1]
 
     def infer(self, reading, buffer):
-        """Returns (None or why it cannot be read for each image, the values float32 [images, attributes])."""
+        """Returns (for each image, None or why it cannot be read; the values, float32 [images, attributes])."""
         reasons = [image.result() for image in reading]
-        buffer[len(reading):] = 0  # as stage 6 fills up the last batch
+        buffer[len(reading):] = 0  # stage 6 also fills up the last batch with zeros
         if not any(reason is None for reason in reasons):
             return reasons, np.zeros((len(reasons), len(self.job["names"])), np.float32)
         values = self.session.run(None, {self.input: buffer})[0][:len(reading)]
@@ -307,7 +307,7 @@ def part_name(output, number):
 
 
 def write_part(url, names, paths, values, reasons):
-    """Writes a part: path, a column of values for each attribute, and error; an image with an error has no values."""
+    """Writes a part: path, a column of values for each attribute, and error. An image with an error has no values."""
     import pyarrow
     import pyarrow.parquet
     bad = np.array([reason is not None for reason in reasons], bool)

@@ -1,34 +1,35 @@
-"""95 % intervals: how far the metrics of a run might be off, as its images are only some of all that could be taken.
+"""95 % intervals: how far a run's metrics might be off, because its images are only a sample.
 
-For the metrics over images it is the bootstrap: DRAWS times, as many images as there are are drawn from them with
-replacement, and the interval holds the middle 95 % of what the draws give. Two models over the same images have the same
-draws, so that the interval of their difference leaves out what an easy or hard image does to both. An attribute's label_acc
-has Wilson's interval instead: where few images have an attribute, or all of them are right, the bootstrap's is far too
-narrow (tests/test_intervals.py). The seed is fixed: the same results have the same intervals.
+The metrics over images get a bootstrap interval. DRAWS times, as many images as the run has are drawn from it with
+replacement. The interval holds the middle 95 % of the draws' metrics. Two models over the same images get the same draws, so
+that an image that is easy or hard for both does not widen the interval of their difference.
+
+An attribute's label_acc gets Wilson's interval. The bootstrap's would be far too narrow if few images have the attribute or
+if all are right (tests/test_intervals.py). The seed is fixed, so the same results have the same intervals.
 """
 import numpy as np
 
 DRAWS = 2000
 SEED = 0
-FEW = 10        # of fewer images than this, nothing is said
-BLOCK = 10 ** 6  # draws x images that are in memory at a time
+FEW = 10        # with fewer images than this, there is no interval
+BLOCK = 10 ** 6  # this many draws x images are in memory at a time
 Z = 1.959964    # a normal distribution has 95 % within this many standard deviations
-DIGITS = 6      # of an interval: 2000 draws tell no more, and BLAS libraries differ in the 16th
+DIGITS = 6      # intervals are rounded to this: 2000 draws give no more, and BLAS libraries differ in the 16th digit
 
 
 def ratio(part, whole):
-    """part / whole, NaN where whole is 0."""
+    """Returns part / whole, NaN where whole is 0."""
     return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0)
 
 
 def mean(values):
-    """The mean of each row's values that are not NaN, as for attributes that no image has; NaN where all are."""
+    """Returns the mean of each row without its NaN values, which undefined attributes have. It is NaN if all are NaN."""
     defined = ~np.isnan(values)
     return ratio(np.where(defined, values, 0).sum(axis=1), defined.sum(axis=1))
 
 
 def summands(said, true):
-    """What the metrics are sums of: of each image, float64 [images, 4 + 3 * attributes]."""
+    """Returns each image's summands of the metrics, float64 [images, 4 + 3 * attributes]."""
     both, truths, counted = said & true, true.sum(axis=1), true.any(axis=1)
     hits = both.sum(axis=1) * counted
     return np.column_stack([counted, hits / np.maximum((said | true).sum(axis=1), 1), hits / np.maximum(said.sum(axis=1), 1),
@@ -36,24 +37,24 @@ def summands(said, true):
 
 
 def metrics(sums, images):
-    """The metrics {name: one of each row} of sums of summands(), of so many images each.
+    """Returns the metrics {name: one value per row} from rows of sums over summands(). images: how many each row sums up.
 
-    Beside those of evaluate() in stage 7 there are label_precision, label_recall and label_F1, the means over the attributes.
+    They are those of evaluate() in stage 7, and label_precision, label_recall and label_F1, the means over the attributes.
     """
     acc, precision, recall = (ratio(column, sums[:, 0]) for column in sums.T[1:4])
     found, positives, refused = np.split(sums[:, 4:], 3, axis=1)  # TP, P and TN of each attribute
     said = images - positives - refused + found
     return {"instance_acc": acc, "instance_precision": precision, "instance_recall": recall,
-            "instance_F1": 2 * precision * recall / np.maximum(precision + recall, 1e-300),  # 0 where both are
+            "instance_F1": 2 * precision * recall / np.maximum(precision + recall, 1e-300),  # 0 if both are 0
             "mA": mean((ratio(found, positives) + ratio(refused, images - positives)) / 2),
             "label_precision": mean(ratio(found, said)), "label_recall": mean(ratio(found, positives)),
             "label_F1": mean(2 * ratio(found, said + positives))}
 
 
 def drawn(sides, true, draws=DRAWS):
-    """The metrics in each draw, [{name: array [draws]}]: of each of the sides, which say what images have, on the same draws.
+    """Returns the metrics of several models in the same draws, [{name: array [draws]}], one dict per model.
 
-    sides: bool [images, attributes] each; true: the truth of the same shape.
+    sides: what each model says, bool [images, attributes] each. true: the truth in the same shape.
     """
     parts = [summands(said, true) for said in sides]
     columns, images = np.hstack(parts), len(true)
@@ -67,34 +68,34 @@ def drawn(sides, true, draws=DRAWS):
 
 
 def interval(values):
-    """The interval [low, high] that holds 95 % of the draws' values; None where there are too few to say."""
+    """Returns the interval [low, high] that holds 95 % of the draws' values, or None if there are too few values."""
     values = values[~np.isnan(values)]
     return np.round(np.percentile(values, [2.5, 97.5]), DIGITS).tolist() if len(values) > 1 else None
 
 
 def metric_intervals(said, true, names):
-    """The intervals {name: [low, high]} of these metrics; None of fewer than FEW images, and of an undefined metric."""
+    """Returns these metrics' intervals {name: [low, high]}. One is None for an undefined metric or fewer than FEW images."""
     of = drawn([said], true)[0] if len(true) >= FEW else {}
     return {name: interval(of[name]) if of else None for name in names}
 
 
 def change_intervals(a, b, true, names):
-    """The same of a's metrics less b's, paired."""
+    """Returns the same for the difference of a's and b's metrics, a - b, in paired draws."""
     of_a, of_b = drawn([a, b], true) if len(true) >= FEW else ({}, {})
     return {name: interval(of_a[name] - of_b[name]) if of_a else None for name in names}
 
 
 def wilson(share, count):
-    """Wilson's interval (low, high) of a share of so many images."""
+    """Returns Wilson's interval (low, high) of a share among count images."""
     centre, half = share + Z ** 2 / (2 * count), Z * np.sqrt(share * (1 - share) / count + Z ** 2 / (4 * count ** 2))
     return (centre - half) / (1 + Z ** 2 / count), (centre + half) / (1 + Z ** 2 / count)
 
 
 def label_acc_interval(row):
-    """The interval [low, high] of an attribute's label_acc, from Wilson's of its two shares; None where it is not defined.
+    """Returns the interval [low, high] of an attribute's label_acc from the Wilson intervals of its two shares.
 
-    The distances to the ends of the two intervals add up as standard deviations do (Newcombe's method).
-    row: a dict of label_pos_acc, label_neg_acc, positives and negatives, the counts of images that the shares are of.
+    The distances to the ends of the two intervals add up like standard deviations (Newcombe's method). Returns None if
+    label_acc is undefined. row: a dict of label_pos_acc and label_neg_acc, and of positives and negatives, their image counts.
     """
     if not row["positives"] or not row["negatives"]:
         return None

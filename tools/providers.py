@@ -1,4 +1,4 @@
-"""The execution providers of ONNX Runtime: which of them this machine has, and what a session is given for each."""
+"""The execution providers of ONNX Runtime: which of them this machine has, and which options each one gets."""
 import contextlib
 import io
 import json
@@ -9,23 +9,23 @@ sys.path[:0] = [os.path.dirname(os.path.realpath(__file__))]
 from common import importing, one_line
 
 CPU, OPENVINO = "CPUExecutionProvider", "OpenVINOExecutionProvider"
-PROVIDERS = ["CANNExecutionProvider", "CUDAExecutionProvider", CPU]  # where none is asked for: the best first
+PROVIDERS = ["CANNExecutionProvider", "CUDAExecutionProvider", CPU]  # the default order, the best first
 NEEDS = {"CANNExecutionProvider": "source CANN's set_env.sh, and see that npu-smi info lists the card",
          "CUDAExecutionProvider": "it needs a GPU with its driver, CUDA and cuDNN"}
-SHARED = (CPU, OPENVINO)  # these compute in the machine's own memory, several calls at a time; a device takes one
-# These have devices with numbers. The others know no option device_id.
+SHARED = (CPU, OPENVINO)  # these compute in the machine's own memory and can run several calls at a time; others run one
+# These have numbered devices. The others do not have the option device_id.
 NUMBERED = PROVIDERS[:2] + ["TensorrtExecutionProvider", "ROCMExecutionProvider", "MIGraphXExecutionProvider"]
 
 
 def import_onnxruntime():
-    """Returns the module onnxruntime; raises ImportError, with the remedy where it was built for NumPy 1 and finds NumPy 2."""
+    """Returns the module onnxruntime. Raises ImportError, with the remedy if it was built for NumPy 1 but finds NumPy 2."""
     said = io.StringIO()
     try:
         with importing(ends=False), contextlib.redirect_stderr(said):
             import onnxruntime
         return onnxruntime
     except ImportError:
-        if "compiled using NumPy 1" in said.getvalue():  # at the head of NumPy's page about it, with a traceback
+        if "compiled using NumPy 1" in said.getvalue():  # NumPy prints a page about it, with a traceback
             import numpy
             said = io.StringIO()
             raise ImportError("the installed ONNX Runtime was built for NumPy 1 and cannot be imported with NumPy %s; run: "
@@ -36,21 +36,21 @@ def import_onnxruntime():
 
 
 def default(device_id=0):
-    """The providers that a session tries where none is asked for: those that this ONNX Runtime was built with."""
+    """Returns the providers that a session tries by default: those of PROVIDERS that this ONNX Runtime was built with."""
     built = import_onnxruntime().get_available_providers()
     return [(name, {} if name == CPU else {"device_id": str(device_id)}) for name in PROVIDERS if name in built]
 
 
 def provider_note(session, available):
-    """Returns "CANNExecutionProvider did not load" where the CPU runs the model but ONNX Runtime was built for more; else ''."""
+    """Returns, for example, "CANNExecutionProvider did not load" if the CPU runs the model instead of that provider, else ''."""
     better = [name for name in PROVIDERS[:-1] if name in available]
     return better[0] + " did not load" if better and session.get_providers()[0] == CPU else ""
 
 
 def available():
-    """The names of the providers that this ONNX Runtime has, with the plug-in package onnxruntime-ep-openvino's.
+    """Returns the names of this ONNX Runtime's providers, with the one of the plug-in package onnxruntime-ep-openvino.
 
-    Left out are Azure, which runs nothing here, and OpenVINO's names for a choice among its devices.
+    Leaves out Azure, which runs nothing here, and OpenVINO's extra names for its devices.
     """
     onnxruntime = import_onnxruntime()
     names = onnxruntime.get_available_providers()
@@ -59,7 +59,7 @@ def available():
             import onnxruntime_ep_openvino
             try:
                 onnxruntime.register_execution_provider_library(OPENVINO, onnxruntime_ep_openvino.get_library_path())
-            except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+            except Exception as error:  # ONNX Runtime's exceptions have no common class
                 raise ValueError("onnxruntime-ep-openvino does not fit ONNX Runtime %s: %s"
                                  % (onnxruntime.__version__, one_line(error)))
             names = onnxruntime.get_available_providers()
@@ -67,26 +67,26 @@ def available():
 
 
 def add(options, name, device_id, threads, calls, exact):
-    """Sets a session's options for one provider; returns the providers to open it with, None where the options hold it.
+    """Sets a session's options for one provider. Returns the providers to open it with, or None if the options name it.
 
-    threads: of all calls together, of which so many are under way at a time. exact: float32 throughout. Raises ValueError
-    for a provider that is not there.
+    threads: CPU threads for all calls together. calls: how many run at the same time. exact: compute everything in float32.
+    Raises ValueError for a provider that this ONNX Runtime does not have.
     """
     if name not in available():
-        raise ValueError("this ONNX Runtime has no provider %s, but %s" % (name, ", ".join(available())))
+        raise ValueError("this ONNX Runtime has no provider %s, only %s" % (name, ", ".join(available())))
     if name == CPU:
         return [CPU]
     if name != OPENVINO:
         return [(name, {"device_id": str(device_id)} if name in NUMBERED else {}), CPU]
-    # OpenVINO's own options for streams and threads (num_streams, num_of_threads) have no effect; its configuration has.
+    # The provider options for streams and threads (num_streams, num_of_threads) have no effect. This configuration works.
     configuration = {"NUM_STREAMS": str(calls), "INFERENCE_NUM_THREADS": str(threads)}
-    if exact:  # else it computes in bfloat16 on a CPU that can
+    if exact:  # otherwise it computes in bfloat16 if the CPU can
         configuration["INFERENCE_PRECISION_HINT"] = "f32"
     settings = {"load_config": json.dumps({"CPU": configuration})}
     onnxruntime = import_onnxruntime()
     devices = [device for device in getattr(onnxruntime, "get_ep_devices", list)()
                if device.ep_name == OPENVINO and device.ep_metadata.get("ov_device") == "CPU"]
-    if not devices:  # it was built into this ONNX Runtime
+    if not devices:  # OpenVINO is built into this ONNX Runtime, not a plug-in
         return [(OPENVINO, dict(settings, device_type="CPU")), CPU]
     options.add_provider_for_devices(devices, settings)
     return None

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Prints the Python to run the project with: $PYTHON (default python3) itself if it has the packages, else that of a virtual
-# environment in the checkout, one for each version of Python, made when needed. The packages are those of the requirements
-# files given; names after them choose some.
+# Prints the path of the Python that can run the project. That is $PYTHON (default: python3) if it has the packages. Otherwise it
+# is a virtual environment in the checkout, which the script makes for each version of Python when needed. The packages are those
+# in the given requirements files. Names after the files select some of them.
 #
 #   python=$(tools/python.sh requirements.txt)
 #   python=$(tools/python.sh requirements.txt numpy Pillow)
 set -euo pipefail
 python=$(command -v "${PYTHON:-python3}") ||
-    { echo "python.sh: error: ${PYTHON:-python3}: no such Python; set PYTHON to one" >&2; exit 1; }
+    { echo "python.sh: error: ${PYTHON:-python3}: no such Python; set PYTHON to the path of one" >&2; exit 1; }
 python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
@@ -15,7 +15,7 @@ files=() chosen=
 for argument; do
     if [[ $argument == *.txt ]]; then files+=("$argument"); else chosen=$chosen${chosen:+|}$argument; fi
 done
-[[ $chosen != *onnx* ]] || chosen="$chosen|protobuf" # onnx 1.7 needs an old one
+[[ $chosen != *onnx* ]] || chosen="$chosen|protobuf" # onnx 1.7 needs an old protobuf
 wanted=$(grep -hE "^(${chosen:-.*})([ =<>;#]|$)" "${files[@]}" | sort)
 packages=$(sed 's/[ #;=<>].*//; /^$/d' <<<"$wanted" | sort -u)
 modules=$(sed 's/^Pillow$/PIL/; s/^protobuf$/google/; s/-/_/g' <<<"$packages")
@@ -26,8 +26,8 @@ fi
 
 folder=$PWD/.venv-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 exec 9>"$folder.lock"
-flock 9 2>/dev/null || true # a second run waits for the first one's environment, where the file system has locks
-# What is installed is written down last, so an installation that was interrupted is taken up again.
+flock 9 2>/dev/null || true # a second run waits for the first one's environment, if the file system has locks
+# The file "installed" is written last, so the next run completes an interrupted installation.
 missing=$(grep -vxFf "$folder/installed" <<<"$wanted" 2>/dev/null || [ -e "$folder/installed" ] || echo "$wanted")
 if [ -n "$missing" ]; then
     echo "python.sh: installing ${packages//$'\n'/, } into $folder (some minutes, once)" >&2

@@ -1,4 +1,4 @@
-"""The figures of speed that a run leaves: the benchmark tool's perf files and ais_bench's summaries, written and read."""
+"""Writes and reads the speed figures of a run: the benchmark tool's perf files and ais_bench's summaries."""
 import glob
 import json
 import os
@@ -8,11 +8,11 @@ import statistics
 COLUMNS = ["batch_size", "devices", "backend", "model", "images", "e2e_images_per_s", "interface_images_per_s",
            "card_images_per_s", "pure_images_per_s", "latency_p50_ms", "latency_p95_ms", "latency_p99_ms", "instance_acc"]
 PERCENTILES = (50, 95, 99)
-PARTS = 5  # of a run, whose medians show how steady it was
+PARTS = 5  # a run is split into this many parts; their medians show how steady it was
 
 
 def percentile(values, percent):
-    """A percentile of some numbers, between the two nearest where it falls between them, as numpy.percentile() has it."""
+    """Returns a percentile of the values, with linear interpolation as in numpy.percentile()."""
     ordered = sorted(values)
     place = (len(ordered) - 1) * percent / 100.0
     below = int(place)
@@ -20,7 +20,7 @@ def percentile(values, percent):
 
 
 def figure(value):
-    """A rate or a time in a file, as a number; raises ValueError or TypeError."""
+    """Converts a rate or time from a file to a number. Raises ValueError or TypeError."""
     value = float(value)
     if not 0 <= value < 1e15:
         raise ValueError
@@ -30,7 +30,7 @@ def figure(value):
 # --- the benchmark tool's files ---------------------------------------------------------------------------------------
 
 def perf_lines(clocks, images):
-    """The perf file of the benchmark binary: rates in samples per second, e2e latency in ms, others in ms per sample."""
+    """Returns the benchmark binary's perf file: rates in samples per second, e2e latency in ms, others in ms per sample."""
     rate = {name: images / clock.seconds for name, clock in clocks.items()}
     return ["[e2e] throughputRate: %.6g, latency: %.6g" % (rate["e2e"], 1000 * clocks["e2e"].seconds),
             "[data read] throughputRate: %.6g, moduleLatency: %.6g" % (rate["data read"], 1000 / rate["data read"]),
@@ -41,7 +41,7 @@ def perf_lines(clocks, images):
 
 
 def read_perf(path):
-    """Returns the (end-to-end, Interface) rates of a perf file of the benchmark tool; raises OSError or ValueError."""
+    """Returns the (end-to-end, Interface) rates in a perf file of the benchmark tool. Raises OSError or ValueError."""
     with open(path, encoding="utf-8", errors="replace") as f:
         text = f.read(4096)
     found = [re.search(pattern, text, re.MULTILINE) for pattern in
@@ -49,36 +49,37 @@ def read_perf(path):
     try:
         return [figure(match.group(1)) for match in found]
     except (AttributeError, ValueError):
-        raise ValueError("%s: is no perf_vision_batchsize_<N>_device_<ID>.txt of the benchmark tool; run stage 6 again" % path)
+        raise ValueError("%s: is not a perf_vision_batchsize_<N>_device_<ID>.txt of the benchmark tool; run stage 6 again" % path)
 
 
 def pure_line(images, seconds):
-    """The line that the benchmark binary writes after pure inference (-round)."""
+    """Returns the line that the benchmark binary writes after pure inference (-round)."""
     return "ave_throughputRate = %.6gsamples/s, ave_latency = %.6gms" % (images / seconds, 1000 * seconds / images)
 
 
 def read_pure(path):
-    """Returns the rate in such a file; raises OSError or ValueError."""
+    """Returns the rate in a file of pure inference. Raises OSError or ValueError."""
     with open(path, encoding="utf-8", errors="replace") as f:
         found = re.search(r"ave_throughputRate = ([0-9.e+-]+) ?samples/s", f.read(4096))
     try:
         return figure(found.group(1))
     except (AttributeError, ValueError):
-        raise ValueError("%s: is no PureInfer_perf_of_<model>_in_device_<ID>.txt of the benchmark tool; run stage 6 again" % path)
+        raise ValueError("%s: is not a PureInfer_perf_of_<model>_in_device_<ID>.txt of the benchmark tool; run stage 6 again" % path)
 
 
 # --- ais_bench's summaries --------------------------------------------------------------------------------------------
 
 def statistics_of(milliseconds):
-    """Some times as ais_bench's summaries state them."""
+    """Returns the statistics of some times under the names of ais_bench's summaries."""
     return {"min": min(milliseconds), "max": max(milliseconds), "mean": statistics.mean(milliseconds),
             "median": percentile(milliseconds, 50), "percentile(99%)": percentile(milliseconds, 99), "count": len(milliseconds)}
 
 
 def summary(seconds, throughput, copies):
-    """The summary of a run in the form of ais_bench's <dirname>_summary.json.
+    """Returns a run's summary in the form of ais_bench's <dirname>_summary.json.
 
-    seconds: of each call. copies: whether data goes to a device and back inside the calls, which is then not known apart.
+    seconds: the time of each call. copies: whether the calls also copy data to a device and back. The time of the copies alone
+    is then unknown.
     """
     times = [1000 * value for value in seconds]
     apart = None if copies else dict(dict.fromkeys(("min", "max", "mean", "median", "percentile(99%)"), 0.0), count=0)
@@ -87,9 +88,9 @@ def summary(seconds, throughput, copies):
 
 
 def read_summary(path):
-    """Returns (throughput in images per second, the milliseconds of each call) of such a summary; raises OSError or ValueError.
+    """Reads a summary. Returns (throughput in images per second, the milliseconds of each call). Raises OSError or ValueError.
 
-    With several threads, ais_bench lists when each call began and ended.
+    With several threads, ais_bench lists the beginning and the end of each call.
     """
     try:
         with open(path, encoding="utf-8") as f:
@@ -97,17 +98,17 @@ def read_summary(path):
         times = [figure(item[1] - item[0] if isinstance(item, list) else item) for item in content["npu_compute_time_list"]]
         return figure(content["throughput"]), times
     except (ValueError, KeyError, TypeError, IndexError):
-        raise ValueError("%s: is no summary of ais_bench, nor of tools/benchmark.py; run stage 6 again" % path)
+        raise ValueError("%s: is not a summary of ais_bench or tools/benchmark.py; run stage 6 again" % path)
 
 
 def figures(folder, batch_size, devices, backend):
-    """Returns the COLUMNS of speed that a folder of results has, None for what was not measured, but for the card's rate.
+    """Returns the COLUMNS of speed from a folder of results, without the card's rate. What was not measured is None.
 
-    Rates are the sums over the devices, latencies those of all devices' calls. Raises OSError or ValueError.
+    Rates are sums over the devices. Latencies are percentiles of all devices' calls. Raises OSError or ValueError.
     """
     e2e, times, pure = None, [], None
     summaries = [os.path.join(folder, "dumpOutput_device%s_summary.json" % device) for device in devices]
-    if all(map(os.path.exists, summaries)):  # the benchmark binary writes none
+    if all(map(os.path.exists, summaries)):  # the benchmark binary does not write them
         throughputs, times = zip(*map(read_summary, summaries))
         times = sum(times, [])
     if backend == "ais_bench":
@@ -125,7 +126,7 @@ def figures(folder, batch_size, devices, backend):
 
 
 def latency_lines(seconds, batch_size):
-    """What to print of the times of the calls: their percentiles, and how steady they were."""
+    """Returns the lines to print about the times of the calls: their percentiles, and how steady they were."""
     times = [1000 * value for value in seconds]
     size = -(-len(times) // PARTS)
     medians = [percentile(times[i:i + size], 50) for i in range(0, len(times), size)]

@@ -1,4 +1,4 @@
-"""The ONNX session behind stage 6 and the tools: which provider runs the model, and the pipeline from bins to results."""
+"""Opens ONNX Runtime sessions for stage 6 and the tools, and runs the pipeline from bins to results."""
 import collections
 import contextlib
 import os
@@ -19,20 +19,20 @@ from remove_pad import load
 with importing():
     import numpy as np
 
-CALLS_MB = 2048  # memory that the calls under way may take together, in MB
-# The memory of a call, as a multiple of its float32 input: 8.6 MB an image of 0.6 MB, at batch sizes 8 to 64 on ONNX Runtime 1.32.
+CALLS_MB = 2048  # all concurrent calls together may use this much memory, in MB
+# A call's memory as a multiple of its float32 input. Measured on ONNX Runtime 1.32 at batch sizes 8 to 64: 8.6 MB per image.
 ACTIVATIONS = 14.3
-TOLERANCE = 1e-3  # what the logits of a provider may differ from the CPU's by default, as a part of the largest
-AHEAD = 2    # batches that are read ahead of inference
-WRITE = 32   # results written at a time: where inference keeps every core busy, few wake-ups disturb it least
+TOLERANCE = 1e-3  # a provider's logits may differ from the CPU's by this fraction of the largest logit (the default)
+AHEAD = 2    # this many batches are read ahead of inference
+WRITE = 32   # this many results are written at once, because each wake-up of the writer disturbs inference on busy cores
 
 
 def calls_at_once(threads, images, batch_size, height=SIZE, width=SIZE):
-    """How many calls of session.run() are under way at a time on the CPU.
+    """Returns how many calls of session.run() should run at the same time on the CPU.
 
-    Threads that share a call wait for each other at each layer: where one loses its core to another process, all do. So
-    each thread has calls of its own, with two exceptions. All calls together take CALLS_MB at most, by what a call of this
-    network takes. And no thread may be without work for more than a tenth of the run, as where two share three batches.
+    Threads that share a call wait for each other at each layer. If one of them loses its core to another process, all wait.
+    So each thread gets its own call, within two limits. All calls together may use about CALLS_MB of memory. No thread may
+    idle for more than a tenth of the run, as one of two threads would with three batches.
     """
     megabytes = batch_size * 3 * height * width * 4 * ACTIVATIONS / 1e6
     batches = -(-images // batch_size)
@@ -45,24 +45,24 @@ def calls_at_once(threads, images, batch_size, height=SIZE, width=SIZE):
 def open_session(path, device_id=0, threads=None, calls=1, provider=None, exact=True):
     """Returns an ONNX Runtime session of a DeepMAR model.
 
-    threads: of the CPU, for all calls together (default: one a core that this process may use), of which so many are under
-    way at a time. provider: an execution provider's name; by default the best that this machine has. exact: see
-    providers.add(). Raises OSError, or ValueError if the provider does not load, or if the file is no such model: one input
-    float32 [N,3,height,width], or uint8 [N,height,width,3] with AIPP, one output float32 [N,attributes].
+    threads: CPU threads for all calls together (default: one for each core that this process may use). calls: how many calls
+    will run at the same time. provider: an execution provider's name (default: the best on this machine). exact: see
+    providers.add(). Raises OSError, or ValueError if the provider does not load or the file is not such a model: one input
+    float32 [N,3,height,width], or uint8 [N,height,width,3] with AIPP, and one output float32 [N,attributes].
     """
     onnxruntime = providers.import_onnxruntime()
-    load(path)  # for its checks: onnx's checker, and no weights outside of the file
-    options = onnxruntime.SessionOptions()  # all else is best as it is (tests/bench.py: session options)
-    # ONNX Runtime 1.10 alone would take half of the cores, and every version ignores taskset's choice of them.
+    load(path)  # it runs onnx's checker and refuses weights outside the file
+    options = onnxruntime.SessionOptions()  # all other options are best at their defaults (tests/bench.py: session options)
+    # By itself, ONNX Runtime 1.10 would use half of the cores, and every version ignores taskset.
     threads = threads or cores()
-    pool = max(1, threads - calls + 1)  # the calls' own threads work too
+    pool = max(1, threads - calls + 1)  # the threads that make the calls compute too
     options.intra_op_num_threads = pool if can_start(pool) else 1
-    options.log_severity_level = 3  # errors
+    options.log_severity_level = 3  # log only errors
     names = providers.default(device_id) if provider is None else \
         providers.add(options, provider, device_id, threads, calls, exact)
     try:
         session = onnxruntime.InferenceSession(path, options, providers=names)
-    except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+    except Exception as error:  # ONNX Runtime's exceptions have no common class
         raise ValueError("%s: ONNX Runtime %s cannot load it%s: %s" % (
             path, onnxruntime.__version__, "" if provider is None else " with " + provider, one_line(error)))
     if provider not in (None, session.get_providers()[0]):
@@ -70,16 +70,16 @@ def open_session(path, device_id=0, threads=None, calls=1, provider=None, exact=
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or len(outputs) != 1 or len(inputs[0].shape) != 4 or len(outputs[0].shape) != 2 \
             or inputs[0].type not in ("tensor(float)", "tensor(uint8)") or outputs[0].type != "tensor(float)":
-        raise ValueError("%s: not a DeepMAR model (one input float32 [N,3,224,224], one output float32 [N,attributes]); "
-                         "its inputs are %s, its outputs %s"
+        raise ValueError("%s: is not a DeepMAR model (one input float32 [N,3,224,224], one output float32 [N,attributes]); "
+                         "its inputs are %s, its outputs are %s"
                          % (path, [(i.name, i.type, i.shape) for i in inputs], [(o.name, o.type, o.shape) for o in outputs]))
     return session
 
 
 def check_precision(session, path, batch, tolerance):
-    """Raises ValueError where a provider's logits of a batch differ from the CPU provider's by more than a part of the largest.
+    """Raises ValueError if a provider's logits of a batch differ too much from the CPU provider's.
 
-    Some compute in bfloat16 or float16 without a word.
+    tolerance: the allowed difference, as a fraction of the largest logit. Some providers silently use bfloat16 or float16.
     """
     name = session.get_providers()[0]
     if name == providers.CPU:
@@ -89,14 +89,14 @@ def check_precision(session, path, batch, tolerance):
     ours, = open_session(path, provider=providers.CPU).run(None, feed)
     difference, largest = np.abs(theirs - ours).max(), np.abs(ours).max()
     if not difference <= tolerance * largest:
-        raise ValueError("%s: with %s, logits of the first batch differ by up to %.3g from those of the CPU, which is %.2g of the "
-                         "largest, %.3g; up to %g is allowed. It may compute in float16 or bfloat16: where that is meant, give a "
-                         "-tolerance above %.2g; else another -provider"
+        raise ValueError("%s: in the first batch, the logits of %s differ from the CPU's by up to %.3g. That is %.2g of the largest "
+                         "logit, %.3g; up to %g is allowed. The provider may compute in float16 or bfloat16. If that is intended, "
+                         "give a -tolerance above %.2g; otherwise choose another -provider"
                          % (path, name, difference, difference / largest, largest, tolerance, difference / largest))
 
 
 def measure(session, batch, calls, seconds=1.0):
-    """Returns a session's images per second, on the same batch for so many seconds."""
+    """Measures a session on the same batch for this many seconds. Returns images per second."""
     feed = {session.get_inputs()[0].name: batch}
     calls = calls if session.get_providers()[0] in providers.SHARED else 1
     with ThreadPoolExecutor(calls) as runner:
@@ -111,12 +111,12 @@ def measure(session, batch, calls, seconds=1.0):
 
 
 def takes_uint8(session):
-    """Whether a model takes pixels, uint8 [N,height,width,3], and normalises them itself: AIPP's twin (tools/rehearse.py)."""
+    """Returns whether a model takes pixels, uint8 [N,height,width,3], and normalises them itself (see tools/rehearse.py aipp)."""
     return session.get_inputs()[0].type == "tensor(uint8)"
 
 
 def input_size(session):
-    """The (batch size, height, width) of a model's input; 1 and 224 where it takes any."""
+    """Returns (batch size, height, width) of a model's input. Symbolic sizes become 1 and 224."""
     shape = session.get_inputs()[0].shape
     height, width = shape[1:3] if takes_uint8(session) else shape[2:]
     return tuple(size if isinstance(size, int) else default
@@ -124,14 +124,14 @@ def input_size(session):
 
 
 def empty_batch(session, batch_size, height, width):
-    """A batch of the model's input, all 0."""
+    """Returns a batch of the model's input, filled with 0."""
     if takes_uint8(session):
         return np.zeros((batch_size, height, width, 3), np.uint8)
     return np.zeros((batch_size, 3, height, width), "<f4")
 
 
 def check_shape(session, path, batch_size, height, width):
-    """Raises ValueError unless the model takes input of this batch size and size; symbolic sizes take any."""
+    """Raises ValueError unless the model takes this batch size and image size. A symbolic size takes any number."""
     shape, wanted = session.get_inputs()[0].shape, empty_batch(session, batch_size, height, width).shape
     if any(isinstance(has, int) and has != size for has, size in zip(shape, wanted)):
         raise ValueError("%s: its input is %s, not [%d,%d,%d,%d]; export it again with this batch size and size"
@@ -139,7 +139,7 @@ def check_shape(session, path, batch_size, height, width):
 
 
 class Clock(object):
-    """Adds up the seconds in which at least one thread is in the with block."""
+    """Adds up the seconds in which at least one thread is inside the with block."""
 
     def __init__(self):
         self.seconds, self.inside, self.lock = 0.0, 0, threading.Lock()
@@ -159,10 +159,10 @@ class Clock(object):
 
 @contextlib.contextmanager
 def interruptible():
-    """Yields run options with which session.run() ends at Ctrl-C, instead of with its batch."""
+    """Yields run options with which Ctrl-C ends session.run() at once, not only at the end of its batch."""
     from onnxruntime import RunOptions
     options = RunOptions()
-    if not can_start(1):  # then Ctrl-C does wait for the batch
+    if not can_start(1):  # without a watching thread, Ctrl-C waits for the batch
         yield options
         return
     receiver, sender = os.pipe()
@@ -172,9 +172,9 @@ def interruptible():
         if os.read(receiver, 1):
             options.terminate = True
 
-    watcher = threading.Thread(target=watch, daemon=True)  # Ctrl-C may come before the try below
+    watcher = threading.Thread(target=watch, daemon=True)  # a daemon, because Ctrl-C may come before the try below
     watcher.start()
-    before = signal.set_wakeup_fd(sender)  # Python's own handler only runs once session.run() has returned
+    before = signal.set_wakeup_fd(sender)  # Python's own handler runs only after session.run()
     try:
         yield options
     finally:
@@ -185,7 +185,7 @@ def interruptible():
 
 
 def read_batch(bins, batch):
-    """Reads the first bins [(name, path)] into a batch, as many as it has room for; raises OSError or ValueError."""
+    """Reads the first bins [(name, path)] into a batch until it is full. Raises OSError or ValueError."""
     for (_, path), row in zip(bins, batch):
         with open(path, "rb", buffering=0) as f:
             if f.readinto(row) != row.nbytes:
@@ -195,9 +195,9 @@ def read_batch(bins, batch):
 def run(session, bins, batch_size, height, width, folder, report, calls=1):
     """Runs the model over the bins [(name, path)] and writes folder/NAME_1.bin for each, float32 [attributes].
 
-    The last batch is filled up with zeros for the model; their outputs are dropped. So many calls of session.run() are
-    under way at a time. Calls report(images) after every batch. Returns {module: Clock} and the seconds of each call. Raises
-    ValueError for a bin that has shrunk or holds NaN.
+    Zeros fill up the last batch, and their outputs are dropped. calls: how many calls of session.run() run at the same time.
+    Calls report(images) after every batch. Returns {module: Clock} and the seconds of each call. Raises ValueError for a bin
+    that has shrunk or holds NaN.
     """
     clocks = {name: Clock() for name in ("e2e", "data read", "preprocess", "infer", "interface", "post")}
     input_name, output_name = session.get_inputs()[0].name, session.get_outputs()[0].name
@@ -234,7 +234,7 @@ def run(session, bins, batch_size, height, width, folder, report, calls=1):
 
     pool = ThreadPoolExecutor if can_start(calls + 3) else Inline
     with interruptible() as options, pool(1) as reader, pool(1) as writer, pool(calls) as runner:
-        list(runner.map(call, buffers[:calls]))  # the first calls also allocate memory
+        list(runner.map(call, buffers[:calls]))  # a warm-up, because the first calls also allocate memory
         del seconds[:]
         with clocks["e2e"]:
             running = collections.deque()
@@ -260,9 +260,9 @@ def run(session, bins, batch_size, height, width, folder, report, calls=1):
 
 
 def compute(session, bins, finite=True):
-    """Runs the model over the bins [(name, path)] as stage 6 does; returns the logits, float32 [bins, attributes].
+    """Runs the model over the bins [(name, path)] as stage 6 does. Returns the logits, float32 [bins, attributes].
 
-    Raises ValueError for NaN or infinite logits, if they must be finite.
+    Raises ValueError for NaN or infinite logits if finite is set.
     """
     import tempfile
     with tempfile.TemporaryDirectory() as folder:

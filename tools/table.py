@@ -1,15 +1,16 @@
-"""The throughput and accuracy of a run at its batch sizes, as a table on the screen, OUTPUT.csv and OUTPUT.md.
+"""Prints a table of a run's throughput and accuracy at its batch sizes. Also writes OUTPUT.csv and OUTPUT.md.
 
     python3 tools/table.py throughput --run 1 result_bs1 deepmar_bs1.om benchmark.x86_64 \\
         --run 8 result_bs8 deepmar_bs8.om benchmark.x86_64 --devices 0 --chips 4
 
---run BATCH_SIZE FOLDER MODEL BACKEND, once for each batch size. The folder holds what stages 6 and 7 wrote: fusion_result.json,
-and for each device perf_vision_batchsize_<N>_device_<D>.txt, dumpOutput_device<D>_summary.json or both. ais_bench measures no
-end-to-end rate, the benchmark binary no latencies: "-". Rates are in images per second; "pure" is inference on the same batch
-again and again (run_all.sh --pure yes). With several devices they are the sums of what the devices reached at the same time;
-with one, the card's rate is the Interface throughputRate times the card's chips (4 on a 300I, 2 on a 300I Duo, 1 on a 300I
-Pro). p50, p95 and p99 are percentiles of the time that a batch was in the model, in milliseconds. Fails if the accuracy
-differs between the batch sizes.
+Give --run BATCH_SIZE FOLDER MODEL BACKEND once for each batch size. The folder holds the output of stages 6 and 7:
+fusion_result.json, and for each device perf_vision_batchsize_<N>_device_<D>.txt, dumpOutput_device<D>_summary.json or both.
+ais_bench does not measure the end-to-end rate, and the benchmark binary does not measure latencies; the table then has "-".
+
+Rates are in images per second. "pure" is inference on the same batch again and again (run_all.sh --pure yes). With several
+devices, a rate is the sum over the devices, which ran at the same time. With one device, the card's rate is the Interface
+throughputRate times the card's chips (4 on a 300I, 2 on a 300I Duo, 1 on a 300I Pro). p50, p95 and p99 are percentiles of the
+time that a batch was in the model, in milliseconds. The script fails if the accuracy differs between the batch sizes.
 """
 import argparse
 import csv
@@ -22,11 +23,11 @@ sys.path[:0] = [os.path.dirname(os.path.realpath(__file__))]
 from common import NUMBER, command, read_json, write_text
 from rates import COLUMNS, figures
 
-MAX_DIFFERENCE = 0.0001  # of instance_acc between batch sizes: a logit may round to the other side of 0 in an image or two
+MAX_DIFFERENCE = 0.0001  # allowed difference of instance_acc: in an image or two, rounding may move a logit across 0
 
 
 def row(batch_size, folder, model, backend, devices, chips):
-    """Returns a row of the table, a dict of COLUMNS; None where a figure was not measured."""
+    """Returns a row of the table, a dict of COLUMNS. A figure that was not measured is None."""
     path = os.path.join(folder, "fusion_result.json")
     speed = figures(folder, batch_size, devices, backend)
     fusion = read_json(path, {"images": int, "instance_acc": NUMBER}, "stage 7")
@@ -37,7 +38,7 @@ def row(batch_size, folder, model, backend, devices, chips):
 
 
 def markdown(rows, devices, chips):
-    """Returns the table's lines, in the manner of the guide's chapter 7."""
+    """Returns the table's lines in the style of the guide's chapter 7."""
     if len(devices) > 1:
         card = "all devices, measured"
     else:
@@ -57,7 +58,7 @@ def main(argv=None):
     parser.add_argument("--run", nargs=4, action="append", required=True,
                         metavar=("BATCH_SIZE", "FOLDER", "MODEL", "BACKEND"), help="the results at a batch size")
     parser.add_argument("--devices", nargs="+", default=["0"], metavar="D", help="the devices used (default: 0)")
-    parser.add_argument("--chips", type=int, default=0, help="of a card, as 4 of a 300I (default: unknown)")
+    parser.add_argument("--chips", type=int, default=0, help="chips per card, such as 4 for a 300I (default: unknown)")
     args = parser.parse_args(argv)
     if not all(re.fullmatch("[1-9][0-9]*", run[0]) for run in args.run):
         parser.error("--run: BATCH_SIZE must be a positive whole number")

@@ -281,8 +281,8 @@ def test_csv(tmp_path):
                           ("image,a\nx.png,2\n", "line 2 (x.png)"), ("image,a\n\nx.png,1,1\n", "line 3 (x.png)"),
                           ("image,a\nx.png,\n", "line 2 (x.png)"), ("image;a\nx.png;1\n", "separated by commas"),
                           ("image,a,a\nx.png,1,1\n", "holds a twice"), ("image,a,\nx.png,1,1\n", "name is empty"),
-                          ("image,a\nx.png,1\nx.png,0\n", "holds x.png twice"), ("image,a\n../x.png,1\n", "no file name"),
-                          ("image,a\n/x.png,1\n", "no file name"), ("image,a\n.png,1\n", "no file name"),
+                          ("image,a\nx.png,1\nx.png,0\n", "holds x.png twice"), ("image,a\n../x.png,1\n", "not a file name"),
+                          ("image,a\n/x.png,1\n", "not a file name"), ("image,a\n.png,1\n", "not a file name"),
                           ("image,a\n%s,1\n" % ("x" * 2 ** 18), "line 2: field larger"),
                           ("image,a\nx.png,1\nx.jpg,1\n", "1 images share their name")]:
         (tmp_path / "bad.csv").write_text(text)
@@ -307,7 +307,7 @@ def test_images_are_checked(tmp_path):
     assert "2 of the 15 images" in error and error.endswith("%s, %s" % tuple(names[:2]))
     for name in names[:2]:
         (images / name).mkdir()
-    assert "2 of the 15 images are no files" in refuses(*command)
+    assert "2 of the 15 images are not files" in refuses(*command)
     assert not output.exists()
     for name in names[:2]:
         (images / name).rmdir()
@@ -340,7 +340,7 @@ def test_own_list_is_flattened(tmp_path):
     run(*command)  # the links may be there
     (tmp_path / "flat" / flat[0]).unlink()
     (tmp_path / "flat" / flat[0]).write_text("mine")
-    assert "is there already" in refuses(*command) and (tmp_path / "flat" / flat[0]).read_text() == "mine"
+    assert "exists already" in refuses(*command) and (tmp_path / "flat" / flat[0]).read_text() == "mine"
     # A list without labels; what is no label
     run("list", tmp_path / "image.txt", "--images", tmp_path / "images", "--flatten", tmp_path / "new",
         "--output", tmp_path / "o")
@@ -438,7 +438,7 @@ def test_a_pickle_runs_nothing(tmp_path, monkeypatch):
         assert "pkl takes: " in refuses("pkl", path)
     monkeypatch.setattr(tool, "SECONDS", 1)
     path.write_bytes(b"\x80\x04})" + b"2\x86" * 100 + b"Ns.")  # a key whose hash takes for ever
-    assert "its reader crashes on it" in refuses("pkl", path)
+    assert "the library that reads it crashes" in refuses("pkl", path)
 
 
 def test_a_crash_of_the_reader_is_an_error(tmp_path, monkeypatch):

@@ -306,7 +306,7 @@ def test_errors_before_work(tmp_path):
     check_error(script(*(command + [tmp_path / "absent.png", "--onnx", model])), "no such image file", "absent.png")
     check_error(script(*(command + ["--onnx", tmp_path / "absent.onnx"])), "absent.onnx: no such file")
     (tmp_path / "cut.onnx").write_bytes(model.read_bytes()[:100])
-    check_error(script(*(command + ["--onnx", tmp_path / "cut.onnx"])), "cut.onnx: no valid ONNX model")
+    check_error(script(*(command + ["--onnx", tmp_path / "cut.onnx"])), "cut.onnx: is not a valid ONNX model")
     check_error(script(*command), "--onnx", code=2)
 
 

@@ -91,7 +91,7 @@ def test_errors_before_work(folder):
     (folder / "crops" / "a" / "cut.jpg").unlink()
     check_error(predict(folder, "crops/a"), "crops/a: holds no image file (.bmp ")
     check_error(predict(folder, "crops", "nowhere"), "no such image file or folder: nowhere")
-    check_error(predict(folder, "crops", "--json", "nowhere/out.json"), "nowhere/out.json: there is no such folder")
+    check_error(predict(folder, "crops", "--json", "nowhere/out.json"), "nowhere/out.json: cannot be written: its folder does not exist")
     check_error(predict(folder, "crops", "--csv", "out.csv", "--save", "pictures"),
                 "crops/im0.png and crops/b/im0.png would both be drawn as im0_attributes.png")
     (folder / "names.txt").write_text("hat\n")

@@ -122,7 +122,7 @@ def test_a_drop_beyond_one_percent_writes_nothing_unless_allowed(folder):
                                                   for i, row in enumerate(run(folder / "wide.onnx", images))}))
     (folder / "int8.onnx").write_bytes(b"earlier")
     process = quantize(folder, "wide.onnx", "input_bin", "int8.onnx", "--labels", "wide.json")
-    check_error(process, "int8.onnx: not written", "1 %", "--allow-drop")
+    check_error(process, "int8.onnx: was not written", "1 %", "--allow-drop")
     assert "drop" in process.stdout and "calibrated on" not in process.stdout
     assert (folder / "int8.onnx").read_bytes() == b"earlier"
     assert not [name for name in os.listdir(str(folder)) if name.endswith(".partial")]

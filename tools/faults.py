@@ -1,7 +1,7 @@
-"""For tools/compare.py --rehearsal: how far float16 shifts logits, in which layer two models part, and what a fault looks like.
+"""Finds causes for tools/compare.py --rehearsal: the shift by float16, the first layer that differs, and known faults.
 
-values are the logits to be judged, exact those of the float32 model, half those of its float16 twin (tools/rehearse.py): arrays
-[images, attributes] over the same images.
+Throughout this file, values are the logits to judge, exact those of the float32 model, and half those of its float16 twin
+(tools/rehearse.py). All are arrays [images, attributes] over the same images.
 """
 import functools
 import os
@@ -18,12 +18,12 @@ from session import empty_batch, input_size
 with importing():
     import numpy as np
 
-FACTOR = 2       # how many times the twin's own shift is still within: other orders of accumulation, other kernels
-LARGEST = 65504  # of float16
-IMAGES = 8       # to look into
+FACTOR = 2       # this many times the twin's own shift is allowed, because the card's order of accumulation and kernels differ
+LARGEST = 65504  # the largest float16
+IMAGES = 8       # this many images are examined
 MEANS, STDS = (np.array(values).reshape(3, 1, 1) for values in (MEAN, STD))
 
-# What an input may be by mistake, made of the pixels, float64 [3,height,width] from 0 to 255.
+# Likely mistakes in the input. Each function makes the wrong input from the pixels, float64 [3,height,width] from 0 to 255.
 INPUTS = {
     "BGR instead of RGB (stage 4's channels, or rbuv_swap_switch in aipp.cfg)": lambda x: (x[::-1] / 255 - MEANS) / STDS,
     "without the mean subtracted (min_chn in aipp.cfg)": lambda x: x / 255 / STDS,
@@ -34,7 +34,7 @@ INPUTS = {
 
 
 def judge(values, exact, half):
-    """How far logits are off, how far float16 alone shifts them, and whether the one is within FACTOR times the other."""
+    """Returns how far logits are off, how far float16 alone shifts them, and whether they are off by at most FACTOR times that."""
     def sizes(array):
         array = np.abs(array.astype(np.float64) - exact)
         return float(array.max()), float(np.sqrt((array ** 2).mean()))
@@ -46,24 +46,24 @@ def judge(values, exact, half):
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 def session_of(model):
-    """An ONNX Runtime session of an onnx.ModelProto on the CPU."""
+    """Returns an ONNX Runtime session of an onnx.ModelProto on the CPU."""
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = cores()
-    options.log_severity_level = 3  # errors
+    options.log_severity_level = 3  # log only errors
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def tensors(path, names, bins):
-    """Yields {name: value} of the named tensors of a model for each bin, a path."""
+    """Yields {name: value} of a model's named tensors for each bin. path and bins are paths."""
     import onnx
     model = load(path)
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     session = session_of(model)
     batch_size, height, width = input_size(session)
-    if batch_size != 1:  # all results of a larger batch would fill the memory
-        raise ValueError("%s: its batch size is %d, and layers are compared at 1; give models of batch size 1"
+    if batch_size != 1:  # all tensors of a larger batch might exhaust the memory
+        raise ValueError("%s: its batch size is %d, but layers can only be compared at 1; give models of batch size 1"
                          % (path, batch_size))
     batch = empty_batch(session, 1, height, width)
     for path in bins:
@@ -72,10 +72,10 @@ def tensors(path, names, bins):
 
 
 def layers(exact, others, bins):
-    """Compares the results of the nodes that some models, paths, have in common, over bins.
+    """Compares the tensors that several models, given as paths, have in common, over some bins.
 
-    Returns [{"node", "op", "tensor", "largest": absolute value in the exact model, "reach": that in each other model, "error":
-    relative error of each other model}], in the order of the graph.
+    Returns [{"node", "op", "tensor", "largest": the largest absolute value in the exact model, "reach": the same for each other
+    model, "error": the relative error of each other model}], in the order of the graph.
     """
     made = [{name for node in load(path).graph.node for name in node.output} for path in others]
     rows = [{"node": node.name or name, "op": node.op_type, "tensor": name, "inputs": list(node.input), "largest": 0.0,
@@ -99,7 +99,7 @@ def layers(exact, others, bins):
 
 
 def told(function):
-    """Has a function return the text of the ValueError that it raises, so that it hides nothing else that is to be said."""
+    """Makes a function return the text of its ValueError, so that the error does not suppress the other messages."""
     @functools.wraps(function)
     def telling(*arguments):
         try:
@@ -111,35 +111,35 @@ def told(function):
 
 @told
 def overflow(exact, others, bins):
-    """The first node whose values go beyond float16's, as text; None where none does."""
+    """Returns a text about the first node whose values exceed float16's range, or None."""
     for row in layers(exact, others, bins):
-        beyond = [value for value in [row["largest"]] + row["reach"] if not value <= LARGEST]  # NaN is beyond, too
+        beyond = [value for value in [row["largest"]] + row["reach"] if not value <= LARGEST]  # NaN counts as too large
         if beyond:
-            return "overflow in %s (%s): its values reach %.3g, and float16 ends at %d" % (row["node"], row["op"], beyond[0], LARGEST)
+            return "overflow in %s (%s): its values reach %.3g, but float16 ends at %d" % (row["node"], row["op"], beyond[0], LARGEST)
     return None
 
 
 def channel_fault(exact, half, other):
-    """What is wrong with a tensor [1,channels,...], as text."""
+    """Returns a text about what is wrong with a tensor [1,channels,...]."""
     exact, half, other = (array.reshape(array.shape[1], -1) for array in (exact, half, other))
     allowed = FACTOR * np.abs(half - exact).max()
     off = np.flatnonzero(~(np.abs(other - exact).max(axis=1) <= allowed))
     order = np.array([np.abs(exact - other[i]).max(axis=1).argmin() for i in off], int)
     if len(off) > 1 and sorted(order) == sorted(off) and (np.abs(exact[order] - other[off]).max(axis=1) <= allowed).all():
-        return "its channels are in another order: %s" % some("%d has what belongs to %d" % pair for pair in zip(off, order))
+        return "its channels are in another order: %s" % some("%d has the values of %d" % pair for pair in zip(off, order))
     if 0 < len(off) < len(exact):
-        return "only %d of its %d channels are off (%s), so a weight or bias of theirs is wrong" % (
+        return "only %d of its %d channels are off (%s), so one of their weights or biases is wrong" % (
             len(off), len(exact), some(map(str, off)))
-    return "all of its channels are off" if len(off) else "its channels are off by little each"
+    return "all of its channels are off" if len(off) else "each channel is off by only a little"
 
 
 @told
 def first_fault(exact, half, other, bins):
-    """The first layer in which a model differs by more than float16 explains, as text."""
+    """Returns a text about the first layer in which a model differs by more than float16 explains."""
     for row in layers(exact, [half, other], bins):
         if not row["error"][1] <= FACTOR * row["error"][0] + 1e-6:
             arrays = [next(tensors(path, [row["tensor"]], bins[:1]))[row["tensor"]] for path in (exact, half, other)]
-            return "the first layer to differ is %s (%s): its relative error is %.3g, by float16 alone %.3g; %s" % (
+            return "the first layer to differ is %s (%s): its relative error is %.3g, from float16 alone %.3g; %s" % (
                 row["node"], row["op"], row["error"][1], row["error"][0], channel_fault(*arrays))
     return "no layer that both models have differs by more than float16 explains"
 
@@ -147,7 +147,7 @@ def first_fault(exact, half, other, bins):
 # --- results --------------------------------------------------------------------------------------------------------
 
 def network(path):
-    """A session of a model without the AIPP before it: it takes float32."""
+    """Returns a session of a model without the AIPP nodes at its beginning, so that it takes float32."""
     model = load(path)
     aipp = [node for node in model.graph.node if node.name.startswith("aipp_")]
     if aipp:
@@ -160,7 +160,7 @@ def network(path):
 
 
 def run(session, arrays):
-    """The logits of a session for inputs, arrays [3,height,width]."""
+    """Returns a session's logits for inputs, arrays [3,height,width]."""
     size, height, width = input_size(session)
     batch, outputs = empty_batch(session, size, height, width), []
     for start in range(0, len(arrays), size):
@@ -172,31 +172,31 @@ def run(session, arrays):
 
 
 def pixels(path, uint8, height, width):
-    """The pixels of a bin, float64 [3,height,width] from 0 to 255."""
+    """Returns the pixels of a bin, float64 [3,height,width] from 0 to 255."""
     if uint8:
         return np.fromfile(path, np.uint8).reshape(height, width, 3).transpose(2, 0, 1).astype(np.float64)
     return (np.fromfile(path, "<f4").reshape(3, height, width) * STDS + MEANS) * 255
 
 
 def wrong_inputs(values, exact, half, uint8, bins):
-    """Yields what the input of these results was, by mistake, as text; exact and half are models' paths."""
+    """Yields texts about the wrong inputs that would give these results. exact and half are the models' paths."""
     exact, half = network(exact), network(half)
     _, height, width = input_size(exact)
     images = [pixels(path, uint8, height, width) for path in bins]
     for text, change in INPUTS.items():
         arrays = [change(image).astype(np.float16 if uint8 else np.float32).astype(np.float32) for image in images]
-        with np.errstate(invalid="ignore"):  # of infinite logits
+        with np.errstate(invalid="ignore"):  # logits may be infinite
             if judge(values, run(exact, arrays), run(half, arrays))["within"]:
                 yield "these are the results for an input %s" % text
 
 
 def wrong_order(values, half, near, worst, names, attributes):
-    """Yields how results are in another order than the twin's, as text; near: how far equal ones may be apart."""
+    """Yields texts about results in another order than the twin's. near: equal results may differ by this much."""
     columns = np.array([np.abs(half - values[:, i:i + 1]).max(axis=0) for i in range(values.shape[1])])
     order = columns.argmin(axis=1)
     if (columns.min(axis=1) <= near).all() and len(set(order)) == len(order) and (order != np.arange(len(order))).any():
         yield "the attributes are in another order: %s" % some(
-            "%s has what belongs to %s" % (attributes[i], attributes[j]) for i, j in enumerate(order) if i != j)
+            "%s has the values of %s" % (attributes[i], attributes[j]) for i, j in enumerate(order) if i != j)
     rows = np.array([np.abs(half - values[i]).max(axis=1) for i in worst])
     order = rows.argmin(axis=1)
     if (rows.min(axis=1) <= near).all() and (order != worst).any():
@@ -205,14 +205,14 @@ def wrong_order(values, half, near, worst, names, attributes):
 
 
 def apart(difference, allowed, axis):
-    """The few attributes or images that are off by far more than all others, by index: what is wrong concerns them alone."""
+    """Returns the indexes of the few attributes or images that are off by far more than the others, and so alone are wrong."""
     off, size = (difference > allowed).any(axis=axis), np.sqrt((difference ** 2).mean(axis=axis))
     alone = 0 < off.sum() <= len(off) / 2 and size[off].min() > 5 * size[~off].max()
     return np.flatnonzero(off) if alone else []
 
 
 def few(values, exact, half, allowed, names, attributes):
-    """Yields which attributes or images alone are off, as text."""
+    """Yields a text if only some attributes or only some images are off."""
     difference = np.abs(values.astype(np.float64) - exact)
     columns, rows = (apart(difference, allowed, axis) for axis in (0, 1))
     if len(columns):
@@ -221,17 +221,17 @@ def few(values, exact, half, allowed, names, attributes):
             shift = (values - half)[:, i]
             constant = len(shift) > 2 and shift.max() - shift.min() <= allowed
             parts.append("%s (%s)" % (attributes[i], "by %+.3g in all images: its bias" % shift.mean() if constant else
-                                      "by %.3g at most: its weights" % np.abs(shift).max()))
+                                      "by at most %.3g: its weights" % np.abs(shift).max()))
         yield "only %d of %d attributes are off, so look at the last layer: %s" % (len(columns), len(attributes), some(parts))
     elif len(rows):
         yield "only %d of %d images are off: %s" % (len(rows), len(names), some(names[i] for i in rows))
 
 
 def explain(values, exact, half, models, uint8, names, bins, attributes):
-    """Returns what would explain results beyond the bound, as texts; none where only a layer's own fault is left.
+    """Returns texts about possible causes of results that exceed the bound. The list is empty if only a layer can be at fault.
 
-    models: the paths of the float32 model, its twin and, or None, the model that gave the values. uint8: whether they take
-    such bins, which are {name: path}.
+    models: the paths of the float32 model, of its twin, and of the model that gave the values, or None. uint8: whether the
+    models take uint8 bins. bins: {name: path}.
     """
     judged = judge(values, exact, half)
     worst = np.argsort(-np.abs(values - exact).max(axis=1), kind="stable")[:IMAGES]

@@ -1,17 +1,20 @@
-"""What a run is given, checked before any work, and what each of its files was made from.
+"""Checks the input of a run before any work, and keeps records of what each file was made from.
 
     python3 tools/inputs.py check --image-list image.txt --images images --label-file label.json
     python3 tools/inputs.py record input_bin image_list=image.txt images=images size="224 224"
     python3 tools/inputs.py fresh input_bin 4 image_list=image.txt images=images size="224 224"
 
-run_all.sh calls it in the work folder. check reads the lists and stops at the first fault; it prints the number of attributes
-that the labels have. record notes, in .made_from/, what a stage has made its product from: ROLE=PATH for a file or a
-folder, images=FOLDER for the images of the image_list before it, and settings, such as size="224 224". fresh stops unless a
-product is still what its stage made, from the same inputs as now; -- separates several products. get prints settings, one a line.
+run_all.sh calls this script in the work folder.
 
-Inputs are known by names, sizes and checksums, so a work folder goes on after it was copied to another machine. A file
-whose size, times and inode are those of its last check is not read again. A product without a record, such as an OM that
-was converted elsewhere, is the user's own.
+check reads the lists and stops at the first fault. It prints the number of attributes in the labels.
+record writes into .made_from/ what a stage has made its product from: ROLE=PATH for a file or folder, images=FOLDER for the
+images of the image_list before it, and settings such as size="224 224".
+fresh fails unless a product is unchanged since its stage made it, from the same inputs as now. -- separates several products.
+get prints settings, one per line.
+
+Names, sizes and checksums identify an input, so a work folder stays valid after it was copied to another machine. A file is not
+read again if its size, times and inode are unchanged since the last check. A product without a record, such as an OM that was
+converted elsewhere, belongs to the user and is accepted.
 """
 import argparse
 import functools
@@ -33,7 +36,7 @@ SETTINGS = ("size", "aipp", "last_conv_stride", "state_dict", "backend", "model_
 # --- checksums ------------------------------------------------------------------------------------------------------
 
 def load(path):
-    """The content of a JSON file that this script wrote; {} where there is none, or where it is damaged."""
+    """Returns the content of a JSON file that this script wrote, or {} if the file is missing or damaged."""
     try:
         with open(path, encoding="utf-8") as f:
             content = json.load(f)
@@ -44,12 +47,12 @@ def load(path):
 
 @functools.lru_cache(maxsize=None)
 def checksums():
-    """The checksums of earlier checks, {path: [size, mtime, ctime, inode, checksum]}, read once."""
+    """Returns the checksums of earlier checks, {path: [size, mtime, ctime, inode, checksum]}. Reads them only once."""
     return load(SEEN)
 
 
 def checksum(path):
-    """The CRC-32 of a file's content, as 8 hexadecimal digits. It finds accidents; nobody is deceived on purpose here."""
+    """Returns the CRC-32 of a file's content as 8 hexadecimal digits. It finds accidental changes, not deliberate forgery."""
     value = 0
     with open(path, "rb", buffering=0) as f:
         while True:
@@ -60,7 +63,7 @@ def checksum(path):
 
 
 def identities(paths):
-    """Returns what each file is, 'SIZE CHECKSUM'. Remembers it in the work folder, with the file's times and inode."""
+    """Returns 'SIZE CHECKSUM' of each file. Remembers these in the work folder, with the file's times and inode."""
     seen = checksums()
     keys = [os.path.relpath(path) if os.path.realpath(path).startswith(os.getcwd() + os.sep) else os.path.abspath(path)
             for path in paths]
@@ -78,7 +81,7 @@ def identities(paths):
 
 
 def content(role, path, image_list=None):
-    """Returns what an input is: a text for a file or a setting, {name: text} for a folder or the listed images of one."""
+    """Returns the identity of an input: a text for a file or setting, {name: text} for a folder or its listed images."""
     if role in SETTINGS:
         return path
     if role == "images":
@@ -92,7 +95,7 @@ def content(role, path, image_list=None):
 
 
 def parse_inputs(arguments):
-    """Yields (role, path or setting, content) for arguments ROLE=PATH; an input that is not there is left out."""
+    """Yields (role, path or setting, content) for arguments ROLE=PATH. Leaves out inputs that do not exist."""
     image_list = None
     for argument in arguments:
         role, _, path = argument.partition("=")
@@ -109,7 +112,7 @@ def record_path(product):
 
 
 def record(product, *arguments):
-    """Notes what a product is and what it was made from. Of nothing: the product is being replaced."""
+    """Records what a product is and what it was made from. Without arguments, it records that the product is being replaced."""
     record = {"product": content("product", product) if arguments else None,
               "inputs": {role: value for role, _, value in parse_inputs(arguments)}}
     os.makedirs(RECORDS, exist_ok=True)
@@ -117,7 +120,7 @@ def record(product, *arguments):
 
 
 def difference(before, now):
-    """Returns how two contents of a folder differ, as text; '' where they are equal or no folders."""
+    """Returns a text about how two contents of a folder differ. It is '' if they are equal or not folders."""
     if not isinstance(before, dict) or not isinstance(now, dict):
         return ""
     changed = [name for name in now if before.get(name, now[name]) != now[name]]
@@ -126,7 +129,7 @@ def difference(before, now):
 
 
 def fresh(product, stage, *arguments):
-    """Raises ValueError unless a product is there, and still what its stage made of these inputs."""
+    """Raises ValueError unless a product exists and is still what its stage made from these inputs."""
     where = os.path.abspath(product)
     if not os.path.exists(product):
         raise ValueError("%s is missing; run stage %s first" % (where, stage))
@@ -156,7 +159,7 @@ def fresh(product, stage, *arguments):
 # --- the user's data ------------------------------------------------------------------------------------------------
 
 def check(arguments):
-    """Checks the lists against each other. Returns the number of attributes, None without labels; raises what is wrong."""
+    """Checks the lists against each other. Returns the number of attributes, or None without labels. Raises OSError or ValueError."""
     parser = argparse.ArgumentParser(prog="inputs.py check")
     for name in ("image-list", "images", "label-file", "attributes", "thresholds"):
         parser.add_argument("--" + name)
@@ -194,7 +197,7 @@ def main(argv=None):
                                      allow_abbrev=False, usage="inputs.py check|record|fresh|get ARGUMENT [ARGUMENT ...]")
     parser.add_argument("command", choices=["check", "record", "fresh", "get"], help=argparse.SUPPRESS)
     argv = sys.argv[1:] if argv is None else argv
-    args, arguments = parser.parse_args(argv[:1]), argv[1:]  # the rest is not argparse's, as it would drop a --
+    args, arguments = parser.parse_args(argv[:1]), argv[1:]  # argparse must not see the rest, because it would drop a --
     if args.command == "check":
         count = check(arguments)
         if count is not None:

@@ -1,4 +1,4 @@
-"""A data set's lists for the stages: its annotations -> image.txt, label.json and attributes.txt.
+"""Makes the lists for the stages from a data set's annotations: image.txt, label.json and attributes.txt.
 
     python3 tools/lists.py peta PETA.mat --images /home/HwHiAiUser/dataset/peta/images
     python3 tools/lists.py rap RAP_annotation.mat --partition 3 --split trainval --output lists
@@ -8,18 +8,18 @@
     rap2          RAP_annotation.mat of RAP v2: 54 attributes, 5 partitions; split train, val, trainval or test
     pa100k        annotation.mat of PA-100K: 26 attributes; split train, val, trainval or test
     pkl           dataset_zs_run0.pkl (the zero-shot PETA and RAP v2) or dataset_all.pkl of "Rethinking of Pedestrian
-                  Attribute Recognition"; its attributes have an order of their own. Nothing in the file is executed
+                  Attribute Recognition"; its attributes are in another order. Nothing in the file is executed
     peta-folders  the folder of PETA's ten sub-sets, each with archive/Label.txt: the 35 attributes, all images
     csv           a table: its first column names the images, each other column is an attribute, 0 or 1, with its name on top
     list          your own image.txt and, with --labels, label.json, to --flatten them
 
-By default the lists are those of partition 0's test set. image.txt has a file name a line, in evaluation order; label.json is
-{file name: [0 or 1 for each attribute]}; attributes.txt has the attributes' names, one a line, in the order of the labels.
-With --images, nothing is written unless every image of the list is there.
+By default, the lists are those of partition 0's test set. image.txt has one file name per line, in evaluation order. label.json is
+{file name: [0 or 1 for each attribute]}. attributes.txt has the attributes' names, one per line, in the order of the labels.
+With --images, nothing is written unless every listed image exists.
 
-Each image needs a name of its own up to the first dot, as its bin and its result are called by it. Where a set has 0002.png in
-several folders or 0002.png beside 0002.jpg, --flatten DIR makes a folder of links, each named by the image's whole
-path (cam1/0002.png: cam1_0002_png.png), and the lists hold these names. DIR is then the images' folder for all stages.
+No two images may have the same name up to the first dot, because that is the name of the bin and of the result. If a data set
+has 0002.png in several folders, or 0002.png beside 0002.jpg, --flatten DIR makes a folder of links. Each link is named by the
+image's whole path (cam1/0002.png: cam1_0002_png.png), and the lists hold these names. DIR is then the images' folder for all stages.
 """
 import argparse
 import collections
@@ -41,22 +41,22 @@ from preprocess_deepmar_pytorch import find_images, inside, start_worker, uninte
 with importing():
     import numpy as np
 
-PETA_FIRST = 4  # the column of PETA's data that holds the first attribute; before it are the image's number and three others
-RAP_USED = 51   # so many of RAP's 92 attributes are frequent enough for the benchmark; they come first
-UNCLEAR = 2     # a label of RAP where the annotators could not tell
+PETA_FIRST = 4  # the first attribute's column in PETA's data; the image's number and three others come before it
+RAP_USED = 51   # RAP's benchmark uses the first 51 of 92 attributes, which are frequent enough
+UNCLEAR = 2     # RAP's label if the annotators could not decide
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp")  # the endings in PETA's folders
 BITS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
-SECONDS = 300   # of the processor, for reading a file; the largest takes 3, and a pickle can be made to take for ever
+SECONDS = 300   # limit of processor time for reading a file; the largest file takes 3, but a hostile pickle could take for ever
 
-# What a file says: the images' names, integers [images, columns], the columns' names, those that are the benchmark's attributes
-# (a list of indexes), and for each partition {"train", "val", "test": rows}, or with "trainval" in place of the first two.
+# The content of a file. names: of the images. labels: integers [images, columns]. attributes: the columns' names. used: the
+# indexes of the benchmark's attributes. partitions: for each, {"train", "val", "test": rows}, or "trainval" for the first two.
 Annotations = collections.namedtuple("Annotations", "names labels attributes used partitions")
 
 
 # --- .mat files ------------------------------------------------------------------------------------------------------
 
 def load_mat(path, *variables):
-    """scipy's loadmat of some variables; raises ValueError for any file that is no .mat file of them."""
+    """Reads some variables with scipy's loadmat. Raises ValueError for any file that is not a .mat file with them."""
     from scipy.io import loadmat
     try:
         content = loadmat(path, appendmat=False, variable_names=variables)
@@ -64,7 +64,7 @@ def load_mat(path, *variables):
         raise ValueError("%s: is a MATLAB 7.3 (HDF5) file; get the data set's own file, or save this one again in MATLAB: "
                          "s = load('%s'); save('new.mat', '-struct', 's', '-v7')" % (path, os.path.basename(path)))
     except Exception as error:  # a damaged file makes scipy raise nearly anything
-        raise ValueError("%s: cannot be read as a .mat file, get it again: %s" % (path, one_line(error)))
+        raise ValueError("%s: cannot be read as a .mat file; download it again: %s" % (path, one_line(error)))
     missing = [name for name in variables if name not in content]
     if missing:
         raise ValueError("it has no %s" % ", ".join(missing))
@@ -72,14 +72,14 @@ def load_mat(path, *variables):
 
 
 def fields(struct, what, count):
-    """The values of a struct's fields, in their order; raises ValueError unless there are at least so many."""
+    """Returns the values of a struct's fields, in order. Raises ValueError if there are fewer than count."""
     if not isinstance(struct, np.ndarray) or struct.size != 1 or len(struct.dtype.names or ()) < count:
         raise ValueError("%s is not one struct of %d fields" % (what, count))
     return struct.ravel()[0].item()
 
 
 def texts(cells, what):
-    """The strings of a cell array."""
+    """Returns the strings of a cell array."""
     values = [np.asarray(cell) for cell in np.asarray(cells).ravel()]
     if any(value.size != 1 or not isinstance(value.item(), str) for value in values):
         raise ValueError("%s is not a list of names" % what)
@@ -87,7 +87,7 @@ def texts(cells, what):
 
 
 def integers(value, what):
-    """Returns an array of whole numbers as int64 of the same shape; raises ValueError for any other value."""
+    """Returns an array of whole numbers as int64 in the same shape. Raises ValueError for any other value."""
     whole = isinstance(value, np.ndarray) and (
         value.dtype.kind in "ui" or value.dtype.kind == "f" and np.array_equal(value, np.floor(value)))
     if not whole:
@@ -96,7 +96,7 @@ def integers(value, what):
 
 
 def read_partitions(cells, parts, rows):
-    """The five partitions of a cell array of structs of image numbers; rows: {image number: row}."""
+    """Returns the five partitions in a cell array of structs of image numbers. rows: {image number: row}."""
     cells = np.asarray(cells).ravel()
     if len(cells) != 5:
         raise ValueError("it has %d partitions, not 5" % len(cells))
@@ -105,7 +105,7 @@ def read_partitions(cells, parts, rows):
 
 
 def rows_of(numbers, rows, what):
-    """The rows of an array of image numbers; raises ValueError for one that is not there."""
+    """Returns the rows for an array of image numbers. Raises ValueError for an unknown number."""
     numbers = numbers.ravel().tolist()
     unknown = [number for number in numbers if number not in rows]
     if unknown:
@@ -114,7 +114,7 @@ def rows_of(numbers, rows, what):
 
 
 def counted(first, count):
-    """{image number: row} of images that are numbered from first on."""
+    """Returns {image number: row} for count images that are numbered from first on."""
     return dict(zip(range(first, first + count), range(count)))
 
 
@@ -156,7 +156,7 @@ def read_pa100k(path):
         labels.append(integers(content[part + "_label"], part + "_label"))
         rows[part] = list(range(first, len(names)))
         if len(labels[-1]) != len(rows[part]):
-            raise ValueError("it has %d names and %d labels of %s" % (len(rows[part]), len(labels[-1]), part))
+            raise ValueError("it has %d names but %d labels for %s" % (len(rows[part]), len(labels[-1]), part))
     attributes = texts(content["attributes"], "attributes")
     return Annotations(names, np.concatenate(labels), attributes, np.arange(len(attributes)), [rows])
 
@@ -164,7 +164,7 @@ def read_pa100k(path):
 # --- the pickles of "Rethinking of Pedestrian Attribute Recognition" ----------------------------------------------------
 
 class Noted(dict):
-    """Stands for every object that a pickle asks for: notes what it would be made of, and runs nothing."""
+    """Stands for any object in a pickle. It only stores the object's arguments and state, and runs nothing."""
 
     def __new__(cls, *args):
         noted = super().__new__(cls)
@@ -179,7 +179,7 @@ class Noted(dict):
 
 
 class Unpickler(pickle.Unpickler):
-    """Makes plain values and Noted, whatever the pickle says."""
+    """Makes only plain values and Noted objects, whatever the pickle asks for."""
 
     def find_class(self, module, name):
         if module.split(".")[0] not in ("numpy", "easydict") and name not in ("range", "xrange"):
@@ -188,7 +188,7 @@ class Unpickler(pickle.Unpickler):
 
 
 def type_of(noted):
-    """numpy's type of a noted one, such as '<U12'. Raises ValueError unless it is of numbers or text."""
+    """Returns the numpy type, such as '<U12', that a Noted stands for. Raises ValueError unless it is a number or text."""
     code = "%s%s" % (noted.state[1].replace("|", ""), noted.args[0])
     if not re.match("[<>]?([biuf][1248]|U[0-9]{1,4})$", code):
         raise ValueError("it has values of the type %s" % code)
@@ -196,13 +196,13 @@ def type_of(noted):
 
 
 def array_of(noted):
-    """The array that was noted."""
+    """Returns the array that a Noted stands for."""
     _, shape, dtype, fortran, data = noted.state
     return np.frombuffer(data, type_of(dtype)).reshape(shape, order="F" if fortran else "C")
 
 
 def text_of(value):
-    """A text, which numpy may have written."""
+    """Returns a text, which may be a Noted of numpy."""
     return value if isinstance(value, str) else str(np.frombuffer(value.args[1], type_of(value.args[0]))[0])
 
 
@@ -213,7 +213,7 @@ def read_pkl(path):
     used = content["label_idx"]["eval"] if "label_idx" in content else np.arange(len(attributes))
     splits = content["partition"]
     parts = ["train", "val", "test"] if "train" in splits else ["trainval", "test"]
-    arrays = [splits[part] for part in parts]  # an array, or one for each partition
+    arrays = [splits[part] for part in parts]  # each is an array, or a list with one array per partition
     partitions = list(zip(*arrays)) if isinstance(arrays[0], list) else [arrays]
     return Annotations(names, integers(array_of(content["label"]), "label"), attributes, integers(np.array(used), "eval"), [
         {part: rows_of(integers(array_of(array), part), counted(0, len(names)), part) for part, array in zip(parts, partition)}
@@ -223,9 +223,9 @@ def read_pkl(path):
 # --- other forms ----------------------------------------------------------------------------------------------------
 
 def read_folders(path):
-    """PETA's sub-sets: a line of Label.txt is a person's number, or a file name, and the person's attributes.
+    """Reads PETA's sub-sets. A line of Label.txt has a person's number, or a file name, and the person's attributes.
 
-    An image is the person's whose number stands before the first underscore of its name.
+    The number before the first underscore of an image's name is the person's.
     """
     folders = [folder for folder in sorted(os.listdir(path)) if os.path.isfile(os.path.join(path, folder, "archive/Label.txt"))]
     if not folders:
@@ -234,7 +234,7 @@ def read_folders(path):
     for folder in folders:
         archive = os.path.join(path, folder, "archive")
         lines = [line.split() for line in read_lines(os.path.join(archive, "Label.txt"))]
-        # PETA.mat's name of it is another one.
+        # PETA.mat calls this attribute footwearSneaker.
         words = {line[0]: {word.replace("footwearSneakers", "footwearSneaker") for word in line[1:]} for line in lines if line}
         for file in sorted(file for file in os.listdir(archive) if file.lower().endswith(IMAGES)):
             root = os.path.splitext(file)[0]
@@ -294,10 +294,10 @@ SETS = {"peta": (read_peta, "PETA.mat", FOUR, 5),
         "list": (read_own, "list", [], 0)}
 
 
-# --- what all have in common ------------------------------------------------------------------------------------------
+# --- for all data sets ------------------------------------------------------------------------------------------------
 
 def chosen(annotations, wanted):
-    """Returns (labels 0 and 1 as uint8 [images, attributes], names) of the wanted attributes, or else of the benchmark's."""
+    """Returns (labels 0 and 1 as uint8 [images, attributes], names) of the wanted attributes (default: the benchmark's)."""
     names, labels, attributes, used, _ = annotations
     if labels is None:
         return None, None
@@ -323,14 +323,14 @@ def chosen(annotations, wanted):
 
 
 def check(names, attributes, partitions):
-    """Raises ValueError for a name that no list can hold, and for one that is there twice."""
+    """Raises ValueError for a name that a list cannot hold, and for a name that occurs twice."""
     if not names:
         raise ValueError("it has no image")
     for name in names:
         if not inside(name) or name != name.strip() or not stem(name) or re.search("[\ud800-\udfff]", name):
-            raise ValueError("%r is no file name that a list can hold" % name[:200])
+            raise ValueError("%r is not a file name that a list can hold" % name[:200])
     if any(name != name.strip() or not name.isprintable() or not name for name in attributes or ()):
-        raise ValueError("an attribute's name is empty or no printable line: %r" % some(attributes))
+        raise ValueError("an attribute's name is empty or not a printable line: %r" % some(attributes))
     rows = [("partition %d" % i, [names[row] for rows in part.values() for row in rows]) for i, part in enumerate(partitions)]
     for what, values in [("it", names), ("it", attributes or ())] + rows:
         twice = [value for value, count in collections.Counter(values).items() if count > 1]
@@ -339,9 +339,9 @@ def check(names, attributes, partitions):
 
 
 def read(data_set, path, labels_path=None, wanted=None):
-    """Returns (names, labels, attributes, partitions) of a file or folder; labels and attributes as chosen() returns them.
+    """Returns (names, labels, attributes, partitions) of a file or folder. chosen() returns the labels and attributes.
 
-    labels_path: the label.json of a list. Raises OSError, or ValueError with what is wrong.
+    labels_path: the label.json for a list. Raises OSError or ValueError.
     """
     reader, form = SETS[data_set][:2]
     try:
@@ -354,22 +354,22 @@ def read(data_set, path, labels_path=None, wanted=None):
         if str(error).startswith(path):
             raise ValueError(str(error))
         kind = "" if isinstance(error, ValueError) else type(error).__name__ + ": "
-        raise ValueError("%s: not the %s that lists.py %s takes: %s%s" % (path, form, data_set, kind, one_line(error)[:500]))
+        raise ValueError("%s: is not the %s that lists.py %s takes: %s%s" % (path, form, data_set, kind, one_line(error)[:500]))
     return annotations.names, labels, attributes, annotations.partitions
 
 
 def read_apart(data_set, path, *more):
-    """read() in a process of its own, as some damaged files crash scipy's reader or keep it busy for ever."""
+    """Runs read() in another process, because some damaged files crash scipy's reader or keep it busy for ever."""
     import multiprocessing
     if SETS[data_set][1].endswith(".mat"):
-        import scipy.io  # noqa: F401 - here, so that its absence is no fault of the file
+        import scipy.io  # noqa: F401 - if it is missing, the file must not get the blame
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=send, daemon=True, args=(os.getpid(), theirs, data_set, path) + more)
     try:
         with uninterrupted():
             process.start()
-    except OSError as error:  # a limit of processes
+    except OSError as error:  # the limit of processes is reached
         note("no process can be started (%s), so a damaged file may crash this one" % error.strerror)
         return read(data_set, path, *more)
     finally:
@@ -377,7 +377,7 @@ def read_apart(data_set, path, *more):
     try:
         result = ours.recv()
     except EOFError:
-        raise ValueError("%s: damaged; its reader crashes on it. Get it again" % path)
+        raise ValueError("%s: is damaged, and the library that reads it crashes; download it again" % path)
     finally:
         process.kill()
         process.join()
@@ -387,7 +387,7 @@ def read_apart(data_set, path, *more):
 
 
 def send(parent, pipe, *arguments):
-    """The reader's process: sends what read() returns, or its exception."""
+    """Runs in the reader's process: sends the result of read(), or its exception."""
     start_worker(parent)
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     try:
@@ -397,9 +397,9 @@ def send(parent, pipe, *arguments):
 
 
 def flat_names(names):
-    """Returns a name for each image's link: its path with _ for / and dots, then its ending.
+    """Returns a name for each image's link: its path with _ for slashes and dots, and then its ending.
 
-    a/b_c and a_b/c would have one name, so a checksum follows it.
+    a/b_c and a_b/c would get the same name, so a checksum is added to such names.
     """
     flat = [re.sub("[/.]", "_", name) for name in names]
     count = collections.Counter(map(composed, flat))
@@ -408,7 +408,7 @@ def flat_names(names):
 
 
 def link(folder, names, paths):
-    """Makes a folder of links, {name: path}; a link that is there already may stay."""
+    """Makes a folder of links with these names to these paths. Keeps a correct link that already exists."""
     os.makedirs(folder, exist_ok=True)
     for name, path in zip(names, paths):
         place, target = os.path.join(folder, name), os.path.abspath(path)
@@ -416,22 +416,22 @@ def link(folder, names, paths):
             os.symlink(target, place)
         except FileExistsError:
             if not os.path.islink(place) or os.readlink(place) != target:
-                raise ValueError("%s: is there already, and is no link to %s; give --flatten a new folder" % (place, target))
+                raise ValueError("%s: exists already and is not a link to %s; give --flatten a new folder" % (place, target))
 
 
 def check_stems(path, names):
-    """Raises ValueError where two images would have one bin."""
+    """Raises ValueError if two images would have the same bin."""
     first, pairs = {}, []
     for name in names:
         if first.setdefault(stem(name), name) is not name:
             pairs.append("%s and %s" % (first[stem(name)], name))
     if pairs:
-        raise ValueError("%s: %d images share their name up to the first dot, and so their bin: %s; --flatten DIR gives each one "
-                         "of its own" % (path, len(pairs), some(pairs)))
+        raise ValueError("%s: %d images share their name up to the first dot, and so their bin: %s; --flatten DIR gives each its "
+                         "own name" % (path, len(pairs), some(pairs)))
 
 
 def rows_of_split(path, partitions, partition, split):
-    """The rows of a split; raises ValueError where there is none."""
+    """Returns the rows of a split. Raises ValueError if the split does not exist or is empty."""
     if partition >= len(partitions):
         raise ValueError("%s: has no partition %d; it has %d" % (path, partition, len(partitions)))
     rows = partitions[partition]
@@ -445,25 +445,25 @@ def rows_of_split(path, partitions, partition, split):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    sets = parser.add_subparsers(dest="set", metavar="SET", help="one of those above; lists.py SET --help names its options")
+    sets = parser.add_subparsers(dest="set", metavar="SET", help="one of the data sets above; lists.py SET --help lists its options")
     sets.required = True
     for name, (_, form, splits, partitions) in SETS.items():
         one = sets.add_parser(name, allow_abbrev=False)
         one.set_defaults(partition=0, split=None, labels=None, attributes=None)
-        one.add_argument("file", metavar=form.upper() if form.islower() else form, help="what describes the data set")
+        one.add_argument("file", metavar=form.upper() if form.islower() else form, help="the data set's annotations")
         if partitions > 1:
             one.add_argument("--partition", type=int, choices=range(partitions), default=0,
                              help="one of the %d random partitions (default: 0)" % partitions)
         if splits:
-            one.add_argument("--split", choices=splits, default="test", help="which images of it (default: test)")
+            one.add_argument("--split", choices=splits, default="test", help="the split to list (default: test)")
         if name != "list":
-            one.add_argument("--attributes", metavar="FILE", help="the attributes to list in this order, a name a line, such as "
-                             "those that the model was trained on (default: the benchmark's, in the file's order)")
+            one.add_argument("--attributes", metavar="FILE", help="the attributes to list, in this order, one per line; give "
+                             "those of the model's training (default: the benchmark's, in the file's order)")
         else:
-            one.add_argument("--labels", metavar="FILE", help="label.json of these images")
+            one.add_argument("--labels", metavar="FILE", help="the label.json of these images")
         one.add_argument("--images", metavar="DIR", help="the images' folder, to check that every image is there")
-        one.add_argument("--flatten", metavar="DIR", help="a folder to make, of links to the images with names of their own")
-        one.add_argument("--output", metavar="DIR", default=".", help="where to write (default: the current folder)")
+        one.add_argument("--flatten", metavar="DIR", help="a folder to make, with links to the images under unique names")
+        one.add_argument("--output", metavar="DIR", default=".", help="the folder for the lists (default: the current folder)")
     args = parser.parse_args(argv)
     if args.set == "peta-folders" and args.images is None:
         args.images = args.file
@@ -494,7 +494,7 @@ def main(argv=None):
         paths = find_images(args.images, names, args.file)
         others = [path for path in paths if not os.path.isfile(path)]
         if others:
-            raise ValueError("%d of the %d images are no files: %s" % (len(others), len(names), some(others)))
+            raise ValueError("%d of the %d images are not files: %s" % (len(others), len(names), some(others)))
     if args.flatten is not None:
         names = flat_names(names)
     check_stems(args.file, names)

@@ -1,18 +1,18 @@
-"""Images, or folders of them: what the model says about them, on the screen, as pictures, or in a file.
+"""Shows what the model says about images or folders of images: on the screen, as pictures, or in a file.
 
     python3 tools/predict.py person.png --onnx deepmar_bs1_nopad.onnx
     python3 tools/predict.py *.jpg --onnx deepmar_bs1_nopad.onnx --save pictures
     python3 tools/predict.py crops --onnx deepmar_bs1_nopad.onnx --json crops.json --csv crops.csv
 
-Prints every attribute, the likeliest first: its probability, its logit, and a + where the image has it (the logit is >= 0).
-The logits are those that stages 4 to 6 would write for the image, to the bit, unless a camera noted that it was held
-sideways: such a photograph (with an EXIF orientation) is turned upright here. --save DIR writes DIR/NAME_attributes.png for
-each image: the picture with a bar for each attribute beside it. Of a folder, all images in it and below it are taken, as
-their names' endings tell. --json and --csv write the logits of all images in place of the screen, and what the image has. Images
-that cannot be read are named at the end, after the others' attributes, and in these files.
+The script prints every attribute, the likeliest first: its probability, its logit, and a + if the image has it (the logit is
+>= 0). The logits are exactly those that stages 4 to 6 would write for the image, with one exception: a photograph with an EXIF
+orientation is turned upright here. --save DIR writes DIR/NAME_attributes.png for each image: the picture with a bar for each
+attribute beside it. From a folder and its subfolders, the script takes all files whose names end like those of images. --json
+and --csv write the logits of all images into a file instead of printing them; the JSON file also lists what each image has.
+Images that cannot be read are named at the end and in these files.
 
-The attributes' names are those of --attributes, else those in the model's metadata, else PETA's if there are 35. With
---thresholds, the limits of tools/thresholds.py take the place of 0.
+The attributes' names come from --attributes, else from the model's metadata, else they are PETA's if there are 35. With
+--thresholds, the limits of tools/thresholds.py replace 0.
 """
 import argparse
 import collections
@@ -36,14 +36,14 @@ from session import empty_batch, input_size, open_session
 with importing():
     import numpy as np
 
-# The picture that --save draws, in pixels, and its colours.
+# Sizes in the picture that --save draws, in pixels, and its colours.
 MARGIN, ROW, BAR, TEXT = 16, 19, 150, 14
-WIDTH = 480  # of the image at most
+WIDTH = 480  # the largest width of the image
 WHITE, BLACK, GREY, PALE, BLUE = "white", "#202020", "#707070", "#d8d8d8", "#2f6fb5"
 
 
 def find_images(paths):
-    """Returns the paths with each folder replaced by its images, in order of their names; raises OSError or ValueError."""
+    """Returns the paths, with each folder replaced by its images in order of their names. Raises OSError or ValueError."""
     def broken(error):
         raise error
 
@@ -64,18 +64,18 @@ def find_images(paths):
         if not images:
             raise ValueError("%s: holds no image file (%s)" % (path, " ".join(ENDINGS)))
         if others:
-            note("%s: %d files are left out, as their names do not end as those of images" % (path, others))
+            note("%s: %d files are left out, because their names do not end like those of images" % (path, others))
         found += images
     return list(dict.fromkeys(found))
 
 
 def predict(session, paths, report):
-    """Runs the model over image files in batches, the last filled up with zeros, as stages 4 to 6 do.
+    """Runs the model over image files in batches, as stages 4 to 6 do. Zeros fill up the last batch.
 
-    Images with an EXIF orientation are turned upright. Returns (paths read, their logits float32 [paths read, attributes],
-    {path: why it could not be read} of the others). Calls report(images) after every batch.
+    Turns images with an EXIF orientation upright. Returns (paths that could be read, their logits float32 [paths, attributes],
+    {path: why it could not be read} for the others). Calls report(images) after every batch.
     """
-    import PIL  # noqa: F401 - here, so that its absence is no fault of the images
+    import PIL  # noqa: F401 - if it is missing, the images must not get the blame
     name = session.get_inputs()[0].name
     read, logits, bad = [], [], {}
     batch_size, height, width = input_size(session)
@@ -102,7 +102,7 @@ def predict(session, paths, report):
 
 
 def describe(path, logits, names, limits):
-    """The lines to print for an image: logits and limits float32 [attributes], with digits that say the logits to the bit."""
+    """Yields the lines to print for an image. logits, limits: float32 [attributes]. Nine digits give a logit exactly."""
     width = max(len(name) for name in names)
     chances, has = probabilities(logits), logits >= limits
     yield "%s: %d of %d attributes" % (path, has.sum(), len(names))
@@ -112,10 +112,11 @@ def describe(path, logits, names, limits):
 
 
 class Pen(object):
-    """Writes text into pictures, each letter in the first of these fonts that has it: that of the file path, DejaVu Sans,
-    those that fontconfig knows, Pillow's own.
+    """Writes text into pictures. Each letter comes from the first font that has it: the file path, DejaVu Sans, the fonts of
+    fontconfig, Pillow's own font.
 
-    texts: all that will be written. What no font has is in missing, and becomes a box. Raises ValueError for no font file.
+    texts: all text that will be written. missing holds the letters that no font has; boxes are drawn for them. Raises
+    ValueError if path is not a font file.
     """
 
     def __init__(self, texts, path=None):
@@ -125,12 +126,12 @@ class Pen(object):
             try:
                 self.take(ImageFont.truetype(path, TEXT))
             except (OSError, ImportError) as error:
-                raise ValueError("%s: no font that Pillow can read: %s" % (path, error))
+                raise ValueError("%s: is not a font that Pillow can read: %s" % (path, error))
         for font in open_fonts(self):
             self.take(font)
 
     def take(self, font):
-        """Has a font write the letters that the earlier ones lack."""
+        """Uses a font for the letters that the earlier fonts lack."""
         found = [letter for letter in self.missing if has_letter(font, letter)]
         self.missing = [letter for letter in self.missing if letter not in found]
         self.font_of.update(dict.fromkeys(found, font))
@@ -149,13 +150,13 @@ class Pen(object):
         """Writes the text into a row of the picture that begins at (x, y)."""
         ascent, descent = metrics(self.fonts[0])
         for font, part in self.parts(text):
-            top = y + (ROW - ascent - descent) // 2 + ascent - metrics(font)[0]  # all on one line
+            top = y + (ROW - ascent - descent) // 2 + ascent - metrics(font)[0]  # all fonts share a baseline
             canvas.text((round(x), top), part, fill=fill, font=font)
             x += advance(font, part)
 
 
 def open_fonts(pen):
-    """Yields the fonts that are at hand; of fontconfig's, those that have a letter which the pen still lacks."""
+    """Yields the available fonts. Of fontconfig's fonts, only those with letters that the pen still lacks."""
     from PIL import ImageFont
     with contextlib.suppress(OSError, ImportError):
         yield ImageFont.truetype("DejaVuSans.ttf", TEXT)
@@ -169,30 +170,30 @@ def open_fonts(pen):
             yield ImageFont.truetype(path, TEXT, index=int(index))
     try:
         yield ImageFont.load_default(TEXT)
-    except (TypeError, ImportError):  # before Pillow 10.1: small bitmaps, of latin-1 letters only
+    except (TypeError, ImportError):  # before Pillow 10.1, it has only small bitmaps of latin-1 letters
         yield ImageFont.load_default()
 
 
 def has_letter(font, letter):
-    """Whether a font draws a letter as something else than what it draws for a letter that it lacks."""
-    if not hasattr(font, "getmetrics"):  # Pillow's bitmaps
+    """Returns whether a font has a letter: it then draws something else than for a letter that it lacks."""
+    if not hasattr(font, "getmetrics"):  # Pillow's bitmap font
         return ord(letter) < 256
-    mask, lacking = font.getmask(letter), font.getmask("\U0010ffff")  # which is a letter in no font
+    mask, lacking = font.getmask(letter), font.getmask("\U0010ffff")  # no font has this letter
     return letter.isspace() or mask.size != lacking.size or list(mask) != list(lacking)
 
 
 def advance(font, text):
-    """How far a text moves the pen, in pixels."""
+    """Returns the width of a text in pixels."""
     return font.getlength(text) if hasattr(font, "getlength") else font.getsize(text)[0]  # before Pillow 8
 
 
 def metrics(font):
-    """The pixels of a font above and below its line."""
+    """Returns how many pixels a font takes above and below the baseline."""
     return font.getmetrics() if hasattr(font, "getmetrics") else (font.getmask("Hg").size[1], 0)
 
 
 def draw(path, logits, names, pen, limits=0):
-    """Returns an RGB picture of an image file with a row for each attribute beside it, the likeliest first."""
+    """Returns an RGB picture of an image file, with a row for each attribute beside it, the likeliest first."""
     from PIL import Image, ImageDraw
     order = np.argsort(-logits, kind="stable")
     chances, has = probabilities(logits), logits >= limits
@@ -226,12 +227,13 @@ def draw(path, logits, names, pen, limits=0):
 
 
 def targets(paths, folder):
-    """Returns {image path: path of its picture in folder}; raises ValueError where two are one, or one is an image."""
+    """Returns {image path: path of its picture in folder}. Raises ValueError if two pictures would get the same path, or if a
+    picture would overwrite an image."""
     result, seen = {}, {}
     for path in paths:
         name = stem(path)
         if name in seen:
-            raise ValueError("%s and %s would both be drawn as %s_attributes.png; give them to two runs with two folders"
+            raise ValueError("%s and %s would both be drawn as %s_attributes.png; draw them in two runs with different folders"
                              % (seen[name], path, name))
         seen[name] = path
         result[path] = os.path.join(folder, name + "_attributes.png")
@@ -247,18 +249,18 @@ def parse(argv):
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="an image file, or a folder")
     parser.add_argument("--onnx", metavar="MODEL", required=True, help="the model, of any batch size")
     parser.add_argument("--attributes", metavar="FILE",
-                        help="the attributes' names, one a line (default: PETA's, if there are 35)")
-    parser.add_argument("--thresholds", metavar="FILE", help="tools/thresholds.py's file (default: a logit of 0 for all)")
-    parser.add_argument("--json", metavar="FILE", help="write what the model says here, not on the screen")
-    parser.add_argument("--csv", metavar="FILE", help="the same as a table: a row an image, a column of logits an attribute")
-    parser.add_argument("--save", metavar="DIR", help="also draw each image's attributes, into this folder")
+                        help="a file with the attributes' names, one per line (default: the model's, else PETA's if there are 35)")
+    parser.add_argument("--thresholds", metavar="FILE", help="the file of tools/thresholds.py (default: a logit of 0 for all)")
+    parser.add_argument("--json", metavar="FILE", help="write the results into this file instead of printing them")
+    parser.add_argument("--csv", metavar="FILE", help="the same as a table: one row per image, one column of logits per attribute")
+    parser.add_argument("--save", metavar="DIR", help="also draw each image's attributes and write the pictures into this folder")
     parser.add_argument("--font", metavar="FILE",
-                        help="with --save: a font (default: DejaVu Sans; for letters that it lacks, a font that has them)")
+                        help="with --save: a font (default: DejaVu Sans, and other fonts for letters that it lacks)")
     return parser.parse_args(argv)
 
 
 def attributes_of(session):
-    """The number of attributes that a model tells."""
+    """Returns the number of a model's attributes."""
     count = session.get_outputs()[0].shape[1]
     if isinstance(count, int):
         return count
@@ -267,12 +269,12 @@ def attributes_of(session):
 
 
 def digits(logits):
-    """Logits as numbers of no more digits than say them to the bit."""
+    """Returns logits as numbers with nine digits, which give a float32 exactly."""
     return [float("%.9g" % value) for value in logits]
 
 
 def as_json(model, names, limits, predictions, bad):
-    """What the model says as JSON text. predictions: {image path: logits}; bad: {image path: why it cannot be read}."""
+    """Returns the results as JSON text. predictions: {image path: logits}. bad: {image path: why it cannot be read}."""
     return json.dumps({
         "model": model, "attributes": names, "names_assumed": names is PETA, "thresholds": digits(limits),
         "images": [{"image": path, "has": [name for name, has in zip(names, row >= limits) if has], "logits": digits(row)}
@@ -281,7 +283,7 @@ def as_json(model, names, limits, predictions, bad):
 
 
 def as_csv(paths, names, predictions, bad):
-    """The same as CSV text, in the order of the paths; what is no UTF-8 in a file's name is written as \\udc80."""
+    """Returns the same as CSV text, in the order of the paths. A byte of a name that is not UTF-8 becomes, say, \\udc80."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "error"] + names)
@@ -295,11 +297,11 @@ def main(argv=None):
     paths = find_images(args.images)
     pictures = {} if args.save is None else targets(paths, args.save)
     files = [path for path in (args.json, args.csv) if path is not None]
-    for path in files:  # before the work
+    for path in files:  # fail before the work
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            raise FileNotFoundError("%s: there is no such folder" % path)
+            raise FileNotFoundError("%s: cannot be written: its folder does not exist" % path)
     if args.font is not None:
-        Pen([], args.font)  # what is wrong with it shows before the work is done
+        Pen([], args.font)  # fail before the work if the font is bad
     session = open_session(args.onnx)
     names = attribute_names(attributes_of(session), args.attributes, args.onnx)
     names, limits, _ = read_thresholds(args.thresholds, names)
@@ -312,14 +314,14 @@ def main(argv=None):
             raise ValueError("%s: gives NaN or infinite logits for %s" % (
                 args.onnx, some(path for path, row in zip(read, logits) if not np.isfinite(row).all())))
         if look_like_probabilities(logits):
-            note("%s: %s; the logits below are those that belong to them" % (args.onnx, PROBABILITIES))
+            note("%s: %s; they are converted to logits" % (args.onnx, PROBABILITIES))
             logits = logits_from(logits)
     predictions = dict(zip(read, logits)) if read else {}
     if pictures and read:
         pen = Pen(names + ["0123456789. %"], args.font)
         if pen.missing:
-            note("no font on this machine has %s: boxes are drawn. Install one (for Chinese fonts-noto-cjk of Debian and "
-                 "Ubuntu, google-noto-sans-cjk-fonts of openEuler, CentOS and Fedora), or give --font FILE" % some(pen.missing))
+            note("no font on this machine has %s: boxes are drawn. Install one (for Chinese: fonts-noto-cjk on Debian and "
+                 "Ubuntu, google-noto-sans-cjk-fonts on openEuler, CentOS and Fedora), or give --font FILE" % some(pen.missing))
         os.makedirs(args.save, exist_ok=True)
         for path, row in predictions.items():
             with whole_file(pictures[path]) as temporary:

@@ -1,12 +1,12 @@
-"""An INT8 model for ONNX Runtime: about three times as fast on a CPU with VNNI, at a small loss of accuracy.
+"""Makes an INT8 model for ONNX Runtime: about three times as fast on a CPU with VNNI, at a small loss of accuracy.
 
     python3 tools/quantize.py deepmar_bs1_nopad.onnx input_bin deepmar_bs1_int8.onnx --labels label.json
 
-Static post-training quantization with ONNX Runtime's own quantizer: weights int8 per output channel, activations uint8
-with the ranges that they take over a sample of the bins, spread evenly over the folder. BatchNormalization is folded
-into the convolutions first. The model keeps its inputs and outputs, so that stages 6 and 7 take it as they take the
-other. With --labels, both models are scored on all bins, and nothing is written where instance_acc drops by more than
-1 % (percentage points). An INT8 ONNX is for ONNX Runtime only: atc takes the float32 one.
+The script uses static post-training quantization with ONNX Runtime's own quantizer. Weights become int8 with a scale per output
+channel. Activations become uint8; their ranges come from a sample of the bins, spread evenly over the folder.
+BatchNormalization is first folded into the convolutions. The model keeps its inputs and outputs, so stages 6 and 7 take it like
+the float32 model. With --labels, both models are scored on all bins, and nothing is written if instance_acc drops by more than
+1 % (percentage points). An INT8 ONNX model is only for ONNX Runtime: atc takes the float32 model.
 """
 import argparse
 import os
@@ -25,13 +25,13 @@ from session import compute, empty_batch, input_size, open_session, takes_uint8
 with importing():
     import numpy as np
 
-IMAGES = 64  # calibration images; with 32 the drop was nearly twice as large, with 128 as large as with 64
+IMAGES = 64  # calibration images; the drop was nearly twice as large with 32, and the same with 128
 
 
 def batches(paths, count, empty):
-    """Yields count of the bins, evenly spread, as batches like the empty one; the last is filled up from the first.
+    """Yields count bins, evenly spread, as batches in the form of the empty one. The first bins fill up the last batch.
 
-    Raises ValueError for a bin that holds NaN or infinite values, which would become a range.
+    Raises ValueError for a bin that holds NaN or infinite values, because these would become the limits of a range.
     """
     chosen = np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int)
     size = len(empty)
@@ -45,10 +45,10 @@ def batches(paths, count, empty):
 
 
 def quantize(path, feeds, folder, qdq=False):
-    """Quantizes the model at path; returns the path of the INT8 model, a file in folder, as are those made on the way.
+    """Quantizes the model at path. Returns the path of the INT8 model in folder, which also gets the intermediate files.
 
-    feeds: [{input name: array}] of calibration. qdq: whether it has QuantizeLinear and DequantizeLinear nodes, at opset 13, in
-    place of ONNX Runtime's own INT8 operators. Raises ValueError where ONNX Runtime cannot do it.
+    feeds: [{input name: array}] for calibration. qdq: write QuantizeLinear and DequantizeLinear nodes at opset 13, in place of
+    ONNX Runtime's own INT8 operators. Raises ValueError if ONNX Runtime cannot quantize the model.
     """
     import logging
     import onnx
@@ -67,25 +67,25 @@ def quantize(path, feeds, folder, qdq=False):
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC  # standard operators only
     options.optimized_model_filepath = folded
-    options.log_severity_level = 3  # errors
+    options.log_severity_level = 3  # log only errors
     here = os.getcwd()
     path = os.path.abspath(path)
-    logging.disable(logging.WARNING)  # the quantizer asks for the folding that was just done
+    logging.disable(logging.WARNING)  # the quantizer would suggest the folding that was just done
     onnxruntime.set_default_logger_severity(3)
-    os.chdir(folder)  # where ONNX Runtime 1.10 leaves a file of its own
+    os.chdir(folder)  # ONNX Runtime 1.10 writes an extra file into the current folder
     try:
         onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        # QOperator, as its per-channel weights need no newer opset than 11; QDQ's need 13.
+        # QOperator is the default, because its per-channel weights need only opset 11. QDQ's need 13.
         if qdq:
             from onnx import version_converter
             onnx.save(version_converter.convert_version(onnx.load(folded), 13), folded)
-        # AIPP's table stays as it is: ONNX Runtime 1.10 would make int8 of it, which its convolution does not take.
+        # AIPP's table is not quantized: ONNX Runtime 1.10 would convert it to int8, which its convolution does not accept.
         quantize_static(folded, result, Reader(), quant_format=QuantFormat.QDQ if qdq else QuantFormat.QOperator, per_channel=True,
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
                         nodes_to_exclude=["aipp_gather", "aipp_transpose"])
     except (OSError, ValueError):
         raise
-    except Exception as error:  # the quantizer's own kinds have no base class, and some many lines
+    except Exception as error:  # the quantizer's errors have no common class, and some have many lines
         raise ValueError("%s: ONNX Runtime %s cannot quantize it: %s: %s"
                          % (path, onnxruntime.__version__, type(error).__name__, one_line(error)))
     finally:
@@ -103,32 +103,32 @@ def parse(argv):
     parser.add_argument("bins", metavar="BIN_DIR", help="the bins that stage 4 wrote")
     parser.add_argument("output", metavar="OUTPUT", help="the INT8 model to write")
     parser.add_argument("--images", type=int, default=IMAGES, metavar="N",
-                        help="bins to calibrate with (default: %(default)s)")
+                        help="number of bins for calibration (default: %(default)s)")
     parser.add_argument("--labels", metavar="LABEL", help="label.json: score both models on all bins")
     parser.add_argument("--qdq", action="store_true",
                         help="write QuantizeLinear and DequantizeLinear nodes, opset 13, which OpenVINO reads too; needs a current "
                              "ONNX")
-    parser.add_argument("--allow-drop", action="store_true", help="write the model whatever it drops")
+    parser.add_argument("--allow-drop", action="store_true", help="write the model even if the accuracy drops by more")
     args = parser.parse_args(argv)
     if args.images < 1:
         parser.error("--images must be positive")
     if args.qdq and sys.version_info < (3, 8):
-        parser.error("--qdq needs a current ONNX and ONNX Runtime; those of the guide know no opset 13 with weights per channel")
+        parser.error("--qdq needs a current ONNX and ONNX Runtime; the guide's versions lack weights per channel in opset 13")
     if os.path.realpath(args.output) == os.path.realpath(args.model):
         parser.error("OUTPUT is MODEL, which atc still needs; give another name")
     return args
 
 
 def open_float32(path):
-    """Returns the session of a model that is not quantized yet; raises OSError or ValueError."""
+    """Opens a model that is not quantized yet. Returns its session. Raises OSError or ValueError."""
     session = open_session(path)
     if {node.op_type for node in load(path).graph.node} & {"QLinearConv", "QuantizeLinear"}:
-        raise ValueError("%s: is quantized already; give the float32 model" % path)
+        raise ValueError("%s: is already quantized; give the float32 model" % path)
     return session
 
 
 def score(int8, float32, bins, labels):
-    """Prints the accuracy of two sessions over the bins [(name, path)]; returns that of float32, and int8's drop."""
+    """Prints the accuracy of two sessions over the bins [(name, path)]. Returns (float32's accuracy, int8's drop)."""
     of_int8, of_float32 = compute(int8, bins), compute(float32, bins)
     accuracy = effect(of_int8, of_float32, labels)["instance_acc"]
     drop, interval = -accuracy["change"], accuracy["interval"]
@@ -158,7 +158,7 @@ def main(argv=None):
         if labels is not None:
             accuracy, drop = score(open_session(temporary), session, bins, labels)
             if drop > MAX_DROP + 1e-9 and not args.allow_drop:
-                raise ValueError("%s: not written, as instance_acc drops by more than 1 %%; calibrate on more bins "
+                raise ValueError("%s: was not written, because instance_acc drops by more than 1 %%; calibrate on more bins "
                                  "(--images), or accept it (--allow-drop)" % args.output)
     print("%s: int8, %.1f MB (float32: %.1f MB), calibrated on %d of %d bins; for ONNX Runtime, not for atc"
           % (args.output, os.path.getsize(args.output) / 1e6, os.path.getsize(args.model) / 1e6,

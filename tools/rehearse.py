@@ -1,16 +1,16 @@
-"""What the card will do, before there is a card: AIPP's settings for atc, and twins of the ONNX model that compute alike.
+"""Predicts what the card will compute, without a card: AIPP's settings for atc, and ONNX models that imitate the card (twins).
 
     python3 tools/rehearse.py cfg aipp.cfg
     python3 tools/rehearse.py aipp deepmar_bs1_nopad.onnx deepmar_bs1_aipp.onnx
     python3 tools/rehearse.py float16 deepmar_bs1_nopad.onnx deepmar_bs1_float16.onnx
 
-cfg writes the file for atc's --insert_op_conf: the card then takes stage 4's uint8 bins and normalises them itself.
-aipp writes the model with that arithmetic before it. Its input is uint8 [N,height,width,3].
-float16 writes the model with its weights, its input and the result of each node rounded to float16. Products are added up in
-float32, as the card's cube unit does. tools/compare.py --rehearsal judges the card's results by it.
+cfg writes the file for atc's --insert_op_conf. The card then takes stage 4's uint8 bins and normalises them itself.
+aipp writes a copy of the model that begins with the same arithmetic. Its input is uint8 [N,height,width,3].
+float16 writes a copy of the model in which the weights, the input and each node's result are rounded to float16. Products are
+summed in float32, as in the card's cube unit. tools/compare.py --rehearsal judges the card's results by this model.
 
-Twins run on ONNX Runtime as any model does: in stages 6 and 7, compare, predict and quantize. They are a bound on rounding, no
-simulation of the chip: the card's order of accumulation and its kernels are unknown.
+These models run on ONNX Runtime like any other: in stages 6 and 7, compare, predict and quantize. They are a bound on rounding,
+not a simulation of the chip: the card's order of accumulation and its kernels are unknown.
 """
 import argparse
 import os
@@ -26,16 +26,16 @@ from remove_pad import load, nested
 with importing():
     import numpy as np
 
-MIN = [255 * mean for mean in MEAN]          # AIPP's min_chn and var_reci_chn: it computes (pixel - min) * var_reci
+MIN = [255 * mean for mean in MEAN]          # AIPP's min_chn and var_reci_chn. AIPP computes (pixel - min) * var_reci
 VAR_RECI = [1 / (255 * std) for std in STD]
-LARGEST = 65504                              # of float16
+LARGEST = 65504                              # the largest float16
 
-# Operators that only pick or move values, which are rounded already.
+# These operators only select or move values, and the values are already rounded.
 MOVES = {"Relu", "MaxPool", "Flatten", "Reshape", "Transpose", "Identity", "Gather", "Squeeze", "Unsqueeze"}
 
 
 def aipp_cfg(height, width):
-    """The text of AIPP's settings for atc, in protobuf's text format."""
+    """Returns AIPP's settings for atc, in protobuf's text format."""
     fields = ["aipp_mode: static", "related_input_rank: 0", "input_format: RGB888_U8", "src_image_size_w: %d" % width,
               "src_image_size_h: %d" % height, "csc_switch: false", "rbuv_swap_switch: false"]
     for name, values in (("min", MIN), ("var_reci", VAR_RECI)):
@@ -44,33 +44,33 @@ def aipp_cfg(height, width):
 
 
 def aipp_table():
-    """What AIPP makes of each pixel value, float32 [3 channels,256]: its settings and both results are float16."""
+    """Returns AIPP's result for each pixel value, float32 [3 channels,256]. Its settings and both operations are float16."""
     pixel = np.arange(256).astype(np.float16)
     return np.stack([(pixel - np.float16(low)) * np.float16(factor) for low, factor in zip(MIN, VAR_RECI)]).astype(np.float32)
 
 
 def aipp_differences():
-    """How far AIPP's values are from stage 4's at most, over all pixel values, for each channel."""
+    """Returns the largest difference between AIPP's and stage 4's values over all pixel values, for each channel."""
     pixel = np.arange(256, dtype=np.float32) / np.float32(255)
     exact = [(pixel - np.float32(mean)) / np.float32(std) for mean, std in zip(MEAN, STD)]
     return np.abs(aipp_table() - exact).max(axis=1)
 
 
 def image_input(model, path):
-    """Returns the input of the model's graph; raises ValueError if it has several."""
-    weights = {tensor.name for tensor in model.graph.initializer}  # which older exporters list among the inputs
+    """Returns the input of the model's graph. Raises ValueError if there are several."""
+    weights = {tensor.name for tensor in model.graph.initializer}  # older exporters list these as inputs too
     inputs = [value for value in model.graph.input if value.name not in weights]
     if len(inputs) != 1 or len(inputs[0].type.tensor_type.shape.dim) != 4:
-        raise ValueError("%s: not a DeepMAR model, which has one input [N,3,224,224]" % path)
+        raise ValueError("%s: is not a DeepMAR model, which has one input [N,3,224,224]" % path)
     return inputs[0]
 
 
 def add_aipp(model, path):
-    """Puts AIPP before an onnx.ModelProto, in place. Its nodes are called aipp_...; the network keeps its names."""
+    """Puts AIPP's arithmetic at the beginning of an onnx.ModelProto, in place. The new nodes' names begin with aipp_."""
     from onnx import TensorProto, helper, numpy_helper
     graph, image = model.graph, image_input(model, path)
     if image.type.tensor_type.elem_type != TensorProto.FLOAT:
-        raise ValueError("%s: does not take float32; has it AIPP already?" % path)
+        raise ValueError("%s: does not take float32; it may already have AIPP" % path)
     batch, _, height, width = image.type.tensor_type.shape.dim
     uint8 = helper.make_tensor_value_info("aipp_pixels", TensorProto.UINT8, [1, 1, 1, 3])
     for dim, source in zip(uint8.type.tensor_type.shape.dim, (batch, height, width)):
@@ -81,7 +81,7 @@ def add_aipp(model, path):
     for entry in model.metadata_props:
         if entry.key == PREFIX + "layout":
             entry.value = "NHWC RGB uint8"
-    # A table says it all: a channel has 256 values.
+    # A table is enough, because a channel has only 256 values.
     graph.initializer.extend([numpy_helper.from_array(aipp_table().ravel(), "aipp_table"),
                               numpy_helper.from_array(np.array([0, 256, 512], np.int32), "aipp_rows")])
     nodes = [helper.make_node("Cast", ["aipp_pixels"], ["aipp_values"], "aipp_cast", to=TensorProto.INT32),
@@ -94,7 +94,7 @@ def add_aipp(model, path):
 
 
 def round_weights(graph):
-    """Rounds the graph's float32 initializers to float16, in place; returns their number."""
+    """Rounds the graph's float32 initializers to float16, in place. Returns their number."""
     from onnx import TensorProto, numpy_helper
     weights = [tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT]
     for tensor in weights:
@@ -102,16 +102,16 @@ def round_weights(graph):
         with np.errstate(over="ignore"):
             rounded = values.astype(np.float16).astype(np.float32)
         if not np.isfinite(rounded).all():
-            note("%s: %d weights are beyond %d, where float16 ends" % (tensor.name, (~np.isfinite(rounded)).sum(), LARGEST))
+            note("%s: %d weights are larger than float16's maximum, %d" % (tensor.name, (~np.isfinite(rounded)).sum(), LARGEST))
         tensor.CopyFrom(numpy_helper.from_array(rounded, tensor.name))
     return len(weights)
 
 
 def rounding(source, target, rank):
-    """The nodes that round a float32 tensor to float16.
+    """Returns the nodes that round a float32 tensor to float16.
 
-    ONNX Runtime 1.10 takes a Cast to float16 and the one back for nothing and drops both. It keeps them with a Reshape between
-    them, which changes nothing (each size is the input's) and copies nothing.
+    ONNX Runtime 1.10 would drop a Cast to float16 that is followed by a Cast back. It keeps them if a Reshape is between them.
+    This Reshape keeps every size and copies nothing.
     """
     from onnx import TensorProto, helper
     half, same = target + "/float16", target + "/float16_kept"
@@ -121,20 +121,20 @@ def rounding(source, target, rank):
 
 
 def tensor_types(model):
-    """{name: type} of the tensors of a model's graph, as far as onnx can infer them."""
+    """Returns {name: type} of the tensors in a model's graph, as far as onnx can infer them."""
     import onnx
     from onnx import helper
     model = onnx.ModelProto.FromString(model.SerializeToString())
     graph = model.graph
     listed = {value.name for value in graph.input}
     graph.input.extend(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-                       for tensor in graph.initializer if tensor.name not in listed)  # onnx 1.7 sees only what is listed
+                       for tensor in graph.initializer if tensor.name not in listed)  # onnx 1.7 only sees initializers that are also inputs
     graph = onnx.shape_inference.infer_shapes(model).graph
     return {value.name: value.type.tensor_type for values in (graph.input, graph.value_info, graph.output) for value in values}
 
 
 def round_results(model, path):
-    """Rounds the input and each node's result to float16, in place; returns how many. A rounded result keeps its name."""
+    """Rounds the input and each node's result to float16, in place. A rounded result keeps its name. Returns their number."""
     from onnx import TensorProto, numpy_helper
     graph, types = model.graph, tensor_types(model)
     image, nodes, ranks = image_input(model, path), [], set()
@@ -155,7 +155,7 @@ def round_results(model, path):
         nodes.append(node)
         for i, name in enumerate(node.output):
             if name and not types.get(name):
-                raise ValueError("%s: the type of %s, of a node %s, is unknown" % (path, name, node.op_type))
+                raise ValueError("%s: the type of %s, from a node %s, is unknown" % (path, name, node.op_type))
             if name and types[name].elem_type == TensorProto.FLOAT and node.op_type not in MOVES:
                 node.output[i] = name + "/unrounded"
                 add_rounding(node.output[i], name, name)
@@ -167,12 +167,12 @@ def round_results(model, path):
 
 
 def save(model, path):
-    """Writes a model, checked, whole or not at all."""
+    """Checks a model and writes it, whole or not at all."""
     import onnx
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
-        raise ValueError("%s: no valid ONNX model: %s" % (path, one_line(error)))
+        raise ValueError("%s: is not a valid ONNX model: %s" % (path, one_line(error)))
     with whole_file(path) as temporary, open(temporary, "wb") as f:
         f.write(model.SerializeToString())
 
@@ -181,11 +181,11 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
-    action = actions.add_parser("cfg", help="AIPP's settings for atc", allow_abbrev=False)
+    action = actions.add_parser("cfg", help="write AIPP's settings for atc", allow_abbrev=False)
     action.add_argument("output", metavar="FILE", help="the file to write")
     action.add_argument("--size", nargs=2, type=pixels, default=(SIZE, SIZE), metavar=("H", "W"),
                         help="height and width of the network's input (default: 224 224)")
-    for name, text in (("aipp", "the model with AIPP before it"), ("float16", "the model rounded to float16")):
+    for name, text in (("aipp", "write the model with AIPP before it"), ("float16", "write the model rounded to float16")):
         action = actions.add_parser(name, help=text, allow_abbrev=False)
         action.add_argument("model", metavar="MODEL", help="the model that stage 2 wrote")
         action.add_argument("output", metavar="OUTPUT", help="the model to write")
@@ -205,11 +205,11 @@ def main(argv=None):
         return
     model = load(args.model)
     if len(list(nested(model.graph))) > 1:
-        raise ValueError("%s: has graphs within its graph, as no DeepMAR has" % args.model)
+        raise ValueError("%s: has graphs inside its graph, so it is not a DeepMAR model" % args.model)
     if args.action == "aipp":
         add_aipp(model, args.model)
         save(model, args.output)
-        print("%s: takes uint8 bins; AIPP's values are off stage 4's by at most %s (red, green, blue), over all pixel values"
+        print("%s: takes uint8 bins; AIPP's values differ from stage 4's by at most %s (red, green, blue), over all pixel values"
               % (args.output, ", ".join("%.2g" % value for value in aipp_differences())))
         return
     weights = round_weights(model.graph)
@@ -217,7 +217,7 @@ def main(argv=None):
     with open(args.model, "rb") as f:
         model.metadata_props.add(key="rehearsal_of", value="%08x" % zlib.crc32(f.read()))
     save(model, args.output)
-    print("%s: %d tensors of weights and %d results are rounded to float16; a bound on rounding, no simulation of the chip"
+    print("%s: %d tensors of weights and %d results are rounded to float16; a bound on rounding, not a simulation of the chip"
           % (args.output, weights, results))
     print("next: python3 tools/compare.py %s --onnx %s --bins input_bin\n"
           "      python3 tools/compare.py result/dumpOutput_device0 --onnx %s --rehearsal %s --bins input_bin"

@@ -279,8 +279,8 @@ def test_a_font_is_named_or_asked_for(fonts, tmp_path):
     write_font(tmp_path / "font.ttf", "\u6234\u5e3d")
     done = script(*(command + ["--font=font.ttf"]), cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "" and picture.read_bytes() != boxes, done.stderr
-    check_error(script(*(command + ["--font=names.txt"]), cwd=tmp_path), "names.txt: no font that Pillow can read")
-    check_error(script(*(command + ["--font=absent.ttf"]), cwd=tmp_path), "absent.ttf: no font that Pillow can read")
+    check_error(script(*(command + ["--font=names.txt"]), cwd=tmp_path), "names.txt: is not a font that Pillow can read")
+    check_error(script(*(command + ["--font=absent.ttf"]), cwd=tmp_path), "absent.ttf: is not a font that Pillow can read")
 
 
 def test_probabilities():

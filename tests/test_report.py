@@ -447,7 +447,7 @@ def test_files_that_do_not_belong_together(small):
     kept = fusion.read_text()
     for key, value, text in (("instance_acc", 0.5, "its instance_acc is 0.5, but the results and labels give 0."),
                              ("mA", None, "its mA is None"), ("instance_F1", float("nan"), "is not what postprocess"),
-                             ("images", 7, "is of 7 images, the results are of 6"), ("images", "6", "is not what"),
+                             ("images", 7, "is of 7 images, but the results are of 6"), ("images", "6", "is not what"),
                              ("images", 10 ** 400, "is not what"), ("published_acc", 78.9, "published_acc 78.9"),
                              ("attributes", [], "its number of attributes is 0"), ("attributes", [{}], "is not what")):
         edit(fusion, lambda report: report.update({key: value}))
@@ -487,7 +487,7 @@ def test_bad_speeds(small):
     good = "1,0,b,m,6,1,2,,,,,,%r\n" % acc
     file = small / "t.csv"
     for text, message in (
-            (HEADER + good + "8,0,b,m,7,1,2,,,,,,%r\n" % acc, "line 3 is of a run over 7 images, the results are of 6"),
+            (HEADER + good + "8,0,b,m,7,1,2,,,,,,%r\n" % acc, "line 3 is of a run over 7 images, but the results are of 6"),
             (HEADER + "1,0,b,m,6,1,2,,,,,,0.5\n", "no line has the results' instance_acc"), (HEADER, "no line has"),
             (good, "its first line is not batch_size,devices"), ("", "its first line is not"),
             (HEADER + "1,0,b,m,6,1,2\n", "line 2 is not of the form"), (HEADER + good[:-1] + ",1\n", "line 2 is not"),

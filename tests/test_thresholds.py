@@ -129,7 +129,7 @@ def test_file_and_screen(tmp_path):
     row = content["attributes"][4]
     assert row["threshold"] == 0 and row["tuned"] is False and row["at_0"] == row["cross_validated"]
     assert "thresholds.json: maximal F1, 5 of 6 attributes tuned on 300 images\n" in screen
-    assert "stay at 0 (fewer than 10 images that have it, or have it not): e\n" in screen
+    assert "stay at 0 (fewer than 10 images have it, or do not have it): e\n" in screen
     values = content["gain"]["label_F1"]
     assert values["interval"][0] < values["gain"] < values["interval"][1] and values["gain"] > 0.05
     assert values["gain"] == values["tuned"] - values["at_0"]
@@ -289,7 +289,7 @@ def test_names_and_bad_files(tmp_path, tuned):
 
 def test_errors(tmp_path):
     few = write(tmp_path / "few", *random_run(19))
-    check_error(script(TOOL, *few, cwd=tmp_path), "label.json: has no attribute that 10 images have, and as many have not")
+    check_error(script(TOOL, *few, cwd=tmp_path), "label.json: has no attribute that at least 10 images have and as many do not have")
     with pytest.raises(FileNotFoundError, match="absent.json: no such file"):
         tune(tmp_path, few[0], tmp_path / "absent.json")
     for wrong in (["--target-precision", "0"], ["--target-recall", "1.1"], ["--target-recall", "0.5", "--target-precision", "1"],

@@ -35,7 +35,7 @@ def importing(ends=True):
     Otherwise the library could turn the KeyboardInterrupt into another error, such as an ImportError. If ends is set, a
     missing library ends the process with a one-line message, because command() may not be running yet.
     """
-    main = threading.current_thread() is threading.main_thread()  # Python lets no other thread set a handler
+    main = threading.current_thread() is threading.main_thread()  # only the main thread may set a handler
     before = signal.signal(signal.SIGINT, signal.SIG_DFL) if main else None
     try:
         yield

@@ -44,9 +44,9 @@ PYTHON = (3, 10)  # the oldest Python that Ray supports
 NEEDS = "%s -m pip install -r %s" % (sys.executable, os.path.join(HERE, "requirements-gallery.txt"))
 GROW = 2          # seconds between two looks for new nodes
 MINUTE = 60       # seconds between two lines of progress if there is no terminal
-ASKED = 100       # at each look, the driver asks so many workers how far they are
+ASKED = 100       # at each look, the driver asks this many workers how far they are
 TRIES = 5         # tries of a shard whose worker is lost, or that cannot be read or written through no fault of an image
-START, COUNT = -1, -2  # in place of a shard's number: the worker was called to start, or to say how far it is
+START, COUNT = -1, -2  # used in place of a shard's number, for a call to start a worker or to ask how far it is
 MANIFEST, LIST = "_manifest.json", "_list.txt"
 RECORDED = ("ray", "pyarrow", "python")  # these versions may change between two runs, because no logit depends on them
 
@@ -133,12 +133,12 @@ class Pool(object):
         self.at_once = 1 if job["provider"] == CPU else 2  # a device gets its next shard early, so that it never waits
         self.actor = ray.remote(Worker).options(
             num_cpus=args.cpus, num_gpus=args.gpus, resources={"NPU": args.npus} if args.npus else None, max_restarts=0,
-            max_concurrency=self.at_once + 1)  # one more, which answers how far it is
+            max_concurrency=self.at_once + 1)  # the extra call answers how far the worker is
         self.model = ray.put(model)
         self.events = queue.SimpleQueue()  # (worker, shard's number or START or COUNT, future)
         self.workers, self.idle = set(), []  # idle: lists a worker once for each shard that it could take
-        self.counts = {}  # for each worker: how many images of its unfinished shards it has computed, as it last said
-        self.asked = collections.deque()  # the workers that are not being asked now; the first one has waited longest
+        self.counts = {}  # for each worker: how many images of its unfinished shards it has computed, by its last answer
+        self.asked = collections.deque()  # the workers that can be asked; the first one has waited longest
         self.nodes = set()
         self.unfit = self.lost = self.stillborn = 0
         self.looked = -GROW
@@ -176,7 +176,7 @@ class Pool(object):
         self.call(worker, number, worker.work.remote(number, shard))
 
     def unfinished(self):
-        """About how many images are computed but in no part yet."""
+        """Returns about how many images are computed but not yet in a part."""
         return sum(self.counts.values())
 
     def next(self):
@@ -223,7 +223,7 @@ class Pool(object):
 def why(error):
     """Returns a Ray error on one line: the error that a worker raised, or the reason why the worker was lost."""
     cause = getattr(error, "cause", None) or error
-    text = re.sub("\x1b\\[[0-9;]*m", "", one_line(cause))  # Ray colours its texts
+    text = re.sub("\x1b\\[[0-9;]*m", "", one_line(cause))  # Ray adds colour codes to its texts
     last = str(cause).strip().split("\n")[-1]
     if re.match(r"\w+(Error|Exception): ", last):
         text = last  # the lines before it are a traceback
@@ -286,7 +286,7 @@ class Report(object):
         return self.images / self.seconds()
 
     def look(self, unfinished):
-        """Moves the bar, or prints a line if a minute has passed. unfinished: images that are computed but in no part yet."""
+        """Moves the bar, or prints a line if a minute has passed. unfinished: images that are computed but not yet in a part."""
         images = self.images + unfinished
         if not isinstance(self.bar, Silent):
             self.bar.set_postfix(errors=self.errors, refresh=False)

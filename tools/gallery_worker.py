@@ -226,10 +226,10 @@ class Worker(object):
 
     def __init__(self, job):
         self.job = job
-        self.under_way = collections.Counter()  # images computed, by the number of their shard
+        self.under_way = collections.Counter()  # {shard's number: images computed so far}
 
     def count(self):
-        """How many images are computed of the shards that are under way."""
+        """Returns how many images of the unfinished shards are computed."""
         return sum(list(self.under_way.values()))
 
     def start(self, model):

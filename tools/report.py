@@ -1,13 +1,13 @@
-"""A run to look at: accuracy, throughput, attributes and the worst pictures in one HTML file that opens offline.
+"""Writes the report of a run: accuracy, throughput, attributes and the worst pictures in one HTML file that opens offline.
 
     python3 tools/report.py --images /home/HwHiAiUser/dataset/peta/images --perf result/perf_vision_*
     python3 tools/report.py --images sample/images --list sample/image.txt --labels sample/label.json \\
         --results result/dumpOutput_device0 --throughput throughput.csv --compare compare.json
 
-Reads what the stages left: the images, image.txt, label.json, the result files of stage 6 and stage 7's
-fusion_result.json. Throughput comes from run_all.sh's throughput.csv or the benchmark tool's perf files, --compare from
-tools/compare.py --json. The metrics are computed again from the results and labels, and files that do not belong
-together are an error. A few hundred pictures are shown: the worst of all, and the worst of each attribute.
+The script reads the images, image.txt, label.json, stage 6's result files and stage 7's fusion_result.json. The throughput comes
+from run_all.sh's throughput.csv or from the benchmark tool's perf files. --compare takes a file of tools/compare.py --json. The
+script computes the metrics again from the results and labels. Files that do not belong together are an error. The page shows a
+few hundred pictures: the worst of all, and the worst of each attribute.
 """
 import argparse
 import base64
@@ -35,10 +35,10 @@ with importing():
     import numpy as np
     from intervals import label_acc_interval, metric_intervals
 
-PICTURES = 300     # shown at most
-WORST = 150        # of these, the ones with the lowest accuracy; the others are the worst of each attribute
-THUMB = (128, 256)  # width and height of a picture at most, in pixels; PETA's images are not much larger
-WEAKEST = 5        # attributes to mark
+PICTURES = 300     # the page shows at most this many
+WORST = 150        # this many of them have the lowest accuracy; the others are the worst of each attribute
+THUMB = (128, 256)  # largest width and height of a picture, in pixels; PETA's images are not much larger
+WEAKEST = 5        # this many attributes are marked
 KINDS = [("missed", "○", "Missed"), ("wrong", "✗", "Wrongly said"), ("right", "✓", "Right")]
 METRICS = ["instance_acc", "instance_precision", "instance_recall", "instance_F1", "mA"]
 SPEEDS = [name for name in COLUMNS if name.endswith(("images_per_s", "_ms"))]
@@ -46,13 +46,13 @@ CHARTS = [([("e2e_images_per_s", "end to end"), ("interface_images_per_s", "in t
           ([("latency_p50_ms", "p50"), ("latency_p99_ms", "p99")], "milliseconds of a batch in the model")]
 UNKNOWN = "not recorded"
 
-# What is read from the two JSON files, as fits() takes it.
+# The parts of the JSON files that are read, as shapes for fits().
 MAYBE = NUMBER + (type(None),)
 FUSION = {"instance_acc": NUMBER, "instance_precision": NUMBER, "instance_recall": NUMBER, "instance_F1": NUMBER,
           "mA": MAYBE, "images": int, "published_acc": MAYBE,
           "attributes": [{"name": str, "positives": int, "negatives": int, "label_pos_acc": MAYBE,
                           "label_neg_acc": MAYBE, "label_acc": MAYBE}]}
-TUNED = {"goal": str, "images": int}  # of thresholds other than 0
+TUNED = {"goal": str, "images": int}  # present if the thresholds are not 0
 COMPARISON = {"a": str, "b": str, "images": int, "attributes": int, "max_difference": NUMBER, "mean_difference": NUMBER,
               "cosine_similarity": NUMBER, "lowest_cosine_similarity": NUMBER, "lowest_cosine_similarity_image": str,
               "flips": int, "decisions": int, "images_with_flips": int, "allowed_difference": NUMBER,
@@ -63,13 +63,13 @@ CHANGE = {"a": MAYBE, "b": MAYBE, "change": MAYBE}
 
 
 def same(a, b):
-    """Whether two figures are equal, but for rounding; None and NaN stand for undefined."""
+    """Returns whether two figures are equal except for rounding. None and NaN stand for undefined."""
     undefined = [value is None or math.isnan(value) for value in (a, b)]
     return all(undefined) or not any(undefined) and abs(a - b) < 1e-9
 
 
 def check_fusion(path, fusion, metrics, figures):
-    """Raises ValueError unless stage 7's figures are those of evaluate(), metrics and figures."""
+    """Raises ValueError unless stage 7's figures equal metrics and figures, the result of evaluate()."""
     if not 0 <= (fusion["published_acc"] or 0) <= 1:
         raise ValueError("%s: published_acc %r is not between 0 and 1" % (path, fusion["published_acc"]))
     pairs = [(name, fusion[name], value) for name, value in metrics.items()]
@@ -85,10 +85,10 @@ def check_fusion(path, fusion, metrics, figures):
 
 
 def read_throughput(path, images, accuracy):
-    """Returns the rows of a throughput.csv by batch size, a dict of COLUMNS each, None where a rate is unknown.
+    """Returns the rows of a throughput.csv, sorted by batch size. Each is a dict of COLUMNS; an unknown rate is None.
 
-    Raises OSError, or ValueError that names the line, also where the rows are not of a run over so many images with
-    this instance_acc.
+    Raises OSError, or ValueError with the line number. It is also an error if the rows are not from a run over this many images
+    with this instance_acc.
     """
     rows = []
     with open(path, encoding="utf-8", newline="") as f:
@@ -108,25 +108,25 @@ def read_throughput(path, images, accuracy):
                     raise ValueError("%s: line %d is not of the form %s; run_all.sh writes this file"
                                      % (path, reader.line_num, ",".join(COLUMNS)))
                 if row["images"] != images:
-                    raise ValueError("%s: line %d is of a run over %d images, the results are of %d; run all batch "
+                    raise ValueError("%s: line %d is of a run over %d images, but the results are of %d; run all batch "
                                      "sizes over the same list" % (path, reader.line_num, row["images"], images))
                 rows.append(row)
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError("%s: is not a CSV file: %s" % (path, error))
-    # The file may hold few digits.
+    # The file may have few digits.
     if not any(abs(row["instance_acc"] - accuracy) < 1e-4 for row in rows):
         raise ValueError("%s: no line has the results' instance_acc %.6f; it is of another run" % (path, accuracy))
     return sorted(rows, key=lambda row: (row["batch_size"], row["devices"]))
 
 
 def read_perf_files(paths):
-    """Returns the benchmark tool's perf files as rows like read_throughput()'s; raises OSError or ValueError."""
+    """Returns the benchmark tool's perf files as rows like those of read_throughput(). Raises OSError or ValueError."""
     rows = []
     for path in paths:
         name = re.match(r"perf_vision_batchsize_(\d+)_device_(\d+)\.txt$", os.path.basename(path))
         e2e, interface = read_perf(path)
         if not name:
-            raise ValueError("%s: is no perf_vision_batchsize_<N>_device_<ID>.txt of the benchmark tool" % path)
+            raise ValueError("%s: is not a perf_vision_batchsize_<N>_device_<ID>.txt of the benchmark tool" % path)
         rows.append(dict(dict.fromkeys(COLUMNS), batch_size=int(name.group(1)), devices=name.group(2), backend=UNKNOWN,
                          model=UNKNOWN, e2e_images_per_s=e2e, interface_images_per_s=interface))
     return sorted(rows, key=lambda row: (row["batch_size"], row["devices"]))
@@ -137,7 +137,7 @@ def is_interval(value):
 
 
 def read_comparison(path, stems, attributes, accuracy):
-    """Returns what tools/compare.py wrote; raises OSError, or ValueError if it is of other images or results."""
+    """Reads a file of tools/compare.py --json. Raises OSError, or ValueError if it is about other images or results."""
     report = read_json(path, COMPARISON, "tools/compare.py --json")
     metrics = report["metrics"] or {}
     if not all(fits(values, CHANGE) and is_interval(values.setdefault("interval", None)) for values in metrics.values()):
@@ -151,7 +151,7 @@ def read_comparison(path, stems, attributes, accuracy):
 
 
 def chart(rows, series, unit):
-    """Returns a bar chart of two columns over the batch sizes, as SVG for an HTML page; None where no figure is known.
+    """Returns a bar chart of two columns over the batch sizes, as SVG for an HTML page, or None if no figure is known.
 
     series: (column, label) twice.
     """
@@ -159,7 +159,7 @@ def chart(rows, series, unit):
         return None
     import logging
     import xml.etree.ElementTree as ElementTree
-    # matplotlib warns when it first lists the fonts, and where it cannot write the list into the home folder.
+    # matplotlib warns when it lists the fonts for the first time, and if it cannot write the list into the home folder.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     import matplotlib
     from markupsafe import Markup
@@ -191,7 +191,7 @@ def chart(rows, series, unit):
         ElementTree.register_namespace(prefix, uri)
     root = ElementTree.fromstring(file.getvalue())
     for child in [child for child in root if child.tag.endswith("metadata")]:
-        root.remove(child)  # the date, and the plot library's address
+        root.remove(child)  # it holds the date and the plot library's address
     for name in ("width", "height"):
         del root.attrib[name]  # the page's style sets them
     root.attrib.update({"role": "img",
@@ -202,8 +202,8 @@ def chart(rows, series, unit):
 def choose(accuracy, logits, true):
     """Returns the indexes of the images to show, at most PICTURES, the worst first.
 
-    accuracy: of each image; logits, true: [images, attributes]. The WORST images of all; then in turn, for each
-    attribute, the one where the model is surest that it is there and it is not, or the other way round; then the rest.
+    accuracy: of each image. logits, true: [images, attributes]. The WORST images of all come first. Then come in turn, for each
+    attribute, the image where the model is surest of a wrong no and the one where it is surest of a wrong yes. Then the others.
     """
     wrong = (logits >= 0) != true
     order = np.lexsort((-np.abs(logits * wrong).max(axis=1), -wrong.sum(axis=1), accuracy)).tolist()
@@ -218,7 +218,7 @@ def choose(accuracy, logits, true):
 
 
 def thumbnail(path):
-    """Returns an image file as a small JPEG, (data: URI, width, height); raises what Pillow raises, or ValueError."""
+    """Returns an image file as a small JPEG, (data: URI, width, height). Raises Pillow's errors, or ValueError."""
     from PIL import Image
     if not os.path.isfile(path):
         raise ValueError("not a regular file")
@@ -235,20 +235,20 @@ def thumbnail(path):
 
 
 def gallery(names, paths, logits, limits, true):
-    """Returns the pictures to show, as dicts for the template; raises ValueError that names the unreadable files.
+    """Returns the pictures to show, as dicts for the template. Raises ValueError with the names of unreadable files.
 
-    names, paths: of the images; logits, true: [images, attributes]; limits: from which logit on an image has them.
+    names, paths: of the images. logits, true: [images, attributes]. limits: the smallest logit that means yes, per attribute.
     """
-    import PIL  # noqa: F401 - here, so that its absence is no fault of the pictures
+    import PIL  # noqa: F401 - if it is missing, the pictures must not get the blame
     said = logits >= limits
     either = (said | true).sum(axis=1)
     accuracy = (said & true).sum(axis=1) / np.maximum(either, 1)
-    accuracy[either == 0] = 1  # nothing to say, and nothing said
+    accuracy[either == 0] = 1  # the image has no attribute, and the model says so
     chances = probabilities(logits)
     cards, bad = [], []
     chosen = choose(accuracy, logits - limits, true)
     with progress(len(chosen), "picture") as bar, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of oddities in files that it reads all the same
+        warnings.simplefilter("ignore")  # Pillow warns about odd files that it can read
         for image in chosen:
             bar.update()
             path = paths[image]
@@ -263,7 +263,7 @@ def gallery(names, paths, logits, limits, true):
                 card[kind] = [(int(i), float(chances[image, i])) for i in np.flatnonzero(which[image])]
             cards.append(card)
     if bad:
-        raise ValueError("%d of %d pictures cannot be read: %s; --images is the folder that stage 4 read"
+        raise ValueError("%d of %d pictures cannot be read: %s; give the folder that stage 4 read as --images"
                          % (len(bad), len(chosen), some(bad)))
     return cards
 
@@ -281,7 +281,7 @@ def rate(value):
 
 
 def source_hash(text):
-    """What a content security policy calls an inline script or style."""
+    """Returns the name of an inline script or style in a content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode()
 
 
@@ -304,29 +304,29 @@ def parse(argv):
     parser.add_argument("--results", nargs="+", default=["result/dumpOutput_device0"], metavar="DIR",
                         help="the folders of the result files (default: result/dumpOutput_device0)")
     parser.add_argument("--fusion", default="fusion_result.json", metavar="FILE",
-                        help="what stage 7 wrote for these results (default: %(default)s)")
+                        help="stage 7's file for these results (default: %(default)s)")
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument("--throughput", metavar="FILE", help="the throughput.csv of run_all.sh")
     speed.add_argument("--perf", nargs="+", default=[], metavar="FILE",
                        help="the benchmark tool's perf_vision_batchsize_<N>_device_<ID>.txt")
-    parser.add_argument("--compare", metavar="FILE", help="what tools/compare.py --json wrote")
+    parser.add_argument("--compare", metavar="FILE", help="the file of tools/compare.py --json")
     parser.add_argument("--attributes", metavar="FILE",
-                        help="the attributes' names, one a line (default: those in fusion_result.json)")
+                        help="a file with the attributes' names, one per line (default: those in fusion_result.json)")
     parser.add_argument("--model", metavar="FILE",
-                        help="the model, .onnx, or .om with its .json beside it: its names of the attributes, if it holds them, "
-                             "and its checkpoint")
+                        help="the model, .onnx, or .om with its .json beside it; the page shows its checkpoint and its names of "
+                             "the attributes")
     parser.add_argument("--thresholds", metavar="FILE",
-                        help="tools/thresholds.py's file, as stage 7 took it (default: what is in fusion_result.json)")
+                        help="the file of tools/thresholds.py that stage 7 used (default: the values in fusion_result.json)")
     parser.add_argument("--output", default="report.html", metavar="FILE",
                         help="the page to write (default: %(default)s)")
     return parser.parse_args(argv)
 
 
 def read_run(args):
-    """Returns (image names, logits, limits, truth, fusion_result.json) of a run, images in the list's order.
+    """Returns (image names, logits, limits, truth, fusion_result.json) of a run. The images are in the list's order.
 
-    logits float32 and truth bool, [images, attributes]; limits: from which logit on an image has an attribute. Raises
-    OSError, or ValueError where they are not of one run.
+    logits are float32 and truth is bool, [images, attributes]. limits: the smallest logit that means yes, per attribute. Raises
+    OSError, or ValueError if the files are not from the same run.
     """
     names = read_list(args.list)
     stems = [stem(name) for name in names]
@@ -353,11 +353,11 @@ def read_run(args):
     if args.thresholds is not None:
         recorded, limits, fusion["thresholds"] = read_thresholds(args.thresholds, recorded)
     if len(limits) != labels.shape[1]:
-        limits = np.zeros(labels.shape[1])  # the check tells
+        limits = np.zeros(labels.shape[1])  # check_fusion() will report the difference
     limits = np.array(limits, np.float32)
     check_fusion(args.fusion, fusion, *evaluate(logits - limits, true))
     if fusion["images"] != len(names):
-        raise ValueError("%s: is of %d images, the results are of %d; run postprocess_deepmar_pytorch.py on these "
+        raise ValueError("%s: is of %d images, but the results are of %d; run postprocess_deepmar_pytorch.py on these "
                          "results again" % (args.fusion, fusion["images"], len(names)))
     for row, name, limit in zip(fusion["attributes"], recorded, limits.tolist()):
         row.update(threshold=limit, label_acc_interval=label_acc_interval(row))
@@ -370,7 +370,7 @@ def read_run(args):
 
 
 def page_values(args, names, fusion, speeds, comparison, cards):
-    """What the template needs."""
+    """Returns the values for the template."""
     def used(column):
         return ", ".join(dict.fromkeys(row[column] for row in speeds)) or UNKNOWN
 

@@ -1,12 +1,12 @@
-"""Stage 0: sample data for a machine without PETA and without a checkpoint: drawn pedestrians, and a DeepMAR for them.
+"""Stage 0: makes sample data for a machine without PETA and a checkpoint: drawn pedestrians, and a DeepMAR for them.
 
     python3 tools/sample.py sample
 
-Writes sample/images/*.png, image.txt, label.json and attributes.txt (drawn test images with known PETA attributes),
-checkpoint.pth.tar (a DeepMAR that recognises them) and accuracy.txt (the instance_acc that PyTorch itself reaches on them,
-through torchvision's transforms). The same seed gives the same data. The checkpoint is not trained: a random ResNet-50
-takes its BatchNorm statistics from other drawings, and the classifier is fitted to its features of these drawings and others by
-ridge regression. It shows that the pipeline computes the right thing; it says nothing about photographs.
+The script writes sample/images/*.png, image.txt, label.json and attributes.txt (drawn test images with known PETA attributes),
+checkpoint.pth.tar (a DeepMAR that recognises them) and accuracy.txt (PyTorch's own instance_acc on them, with torchvision's
+transforms). The same seed gives the same data. The checkpoint is not trained: a random ResNet-50 gets its BatchNorm statistics
+from other drawings, and ridge regression fits the classifier to the features of the test images and of other drawings. The
+sample shows that the pipeline computes the right thing. It says nothing about photographs.
 """
 import argparse
 import collections
@@ -25,17 +25,17 @@ from preprocess_deepmar_pytorch import MEAN, SIZE, STD
 with importing():
     import numpy as np
 
-TRAIN = 240          # drawings, at least, that the classifier is fitted to: the test images and others
-STATISTICS = 32      # of the others, the first ones, which BatchNorm takes its statistics from
-BATCH = 8            # small: PyTorch allocates the feature maps of large batches anew each time
-BN3_WEIGHT = 0.2     # of each residual block's last BatchNorm: keeps a random network's features from growing
-RIDGE = 1            # regularisation, relative to the mean squared norm of the features; with less, it learns the drawings by
-                     # heart, no logit is near 0, and a small fault of the pipeline changes no attribute
-MADE_WITH = "made_with.txt"  # says what a sample was made with
-WIDTH, HEIGHT = 160, 400  # of the canvas; drawings are scaled down from it
+TRAIN = 240          # the classifier is fitted to at least this many drawings: the test images and others
+STATISTICS = 32      # BatchNorm takes its statistics from this many of the others, the first ones
+BATCH = 8            # it is small because PyTorch allocates the feature maps of large batches anew each time
+BN3_WEIGHT = 0.2     # the weight of each residual block's last BatchNorm; it keeps a random network's features from growing
+RIDGE = 1            # regularisation, relative to the mean squared norm of the features. With less, the classifier learns the
+                     # drawings by heart. No logit is then near 0, and a small fault of the pipeline changes no attribute
+MADE_WITH = "made_with.txt"  # holds the options with which a sample was made
+WIDTH, HEIGHT = 160, 400  # size of the canvas; drawings are scaled down from it
 
-# Each thing has a colour of its own: averaged over the picture, a random network's features tell colours and textures
-# apart far better than places.
+# Each thing has its own colour. A random network's features, averaged over the picture, distinguish colours and textures far
+# better than places.
 SKIN = [(236, 200, 170), (222, 182, 150)]
 HAIR = {"personalLess30": (20, 15, 15), "personalLess45": (150, 60, 10), "personalLess60": (105, 115, 150),
         "personalLarger60": (250, 250, 250)}
@@ -75,7 +75,7 @@ def choose(random):
 
 
 def draw(has, random):
-    """Returns a drawing of a pedestrian with these attributes: an RGB image of 40 to 110 pixels' width, as in PETA."""
+    """Returns a drawing of a pedestrian with these attributes: an RGB image, 40 to 110 pixels wide as in PETA."""
     from PIL import Image, ImageDraw
 
     def colour(base, spread=12):
@@ -91,12 +91,12 @@ def draw(has, random):
     def at(*points):
         return [(x + dx, y + dy) for x, y in points]
 
-    def of(colours):  # the colour of the first of these attributes that it has
+    def of(colours):  # returns the colour of the first of these attributes that the pedestrian has
         return colour([colours[name] for name in colours if name in has][0])
 
     skin, shirt, hair = colour(SKIN[random.randint(len(SKIN))], 6), of(SHIRT), of(HAIR)
     dark, light = colour((30, 30, 40)), colour((245, 245, 240), 6)
-    half = 46 if "personalMale" in has else 30  # of the shoulders
+    half = 46 if "personalMale" in has else 30  # half the width of the shoulders
 
     # behind the body
     if "carryingBackpack" in has:
@@ -152,7 +152,7 @@ def draw(has, random):
         if "upperBodyFormal" in has:
             pen.polygon(at((77, 98), (83, 98), (86, 165), (74, 165)), fill=(150, 20, 30))
 
-    # what is carried in front of the body
+    # things carried in front of the body
     if "carryingBackpack" in has:
         for x in (80 - half + 4, 80 + half - 16):
             pen.rectangle(at((x, 95), (x + 12, 180)), fill=(150, 160, 30))
@@ -196,9 +196,10 @@ def pedestrians(count, seed):
 
 
 def forward(function, images, size, report, calls):
-    """Yields a function's results for batches of the images, through torchvision's transforms; so many at a time, in order.
+    """Yields a function's results for batches of the images, in order. The images go through torchvision's transforms.
 
-    function: of a tensor [up to BATCH,3,height,width]. Calls report(images) after every batch.
+    function: takes a tensor [up to BATCH,3,height,width]. calls: how many run at the same time. Calls report(images) after every
+    batch.
     """
     import torch
     from torchvision import transforms
@@ -222,34 +223,34 @@ def forward(function, images, size, report, calls):
 
 
 def make_model(images, labels, size=(SIZE, SIZE), last_conv_stride=2, seed=0, calls=1):
-    """Returns (a DeepMAR_ResNet50 in eval mode that recognises the attributes of these drawings, its logits of them)."""
+    """Returns (a DeepMAR_ResNet50 in eval mode that recognises the attributes of these drawings, its logits for them)."""
     import torch
     import torch.nn.functional as F
     from DeepMAR import DeepMAR_ResNet50
     random = np.random.RandomState(seed)
     model = DeepMAR_ResNet50(num_att=labels.shape[1], last_conv_stride=last_conv_stride)
     for name, module in model.base.named_modules():
-        if isinstance(module, torch.nn.Conv2d):  # He et al.'s initialisation, as torchvision's, but from numpy's stable
-            fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]  # stream of random numbers
+        if isinstance(module, torch.nn.Conv2d):  # He et al.'s initialisation as in torchvision, but with numpy's random
+            fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]  # numbers, which never change
             weight = random.standard_normal(tuple(module.weight.shape)) * np.sqrt(2.0 / fan_out)
             module.weight.data = torch.from_numpy(weight.astype(np.float32))
         elif isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # a plain mean over the batches
+            module.momentum = None  # the statistics are a plain mean over the batches
             if name.endswith("bn3"):
                 module.weight.data.fill_(BN3_WEIGHT)
 
-    model = model.to(memory_format=torch.channels_last)  # in which PyTorch is a fifth faster here
+    model = model.to(memory_format=torch.channels_last)  # PyTorch is a fifth faster in this format
     with progress(STATISTICS + len(images), "image") as steps:
         model.train()
         for _ in forward(model.base, images[:STATISTICS], size, steps.update, 1):
             pass
         model.eval()
-        if calls > 1:  # a batch a thread: threads that share one wait for each other at each layer
+        if calls > 1:  # each batch gets one thread, because threads that share a batch wait for each other at each layer
             torch.set_num_threads(1)
         pooled = torch.cat(list(forward(
             lambda batch: F.adaptive_avg_pool2d(model.base(batch), 1).flatten(1), images, size, steps.update, calls)))
 
-    # Ridge regression to +1 and -1 in its dual form: as many unknowns as drawings, not as features.
+    # Ridge regression to +1 and -1, in its dual form, which has one unknown per drawing and not per feature.
     features = pooled.double().numpy()
     mean = features.mean(axis=0)
     centred = features - mean
@@ -268,14 +269,14 @@ def parse(argv):
                                      allow_abbrev=False)
     parser.add_argument("folder", help="the folder to write; an earlier sample there is replaced")
     parser.add_argument("--images", type=int, default=200, help="test images to draw (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of all random numbers (default: 0)")
     parser.add_argument("--size", nargs=2, type=pixels, default=(SIZE, SIZE), metavar=("H", "W"),
                         help="height and width of the network's input (default: 224 224)")
-    parser.add_argument("--last-conv-stride", type=int, choices=(1, 2), default=2, help="of layer4 (default: 2)")
-    parser.add_argument("--keep", action="store_true", help="do nothing where the folder has such a sample already")
+    parser.add_argument("--last-conv-stride", type=int, choices=(1, 2), default=2, help="the network's stride in layer4 (default: 2)")
+    parser.add_argument("--keep", action="store_true", help="do nothing if the folder already has such a sample")
     args = parser.parse_args(argv)
     if args.images < 1 or args.seed < 0:
-        parser.error("--images must be positive, --seed not negative")
+        parser.error("--images must be positive, and --seed must not be negative")
     return args
 
 
@@ -286,9 +287,9 @@ def write(folder, model, images, labels, accuracy, made_with):
     names = ["%05d.png" % (i + 1) for i in range(len(images))]
     for name, image in zip(names, images):
         image.save(os.path.join(folder, "images", name))
-    # as Ascend's training script writes it
+    # Ascend's training script writes the keys in this form
     state = {"module." + key: value.contiguous() for key, value in model.state_dict().items()}
-    checkpoint = io.BytesIO()  # torch's own writing ends in a crash where the disk is full
+    checkpoint = io.BytesIO()  # torch.save to a file crashes if the disk is full
     torch.save({"state_dict": state}, checkpoint)
     with open(os.path.join(folder, "checkpoint.pth.tar"), "wb") as f:
         f.write(checkpoint.getbuffer())
@@ -310,9 +311,9 @@ def main(argv=None):
             with open(os.path.join(folder, MADE_WITH)) as f:
                 same = f.read() == made_with
         except OSError:
-            raise ValueError("%s: exists and is no earlier sample; give another folder" % args.folder)
+            raise ValueError("%s: exists and is not an earlier sample; give another folder" % args.folder)
         if args.keep and same:
-            print("%s: kept, it has %d images already" % (args.folder, args.images))
+            print("%s: kept, because it already has %d images" % (args.folder, args.images))
             return
     with importing():
         import torch  # noqa: F401

@@ -1,13 +1,14 @@
-"""A limit of its own for each attribute, found on a validation split: from which logit on an image is said to have it.
+"""Finds a separate threshold (limit) for each attribute on a validation split. An image has the attribute if its logit reaches it.
 
     python3 tools/thresholds.py result/dumpOutput_device0 val.json
     python3 tools/thresholds.py result/dumpOutput_device0 val.json --target-precision 0.9 --output careful.json
 
-Of an attribute that one image in a hundred has, a logit seldom reaches 0. The limit is that of the largest F1, or, with
---target-precision, that of the largest recall at this precision; with --target-recall the other way round. Stage 7 and
-tools/predict.py take the file with --thresholds; without it, all limits stay 0. Scoring the images of this split with it
-is an error, as a limit always looks good on the images that it was found on. For the same reason the gain is told by
-cross-validation: each fifth of the images is judged with limits that were found on the other four.
+If only one image in a hundred has an attribute, its logits seldom reach 0. The script chooses the limit with the largest F1.
+With --target-precision, it chooses the limit with the largest recall at this precision; --target-recall does the reverse. Stage 7
+and tools/predict.py take the file with --thresholds. Without it, all limits are 0.
+
+A limit always looks good on the images on which it was found. So stage 7 refuses to score these images with it. For the same
+reason, the script computes the gain by cross-validation: it judges each fifth of the images with limits from the other four.
 """
 import argparse
 import hashlib
@@ -30,13 +31,13 @@ METRICS = ["label_precision", "label_recall", "label_F1", "mA", "instance_acc", 
 
 
 def find_limit(logits, true, precision=None, recall=None):
-    """Returns the best limit for one attribute's logits, float32 [images]; None where no limit reaches the target.
+    """Returns the best limit for one attribute's logits, float32 [images], or None if no limit reaches the target.
 
-    true: bool [images]; precision, recall: the target, if there is one, else the best limit is that of the largest F1.
+    true: bool [images]. precision, recall: the target, if there is one. Otherwise the best limit has the largest F1.
     """
     order = np.argsort(-logits, kind="stable")
     logits, found = logits[order], np.cumsum(true[order])
-    said = np.arange(1, len(logits) + 1)  # so many images reach a limit just below each logit
+    said = np.arange(1, len(logits) + 1)  # the number of images that reach a limit just below each logit
     precisions, recalls = found / said, found / max(1, found[-1])
     if precision is not None:
         score = np.where(precisions >= precision, recalls, -1)
@@ -55,13 +56,13 @@ def find_limit(logits, true, precision=None, recall=None):
 
 
 def find_limits(logits, true, tunable, target):
-    """The limits of all attributes, float32; 0 of those that are not tunable, and where the target is not reached."""
+    """Returns (the limits of all attributes, float32; whether each was found). The limit is 0 if it was not found."""
     limits = [find_limit(logits[:, i], true[:, i], **target) if tunable[i] else None for i in range(len(tunable))]
     return np.array([limit or 0 for limit in limits], np.float32), [limit is not None for limit in limits]
 
 
 def cross_validate(logits, true, tunable, target):
-    """What limits say of each image that were found without it, bool [images, attributes]."""
+    """Returns the decisions on each image, bool [images, attributes], with limits that were found without this image."""
     said = np.empty(true.shape, bool)
     fold_of = np.random.RandomState(SEED).permutation(len(true)) % FOLDS
     for fold in range(FOLDS):
@@ -71,7 +72,7 @@ def cross_validate(logits, true, tunable, target):
 
 
 def figures(said, true):
-    """Precision, recall and F1 of each attribute, [{name: figure}], None where it is not defined."""
+    """Returns precision, recall and F1 of each attribute, [{name: figure}]. An undefined figure is None."""
     found, said, positives = (said & true).sum(axis=0), said.sum(axis=0), true.sum(axis=0)
     values = zip(ratio(found, said), ratio(found, positives), 2 * ratio(found, said + positives))
     return [{name: None if np.isnan(value) else float(value) for name, value in zip(("precision", "recall", "F1"), row)}
@@ -79,12 +80,12 @@ def figures(said, true):
 
 
 def score(said, true):
-    """The metrics {name: figure} of what is said of the images; NaN where one is not defined."""
+    """Returns the metrics {name: figure} of these decisions. An undefined metric is NaN."""
     return {name: float(value) for name, (value,) in metrics(summands(said, true).sum(axis=0)[None], len(true)).items()}
 
 
 def gain(said, at_0, true):
-    """The metrics of what tuned limits say and of what the logit 0 says, {metric: {"at_0", "tuned", "gain", "interval"}}."""
+    """Returns the metrics with tuned limits and with 0, {metric: {"at_0", "tuned", "gain", "interval"}}. said: tuned decisions."""
     of_tuned, of_0 = score(said, true), score(at_0, true)
     intervals = change_intervals(said, at_0, true, METRICS)
     return {name: {"at_0": of_0[name], "tuned": of_tuned[name], "gain": of_tuned[name] - of_0[name],
@@ -92,7 +93,7 @@ def gain(said, at_0, true):
 
 
 def table(rows):
-    """The lines of a table of the attributes; '-' where a figure is undefined."""
+    """Yields the lines of a table of the attributes. An undefined figure is '-'."""
     width = max(len(row["name"]) for row in rows + [{"name": "attribute"}])
     yield "%-*s  images  threshold  F1 at 0      F1  precision  recall" % (width, "attribute")
     for row in rows:
@@ -115,12 +116,12 @@ def parse(argv):
     parser.add_argument("folders", metavar="RESULT_DIR", nargs="+", help="the results of a validation split")
     parser.add_argument("label_file", metavar="LABEL", help="its label.json")
     target = parser.add_mutually_exclusive_group()
-    target.add_argument("--target-precision", type=share, metavar="P", help="the largest recall at this precision, such as 0.9")
-    target.add_argument("--target-recall", type=share, metavar="R", help="the largest precision at this recall")
-    parser.add_argument("--attributes", metavar="FILE", help="the attributes' names, one a line")
-    parser.add_argument("--model", metavar="FILE", help="the model of the results, whose names are taken if it holds them")
+    target.add_argument("--target-precision", type=share, metavar="P", help="choose the largest recall at this precision, such as 0.9")
+    target.add_argument("--target-recall", type=share, metavar="R", help="choose the largest precision at this recall")
+    parser.add_argument("--attributes", metavar="FILE", help="a file with the attributes' names, one per line")
+    parser.add_argument("--model", metavar="FILE", help="the model that made the results; it names the attributes if it can")
     parser.add_argument("--values", choices=["logits", "probabilities"], help="what the results hold, as in stage 7")
-    parser.add_argument("--output", default="thresholds.json", metavar="FILE", help="(default: %(default)s)")
+    parser.add_argument("--output", default="thresholds.json", metavar="FILE", help="the file to write (default: %(default)s)")
     parser.set_defaults(image_list=None)
     return parser.parse_args(argv)
 
@@ -133,7 +134,7 @@ def main(argv=None):
     goal = ["%s >= %g" % item for item in target.items() if item[1]] + ["maximal F1"]
     tunable = np.minimum(true.sum(axis=0), (~true).sum(axis=0)) >= FEW
     if not tunable.any():
-        raise ValueError("%s: has no attribute that %d images have, and as many have not; tune on more images"
+        raise ValueError("%s: has no attribute that at least %d images have and as many do not have; tune on more images"
                          % (args.label_file, FEW))
     limits, reached = find_limits(logits, true, tunable, target)
     said, at_0 = cross_validate(logits, true, tunable, target), logits >= 0
@@ -149,7 +150,7 @@ def main(argv=None):
     for line in table(rows):
         print(line)
     print("%s: %s, %d of %d attributes tuned on %d images" % (args.output, goal[0], sum(reached), len(names), len(images)))
-    for wanted, text in ((tunable, "target not reached"), (~tunable, "fewer than %d images that have it, or have it not" % FEW)):
+    for wanted, text in ((tunable, "target not reached"), (~tunable, "fewer than %d images have it, or do not have it" % FEW)):
         at = [name for name, tuned, kind in zip(names, reached, wanted) if kind and not tuned]
         if at:
             print("stay at 0 (%s): %s" % (text, ", ".join(at)))

@@ -1,14 +1,14 @@
-"""Measures each stage side by side with what a user would have instead.
+"""Measures each stage side by side with the alternative that a user would have.
 
     python3 tests/bench.py                             everything, about 25 minutes on two cores
-    python3 tests/bench.py --only preprocess startup   some of it
+    python3 tests/bench.py --only preprocess startup   only these rows
     python3 tests/bench.py --busy                      stage 6, with a busy process on half of the cores
-    python3 tests/bench.py --quick                     a small run, which shows that the benchmark works and no more
+    python3 tests/bench.py --quick                     a small run, which only shows that the benchmark works
 
-Makes what it needs (drawn images, a checkpoint, models, bins) in a scratch folder below TMPDIR. The sides of a
-comparison take turns, several rounds; a figure is the median of the rounds, a ratio the median of the rounds' ratios.
-"limit" is what the work cannot do without, measured alone. Exits with 0 whether or not a figure is within reach; run it
-on an idle machine.
+The script makes its input (drawn images, a checkpoint, models, bins) in a scratch folder below TMPDIR. The sides of a
+comparison take turns for several rounds. A figure is the median of the rounds. A ratio is the median of the rounds' ratios.
+"limit" is the part of the work that nobody can avoid, measured alone. The exit status is 0 whether or not the figures reach
+their goals. Run it on an idle machine.
 """
 import argparse
 import contextlib
@@ -39,15 +39,15 @@ import postprocess_deepmar_pytorch as postprocess  # noqa: E402
 import preprocess_deepmar_pytorch as preprocess  # noqa: E402
 
 CORES = len(os.sched_getaffinity(0))
-SLOW_CREATION = 0.03  # milliseconds; ext4 at rest takes 0.015
-MANY = 10 ** 6  # images of a long run, for the choice of the calls
-FLOP = 2 * 4.09e9  # of a ResNet-50 at 224x224: two for each multiplication and addition
+SLOW_CREATION = 0.03  # milliseconds to create a file; ext4 at rest needs 0.015
+MANY = 10 ** 6  # images in a long run; it decides the number of calls at a time
+FLOP = 2 * 4.09e9  # operations of a ResNet-50 at 224x224: two for each multiply-add
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 def in_child(function, *arguments, cores=CORES):
-    """Runs a function in a process of its own, on the first so many cores; returns its result."""
+    """Runs a function in a new process, on this many cores. Returns its result."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
@@ -68,14 +68,14 @@ def in_child(function, *arguments, cores=CORES):
 
 
 def clock(function, *arguments):
-    """The seconds that a call takes."""
+    """Returns the seconds that a call takes."""
     start = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - start
 
 
 def command(*arguments, **settings):
-    """Runs a command, its output kept for the message of a failure; returns the output."""
+    """Runs a command and returns its output. Raises ValueError with the output if the command fails."""
     process = subprocess.run([str(argument) for argument in arguments], stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, universal_newlines=True, **settings)
     if process.returncode:
@@ -84,7 +84,7 @@ def command(*arguments, **settings):
 
 
 def take_turns(rounds, **sides):
-    """Calls each side, a function of the round's number that returns seconds, in each round, in an order that rotates.
+    """Calls every side in each round, in rotating order. A side is a function from the round's number to seconds.
 
     Returns {side: [seconds]}.
     """
@@ -97,10 +97,10 @@ def take_turns(rounds, **sides):
 
 
 def compared(stage, against, reach, ours, theirs, limit=None, bound="", count=None, slower=False):
-    """A row of the result from the seconds that each side took in each round.
+    """Returns a row of the result from the seconds that each side took in each round.
 
-    Its figures are rates where there is a count of images, else seconds. reach is the least ratio of the speeds, or
-    with slower=True the largest ratio of the times.
+    Its figures are rates if there is a count of images, else seconds. reach is the goal: the smallest ratio of the speeds or,
+    with slower=True, the largest ratio of the times.
     """
     def figure(times):
         return times and (count / statistics.median(times) if count else statistics.median(times))
@@ -112,10 +112,10 @@ def compared(stage, against, reach, ours, theirs, limit=None, bound="", count=No
             "met": ratio <= reach if slower else ratio >= reach}
 
 
-# --- what the rows share ---------------------------------------------------------------------------------------------
+# --- input of the rows -----------------------------------------------------------------------------------------------
 
 class Scene(object):
-    """The inputs of the measurements, each made when it is first asked for, in a scratch folder."""
+    """Makes the input of the measurements in a scratch folder, each item when it is first needed."""
 
     def __init__(self, folder, quick, busy=False):
         self.folder, self.quick, self.busy = folder, quick, busy
@@ -124,14 +124,14 @@ class Scene(object):
         return os.path.join(self.folder, name)
 
     def new_folder(self):
-        """An empty folder. Nothing is deleted between rounds: ext4 then creates files ten times slower for a while."""
+        """Makes an empty folder. Nothing is deleted between rounds, because ext4 then creates files ten times slower."""
         return tempfile.mkdtemp(dir=self.folder)
 
     def sample(self):
-        """A folder with run_all.sh's sample, of few images."""
+        """Returns a folder with run_all.sh's sample."""
         path = self.path("work")
         if not os.path.exists(path):
-            if self.quick:  # a small network, in the children that are forked from here too
+            if self.quick:  # a small network, also in forked children
                 import DeepMAR
                 DeepMAR.BLOCKS = [1, 1, 1, 1]
 
@@ -145,7 +145,7 @@ class Scene(object):
         return path
 
     def model(self, batch_size):
-        """The path of the sample's ONNX model for a batch size."""
+        """Returns the path of the sample's ONNX model for a batch size."""
         path = self.path("bs%d.onnx" % batch_size)
         if not os.path.exists(path):
             checkpoint = self.sample() + "/sample/checkpoint.pth.tar"
@@ -154,7 +154,7 @@ class Scene(object):
         return path
 
     def int8(self):
-        """(the path of the INT8 model for batch size 1, the instance_acc of the float32 model and its own)."""
+        """Returns (the path of the INT8 model for batch size 1, the float32 model's instance_acc, the INT8 model's)."""
         path, work, bins = self.path("int8.onnx"), self.sample(), self.path("sample_bin")
         if not os.path.exists(path):
             in_child(preprocess.main, [work + "/sample/images", bins, work + "/sample/image.txt"])
@@ -164,7 +164,7 @@ class Scene(object):
         return [path] + self.accuracies
 
     def images(self):
-        """(folder of PNGs of PETA's sizes, their list, their names)."""
+        """Returns (folder of PNGs in PETA's sizes, their list file, their names)."""
         folder, image_txt, count = self.path("images"), self.path("image.txt"), 40 if self.quick else 1000
         names = ["%05d.png" % i for i in range(count)]
         if not os.path.exists(folder):
@@ -178,7 +178,7 @@ class Scene(object):
         return folder, image_txt, names
 
     def bins(self):
-        """[(name, path)] of up to 600 bins that are on the disk, not only in memory."""
+        """Returns [(name, path)] of up to 600 bins, which are on the disk and not only in memory."""
         images, image_txt, names = self.images()
         folder, image_txt = self.path("input_bin"), self.path("bins.txt")
         names = names[:8 if self.quick else 600]
@@ -196,7 +196,7 @@ class Scene(object):
 # --- preprocess ------------------------------------------------------------------------------------------------------
 
 def guides_preprocess(images, folder, names):
-    """The guide's way, written down plainly: one process, float32, tofile."""
+    """The guide's method in plain code: one process, float32, tofile."""
     for name in names:
         image = Image.open(os.path.join(images, name)).convert("RGB").resize((224, 224), Image.BILINEAR)
         array = np.array(image, dtype=np.float32).transpose(2, 0, 1)
@@ -223,7 +223,7 @@ def row_preprocess(scene):
     written = []
 
     def theirs(_, some=names[::2]):
-        """Half of the images, as the way is one loop: short enough for the memory that settled() keeps at hand."""
+        """Measures half of the images, which is enough for a loop and fits into the memory that settled() keeps ready."""
         written.append(scene.new_folder())
         return in_child(clock, guides_preprocess, images, written[-1], some) * len(names) / len(some)
 
@@ -238,8 +238,8 @@ def row_preprocess(scene):
             os.truncate(os.path.join(folder, name), 0)
 
     def settled(side):
-        """Has the same memory at hand for each measurement. A virtual machine's host takes free memory back every few
-        seconds, and the first touch after that takes ten times as long as the write itself."""
+        """Keeps the same memory ready for each measurement. A virtual machine's host takes free memory back every few
+        seconds, and the next first use of it takes ten times as long as the write itself."""
         def measure(number):
             time.sleep(0 if scene.quick else 2.5)
             folder = scene.new_folder()
@@ -280,7 +280,7 @@ def row_preprocess(scene):
 # --- inference -------------------------------------------------------------------------------------------------------
 
 def infer(session, feed, runs, calls):
-    """Runs the model on the same input again and again, so many calls at a time, as the stand-in does."""
+    """Runs the model on the same input again and again, with this many calls at a time, as tools/benchmark.py does."""
     from concurrent.futures import ThreadPoolExecutor
     with ThreadPoolExecutor(calls) as pool:
         for _ in pool.map(lambda _: session.run(None, feed), range(runs)):
@@ -288,14 +288,14 @@ def infer(session, feed, runs, calls):
 
 
 def forget(bins):
-    """Has bins read from the disk again."""
+    """Removes bins from the page cache, so that they are read from the disk again."""
     for _, path in bins:
         with open(path, "rb") as f:
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def measure_standin(model, batch, bins, rounds, new_folder):
-    """The stand-in, with bins in memory and on the disk, the bare session and, at batch size 1, a plain loop."""
+    """Measures the stand-in with bins in memory and on the disk, the bare session and, at batch size 1, a plain loop."""
     import onnxruntime
     from session import calls_at_once, open_session, run
     session, calls = open_session(model), calls_at_once(CORES, MANY, batch)
@@ -348,7 +348,7 @@ def row_standin(scene):
 
 
 def measure_uint8(kinds, rounds, new_folder):
-    """The stand-in on bins of either kind, on the disk; kinds is {side: (model, bins)}."""
+    """Measures the stand-in on both types of bins, on the disk. kinds: {side: (model, bins)}."""
     from session import calls_at_once, open_session, run
     calls = calls_at_once(CORES, MANY, 1)
 
@@ -363,7 +363,7 @@ def measure_uint8(kinds, rounds, new_folder):
 
 
 def row_uint8(scene):
-    """uint8 bins, and the model with AIPP that takes them, against float32 bins."""
+    """Compares uint8 bins, and the model with AIPP that takes them, with float32 bins."""
     images, image_txt, names = scene.images()
 
     def stage_4(*more):
@@ -387,7 +387,7 @@ def row_uint8(scene):
 
 
 def measure_options(model, runs, rounds):
-    """Our session and others, each with one option that differs from ours, at batch size 8."""
+    """Measures our session and others at batch size 8. Each of the others differs from ours in one option."""
     import onnxruntime
     from session import open_session
     feed = {"actual_input_1": np.random.RandomState(0).standard_normal((8, 3, 224, 224)).astype(np.float32)}
@@ -422,7 +422,7 @@ def row_options(scene):
 
 
 def measure_inference(checkpoint, model, batch, runs, rounds):
-    """ONNX Runtime and PyTorch on one batch, and ONNX Runtime's product of two matrices."""
+    """Measures ONNX Runtime and PyTorch on one batch, and ONNX Runtime's product of two matrices."""
     import onnx
     from onnx import numpy_helper
     import onnxruntime
@@ -432,13 +432,13 @@ def measure_inference(checkpoint, model, batch, runs, rounds):
     calls = calls_at_once(CORES, MANY, batch)
     network, session = load_model(checkpoint), open_session(model, calls=calls)
     array = np.random.RandomState(0).standard_normal((batch, 3, 224, 224)).astype(np.float32)
-    # A product that stays in the processor's caches, with constant weights, as in a convolution.
+    # The matrices fit into the processor's caches, and the weights are constant as in a convolution.
     tensor, matrix = torch.from_numpy(array), np.ones((512, 512), np.float32)
     a, c = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, matrix.shape) for name in "ac")
     graph = onnx.helper.make_graph([onnx.helper.make_node("MatMul", ["a", "b"], ["c"])], "product", [a], [c],
                                    [numpy_helper.from_array(matrix, "b")])
     proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 11)])
-    proto.ir_version = 6  # ONNX Runtime 1.10 knows no later than 8
+    proto.ir_version = 6  # ONNX Runtime 1.10 supports at most 8
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = CORES
     multiply = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -470,7 +470,7 @@ def row_inference(scene):
 
 
 def openvino(model, batch, configuration):
-    """Returns a function that runs a model so many times on OpenVINO's own queue, in throughput mode."""
+    """Returns a function of a number of runs, which runs a model on OpenVINO's own queue in throughput mode."""
     import openvino
     compiled = openvino.Core().compile_model(model, "CPU", dict({"PERFORMANCE_HINT": "THROUGHPUT",
                                                                  "INFERENCE_NUM_THREADS": CORES}, **configuration))
@@ -485,7 +485,7 @@ def openvino(model, batch, configuration):
 
 
 def measure_openvino(models, batch, runs, rounds):
-    """{side: [seconds]} of ONNX Runtime, as stage 6 calls it, and of OpenVINO in float32; with an INT8 model, of both there."""
+    """Returns {side: [seconds]} of ONNX Runtime, called as in stage 6, and of OpenVINO, for each of the models {kind: path}."""
     from session import calls_at_once, open_session
     calls = calls_at_once(CORES, MANY, batch)
     array = np.random.RandomState(0).standard_normal((batch, 3, 224, 224)).astype(np.float32)
@@ -499,10 +499,10 @@ def measure_openvino(models, batch, runs, rounds):
 
 
 def row_openvino(scene):
-    """ONNX Runtime against OpenVINO, an optional package: float32 at batch sizes 1 and 8, INT8 on the same QDQ model."""
+    """Compares ONNX Runtime with OpenVINO, an optional package: float32 at batch sizes 1 and 8, INT8 on the same QDQ model."""
     import importlib.util
     if not importlib.util.find_spec("openvino"):
-        print("note: OpenVINO is not installed (pip install openvino), so nothing is compared with it")
+        print("note: OpenVINO is not installed (pip install openvino), so this row is left out")
         return
     for batch in (1,) if scene.quick else (1, 8):
         models, runs = {"float32": scene.model(batch)}, 2 if scene.quick else 64 // batch
@@ -518,7 +518,7 @@ def row_openvino(scene):
 
 
 def measure_int8(models, runs, rounds):
-    """The float32 and the INT8 model at batch size 1."""
+    """Measures the float32 and the INT8 model at batch size 1."""
     from session import calls_at_once, open_session
     calls = calls_at_once(CORES, MANY, 1)
     feed = {"actual_input_1": np.random.RandomState(0).standard_normal((1, 3, 224, 224)).astype(np.float32)}
@@ -544,7 +544,7 @@ def row_int8(scene):
 # --- lists and results ------------------------------------------------------------------------------------------------
 
 def guides_postprocess(folder, label_file):
-    """The guide's way: a loop over the folder, an array for each file; then the metrics."""
+    """The guide's method: a loop over the folder with an array for each file, then the metrics."""
     with open(label_file) as f:
         labels = json.load(f)
     predicted, true = [], []
@@ -585,16 +585,16 @@ def row_postprocess(scene):
         del labels
 
         def ours(_):
-            os.chdir(scene.folder)  # where it writes fusion_result.json
+            os.chdir(scene.folder)  # fusion_result.json is written here
             return clock(postprocess.main, [folder, label_file])
 
-        in_child(guides_postprocess, folder, label_file)  # memory that a virtual machine has not touched before is slow
+        in_child(guides_postprocess, folder, label_file)  # in a virtual machine, the first use of memory is slow
         times = take_turns(2 if scene.quick else 5, ours=lambda i: in_child(ours, i), theirs=lambda _: in_child(
             clock, guides_postprocess, folder, label_file), limit=lambda _: in_child(clock, read_all, folder))
         stage = "postprocess, {:,}".format(count)
         yield compared(stage, "the guide's way", 2, times["ours"], times["theirs"], times["limit"],
                        "open, read, close", count)
-    # A program of its own each: the memory of a forked process would begin with that of its parent.
+    # Each side is a new program, because a forked process would start with its parent's memory.
     theirs, mine = (
         float(command(sys.executable, "-c", PEAK, ROOT, folder, label_file, call, cwd=scene.folder).split()[-1])
         for call in ("bench.guides_postprocess(folder, labels)", "bench.postprocess.main([folder, labels])"))
@@ -603,7 +603,7 @@ def row_postprocess(scene):
 
 
 def loop_over_draws(logits, labels, draws):
-    """The plain way: the metrics of each draw's images."""
+    """The plain method: computes the metrics of each draw's images."""
     random = np.random.RandomState(0)
     for _ in range(draws):
         chosen = random.randint(len(labels), size=len(labels))
@@ -631,7 +631,7 @@ def scan(folder):
 def row_get_info(scene):
     folder, count = scene.new_folder(), 1000 if scene.quick else 100000
     for i in range(count):
-        if i % 50000 == 0:  # ext4 links a file at most 65,000 times
+        if i % 50000 == 0:  # ext4 allows at most 65,000 links to a file
             first = os.path.join(folder, "%06d.bin" % i)
             with open(first, "wb") as f:
                 f.truncate(602112)
@@ -648,8 +648,8 @@ def row_get_info(scene):
 # --- the gallery ------------------------------------------------------------------------------------------------------
 
 def run_gallery(*arguments):
-    """Runs tools/gallery.py; returns {"rate": images/s after the start, "seconds": the driver's of CPU, "memory": its MB,
-    "worker": MB of the largest worker}."""
+    """Runs tools/gallery.py. Returns {"rate": images/s after the start, "seconds": the driver's CPU time, "memory": the driver's
+    MB, "worker": the largest worker's MB}."""
     seen = {"seconds": 0, "memory": 0, "worker": 0}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen([sys.executable, os.path.join(ROOT, "tools", "gallery.py")] + [str(text) for text in arguments],
@@ -673,20 +673,20 @@ def run_gallery(*arguments):
 
 
 def peak(path):
-    """The most memory that a process, /proc/PID, has had, in MB."""
+    """Returns the peak memory of a process, /proc/PID, in MB."""
     with open(path + "/status") as f:
         return [int(line.split()[1]) * 1024 / 1e6 for line in f if line.startswith("VmHWM")][0]
 
 
 def measure_on_bins(model, batch, bins, folder):
-    """The images/s of the stand-in from end to end, as tools/benchmark.py runs it."""
+    """Returns the stand-in's images/s from end to end, as tools/benchmark.py runs it."""
     from session import calls_at_once, open_session, run
     calls = calls_at_once(CORES, MANY, batch)
     return len(bins) / run(open_session(model, calls=calls), bins, batch, 224, 224, folder, lambda done: None, calls)[0]["e2e"].seconds
 
 
 def long_list(scene, count):
-    """(a list file of so many images, their folder, a model for which nearly no time is needed)."""
+    """Returns (a list file with count images, their folder, a model that needs nearly no time)."""
     from onnx import TensorProto, helper, save_model
     root, model, image_txt = scene.path("long"), scene.path("tiny.onnx"), scene.path("long%d.txt" % count)
     if not os.path.exists(root):
@@ -707,13 +707,13 @@ def long_list(scene, count):
 
 
 def figures(stage, against, unit, theirs, ours, ratio, reach, met):
-    """A row of the result that compares no times."""
+    """Returns a row of the result that does not compare times."""
     return {"stage": stage, "against": against, "unit": unit, "theirs": theirs, "ours": ours, "limit": None, "limit_is": "",
             "ratio": ratio, "reach": reach, "met": bool(met)}
 
 
 def row_gallery(scene):
-    """tools/gallery.py: its speed with the real model, its memory with a long list, and how it grows with the nodes."""
+    """Measures tools/gallery.py: speed with the real model, memory with a long list, and speed on several nodes."""
     import importlib.util
     if sys.version_info < (3, 10) or not importlib.util.find_spec("ray"):
         print("note: Ray is not installed (pip install -r tools/requirements-gallery.txt, Python 3.10 or later), so the gallery "
@@ -749,16 +749,16 @@ def row_gallery(scene):
 
 
 def attributes(scene):
-    """A file with the names of the attributes of long_list()'s model."""
+    """Writes a file with the attributes' names for long_list()'s model. Returns its path."""
     with open(scene.path("attributes.txt"), "w") as f:
         f.write("red\ngreen\nblue\n")
     return f.name
 
 
 def on_nodes(scene, count, images):
-    """The images/s on a cluster of so many nodes on this machine."""
+    """Returns the images/s on a cluster of count nodes on this machine."""
     from ray.cluster_utils import Cluster
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as short:  # sockets' names are short
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as short:  # a socket's path must be short
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "temp_dir": short})
         try:
             for _ in range(count):
@@ -816,13 +816,13 @@ def row_run(scene):
                    times["theirs"], "its stages", slower=True)
 
 
-BUSY = ["standin", "openvino"]  # what --busy is about
+BUSY = ["standin", "openvino"]  # the rows of --busy
 ROWS = {name[len("row_"):]: function for name, function in list(globals().items()) if name.startswith("row_")}
 
 
 @contextlib.contextmanager
 def busy(processes):
-    """Keeps so many processes at work in the block."""
+    """Keeps this many processes busy during the block."""
     started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
     try:
         yield
@@ -833,7 +833,7 @@ def busy(processes):
 
 
 def machine():
-    """What the figures were measured on."""
+    """Returns the machine and the versions on which the figures are measured."""
     model = "unknown processor"
     with open("/proc/cpuinfo") as f:
         for line in f:
@@ -852,7 +852,7 @@ def machine():
 
 
 def creation(folder):
-    """The milliseconds that it takes to create a file there."""
+    """Returns the milliseconds that it takes to create a file in a folder."""
     def create(name):
         os.close(os.open(os.path.join(folder, name), os.O_CREAT | os.O_WRONLY))
     return 1000 * statistics.median(clock(create, "created%d" % i) for i in range(200))
@@ -863,7 +863,7 @@ HEAD = LINE % ("stage", "against", "theirs", "ours", "limit", "", "ratio", "reac
 
 
 def line(row):
-    """A row as a line of the table."""
+    """Returns a row as a line of the table."""
     def number(value):
         return "-" if value is None else "{:,.0f}".format(value) if value >= 1000 else "%.4g" % value
     return (LINE % (row["stage"], row["against"], number(row["theirs"]), number(row["ours"]), number(row["limit"]),
@@ -875,23 +875,23 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--only", nargs="+", choices=sorted(ROWS), metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--quick", action="store_true", help="few images and rounds: the figures mean nothing")
-    parser.add_argument("--busy", action="store_true", help="with a busy process on half of the cores (%s)" % ", ".join(BUSY))
-    parser.add_argument("--json", metavar="FILE", help="also write the result here")
+    parser.add_argument("--quick", action="store_true", help="few images and rounds; the figures mean nothing")
+    parser.add_argument("--busy", action="store_true", help="run a busy process on half of the cores (%s)" % ", ".join(BUSY))
+    parser.add_argument("--json", metavar="FILE", help="also write the result into this file")
     args = parser.parse_args(argv)
     rows = args.only or (BUSY if args.busy else ROWS)
     if args.busy and not set(rows) <= set(BUSY):
-        parser.error("--busy is for %s" % ", ".join(BUSY))
+        parser.error("--busy only works with these rows: %s" % ", ".join(BUSY))
     with tempfile.TemporaryDirectory(prefix="deepmar_bench") as folder:
         scene = Scene(folder, args.quick, args.busy)
         result = {"machine": dict(machine(), file_creation_ms=round(creation(folder), 3)), "quick": args.quick, "rows": []}
         print(", ".join("%s %s" % item for item in result["machine"].items()))
         if result["machine"]["file_creation_ms"] > SLOW_CREATION:
-            print("note: creating a file is slow in %s, as ext4 is for some minutes after many were deleted: the figures of "
+            print("note: creating a file in %s is slow, as on ext4 for some minutes after many deletions. The figures of "
                   "preprocess and the stand-in are too low; wait five minutes, or set TMPDIR" % tempfile.gettempdir())
         print(HEAD, flush=True)
         for batch in (1, 8, 64) if args.busy and not args.quick else ():
-            scene.model(batch)  # before the machine is busy
+            scene.model(batch)  # make it before the machine is busy
         with busy(max(1, CORES // 2) if args.busy else 0):
             for row in (row for name in rows for row in ROWS[name](scene)):
                 row["stage"] += ", busy" * args.busy

@@ -1,4 +1,4 @@
-"""Debian's chromium, or what $CHROMIUM names, without a window, driven through two pipes by its DevTools protocol."""
+"""Drives chromium, or the browser that $CHROMIUM names, without a window, through two pipes with the DevTools protocol."""
 import base64
 import fcntl
 import json
@@ -11,16 +11,16 @@ import time
 
 OPTIONS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
            "--disable-sync", "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe"]
-PATIENCE = 60  # seconds for the browser to answer
+PATIENCE = 60  # the browser must answer within this many seconds
 
 
 class Browser(object):
-    """One chromium with one tab; open() a page, then look at it."""
+    """One chromium with one tab. Call open() with a page, then examine it."""
 
     def __init__(self):
         self.folder = tempfile.mkdtemp()
         (read_there, write_here), (read_here, write_there) = os.pipe(), os.pipe()
-        high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (read_there, write_there)]  # not 3 or 4 themselves
+        high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (read_there, write_there)]  # the ends must not be 3 or 4
         os.close(read_there)
         os.close(write_there)
         # chromium reads commands from 3 and writes answers to 4, each ended by a NUL
@@ -45,11 +45,11 @@ class Browser(object):
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def receive(self):
-        """The next message of the browser; raises RuntimeError where none comes."""
+        """Returns the browser's next message. Raises RuntimeError if there is none."""
         end = time.time() + PATIENCE
         while b"\0" not in self.rest:
             if not select.select([self.read], [], [], max(0, end - time.time()))[0]:
-                raise RuntimeError("chromium gives no answer")
+                raise RuntimeError("chromium does not answer")
             data = os.read(self.read, 1 << 20)
             if not data:
                 raise RuntimeError("chromium ended; does it start by hand?")
@@ -58,7 +58,7 @@ class Browser(object):
         return json.loads(message.decode())
 
     def call(self, method, **parameters):
-        """Calls a method of the protocol and returns its result; what happens meanwhile is added to self.events."""
+        """Calls a method of the protocol and returns its result. Adds events that arrive meanwhile to self.events."""
         self.number += 1
         message = {"id": self.number, "method": method, "params": parameters}
         if self.session:
@@ -73,7 +73,7 @@ class Browser(object):
             self.events.append(answer)
 
     def happened(self, method):
-        """The parameters of the events of a kind since the page was opened."""
+        """Returns the parameters of all events of this kind since the page was opened."""
         return [event["params"] for event in self.events if event.get("method") == method]
 
     def open(self, path):
@@ -84,7 +84,7 @@ class Browser(object):
             self.events.append(self.receive())
 
     def run(self, script):
-        """The value of a JavaScript expression, waited for if it is a promise."""
+        """Returns the value of a JavaScript expression. Waits for it if it is a promise."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
@@ -113,13 +113,13 @@ class Browser(object):
             f.write(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=False)["data"]))
 
     def problems(self):
-        """What the browser's console has to complain of."""
+        """Returns the errors and warnings in the browser's console."""
         bad = ("error", "warning")
         return (self.happened("Runtime.exceptionThrown")
                 + [call for call in self.happened("Runtime.consoleAPICalled") if call["type"] in bad]
                 + [log for log in self.happened("Log.entryAdded") if log["entry"]["level"] in bad])
 
     def requests(self):
-        """The addresses asked for, but for those that hold their own data."""
+        """Returns the requested addresses, without data: addresses."""
         return [request["request"]["url"] for request in self.happened("Network.requestWillBeSent")
                 if not request["request"]["url"].startswith("data:")]

@@ -1,4 +1,4 @@
-"""What the tests share: the project's folders on the import path, and a way to run a script as a user would."""
+"""Shared by all tests: the project's folders on the import path, and functions that run a script as a user would."""
 import ctypes
 import fcntl
 import io
@@ -19,16 +19,16 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OWN = [ROOT, os.path.join(ROOT, "tools"), os.path.join(ROOT, "tests")]
 sys.path[:0] = OWN
-SIZE = 12  # images of run_all.sh's sample
+SIZE = 12  # the number of images in run_all.sh's sample
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in all scripts
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C, and so would all it starts
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C, and its children inherit that
 
 
 def script(name, *arguments, cwd=None):
-    """Runs ROOT/name in a fork of this process; returns the finished process, its output as text.
+    """Runs ROOT/name in a fork of this process. Returns the finished process, with its output as text.
 
-    What a user sees is the same as of started(), but the libraries that the test's file has imported need not be imported
-    again: of torch, that takes seconds. The project's own modules are imported anew.
+    The result is the same as that of started(), but libraries that the test file has imported are not imported again. For torch,
+    that saves seconds. The project's own modules are imported anew.
     """
     path, arguments = os.path.join(ROOT, str(name)), [str(argument) for argument in arguments]
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
@@ -45,21 +45,21 @@ def script(name, *arguments, cwd=None):
 
 
 def run_forked(path, arguments, cwd, output, errors):
-    """Runs a script in this process, a child of pytest's, and ends it, as a new Python would."""
+    """Runs a script in this process, a child of pytest, and ends it, as a new Python would."""
     status = 1
     try:
         for number, name, file in ((1, "stdout", output), (2, "stderr", errors)):
             os.dup2(file.fileno(), number)
             usual = getattr(sys, "__%s__" % name)
             setattr(sys, name, open(number, "w", encoding=usual.encoding, errors=usual.errors, closefd=False))
-        warnings.resetwarnings()  # pytest collects them
+        warnings.resetwarnings()  # pytest would collect the warnings
         warnings.showwarning = lambda *warning: sys.stderr.write(warnings.formatwarning(*warning[:4]))
         for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", category)
         for module, value in list(sys.modules.items()):
             if os.path.dirname(getattr(value, "__file__", None) or "") in OWN:
                 del sys.modules[module]
-        sys.dont_write_bytecode = True  # of modules that a test changes within the same second
+        sys.dont_write_bytecode = True  # a test may change a module within the same second
         sys.argv, sys.path = [path] + arguments, [os.path.dirname(path)] + [folder for folder in sys.path if folder not in OWN]
         os.chdir(str(cwd or "."))
         runpy.run_path(path, run_name="__main__")
@@ -79,14 +79,14 @@ def run_forked(path, arguments, cwd, output, errors):
 
 
 def started(name, *arguments, cwd=None):
-    """Runs ROOT/name with a new Python; returns the same as script(). For what a fork does not show, as an import's fault."""
+    """Runs ROOT/name with a new Python. Returns the same as script(). It shows what a fork cannot, such as a failed import."""
     return subprocess.run([sys.executable, os.path.join(ROOT, name)] + [str(argument) for argument in arguments],
                           cwd=str(cwd) if cwd else None, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           universal_newlines=True)
 
 
 def check_error(process, *texts, code=1):
-    """A failed script ends with its exit code and one line 'SCRIPT: error: ...' that holds the texts; no traceback."""
+    """Checks that a script failed with this exit code and one line 'SCRIPT: error: ...' with the texts, without a traceback."""
     assert process.returncode == code, (process.returncode, process.stdout, process.stderr)
     assert "Traceback" not in process.stderr, process.stderr
     lines = [line for line in process.stderr.strip().split("\n") if not line.startswith("note: ")]
@@ -97,12 +97,12 @@ def check_error(process, *texts, code=1):
         assert text in process.stderr, process.stderr
 
 
-# The numbers of system calls on x86_64 and aarch64; None where there is no such call.
+# The numbers of system calls on x86_64 and aarch64. None means that there is no such call.
 CALLS = {"flock": (73, 32), "clone": (56, 220), "clone3": (435, 435), "fork": (57, None), "vfork": (58, None)}
 
 
 def refused(error, *calls):
-    """A preexec_fn after which the kernel answers these system calls with an error, as other machines' kernels do."""
+    """Returns a preexec_fn after which these system calls fail with this error, as they do on some machines."""
     number = {"x86_64": 0, "aarch64": 1}[os.uname().machine]
     load, equal, end, allow, fail = 0x20, 0x15, 0x06, 0x7fff0000, 0x00050000 | error  # of linux/filter.h, linux/seccomp.h
     rules = [(load, 0, 0, 0)]
@@ -122,7 +122,7 @@ def refused(error, *calls):
 
 
 def namespaces(*options):
-    """The beginning of a command that runs in Linux namespaces of its own, as unshare's options name them."""
+    """Returns the beginning of a command that runs in new Linux namespaces. options: those of unshare."""
     command = ["unshare"] + ["--map-root-user"] * (os.getuid() != 0) + list(options)
     if subprocess.call(command + ["true"], stderr=subprocess.DEVNULL):
         pytest.skip("NOT RUN: this user may not make namespaces; run it as root")
@@ -130,8 +130,8 @@ def namespaces(*options):
 
 
 def run_all(*arguments, root=ROOT, cwd=None, path=None, **variables):
-    """Runs run_all.sh with this Python; returns the finished process."""
-    environment = dict(os.environ, PYTHON=sys.executable, sample_size=str(SIZE), set_env="/dev/null")  # no CANN of this machine
+    """Runs run_all.sh with this Python. Returns the finished process."""
+    environment = dict(os.environ, PYTHON=sys.executable, sample_size=str(SIZE), set_env="/dev/null")  # ignore this machine's CANN
     environment.update(variables)
     if path:
         environment["PATH"] = "%s:%s" % (path, environment["PATH"])
@@ -145,11 +145,11 @@ VERSION = "%d.%d" % sys.version_info[:2]
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory):
-    """A folder with the sample of SIZE images. tests/run.sh names a folder that the test files of a Python share."""
+    """A folder with the sample of SIZE images. All test files of a Python share it through tests/run.sh's folder."""
     shared = os.environ.get("DEEPMAR_TEST_SHARED", str(tmp_path_factory.mktemp("shared")))
     folder = os.path.join(shared, "sample-" + VERSION)
     with open(folder + ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another file's tests may be making it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another test file may be making it
         process = script("tools/sample.py", folder, "--images", SIZE, "--keep")
     assert process.returncode == 0, process.stderr
     return folder
@@ -157,14 +157,14 @@ def sample(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def first(sample, tmp_path_factory):
-    """The first run, on sample data: (its work folder, the process)."""
+    """A first run on sample data: (its work folder, the process)."""
     work = os.path.join(str(tmp_path_factory.mktemp("run_all")), "work")
     shutil.copytree(sample, os.path.join(work, "sample"))
     return work, run_all("--work-dir", work)
 
 
 def tiny_data(folder):
-    """Writes folder/sample as the sample's folder is, without a network; its checkpoint is for the stages that read none."""
+    """Writes folder/sample like the sample's folder, but with a fake checkpoint, for stages that read no checkpoint."""
     from sample import pedestrians
     (folder / "sample" / "images").mkdir(parents=True)
     images, labels = pedestrians(SIZE, 0)
@@ -177,7 +177,7 @@ def tiny_data(folder):
 
 
 def own_data(work, **changes):
-    """The options that make the sample the user's own data, by absolute paths."""
+    """Returns options that give the sample as the user's own data, with absolute paths."""
     options = {"checkpoint": "checkpoint.pth.tar", "images": "images", "image-list": "image.txt",
                "label-file": "label.json"}
     options = {name: os.path.join(work, "sample", value) for name, value in options.items()}

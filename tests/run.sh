@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs every test on the current Python ($PYTHON, default python3) and on Python 3.7 ($PYTHON37; else python3.7, else
-# pyenv's): first ruff and shellcheck, then the test files, two at a time. Sets up a virtual environment for each where its
-# packages are missing. Arguments go to pytest. The report is looked at in chromium ($CHROMIUM names another Chrome). This browser,
-# fontconfig, the locales and shellcheck are installed where they are missing and this is root.
+# pyenv's): first ruff and shellcheck, then the test files, two at a time. If a Python lacks packages, the script makes a virtual
+# environment for it. Arguments go to pytest. The tests open the report in chromium ($CHROMIUM names another Chrome). If this
+# browser, fontconfig, the locales or shellcheck are missing, root installs them.
 set -uo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." || exit 1
 
@@ -19,7 +19,7 @@ command -v fc-match >/dev/null || packages+=(fontconfig)
 if [ ${#packages[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     echo "tests/run.sh: installing ${packages[*]}"
     { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends \
-        "${packages[@]}" >/dev/null; } || echo "tests/run.sh: they cannot be installed, see above"
+        "${packages[@]}" >/dev/null; } || echo "tests/run.sh: the packages cannot be installed, see above"
 fi
 for program in "$CHROMIUM" shellcheck; do
     command -v "$program" >/dev/null ||
@@ -28,9 +28,9 @@ done
 export CHROMIUM
 
 export DEEPMAR_TEST_SHARED DEEPMAR_TEST_PYTHONS=
-DEEPMAR_TEST_SHARED=$(mktemp -d) # the sample, which the tests of a Python share, and what tests/stacks.py compares
+DEEPMAR_TEST_SHARED=$(mktemp -d) # holds the sample, which a Python's tests share, and tests/stacks.py's input
 trap 'rm -rf "$DEEPMAR_TEST_SHARED"' EXIT
-# Two files run at the same time on two cores, so threads of one process would only wait for each other.
+# Two test files run at the same time on two cores, so more threads would only wait for each other.
 export OMP_NUM_THREADS=1
 
 pythons=("${PYTHON:-python3}")
@@ -43,15 +43,15 @@ DEEPMAR_TEST_PYTHONS=$(IFS=: && echo "${pythons[*]}")
 shellcheck -x run_all.sh tools/*.sh tests/run.sh .ci/run || exit 1
 "${pythons[0]}" -m ruff check --quiet . || exit 1
 
-# one_file [pytest's arguments] PYTHON FILE: a process for each file, so that where a library crashes, the other files' tests run
+# one_file [pytest's arguments] PYTHON FILE: runs a file in its own process, so that a library's crash does not stop the others
 one_file() {
     local python=${*: -2:1} file=${*: -1} log status
     log=$(mktemp -p "$DEEPMAR_TEST_SHARED")
     "$python" -m pytest -q -rs -p no:cacheprovider --durations=3 --durations-min=5 "$file" "${@:1:$#-2}" >"$log" 2>&1
     status=$?
-    [ "$status" != 5 ] || return 0 # the arguments choose none of its tests
+    [ "$status" != 5 ] || return 0 # the arguments select none of its tests
     echo "$status $file ($("$python" --version))" >>"$DEEPMAR_TEST_SHARED/done"
-    sed "1i === $file, $("$python" --version)" "$log" # in one piece
+    sed "1i === $file, $("$python" --version)" "$log" # print the whole log at once
 }
 export -f one_file
 long=(tests/test_{card,run_all,export,kill,bench,report}.py)

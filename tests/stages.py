@@ -1,4 +1,4 @@
-"""Every script that writes files, small enough to be run hundreds of times: what it is given, and what it writes."""
+"""The input and output of every script that writes files, small enough to run the script hundreds of times."""
 import json
 import os
 import shutil
@@ -30,7 +30,7 @@ except KeyboardInterrupt:
     sys.exit("sample.py: interrupted")
 """ % os.path.join(ROOT, "tools")
 
-# name -> (arguments of Python, the files and folders that it writes and that are the same after each run)
+# name -> (arguments of Python, the files and folders that the script writes, which are the same after each run)
 STAGES = {
     "export_onnx": (["export_onnx.py", "any.pth", "out.onnx", "2"], ["out.onnx"]),
     "remove_pad": ([ROOT + "/remove_pad.py", "pad.onnx", "nopad.onnx"], ["nopad.onnx"]),
@@ -50,9 +50,9 @@ STAGES = {
 
 
 def start(folder, stage, before=(), more=(), prefix=(), script=None, **settings):
-    """Starts a stage in its folder, in a process group of its own; before: Python's arguments, more: the stage's.
+    """Starts a stage in its folder, in a new process group. before: arguments of Python. more: arguments of the stage.
 
-    prefix: of the whole command; script: in place of the stage's.
+    prefix: goes before the whole command. script: replaces the stage's script.
     """
     command = [script or STAGES[stage][0][0]] + STAGES[stage][0][1:] + list(more)
     return subprocess.Popen(list(prefix) + [sys.executable, "-B"] + list(before) + command, cwd=str(folder),
@@ -61,14 +61,14 @@ def start(folder, stage, before=(), more=(), prefix=(), script=None, **settings)
 
 
 def run(folder, stage):
-    """Runs a stage, which must succeed."""
+    """Runs a stage and checks that it succeeds."""
     process = start(folder, stage)
     _, errors = process.communicate()
     assert process.returncode == 0 and "Traceback" not in errors, errors
 
 
 def prepare(folder):
-    """Makes the input of every stage in a new folder."""
+    """Makes the input of all stages in a new folder."""
     (folder / "baseline" / "model").mkdir(parents=True)
     (folder / "baseline" / "model" / "DeepMAR.py").write_text(NETWORK % "x")
     shutil.copy(os.path.join(ROOT, "export_onnx.py"), str(folder))
@@ -92,13 +92,13 @@ def prepare(folder):
 
 
 def contents(folder):
-    """{path: bytes} of all files below a folder, {path: None} of the folders."""
+    """Returns {path: bytes} for all files below a folder, and {path: None} for the folders."""
     found = {}
     for parent, folders, files in os.walk(str(folder)):
         for name in folders + files:
             path = os.path.join(parent, name)
             content = None
-            if name.endswith(".pth.tar"):  # torch 1.6 writes addresses into it
+            if name.endswith(".pth.tar"):  # torch 1.6 writes memory addresses into it
                 content = b"".join(value.numpy().tobytes() for value in load_checkpoint(path).values())
             elif name in files:
                 with open(path, "rb") as f:
@@ -108,14 +108,14 @@ def contents(folder):
 
 
 def output(folder, stage):
-    """What a stage has written, in parts of which each must be whole: [{path: bytes}]."""
+    """Returns a stage's output, [{path: bytes}]. Each dict is a file or folder that must be whole."""
     paths = [folder / name for name in STAGES[stage][1]]
     return [contents(path) if path.is_dir() else {path.name: path.read_bytes()} if path.exists() else {}
             for path in paths]
 
 
 def put_earlier(folder, stage):
-    """Puts an earlier output of a stage, unlike its new one, in place of what is there; returns output()."""
+    """Replaces a stage's output by an earlier one with other content. Returns output()."""
     for name in STAGES[stage][1]:
         path = folder / name
         if os.path.isdir(str(path)):

@@ -138,7 +138,8 @@ def locked(file):
         return False
 
 
-def main(argv=None):
+def parse(argv):
+    """Returns the arguments; args.checkpoint, output, batch_size, size and num_att are checked."""
     parser = argparse.ArgumentParser(
         prog="export_onnx.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage="export_onnx.py CHECKPOINT OUTPUT BATCH_SIZE [options]\n"
@@ -170,12 +171,15 @@ def main(argv=None):
             parser.error("%s must be a positive whole number, not %r" % (name, text))
         return int(text)
 
-    checkpoint, output, batch_size = values
-    batch_size = number("BATCH_SIZE", "1" if batch_size is None else batch_size)
-    height, width = (number("--size", text) for text in args.size)
-    names = None if args.attributes is None else read_names(args.attributes)
-    num_att = None if args.num_att is None else number("--num-att", args.num_att)
+    args.checkpoint, args.output, batch_size = values
+    args.batch_size = number("BATCH_SIZE", "1" if batch_size is None else batch_size)
+    args.size = tuple(number("--size", text) for text in args.size)
+    args.num_att = None if args.num_att is None else number("--num-att", args.num_att)
+    return args
 
+
+def import_network():
+    """Returns DeepMAR.load_model, after the import of the libraries that stage 1 needs."""
     # Python may not search the script's folder: PYTHONSAFEPATH excludes it, and the script may be started through a link.
     folder = os.path.dirname(os.path.realpath(__file__))
     sys.path.insert(0, folder)
@@ -187,30 +191,36 @@ def main(argv=None):
         from baseline.model.DeepMAR import load_model
     import onnxruntime  # noqa: F401 - if it is missing, the script fails here and not after the work
     signal.signal(signal.SIGINT, before)
+    return load_model
+
+
+def main(argv=None):
+    args = parse(argv)
+    names = None if args.attributes is None else read_names(args.attributes)
+    shape = (args.batch_size, 3) + args.size
     notes = []
-    model = load_model(checkpoint, args.last_conv_stride, args.state_dict, notes.append)
-    if num_att not in (None, model.num_att):
+    model = import_network()(args.checkpoint, args.last_conv_stride, args.state_dict, notes.append)
+    if args.num_att not in (None, model.num_att):
         raise ValueError("%s: was trained for %d attributes, but --num-att asks for %d; take the checkpoint and the labels "
-                         "from the same data set" % (checkpoint, model.num_att, num_att))
+                         "from the same data set" % (args.checkpoint, model.num_att, args.num_att))
     if names is not None and len(names) != model.num_att:
         raise ValueError("%s: holds %d names, but %s has %d attributes"
-                         % (args.attributes, len(names), checkpoint, model.num_att))
+                         % (args.attributes, len(names), args.checkpoint, model.num_att))
     try:
-        with whole_file(output) as temporary:
-            content = export(model, (batch_size, 3, height, width))
-            content = describe(content, checkpoint, names, (height, width), args.last_conv_stride)
-            difference, largest = verify(model, content, (batch_size, 3, height, width))
+        with whole_file(args.output) as temporary:
+            content = describe(export(model, shape), args.checkpoint, names, args.size, args.last_conv_stride)
+            difference, largest = verify(model, content, shape)
             with open(temporary, "wb") as f:
                 f.write(content)
     except (OSError, ValueError):
         raise
     except Exception as error:  # torch, onnx and onnxruntime have their own kinds of errors, some with many lines
-        raise ValueError("%s: was not exported: %s: %s" % (output, type(error).__name__, " ".join(str(error).split())))
+        raise ValueError("%s: was not exported: %s: %s" % (args.output, type(error).__name__, " ".join(str(error).split())))
     for text in notes:
-        print("%s: %s" % (checkpoint, text))
+        print("%s: %s" % (args.checkpoint, text))
     print("%s: batch size %d, images of %d x %d (height x width), last_conv_stride %d, %d attributes, opset %d; ONNX Runtime and "
-          "PyTorch differ by at most %.3g (largest logit %.3g)" % (
-              output, batch_size, height, width, args.last_conv_stride, model.num_att, OPSET, difference, largest))
+          "PyTorch differ by at most %.3g (largest logit %.3g)" % ((args.output, args.batch_size) + args.size + (
+              args.last_conv_stride, model.num_att, OPSET, difference, largest)))
 
 
 if __name__ == "__main__":

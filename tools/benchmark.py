@@ -175,7 +175,7 @@ def part(text):
     return value
 
 
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
 
@@ -208,7 +208,11 @@ def main(argv=None):
         parser.error("-device_id cannot be negative")
     if args.om_path.endswith(".om"):
         parser.error("-om_path: %s is an OM, which only the card runs; give the ONNX model" % args.om_path)
+    return args
 
+
+def main(argv=None):
+    args = parse(argv)
     threads = args.threads or cores()
     calls = args.calls or calls_at_once(threads, count_images(args), args.batch_size, args.input_height, args.input_width)
     session, bins, batch = (fastest(args, threads, calls) if args.provider == "measure" else

@@ -192,6 +192,78 @@ def read_batch(bins, batch):
                 raise ValueError("%s: is shorter than %d bytes" % (path, row.nbytes))
 
 
+class Pipeline(object):
+    """The bins [(name, path)] on their way through a model: read and checked, inferred, written as folder/NAME_1.bin.
+
+    The steps overlap: one thread reads, one writes, and so many calls of session.run() run at the same time.
+    """
+
+    def __init__(self, session, bins, batch_size, height, width, folder, calls):
+        self.session, self.folder, self.calls = session, folder, calls
+        self.output, self.input = session.get_outputs()[0].name, session.get_inputs()[0].name
+        self.batches = [bins[i:i + batch_size] for i in range(0, len(bins), batch_size)]
+        self.buffers = [empty_batch(session, batch_size, height, width) for _ in range(min(calls + AHEAD, len(self.batches)))]
+        self.clocks = {name: Clock() for name in ("e2e", "data read", "preprocess", "infer", "interface", "post")}
+        self.seconds = []  # of each call
+
+    def read(self, index):
+        """Reads a batch into its buffer. Raises ValueError for a bin that has shrunk or holds NaN."""
+        batch, buffer = self.batches[index], self.buffers[index % len(self.buffers)]
+        with self.clocks["data read"]:
+            read_batch(batch, buffer)
+        with self.clocks["preprocess"]:
+            buffer[len(batch):] = 0
+            faults = [fault(row) for row in buffer[:len(batch)]]
+            if any(faults):
+                raise ValueError("%s in %s" % (next(filter(None, faults)), some(path for (_, path), why in zip(batch, faults) if why)))
+
+    def infer(self, index, reading, options):
+        """Waits until a batch is read. Returns its logits."""
+        reading.result()
+        with self.clocks["infer"], self.clocks["interface"]:
+            return self.call(self.buffers[index % len(self.buffers)], options)
+
+    def call(self, batch, options):
+        start = time.perf_counter()
+        logits, = self.session.run([self.output], {self.input: batch}, options)
+        self.seconds.append(time.perf_counter() - start)
+        return logits
+
+    def write(self, results):
+        with self.clocks["post"]:
+            for name, logits in results:
+                with open(os.path.join(self.folder, name + "_1.bin"), "wb") as f:
+                    f.write(logits.astype("<f4").data)
+
+    def run(self, report):
+        """Runs all batches. Calls report(images) after each."""
+        pool = ThreadPoolExecutor if can_start(self.calls + 3) else Inline
+        with interruptible() as options, pool(1) as reader, pool(1) as writer, pool(self.calls) as runner:
+            for warm_up in [runner.submit(self.call, buffer, options) for buffer in self.buffers[:self.calls]]:
+                warm_up.result()  # the first calls also allocate memory
+            del self.seconds[:]
+            with self.clocks["e2e"]:
+                running = collections.deque()
+
+                def start(index):
+                    running.append(runner.submit(self.infer, index, reader.submit(self.read, index), options))
+
+                for index in range(len(self.buffers)):
+                    start(index)
+                results, writing = [], None
+                for index, batch in enumerate(self.batches):
+                    logits = running.popleft().result()
+                    if index + len(self.buffers) < len(self.batches):
+                        start(index + len(self.buffers))
+                    results += [(name, row) for (name, _), row in zip(batch, logits)]
+                    if len(results) >= WRITE or index == len(self.batches) - 1:
+                        if writing:
+                            writing.result()
+                        writing, results = writer.submit(self.write, results), []
+                    report(len(batch))
+                writing.result()
+
+
 def run(session, bins, batch_size, height, width, folder, report, calls=1):
     """Runs the model over the bins [(name, path)] and writes folder/NAME_1.bin for each, float32 [attributes].
 
@@ -199,64 +271,9 @@ def run(session, bins, batch_size, height, width, folder, report, calls=1):
     Calls report(images) after every batch. Returns {module: Clock} and the seconds of each call. Raises ValueError for a bin
     that has shrunk or holds NaN.
     """
-    clocks = {name: Clock() for name in ("e2e", "data read", "preprocess", "infer", "interface", "post")}
-    input_name, output_name = session.get_inputs()[0].name, session.get_outputs()[0].name
-    batches = [bins[i:i + batch_size] for i in range(0, len(bins), batch_size)]
-    buffers = [empty_batch(session, batch_size, height, width) for _ in range(min(calls + AHEAD, len(batches)))]
-    seconds = []
-
-    def read(index):
-        batch, buffer = batches[index], buffers[index % len(buffers)]
-        with clocks["data read"]:
-            read_batch(batch, buffer)
-        with clocks["preprocess"]:
-            buffer[len(batch):] = 0
-            faults = [fault(row) for row in buffer[:len(batch)]]
-            if any(faults):
-                raise ValueError("%s in %s" % (next(filter(None, faults)), some(path for (_, path), why in zip(batch, faults) if why)))
-
-    def write(results):
-        with clocks["post"]:
-            for name, logits in results:
-                with open(os.path.join(folder, name + "_1.bin"), "wb") as f:
-                    f.write(logits.astype("<f4").data)
-
-    def infer(index, reading):
-        reading.result()
-        with clocks["infer"], clocks["interface"]:
-            return call(buffers[index % len(buffers)])
-
-    def call(batch):
-        start = time.perf_counter()
-        logits, = session.run([output_name], {input_name: batch}, options)
-        seconds.append(time.perf_counter() - start)
-        return logits
-
-    pool = ThreadPoolExecutor if can_start(calls + 3) else Inline
-    with interruptible() as options, pool(1) as reader, pool(1) as writer, pool(calls) as runner:
-        list(runner.map(call, buffers[:calls]))  # a warm-up, because the first calls also allocate memory
-        del seconds[:]
-        with clocks["e2e"]:
-            running = collections.deque()
-
-            def start(index):
-                running.append(runner.submit(infer, index, reader.submit(read, index)))
-
-            for index in range(len(buffers)):
-                start(index)
-            results, writing = [], None
-            for index, batch in enumerate(batches):
-                logits = running.popleft().result()
-                if index + len(buffers) < len(batches):
-                    start(index + len(buffers))
-                results += [(name, row) for (name, _), row in zip(batch, logits)]
-                if len(results) >= WRITE or index == len(batches) - 1:
-                    if writing:
-                        writing.result()
-                    writing, results = writer.submit(write, results), []
-                report(len(batch))
-            writing.result()
-    return clocks, seconds
+    pipeline = Pipeline(session, bins, batch_size, height, width, folder, calls)
+    pipeline.run(report)
+    return pipeline.clocks, pipeline.seconds
 
 
 def compute(session, bins, finite=True):

@@ -139,7 +139,7 @@ def locked(file):
 
 
 def parse(argv):
-    """Returns the arguments; args.checkpoint, output, batch_size, size and num_att are checked."""
+    """Returns the arguments, after checking args.checkpoint, output, batch_size, size and num_att."""
     parser = argparse.ArgumentParser(
         prog="export_onnx.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage="export_onnx.py CHECKPOINT OUTPUT BATCH_SIZE [options]\n"
@@ -179,7 +179,7 @@ def parse(argv):
 
 
 def import_network():
-    """Returns DeepMAR.load_model, after the import of the libraries that stage 1 needs."""
+    """Imports the libraries that stage 1 needs. Returns DeepMAR.load_model."""
     # Python may not search the script's folder: PYTHONSAFEPATH excludes it, and the script may be started through a link.
     folder = os.path.dirname(os.path.realpath(__file__))
     sys.path.insert(0, folder)

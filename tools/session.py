@@ -193,9 +193,9 @@ def read_batch(bins, batch):
 
 
 class Pipeline(object):
-    """The bins [(name, path)] on their way through a model: read and checked, inferred, written as folder/NAME_1.bin.
+    """Takes the bins [(name, path)] through a model: reads and checks them, infers, and writes folder/NAME_1.bin.
 
-    The steps overlap: one thread reads, one writes, and so many calls of session.run() run at the same time.
+    The steps overlap: one thread reads, one writes, and several calls of session.run() run at the same time.
     """
 
     def __init__(self, session, bins, batch_size, height, width, folder, calls):
@@ -204,7 +204,7 @@ class Pipeline(object):
         self.batches = [bins[i:i + batch_size] for i in range(0, len(bins), batch_size)]
         self.buffers = [empty_batch(session, batch_size, height, width) for _ in range(min(calls + AHEAD, len(self.batches)))]
         self.clocks = {name: Clock() for name in ("e2e", "data read", "preprocess", "infer", "interface", "post")}
-        self.seconds = []  # of each call
+        self.seconds = []  # the time of each call
 
     def read(self, index):
         """Reads a batch into its buffer. Raises ValueError for a bin that has shrunk or holds NaN."""

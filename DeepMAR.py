@@ -296,7 +296,7 @@ def read_zip(data):
     def read(name):
         member = archive.getinfo(root + name)
         if getattr(member, "CRC", None) == 0:
-            del member.CRC  # torch.save can leave the checksums out. Without this attribute, zipfile does not check
+            del member.CRC  # torch.save can leave the checksums out. Without this attribute, zipfile does not check them
         return archive.read(member)
 
     if root + "byteorder" in archive.namelist() and read("byteorder") != b"little":

@@ -27,7 +27,7 @@ import signal
 import sys
 import warnings
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime >= 1.29 reports each model to its makers
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # otherwise ONNX Runtime >= 1.29 reports each model to its makers
 
 VERSION = "1.0"    # the version of these scripts, for the model's metadata
 OPSET = 11         # the ONNX operator set that atc supports
@@ -41,7 +41,7 @@ def export(model, shape):
     arguments = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
     content = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that exporter warns of its age, and of the pooling window becoming a constant
+        warnings.simplefilter("ignore")  # the exporter warns about its age and about the pooling window, which becomes a constant
         torch.onnx.export(model, torch.zeros(shape), content, opset_version=OPSET, input_names=["actual_input_1"],
                           output_names=["output1"], do_constant_folding=True, **arguments)
     return content.getvalue()

@@ -81,7 +81,7 @@ def main(argv=None):
     for name in [folder] + names:
         if "\n" in name:
             raise ValueError("%r: a line of the info file cannot hold this name" % name)
-        if re.search("[\ud800-\udfff]", name):  # Python represents undecodable bytes by these
+        if re.search("[\ud800-\udfff]", name):  # Python represents undecodable bytes by these characters
             raise ValueError("%s: its name is not UTF-8, as the info file is; rename it: convmv -f GBK -t UTF-8" % name)
     start, end = os.path.join(folder, ""), " %s %s\n" % (width, height)
     with whole_file(info) as temporary, open(temporary, "w", encoding="utf-8") as f:

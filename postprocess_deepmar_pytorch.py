@@ -272,7 +272,7 @@ def evaluate(logits, labels):
         raise ValueError("no image has any true attribute, so the instance metrics are not defined")
     union, predictions, truths = (array.sum(axis=1)[counted] for array in (predicted | true, predicted, true))
     both = both[counted]
-    precision = float(np.mean(both / np.maximum(predictions, 1)))  # 0 where nothing is predicted
+    precision = float(np.mean(both / np.maximum(predictions, 1)))  # 0 if nothing is predicted
     recall = float(np.mean(both / truths))
     positives = true.sum(axis=0)
     negatives = len(true) - positives

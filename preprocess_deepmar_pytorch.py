@@ -124,7 +124,7 @@ def read_image(path, upright=False):
             raise ValueError("%d x %d pixels are too many" % image.size)
         if image.format == "EPS":  # Pillow would let Ghostscript run it
             raise ValueError("PostScript is a program; save it as a picture")
-        image.load()  # some formats do not know their mode before
+        image.load()  # for some formats, the mode is known only after load()
         if image.mode[0] in "IF":  # convert() would clip these at 255 instead of scaling them
             raise ValueError("more than 8 bits per channel (mode %s); save it with 8" % image.mode)
         orientation = 1
@@ -261,7 +261,7 @@ def start_workers(count, bins, array):
                 worker = context.Process(target=work, daemon=True, args=(os.getpid(), theirs, bins, array))
                 worker.start()
             workers[ours] = worker
-    except OSError as error:  # a limit of processes or open files
+    except OSError as error:  # the limit of processes or open files is reached
         note("only %d of %d processes can be started (%s), so this takes longer" % (len(workers), count, error.strerror))
     return workers
 
@@ -295,7 +295,7 @@ def convert_all(images, bins, array):
             for pipe in wait(list(workers)):
                 yield received(pipe)
                 busy -= 1
-    finally:  # only when the workers have ended can the caller rename or delete their files
+    finally:  # the caller can rename or delete the workers' files only after the workers have ended
         for worker in workers.values():
             worker.kill()
             worker.join()

@@ -76,7 +76,7 @@ def constant(name, scopes, model):
         if needed in initializers:
             tensors[needed] = initializers[needed]
         elif needed not in producer:
-            return None  # an input of the graph
+            return None  # it is an input of the graph
         elif producer[needed] not in chain:
             node = nodes[producer[needed]]
             if node.op_type in RANDOM or any(a.HasField("g") or a.graphs for a in node.attribute):
@@ -93,7 +93,7 @@ def constant(name, scopes, model):
                 return numpy_helper.to_array(attribute.t)
             if attribute.name == "value_ints":  # ONNX Runtime 1.10 cannot read it
                 return np.array(attribute.ints)
-        # Longer chains: ONNX Runtime knows what every operator does.
+        # ONNX Runtime computes longer chains, because it knows every operator.
         with importing():
             import onnxruntime
         output = helper.make_tensor_value_info(name, TensorProto.INT64, None)
@@ -114,7 +114,7 @@ def constant(name, scopes, model):
 def pads_of(node, scopes, model):
     """Returns a Pad's pads as a list of int, or None if they are known only at run time."""
     for attribute in node.attribute:
-        if attribute.name in ("pads", "paddings"):  # opset 2 to 10, opset 1
+        if attribute.name in ("pads", "paddings"):  # the name in opset 2 to 10, and in opset 1
             return list(attribute.ints)
     value = constant(node.input[1], scopes, model)
     return None if value is None else value.ravel().tolist()

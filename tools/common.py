@@ -11,7 +11,7 @@ import threading
 import time
 import unicodedata
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime >= 1.29 reports each model to its makers
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # otherwise ONNX Runtime >= 1.29 reports each model to its makers
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")   # numpy's threads are not needed. If none can be started, its import
                                                      # would end the process
 
@@ -64,7 +64,7 @@ def command(main):
     status = None
     try:
         main()
-    except SystemExit as stop:  # argparse's
+    except SystemExit as stop:  # argparse raises it
         status = stop.code
     except BrokenPipeError:
         status = READER_LEFT
@@ -342,7 +342,7 @@ def replaced_folder(path, ending=".bin"):
             if os.path.exists(old) and not os.path.exists(path):  # this run was interrupted between the two renames
                 os.rename(old, path)
             shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk
+            if isinstance(error, OSError) and error.errno and not error.filename:  # for example, the disk is full
                 raise OSError("%s: %s" % (path, error.strerror))
             raise
         shutil.rmtree(old, ignore_errors=True)

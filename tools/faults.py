@@ -89,7 +89,7 @@ def layers(exact, others, bins):
             row["size"] += float((array ** 2).sum())
             for i, other in enumerate(rest):
                 with np.errstate(invalid="ignore"):
-                    row["reach"][i] = float(np.maximum(row["reach"][i], np.abs(other).max()))  # NaN stays
+                    row["reach"][i] = float(np.maximum(row["reach"][i], np.abs(other).max()))  # np.maximum keeps NaN
                     row["error"][i] += float(((other - array) ** 2).sum())
     for row in rows:
         row["error"] = [float(np.sqrt(error / row["size"])) if row["size"] else 0.0 if not error else float("inf")

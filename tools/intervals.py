@@ -1,4 +1,4 @@
-"""95 % intervals: how far a run's metrics might be off, because its images are only a sample.
+"""Computes 95 % intervals: how far a run's metrics might be off, because its images are only a sample.
 
 The metrics over images get a bootstrap interval. DRAWS times, as many images as the run has are drawn from it with
 replacement. The interval holds the middle 95 % of the draws' metrics. Two models over the same images get the same draws, so

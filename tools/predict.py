@@ -184,7 +184,7 @@ def has_letter(font, letter):
 
 def advance(font, text):
     """Returns the width of a text in pixels."""
-    return font.getlength(text) if hasattr(font, "getlength") else font.getsize(text)[0]  # before Pillow 8
+    return font.getlength(text) if hasattr(font, "getlength") else font.getsize(text)[0]  # Pillow before 8 has only getsize()
 
 
 def metrics(font):

@@ -65,7 +65,7 @@ def quantize(path, feeds, folder, qdq=False):
 
     folded, result = os.path.join(folder, "folded.onnx"), os.path.join(folder, "int8.onnx")
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC  # standard operators only
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC  # this level uses only standard operators
     options.optimized_model_filepath = folded
     options.log_severity_level = 3  # log only errors
     here = os.getcwd()

@@ -445,7 +445,7 @@ def test_a_crash_of_the_reader_is_an_error(tmp_path, monkeypatch):
     path = write(tmp_path / "PETA.mat", content())
     assert len(tool.read_apart("peta", str(path))[0]) == IMAGES
     monkeypatch.setattr(tool, "read", lambda *_: os._exit(1))
-    with pytest.raises(ValueError, match="PETA.mat: damaged; its reader crashes on it"):
+    with pytest.raises(ValueError, match="PETA.mat: is damaged, and the library that reads it crashes"):
         tool.read_apart("peta", str(path))
 
 

@@ -42,7 +42,7 @@ def test_folder(folder):
     one_by_one = parse(predict(folder, *READ).stdout)
     done = predict(folder, "crops", "--json", "out.json", "--csv", "out.csv")
     check_error(done, "2 of 8 images cannot be read: ", "crops/a/cut.jpg (", "crops/b/empty.png (")
-    assert "note: crops: 2 files are left out, as their names do not end" in done.stderr
+    assert "note: crops: 2 files are left out, because their names do not end" in done.stderr
     assert done.stdout == "".join("out.%s: 6 images, 2 could not be read\n" % kind for kind in ("json", "csv"))
     content = json.loads((folder / "out.json").read_text())
     assert content["attributes"] == NAMES and content["thresholds"] == [0, 0, 0] and content["names_assumed"] is False

@@ -43,25 +43,23 @@ DEEPMAR_TEST_PYTHONS=$(IFS=: && echo "${pythons[*]}")
 shellcheck -x run_all.sh tools/*.sh tests/run.sh .ci/run || exit 1
 "${pythons[0]}" -m ruff check --quiet . || exit 1
 
-# one_file [pytest's arguments] PYTHON FILE: runs a file in its own process, so that a library's crash does not stop the others
-one_file() {
-    local python=${*: -2:1} file=${*: -1} log status
-    log=$(mktemp -p "$DEEPMAR_TEST_SHARED")
-    "$python" -m pytest -q -rs -p no:cacheprovider --durations=3 --durations-min=5 "$file" "${@:1:$#-2}" >"$log" 2>&1
-    status=$?
-    [ "$status" != 5 ] || return 0 # the arguments select none of its tests
-    echo "$status $file ($("$python" --version))" >>"$DEEPMAR_TEST_SHARED/done"
-    sed "1i === $file, $("$python" --version)" "$log" # print the whole log at once
-}
-export -f one_file
-long=(tests/test_{card,run_all,export,kill,bench,report}.py)
-mapfile -t others < <(printf "%s\n" tests/test_*.py | grep -vxFf <(printf '%s\n' "${long[@]}"))
-for file in "${long[@]}" "${others[@]}"; do
-    for python in "${pythons[@]}"; do printf '%s\0' "$python" "$file"; done
-done | xargs -0 -n 2 -P 2 bash -c 'one_file "$@"' _ "$@"
+# The longest first. The second Python's first one is another, as only one can make the sample.
+long=(tests/test_{run_all,gallery,genuine,kill,card,machine,export,report,rehearse,bench}.py)
+mapfile -t files < <(printf '%s\n' "${long[@]}" tests/test_*.py | awk '!seen[$0]++')
+running=()
+for python in "${pythons[@]}"; do
+    "$python" tests/files.py "${files[@]}" -- "$@" &
+    running+=($!)
+    files=("${files[@]:1:9}" "${files[0]}" "${files[@]:10}")
+done
+failed=
+for process in "${running[@]}"; do
+    wait "$process" || failed="tests/files.py"
+done
 
-failed=$(grep -v '^0 ' "$DEEPMAR_TEST_SHARED/done" | cut -d' ' -f2-)
-[ -e "$DEEPMAR_TEST_SHARED/done" ] || failed="no test was chosen"
+touch "$DEEPMAR_TEST_SHARED/done"
+failed+=$(grep -v '^0 ' "$DEEPMAR_TEST_SHARED/done" | cut -d' ' -f2-)
+[ -s "$DEEPMAR_TEST_SHARED/done" ] || failed="no test was chosen"
 if [ $# = 0 ] && [ -z "$failed" ] && [ -n "$python37" ]; then
     echo "=== the two stacks against each other"
     "${pythons[0]}" -m pytest -q -s -p no:cacheprovider tests/stacks.py || failed=tests/stacks.py

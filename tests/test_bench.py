@@ -1,6 +1,11 @@
 """The benchmark runs, and its result has every row; how fast anything is, is not tested."""
 import json
 
+import onnx  # noqa: F401 - once for all processes that the benchmark forks
+import onnxruntime  # noqa: F401
+import torch  # noqa: F401
+import torchvision  # noqa: F401
+
 from conftest import check_error, script
 
 FIGURES = {"theirs", "ours", "limit", "ratio"}

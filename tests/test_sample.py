@@ -1,7 +1,11 @@
 """The drawings: the same for the same seed, of PETA's sizes, with labels that contradict nothing."""
+import json
+import os
+
 import numpy as np
 
 from conftest import check_error, script
+from stages import SMALL_SAMPLE, contents
 from postprocess_deepmar_pytorch import PETA
 from sample import pedestrians
 
@@ -25,6 +29,23 @@ def test_sizes_and_labels():
                   ["footwearLeatherShoes", "footwearSandals", "footwearShoes", "footwearSneaker"]):
         assert (sum(column[name].astype(int) for name in group) == 1).all(), group
     assert not (column["accessoryNothing"] & column["accessoryHat"]).any()
+
+
+def test_files(tmp_path):
+    """Of a small network; the real one's are those of run_all.sh's tests."""
+    (tmp_path / "small_sample.py").write_text(SMALL_SAMPLE)
+    process = script(tmp_path / "small_sample.py", cwd=tmp_path)
+    assert process.returncode == 0 and process.stdout.startswith("sample: 2 drawn pedestrians with labels, "), process.stderr
+    names = (tmp_path / "sample" / "image.txt").read_text().splitlines()
+    assert names == ["00001.png", "00002.png"] == sorted(os.listdir(str(tmp_path / "sample" / "images")))
+    labels = json.loads((tmp_path / "sample" / "label.json").read_text())
+    assert sorted(labels) == names and {len(row) for row in labels.values()} == {35}
+    assert (tmp_path / "sample" / "attributes.txt").read_text().splitlines() == list(PETA)
+    assert 0 <= float((tmp_path / "sample" / "accuracy.txt").read_text()) <= 1
+    before = contents(tmp_path / "sample")
+    assert before["checkpoint.pth.tar"]
+    process = script("tools/sample.py", "sample", "--images", 2, "--keep", cwd=tmp_path)
+    assert process.stdout == "sample: kept, it has 2 images already\n" and contents(tmp_path / "sample") == before
 
 
 def test_errors(tmp_path):

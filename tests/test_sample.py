@@ -45,7 +45,7 @@ def test_files(tmp_path):
     before = contents(tmp_path / "sample")
     assert before["checkpoint.pth.tar"]
     process = script("tools/sample.py", "sample", "--images", 2, "--keep", cwd=tmp_path)
-    assert process.stdout == "sample: kept, it has 2 images already\n" and contents(tmp_path / "sample") == before
+    assert process.stdout == "sample: kept, because it already has 2 images\n" and contents(tmp_path / "sample") == before
 
 
 def test_errors(tmp_path):

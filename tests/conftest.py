@@ -148,13 +148,13 @@ VERSION = "%d.%d" % sys.version_info[:2]
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
-    """The folder of what is made once: of tests/run.sh for all test files, else of this session."""
+    """The folder for things that are made only once: tests/run.sh's for all test files, else this session's."""
     return os.environ.get("DEEPMAR_TEST_SHARED") or str(tmp_path_factory.mktemp("shared"))
 
 
 @contextlib.contextmanager
 def locked(path):
-    """Another file's tests may be making it."""
+    """Locks a path for the block, because another test file may be making the file or folder there."""
     with open(path + ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

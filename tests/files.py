@@ -2,8 +2,8 @@
 
     python3 tests/files.py FILE... -- PYTEST'S ARGUMENTS
 
-Where a library crashes, the other files' tests run. Two files run at a time, of all Pythons that have the same folder
-$DEEPMAR_TEST_SHARED; the file "done" there says what became of each.
+If a library crashes, the other files' tests still run. Two files run at the same time, over all Pythons with the same folder
+$DEEPMAR_TEST_SHARED. The file "done" in that folder records the result of each file.
 """
 import fcntl
 import os
@@ -15,7 +15,7 @@ import time
 
 SHARED = os.environ["DEEPMAR_TEST_SHARED"]
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in all scripts
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C, and so would all it starts
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C, and its children inherit that
 
 import matplotlib.figure  # noqa: F401, E402
 import numpy  # noqa: F401, E402
@@ -28,7 +28,7 @@ from PIL import Image  # noqa: F401, E402
 
 
 def free_place():
-    """Waits until fewer than two files run; returns an open file whose lock is the place of one."""
+    """Waits until fewer than two files run; returns an open file whose lock stands for one of the two places."""
     while True:
         for number in "12":
             place = os.open(os.path.join(SHARED, "place" + number), os.O_CREAT | os.O_RDWR)

@@ -43,7 +43,7 @@ DEEPMAR_TEST_PYTHONS=$(IFS=: && echo "${pythons[*]}")
 shellcheck -x run_all.sh tools/*.sh tests/run.sh .ci/run || exit 1
 "${pythons[0]}" -m ruff check --quiet . || exit 1
 
-# The longest first. The second Python's first one is another, as only one can make the sample.
+# The longest files run first. The second Python starts with another file, because only one can make the sample.
 long=(tests/test_{run_all,gallery,genuine,kill,card,machine,export,report,rehearse,bench}.py)
 mapfile -t files < <(printf '%s\n' "${long[@]}" tests/test_*.py | awk '!seen[$0]++')
 running=()

@@ -1,7 +1,7 @@
-"""The two stacks against each other; tests/run.sh runs it where both Pythons are there, after the tests of each.
+"""Compares the two stacks. tests/run.sh runs this file after the tests of both Pythons, if there are two.
 
-The sample's checkpoint, exported on either, run on either: logits agree to 1e-4, and no attribute flips that is not
-within that of 0. A checkpoint made on either is the same network on the other.
+The sample's checkpoint is exported on either and run on either. The logits must agree to 1e-4, and an attribute may only flip
+if its logit is that close to 0. A checkpoint made on either must be the same network on the other.
 """
 import itertools
 import os

@@ -110,6 +110,14 @@ def another_form(folder, name, listings):
     return name if name in found else found[0]
 
 
+def check_image(image):
+    """Raises ValueError for an open Pillow image whose content must not be loaded."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError("%d x %d pixels are too many" % image.size)
+    if image.format == "EPS":  # Pillow would let Ghostscript run it
+        raise ValueError("PostScript is a program; save it as a picture")
+
+
 def read_image(path, upright=False):
     """Reads an image, given as a path or an open file. Returns (a PIL image of mode RGB, its EXIF orientation, 1 to 8).
 
@@ -120,10 +128,7 @@ def read_image(path, upright=False):
     if not hasattr(path, "read") and not os.path.isfile(path):
         raise ValueError("not a regular file")  # reading a FIFO would wait for ever
     with Image.open(path) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError("%d x %d pixels are too many" % image.size)
-        if image.format == "EPS":  # Pillow would let Ghostscript run it
-            raise ValueError("PostScript is a program; save it as a picture")
+        check_image(image)
         image.load()  # for some formats, the mode is known only after load()
         if image.mode[0] in "IF":  # convert() would clip these at 255 instead of scaling them
             raise ValueError("more than 8 bits per channel (mode %s); save it with 8" % image.mode)

@@ -479,6 +479,8 @@ def test_bad_pictures(small):
     check_error(make(small), "1 of the 6 images in image.txt are not in images: 4.png")
     os.mkfifo(str(small / "images" / "4.png"))
     check_error(make(small), "2 of 6 pictures cannot be read: ", "images/2.png (", "images/4.png (not a regular file)")
+    (small / "images" / "2.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    check_error(make(small), "images/2.png (PostScript is a program; save it as a picture)")
     assert not (small / "report.html").exists()
 
 

@@ -9,7 +9,7 @@ import sys
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import cores, importing, some
+from common import can_start, cores, importing, some
 from postprocess_deepmar_pytorch import logits_from, look_like_probabilities
 from preprocess_deepmar_pytorch import MEAN, STD
 from remove_pad import load
@@ -49,7 +49,7 @@ def session_of(model):
     """Returns an ONNX Runtime session of an onnx.ModelProto on the CPU."""
     import onnxruntime
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = cores()
+    options.intra_op_num_threads = cores() if can_start(cores()) else 1
     options.log_severity_level = 3  # log only errors
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 

@@ -264,8 +264,7 @@ def attributes_of(session):
     count = session.get_outputs()[0].shape[1]
     if isinstance(count, int):
         return count
-    batch_size, height, width = input_size(session)
-    return session.run(None, {session.get_inputs()[0].name: np.zeros((batch_size, 3, height, width), "<f4")})[0].shape[1]
+    return session.run(None, {session.get_inputs()[0].name: empty_batch(session, *input_size(session))})[0].shape[1]
 
 
 def digits(logits):

@@ -28,7 +28,7 @@ from common import NUMBER, command, description, fits, importing, note, one_line
 from postprocess_deepmar_pytorch import (MAX_DROP, PROBABILITIES, assumed, attribute_names, evaluate, list_results,
                                          logits_from, look_like_probabilities, probabilities, read_labels, read_logits,
                                          read_thresholds)
-from preprocess_deepmar_pytorch import MAX_PIXELS, find_images, read_list
+from preprocess_deepmar_pytorch import check_image, find_images, read_list
 from rates import COLUMNS, figure, read_perf
 
 with importing():
@@ -223,8 +223,7 @@ def thumbnail(path):
     if not os.path.isfile(path):
         raise ValueError("not a regular file")
     with Image.open(path) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError("%d x %d pixels are too many" % image.size)
+        check_image(image)
         image.draft("RGB", (2 * THUMB[0], 2 * THUMB[1]))
         picture = image.convert("RGB")
     picture.thumbnail(THUMB, Image.BICUBIC)

@@ -78,7 +78,10 @@ def main(argv=None):
     print("\n".join(lines))
     accuracies = [r["instance_acc"] for r in rows]
     difference = max(accuracies) - min(accuracies)
-    if difference > MAX_DIFFERENCE or len({r["images"] for r in rows}) > 1:
+    if len({r["images"] for r in rows}) > 1:
+        raise ValueError("%s.csv: the batch sizes have results of different numbers of images: %s; run stage 6 again for all of them"
+                         % (args.output, ", ".join("%(images)d at %(batch_size)d" % r for r in rows)))
+    if difference > MAX_DIFFERENCE:
         raise ValueError("%s.csv: instance_acc differs between the batch sizes, by %.6f; compare two of their result "
                          "folders with tools/compare.py" % (args.output, difference))
     if len(rows) > 1:

@@ -224,14 +224,3 @@ def test_the_twin_says_its_own_layout(tmp_path):
     onnx.save(model, str(tmp_path / "m.onnx"))
     assert script("tools/rehearse.py", "aipp", "m.onnx", "twin.onnx", cwd=tmp_path).returncode == 0
     assert description(str(tmp_path / "twin.onnx")) == {"layout": "NHWC RGB uint8", "output": "logits"}
-
-
-def test_a_twin_that_does_not_say_how_many_attributes_it_has(tmp_path):
-    names = write_images(tmp_path / "images", 1)
-    write_model(tmp_path / "m.onnx")
-    assert script("tools/rehearse.py", "aipp", "m.onnx", "twin.onnx", cwd=tmp_path).returncode == 0
-    model = onnx.load(str(tmp_path / "twin.onnx"))
-    model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "attributes"
-    onnx.save(model, str(tmp_path / "twin.onnx"))
-    done = script("tools/predict.py", "images/" + names[0], "--onnx", "twin.onnx", cwd=tmp_path)
-    assert done.returncode == 0 and "personalMale" in done.stdout, done.stderr

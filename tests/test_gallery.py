@@ -321,8 +321,9 @@ def test_the_readmes_query(folder, first, monkeypatch):
     assert said == expected and 0 < len(said) < 20
 
 
-def test_goes_on(folder, first):
-    """A part that is lost is computed again, to the byte, and no other one; nothing to do needs no Ray."""
+def test_goes_on(folder, first, cluster):
+    """A part that is lost is computed again, to the byte, on other machines too, and no other one; nothing to do needs no Ray."""
+    cluster.need(1)
     output, _ = first
     done = run(folder, "images", "--output", "out", "--shard-size", 5, environment={"RAY_ADDRESS": "nowhere:1"})
     assert done.returncode == 0 and done.stdout == "out: 5 of 5 parts are there already\n", done.stderr
@@ -330,7 +331,7 @@ def test_goes_on(folder, first):
     before = lost.read_bytes()
     times = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
     lost.unlink()
-    done = run(folder, "images", "--output", "out", "--shard-size", 5)
+    done = run(folder, "images", "--output", "out", "--shard-size", 5, "--address", cluster.address)
     assert done.stdout.startswith("out: 4 of 5 parts are there already\nout: 5 images in 1 parts, "), done.stderr
     assert lost.read_bytes() == before
     changed = {path.name for path in output.iterdir() if times.get(path.name) != path.stat().st_mtime_ns}

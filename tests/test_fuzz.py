@@ -153,7 +153,7 @@ def in_a_child(function, *arguments):
     assert status == 0, "it crashed" if os.WIFSIGNALED(status) else "see above"
 
 
-@fuzz(100, st.one_of(damaged(CHECKPOINTS), damaged(PICKLES).map(zipped)))
+@fuzz(40, st.one_of(damaged(CHECKPOINTS), damaged(PICKLES).map(zipped)))
 def test_checkpoints(file, data):
     def load(path):
         state = refused(load_checkpoint, path)
@@ -170,7 +170,7 @@ MODELS = [model_of(between(node("Pad", "r c", "p")), [("c", ZEROS)]),
           model_of(between(node("Pad", "r", "p", pads=[0] * 8)), opset=10)]
 
 
-@fuzz(100, damaged([model.SerializeToString() for model in MODELS]))
+@fuzz(40, damaged([model.SerializeToString() for model in MODELS]))
 def test_damaged_models(file, data):
     """The Pads go, and the model is still one, if it was."""
     def load(path):

@@ -347,8 +347,9 @@ def test_the_bar_moves_before_a_part_is_there(folder, many, tmp_path):
     assert counts & set(range(1, len(many))), said  # all of them are one part
 
 
-def test_goes_on(folder, first):
-    """A part that is lost is computed again, to the byte, and no other one; nothing to do needs no Ray."""
+def test_goes_on(folder, first, cluster):
+    """A part that is lost is computed again, to the byte, on other machines too, and no other one; nothing to do needs no Ray."""
+    cluster.need(1)
     output, _ = first
     done = run(folder, "images", "--output", "out", "--shard-size", 5, environment={"RAY_ADDRESS": "nowhere:1"})
     assert done.returncode == 0 and done.stdout == "out: 5 of 5 parts are there already\n", done.stderr
@@ -356,7 +357,7 @@ def test_goes_on(folder, first):
     before = lost.read_bytes()
     times = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
     lost.unlink()
-    done = run(folder, "images", "--output", "out", "--shard-size", 5)
+    done = run(folder, "images", "--output", "out", "--shard-size", 5, "--address", cluster.address)
     assert done.stdout.startswith("out: 4 of 5 parts are there already\nout: 5 images in 1 parts, "), done.stderr
     assert lost.read_bytes() == before
     changed = {path.name for path in output.iterdir() if times.get(path.name) != path.stat().st_mtime_ns}
@@ -583,43 +584,32 @@ def finish(process, output, names, lost, again):
     return workers, nodes, said
 
 
-def test_a_node_and_the_raylet_of_another_one_are_killed(cluster, folder, many, tmp_path):
+def test_a_worker_a_node_and_the_raylet_of_another_one_are_killed(cluster, folder, many, tmp_path):
+    """One node is left, whose worker is killed as where memory is short; there is another one in its place."""
     cluster.need(3)
     process = start_many(cluster, folder, tmp_path / "out")
     wait_for(tmp_path / "out", 6, process)
+    pid, = cluster.pids(cluster.nodes[0], "ray::Worker")
+    os.kill(pid, signal.SIGKILL)
     cluster.kill(cluster.nodes[-1])
     cluster.kill(cluster.nodes[-1], whole=False)
     assert wait_for(tmp_path / "out", 6, process) < SHARDS  # in the middle
-    assert finish(process, tmp_path / "out", many, lost=2, again=(0, 1, 2))[0] == 1
+    assert finish(process, tmp_path / "out", many, lost=3, again=(0, 1, 2, 3))[0] == 1
 
 
-def test_a_worker_is_killed_as_where_memory_is_short(cluster, folder, many, tmp_path):
-    cluster.need(2)
-    process = start_many(cluster, folder, tmp_path / "out")
-    wait_for(tmp_path / "out", 6, process)
-    pid, = cluster.pids(cluster.nodes[-1], "ray::Worker")
-    os.kill(pid, signal.SIGKILL)
-    assert finish(process, tmp_path / "out", many, lost=1, again=(0, 1))[0] == 2  # there is another one in its place
-
-
-def test_the_driver_is_killed_and_started_again(cluster, folder, many, tmp_path):
-    cluster.need(2)
-    process = start_many(cluster, folder, tmp_path / "out")
-    before = wait_for(tmp_path / "out", 6, process)
-    process.kill()
-    process.communicate()
-    again = start_many(cluster, folder, tmp_path / "out")
-    _, _, said = finish(again, tmp_path / "out", many, lost=0, again=(0,))
-    there = int(re.search(r"(\d+) of %d parts are there already" % SHARDS, said).group(1))
-    assert before <= there < SHARDS and "%d images in %d parts" % (10 * (SHARDS - there), SHARDS - there) in said
-
-
-def test_a_node_joins(cluster, folder, many, tmp_path):
+def test_the_driver_is_killed_and_started_again_and_a_node_joins(cluster, folder, many, tmp_path):
     cluster.need(1)
     process = start_many(cluster, folder, tmp_path / "out")
-    wait_for(tmp_path / "out", 6, process)
+    before = wait_for(tmp_path / "out", 3, process)
+    process.kill()
+    process.communicate()
+    process = start_many(cluster, folder, tmp_path / "out")
+    wait_for(tmp_path / "out", before + 3, process)
     cluster.need(2)
-    assert finish(process, tmp_path / "out", many, lost=0, again=(0,))[:2] == (2, 2)
+    workers, nodes, said = finish(process, tmp_path / "out", many, lost=0, again=(0,))
+    assert (workers, nodes) == (2, 2)
+    there = int(re.search(r"(\d+) of %d parts are there already" % SHARDS, said).group(1))
+    assert before <= there < SHARDS and "%d images in %d parts" % (10 * (SHARDS - there), SHARDS - there) in said
 
 
 CUT_OFF = """

@@ -292,7 +292,7 @@ def place(tmp_path_factory):
 
 RUNS = [(front, devices, umask, kind) for front in FRONT_ENDS if front.genuine
         for devices, umask, kind in itertools.product(("0", "2 1"), (0o022, 0o002, 0o077), ("plain", "odd"))]
-RUNS += [(FRONT_ENDS[0], "2 1", 0o002, "odd"), (FRONT_ENDS[2], "2 1", 0o002, "odd"), (FRONT_ENDS[2], "0", 0o077, "plain")]
+RUNS += [(FRONT_ENDS[0], "2 1", 0o077, "plain"), (FRONT_ENDS[2], "2 1", 0o002, "odd")]
 
 
 @pytest.mark.parametrize("front, devices, umask, kind", RUNS, ids=lambda value: getattr(value, "name", None) or (
@@ -302,13 +302,13 @@ def test_run_all(front, devices, umask, kind, place, tmp_path):
     work.mkdir()
     for size in SIZES:
         shutil.copy(str(place.folder / ("deepmar_bs%d_nopad.onnx" % size)), str(work))
-    process = place.run(front, work, "--stage", 3, "--batch-size", "1 4 8", "--device-id", devices, "--chip-name", "310P3",
+    process = place.run(front, work, "--stage", 3, "--batch-size", "1 8", "--device-id", devices, "--chip-name", "310P3",
                         kind=kind, umask=umask, path=str(place.folder / "bin"))
     assert process.returncode == 0, process.stdout + process.stderr
-    assert process.stdout.count("ATC run success") == 3
+    assert process.stdout.count("ATC run success") == 2
     with open(str(work / "throughput.csv"), newline="") as f:
         rows = list(csv.DictReader(f))
-    assert [row["batch_size"] for row in rows] == ["1", "4", "8"]
+    assert [row["batch_size"] for row in rows] == ["1", "8"]
     assert len({row["instance_acc"] for row in rows}) == 1
     assert float(rows[0]["instance_acc"]) == pytest.approx(place.accuracy[kind], rel=1e-12)
     for row in rows:

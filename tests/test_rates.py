@@ -102,8 +102,7 @@ def run(place, *arguments, **variables):
                    place / "image.txt", "--label-file", place / "label.json", *arguments, **variables)
 
 
-@pytest.mark.parametrize("backend, devices", [("onnxruntime", "0"), ("onnxruntime", "0 1"), ("benchmark", "0"),
-                                              ("ais_bench", "0"), ("ais_bench", "0 1")])
+@pytest.mark.parametrize("backend, devices", [("onnxruntime", "0 1"), ("benchmark", "0"), ("ais_bench", "0 1")])
 def test_pure_inference_through_run_all(place, backend, devices):
     variables = FRONT_ENDS[2].variables() if backend == "ais_bench" else {"DEVICES": "2"}
     root = ROOT
@@ -127,6 +126,8 @@ def test_pure_inference_through_run_all(place, backend, devices):
     assert ("milliseconds of a batch in the model" in page) == (not binary) and "p99 ms" in page
     left = os.listdir(str(place / "work" / "result"))
     assert not [name for name in left if name.startswith("pure_device") and not name.endswith(".json")]
+    if not binary:
+        return
     # a run without it keeps no earlier rate of pure inference
     process = run(place, "--stage", 6, "--stop-stage", 7, "--backend", backend, "--device-id", devices, root=root, **variables)
     assert process.returncode == 0, process.stderr

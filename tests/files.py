@@ -2,7 +2,7 @@
 
     python3 tests/files.py FILE... -- PYTEST'S ARGUMENTS
 
-If a library crashes, the other files' tests still run. Two files run at the same time, over all Pythons with the same folder
+If a library crashes, the other files' tests still run. Three files run at the same time, over all Pythons with the same folder
 $DEEPMAR_TEST_SHARED. The file "done" in that folder records the result of each file.
 """
 import fcntl
@@ -28,9 +28,9 @@ from PIL import Image  # noqa: F401, E402
 
 
 def free_place():
-    """Waits until fewer than two files run; returns an open file whose lock stands for one of the two places."""
+    """Waits until fewer than three files run; returns an open file whose lock stands for one of the three places."""
     while True:
-        for number in "12":
+        for number in "123":
             place = os.open(os.path.join(SHARED, "place" + number), os.O_CREAT | os.O_RDWR)
             try:
                 fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -30,7 +30,7 @@ export CHROMIUM
 export DEEPMAR_TEST_SHARED DEEPMAR_TEST_PYTHONS=
 DEEPMAR_TEST_SHARED=$(mktemp -d) # holds the sample, which a Python's tests share, and tests/stacks.py's input
 trap 'rm -rf "$DEEPMAR_TEST_SHARED"' EXIT
-# Two test files run at the same time on two cores, so more threads would only wait for each other.
+# Three test files run at the same time, so more threads would only wait for each other.
 export OMP_NUM_THREADS=1
 
 pythons=("${PYTHON:-python3}")

@@ -25,7 +25,7 @@ from preprocess_deepmar_pytorch import MEAN, SIZE, STD
 with importing():
     import numpy as np
 
-TRAIN = 240          # the classifier is fitted to at least this many drawings: the test images and others
+TRAIN = 120          # the classifier is fitted to at least this many drawings: the test images and others
 STATISTICS = 32      # BatchNorm takes its statistics from this many of the others, the first ones
 BATCH = 8            # it is small because PyTorch allocates the feature maps of large batches anew each time
 BN3_WEIGHT = 0.2     # the weight of each residual block's last BatchNorm; it keeps a random network's features from growing

@@ -62,7 +62,7 @@ def start(file, arguments):
 def report(options=os.WNOHANG):
     """Tells of the files that have come to their end."""
     while running:
-        pid, ended = os.waitpid(-1, options)
+        pid, ended, usage = os.wait4(-1, options)
         if not pid:
             return
         file, log, place = running.pop(pid)
@@ -76,7 +76,7 @@ def report(options=os.WNOHANG):
             fcntl.flock(f, fcntl.LOCK_EX)  # the output is in one piece
             f.write("%d %s\n" % (status, name))
             log.seek(0)
-            sys.stdout.buffer.write(b"=== %s\n" % name.encode() + log.read())
+            sys.stdout.buffer.write(b"=== %s: %.1f s of CPU\n" % (name.encode(), usage.ru_utime + usage.ru_stime) + log.read())
             sys.stdout.buffer.flush()
 
 

@@ -722,7 +722,7 @@ def row_gallery(scene):
     bins, (images, _, _) = scene.bins(), scene.images()
     for batch in (1,) if scene.quick else (1, 8):
         rates = [(run_gallery(scene.path("bins.txt"), "--root", images, "--onnx", scene.model(batch), "--output", scene.new_folder(),
-                              "--shard-size", 4 if scene.quick else 24)["rate"],
+                              "--shard-size", 4 if scene.quick else 120)["rate"],
                   in_child(measure_on_bins, scene.model(batch), batch, bins, scene.new_folder()))
                  for _ in range(1 if scene.quick else 3)]
         ours, theirs = (statistics.median(side) for side in zip(*rates))
@@ -764,7 +764,7 @@ def on_nodes(scene, count, images):
             for _ in range(count):
                 cluster.add_node(num_cpus=1)
             return run_gallery(scene.path("bins.txt"), "--root", images, "--onnx", scene.model(1), "--output", scene.new_folder(),
-                               "--shard-size", 4 if scene.quick else 12, "--address", cluster.address)["rate"]
+                               "--shard-size", 4 if scene.quick else 24, "--address", cluster.address)["rate"]
         finally:
             cluster.shutdown()
 

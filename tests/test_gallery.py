@@ -92,8 +92,8 @@ def check_once(output, names):
 
 def job(output, **more):
     """What Worker() takes, for a model of 35 attributes."""
-    return dict({"output": str(output), "names": post.PETA, "sigmoid": False, "probabilities": False, "calls": 1, "readers": 2,
-                 "provider": gallery.CPU, "versions": gallery_worker.versions()}, **more)
+    return dict({"output": str(output), "names": post.PETA, "sigmoid": False, "probabilities": False, "calls": 1, "threads": 2,
+                 "readers": 2, "provider": gallery.CPU, "versions": gallery_worker.versions()}, **more)
 
 
 def worker(model, output, **more):
@@ -335,7 +335,8 @@ def test_the_bar_moves_before_a_part_is_there(folder, many, tmp_path):
     terminal, other = os.openpty()
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, TOOL), "many", "--onnx", "m.onnx", "--output",
-                                str(tmp_path / "out"), "--actors", "1"], cwd=str(folder), stdout=subprocess.PIPE, stderr=other)
+                                str(tmp_path / "out"), "--actors", "1", "--cpus", "1"], cwd=str(folder),
+                               stdout=subprocess.PIPE, stderr=other)
     os.close(other)
     said = b""
     with contextlib.suppress(OSError):  # the other end is closed
@@ -594,7 +595,7 @@ def test_a_worker_a_node_and_the_raylet_of_another_one_are_killed(cluster, folde
     cluster.kill(cluster.nodes[-1])
     cluster.kill(cluster.nodes[-1], whole=False)
     assert wait_for(tmp_path / "out", 6, process) < SHARDS  # in the middle
-    assert finish(process, tmp_path / "out", many, lost=3, again=(0, 1, 2, 3))[0] == 1
+    assert finish(process, tmp_path / "out", many, lost=3, again=range(7))[0] == 1
 
 
 def test_the_driver_is_killed_and_started_again_and_a_node_joins(cluster, folder, many, tmp_path):
@@ -662,7 +663,7 @@ def test_a_node_is_cut_off_and_comes_back(folder, tmp_path):
     assert int(re.search(r"(\d+) parts after", done.stdout).group(1)) < 200  # it came back in the middle
     check_once(tmp_path / "out", names)
     workers, nodes, lost, again = map(int, re.findall(r"\d+", done.stdout.strip().split("\n")[-1]))
-    assert (workers, nodes, lost, again) == (2, 3, 1, 1)
+    assert (workers, nodes, lost) == (2, 3, 1) and again in (1, 2)
 
 
 if OLD:  # Ray knows no such Python: only what the script then says is tested

@@ -242,8 +242,7 @@ class Worker(object):
         with tempfile.NamedTemporaryFile(prefix="gallery", suffix=".onnx") as f:
             f.write(model)
             f.flush()
-            # Each call of session.run() computes in the thread that calls it.
-            self.session = open_session(f.name, threads=1, provider=self.job["provider"])
+            self.session = open_session(f.name, threads=self.job["threads"], calls=calls, provider=self.job["provider"])
         differing = ["%s %s, not %s" % (name, mine, self.job["versions"][name])
                      for name, mine in versions().items() if mine != self.job["versions"][name]]
         if differing:

@@ -181,7 +181,7 @@ class Scene(object):
         """Returns [(name, path)] of up to 600 bins, which are on the disk and not only in memory."""
         images, image_txt, names = self.images()
         folder, image_txt = self.path("input_bin"), self.path("bins.txt")
-        names = names[:8 if self.quick else 600]
+        names = names[:8 if self.quick else 192 if self.busy else 600]
         bins = [(name[:5], os.path.join(folder, name[:5] + ".bin")) for name in names]
         if not os.path.exists(folder):
             with open(image_txt, "w") as f:
@@ -719,10 +719,10 @@ def row_gallery(scene):
         print("note: Ray is not installed (pip install -r tools/requirements-gallery.txt, Python 3.10 or later), so the gallery "
               "is not measured")
         return
-    bins, (images, _, _) = scene.bins(), scene.images()
+    bins, (images, image_txt, _) = scene.bins(), scene.images()
     for batch in (1,) if scene.quick else (1, 8):
-        rates = [(run_gallery(scene.path("bins.txt"), "--root", images, "--onnx", scene.model(batch), "--output", scene.new_folder(),
-                              "--shard-size", 4 if scene.quick else 120)["rate"],
+        rates = [(run_gallery(image_txt, "--root", images, "--onnx", scene.model(batch), "--output", scene.new_folder(),
+                              "--shard-size", 4 if scene.quick else 200)["rate"],
                   in_child(measure_on_bins, scene.model(batch), batch, bins, scene.new_folder()))
                  for _ in range(1 if scene.quick else 3)]
         ours, theirs = (statistics.median(side) for side in zip(*rates))

@@ -112,6 +112,18 @@ def compared(stage, against, reach, ours, theirs, limit=None, bound="", count=No
             "met": ratio <= reach if slower else ratio >= reach}
 
 
+def figures(stage, against, unit, theirs, ours, ratio, reach, met):
+    """Returns a row of the result that does not compare times."""
+    return {"stage": stage, "against": against, "unit": unit, "theirs": theirs, "ours": ours, "limit": None, "limit_is": "",
+            "ratio": ratio, "reach": reach, "met": bool(met)}
+
+
+def peak(path):
+    """Returns the peak memory of a process, /proc/PID, in MB."""
+    with open(path + "/status") as f:
+        return [int(line.split()[1]) * 1024 / 1e6 for line in f if line.startswith("VmHWM")][0]
+
+
 # --- input of the rows -----------------------------------------------------------------------------------------------
 
 class Scene(object):
@@ -261,8 +273,7 @@ def row_preprocess(scene):
             equal += content == b.read()
     for folder in written:
         empty(folder)
-    yield {"stage": "preprocess", "against": "the guide's bytes", "unit": "bins", "theirs": len(names), "ours": equal,
-           "limit": None, "limit_is": "", "ratio": equal / len(names), "reach": ">= 1", "met": equal == len(names)}
+    yield figures("preprocess", "the guide's bytes", "bins", len(names), equal, equal / len(names), ">= 1", equal == len(names))
 
     cores = sorted({1, CORES}, reverse=True)
     sides = {"theirs": settled(theirs)}
@@ -380,8 +391,7 @@ def row_uint8(scene):
         with open(path, "rb") as f:
             os.fsync(f.fileno())
     theirs, ours = (sum(os.path.getsize(path) for _, path in kind) / len(kind) for kind in (bins, pixels))
-    yield {"stage": "uint8 bins, bytes an image", "against": "float32 bins", "unit": "bytes", "theirs": theirs, "ours": ours,
-           "limit": None, "limit_is": "", "ratio": theirs / ours, "reach": ">= 4", "met": theirs == 4 * ours}
+    yield figures("uint8 bins, bytes an image", "float32 bins", "bytes", theirs, ours, theirs / ours, ">= 4", theirs == 4 * ours)
     times = in_child(measure_uint8, {"theirs": (model, bins), "ours": (twin, pixels)}, 1 if scene.quick else 5, scene.new_folder)
     yield compared("stand-in, batch 1, cold uint8 bins", "float32 bins", 0.95, times["ours"], times["theirs"], count=len(bins))
 
@@ -536,9 +546,8 @@ def row_int8(scene):
     runs = 2 if scene.quick else 64
     times = in_child(measure_int8, (model, int8), runs, 2 if scene.quick else 5)
     yield compared("INT8, batch 1", "float32", 3, times["ours"], times["theirs"], count=runs)
-    yield {"stage": "INT8, drop of instance_acc", "against": "float32", "unit": "%", "theirs": 100 * float32,
-           "ours": 100 * accuracy, "limit": None, "limit_is": "", "ratio": 100 * (float32 - accuracy),
-           "reach": "<= 0.5", "met": float32 - accuracy <= 0.005}
+    yield figures("INT8, drop of instance_acc", "float32", "%", 100 * float32, 100 * accuracy, 100 * (float32 - accuracy), "<= 0.5",
+                  float32 - accuracy <= 0.005)
 
 
 # --- lists and results ------------------------------------------------------------------------------------------------
@@ -567,7 +576,7 @@ sys.path.insert(0, sys.argv[1] + "/tests")
 import bench
 _, _, folder, labels, call = sys.argv
 eval(call)
-print([int(line.split()[1]) * 1024 / 1e6 for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+print(bench.peak("/proc/self"))
 """
 
 
@@ -598,8 +607,7 @@ def row_postprocess(scene):
     theirs, mine = (
         float(command(sys.executable, "-c", PEAK, ROOT, folder, label_file, call, cwd=scene.folder).split()[-1])
         for call in ("bench.guides_postprocess(folder, labels)", "bench.postprocess.main([folder, labels])"))
-    yield {"stage": stage + ", memory", "against": "the guide's way", "unit": "MB", "theirs": theirs, "ours": mine,
-           "limit": None, "limit_is": "", "ratio": mine / theirs, "reach": "300 MB", "met": mine < 300}
+    yield figures(stage + ", memory", "the guide's way", "MB", theirs, mine, mine / theirs, "300 MB", mine < 300)
 
 
 def loop_over_draws(logits, labels, draws):
@@ -672,17 +680,11 @@ def run_gallery(*arguments):
     return dict(seen, rate=float(re.search(r"([0-9.]+) images/s after the start", output).group(1)))
 
 
-def peak(path):
-    """Returns the peak memory of a process, /proc/PID, in MB."""
-    with open(path + "/status") as f:
-        return [int(line.split()[1]) * 1024 / 1e6 for line in f if line.startswith("VmHWM")][0]
-
-
 def measure_on_bins(model, batch, bins, folder):
-    """Returns the stand-in's images/s from end to end, as tools/benchmark.py runs it."""
+    """Returns the stand-in's seconds from end to end for an image, as tools/benchmark.py runs it."""
     from session import calls_at_once, open_session, run
     calls = calls_at_once(CORES, MANY, batch)
-    return len(bins) / run(open_session(model, calls=calls), bins, batch, 224, 224, folder, lambda done: None, calls)[0]["e2e"].seconds
+    return run(open_session(model, calls=calls), bins, batch, 224, 224, folder, lambda done: None, calls)[0]["e2e"].seconds / len(bins)
 
 
 def long_list(scene, count):
@@ -706,12 +708,6 @@ def long_list(scene, count):
     return image_txt, root, model
 
 
-def figures(stage, against, unit, theirs, ours, ratio, reach, met):
-    """Returns a row of the result that does not compare times."""
-    return {"stage": stage, "against": against, "unit": unit, "theirs": theirs, "ours": ours, "limit": None, "limit_is": "",
-            "ratio": ratio, "reach": reach, "met": bool(met)}
-
-
 def row_gallery(scene):
     """Measures tools/gallery.py: speed with the real model, memory with a long list, and speed on several nodes."""
     import importlib.util
@@ -721,13 +717,13 @@ def row_gallery(scene):
         return
     bins, (images, image_txt, _) = scene.bins(), scene.images()
     for batch in (1,) if scene.quick else (1, 8):
-        rates = [(run_gallery(image_txt, "--root", images, "--onnx", scene.model(batch), "--output", scene.new_folder(),
-                              "--shard-size", 4 if scene.quick else 200)["rate"],
-                  in_child(measure_on_bins, scene.model(batch), batch, bins, scene.new_folder()))
-                 for _ in range(1 if scene.quick else 3)]
-        ours, theirs = (statistics.median(side) for side in zip(*rates))
-        ratio = statistics.median(a / b for a, b in rates)
-        yield figures("gallery, batch %d" % batch, "stand-in on bins", "images/s", theirs, ours, ratio, ">= 0.9", ratio >= 0.9)
+        model = scene.model(batch)
+        times = take_turns(  # for an image
+            1 if scene.quick else 3,
+            ours=lambda _: 1 / run_gallery(image_txt, "--root", images, "--onnx", model, "--output", scene.new_folder(),
+                                           "--shard-size", 4 if scene.quick else 200)["rate"],
+            theirs=lambda _: in_child(measure_on_bins, model, batch, bins, scene.new_folder()))
+        yield compared("gallery, batch %d" % batch, "stand-in on bins", 0.9, times["ours"], times["theirs"], count=1)
 
     counts = (100, 1000) if scene.quick else (10000, MANY)
     names = ["{:,}".format(count) for count in counts]

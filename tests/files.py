@@ -6,6 +6,7 @@ If a library crashes, the other files' tests still run. Three files run at the s
 $DEEPMAR_TEST_SHARED. The file "done" in that folder records the result of each file.
 """
 import fcntl
+import gc
 import os
 import platform
 import signal
@@ -14,9 +15,12 @@ import tempfile
 import time
 
 SHARED = os.environ["DEEPMAR_TEST_SHARED"]
+OPTIONS = ["-q", "-rs", "-p", "no:cacheprovider", "--durations=3", "--durations-min=5",
+           "-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]  # hypothesis has a plugin
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in all scripts
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C, and its children inherit that
 
+import hypothesis  # noqa: F401, E402
 import matplotlib.figure  # noqa: F401, E402
 import numpy  # noqa: F401, E402
 import onnx  # noqa: F401, E402
@@ -24,6 +28,7 @@ import onnxruntime  # noqa: F401, E402
 import pytest  # noqa: E402
 import scipy.io  # noqa: F401, E402
 import torch  # noqa: F401, E402
+import torchvision  # noqa: F401, E402
 from PIL import Image  # noqa: F401, E402
 
 
@@ -51,7 +56,7 @@ def start(file, arguments):
             os.close(place)
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-            status = int(pytest.main(["-q", "-rs", "-p", "no:cacheprovider", "--durations=3", "--durations-min=5", file] + arguments))
+            status = int(pytest.main(OPTIONS + [file] + arguments))
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
@@ -80,6 +85,7 @@ def report(options=os.WNOHANG):
             sys.stdout.buffer.flush()
 
 
+gc.freeze()  # the forks' garbage collector leaves the libraries' objects alone
 running = {}
 end = sys.argv.index("--")
 for file in sys.argv[1:end]:

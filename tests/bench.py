@@ -1,6 +1,6 @@
 """Measures each stage side by side with the alternative that a user would have.
 
-    python3 tests/bench.py                             everything, about 25 minutes on two cores
+    python3 tests/bench.py                             everything, about 40 minutes on two cores
     python3 tests/bench.py --only preprocess startup   only these rows
     python3 tests/bench.py --busy                      stage 6, with a busy process on half of the cores
     python3 tests/bench.py --quick                     a small run, which only shows that the benchmark works
@@ -190,10 +190,10 @@ class Scene(object):
         return folder, image_txt, names
 
     def bins(self):
-        """Returns [(name, path)] of up to 600 bins, which are on the disk and not only in memory."""
+        """Returns [(name, path)] of up to 384 bins, which are on the disk and not only in memory."""
         images, image_txt, names = self.images()
         folder, image_txt = self.path("input_bin"), self.path("bins.txt")
-        names = names[:8 if self.quick else 192 if self.busy else 600]
+        names = names[:8 if self.quick else 384]
         bins = [(name[:5], os.path.join(folder, name[:5] + ".bin")) for name in names]
         if not os.path.exists(folder):
             with open(image_txt, "w") as f:
@@ -296,6 +296,11 @@ def infer(session, feed, runs, calls):
     with ThreadPoolExecutor(calls) as pool:
         for _ in pool.map(lambda _: session.run(None, feed), range(runs)):
             pass
+
+
+def runs_of(scene, batch):
+    """Returns a number of calls that keeps all cores at work to the end, with as many calls at a time as there are cores."""
+    return 2 if scene.quick else CORES * max(1, 32 // batch)
 
 
 def forget(bins):
@@ -471,7 +476,7 @@ def measure_inference(checkpoint, model, batch, runs, rounds):
 
 def row_inference(scene):
     for batch in (1,) if scene.quick else (1, 8, 64):
-        runs = 2 if scene.quick else max(1, 64 // batch)
+        runs = runs_of(scene, batch)
         times = in_child(measure_inference, scene.sample() + "/sample/checkpoint.pth.tar", scene.model(batch), batch,
                          runs, 2 if scene.quick else 5)
         for against, reach, theirs in (("PyTorch eager", 1.6, times["theirs"]), ("float32 matrix rate", 0.95, times["limit"])):
@@ -515,7 +520,7 @@ def row_openvino(scene):
         print("note: OpenVINO is not installed (pip install openvino), so this row is left out")
         return
     for batch in (1,) if scene.quick else (1, 8):
-        models, runs = {"float32": scene.model(batch)}, 2 if scene.quick else 64 // batch
+        models, runs = {"float32": scene.model(batch)}, runs_of(scene, batch)
         if batch == 1:
             models["INT8 (QDQ)"] = scene.path("qdq.onnx")
             scene.bins()
@@ -543,7 +548,7 @@ def measure_int8(models, runs, rounds):
 def row_int8(scene):
     model = scene.model(1)
     int8, float32, accuracy = scene.int8()
-    runs = 2 if scene.quick else 64
+    runs = runs_of(scene, 1)
     times = in_child(measure_int8, (model, int8), runs, 2 if scene.quick else 5)
     yield compared("INT8, batch 1", "float32", 3, times["ours"], times["theirs"], count=runs)
     yield figures("INT8, drop of instance_acc", "float32", "%", 100 * float32, 100 * accuracy, 100 * (float32 - accuracy), "<= 0.5",

@@ -2,7 +2,7 @@
 
     python3 tests/files.py FILE... -- PYTEST'S ARGUMENTS
 
-If a library crashes, the other files' tests still run. Three files run at the same time, over all Pythons with the same folder
+If a library crashes, the other files' tests still run. Four files run at the same time, over all Pythons with the same folder
 $DEEPMAR_TEST_SHARED. The file "done" in that folder records the result of each file.
 """
 import fcntl
@@ -33,9 +33,9 @@ from PIL import Image  # noqa: F401, E402
 
 
 def free_place():
-    """Waits until fewer than three files run; returns an open file whose lock stands for one of the three places."""
+    """Waits until fewer than four files run; returns an open file whose lock stands for one of the four places."""
     while True:
-        for number in "123":
+        for number in "1234":
             place = os.open(os.path.join(SHARED, "place" + number), os.O_CREAT | os.O_RDWR)
             try:
                 fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every test on the current Python ($PYTHON, default python3) and on Python 3.7 ($PYTHON37; else python3.7, else
-# pyenv's): first ruff and shellcheck, then the test files, three at a time. If a Python lacks packages, the script makes a virtual
+# pyenv's): first ruff and shellcheck, then the test files, four at a time. If a Python lacks packages, the script makes a virtual
 # environment for it. Arguments go to pytest. The tests open the report in chromium ($CHROMIUM names another Chrome). If this
 # browser, fontconfig, the locales or shellcheck are missing, root installs them.
 set -uo pipefail
@@ -30,7 +30,7 @@ export CHROMIUM
 export DEEPMAR_TEST_SHARED DEEPMAR_TEST_PYTHONS=
 DEEPMAR_TEST_SHARED=$(mktemp -d) # holds the sample, which a Python's tests share, and tests/stacks.py's input
 trap 'rm -rf "$DEEPMAR_TEST_SHARED"' EXIT
-# Three test files run at the same time, so more threads would only wait for each other.
+# Four test files run at the same time, so more threads would only wait for each other.
 export OMP_NUM_THREADS=1
 
 pythons=("${PYTHON:-python3}")

@@ -292,8 +292,8 @@ def row_preprocess(scene):
 
 def infer(session, feed, runs, calls):
     """Runs the model on the same input again and again, with this many calls at a time, as tools/benchmark.py does."""
-    from concurrent.futures import ThreadPoolExecutor
-    with ThreadPoolExecutor(calls) as pool:
+    from session import callers
+    with callers(calls) as pool:
         for _ in pool.map(lambda _: session.run(None, feed), range(runs)):
             pass
 

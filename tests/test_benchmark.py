@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -96,6 +97,21 @@ def test_results_are_the_models_and_the_files_the_tools(folder, batch, device, m
     values = [float(value) for value in re.findall(":(.*?),", perf.replace("\n", ",") + ",")]
     assert values[7] == float(re.search("Interface throughputRate: (%s)," % number, perf).group(1))
     assert abs(values[0] * values[1] / 1000 - COUNT) < 0.01 and values[7] >= values[6] >= values[0] * 0.5
+
+
+def test_each_caller_stays_on_a_core_of_its_own():
+    """Only if there is one for each core: processes that share the cores would choose the same ones."""
+    places = os.sched_getaffinity(0)
+    for calls in (len(places), len(places) + 1):
+        meeting = threading.Barrier(calls)  # so that each thread takes one call
+
+        def place(_):
+            meeting.wait(60)
+            return os.sched_getaffinity(0)
+        with session.callers(calls) as pool:
+            found = list(pool.map(place, range(calls)))
+        assert found == [places] * calls if calls > len(places) else sorted(map(tuple, found)) == [(i,) for i in sorted(places)]
+        assert os.sched_getaffinity(0) == places
 
 
 @pytest.mark.parametrize("threads, images, batch_size, calls", [

@@ -15,7 +15,6 @@ import os
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
@@ -23,7 +22,7 @@ from common import Inline, can_start, command, cores, importing, pixels, progres
 from get_info import kind
 from providers import CPU, NEEDS, PROVIDERS, SHARED, available, import_onnxruntime, provider_note
 from rates import latency_lines, perf_lines, pure_line, summary
-from session import (CALLS_MB, TOLERANCE, Clock, calls_at_once, check_precision, check_shape, empty_batch, input_size,
+from session import (CALLS_MB, TOLERANCE, Clock, callers, calls_at_once, check_precision, check_shape, empty_batch, input_size,
                      interruptible, measure, open_session, read_batch, run, takes_uint8)
 
 with importing():
@@ -89,7 +88,7 @@ def pure_inference(session, batch, calls, args):
             session.run(None, feed, options)
         seconds.append(time.perf_counter() - start)
 
-    pool = ThreadPoolExecutor if can_start(calls + 1) else Inline
+    pool = callers if can_start(calls + 1) else Inline
     with interruptible() as options, progress(args.round, "round") as bar, pool(calls) as runner:
         list(runner.map(lambda _: session.run(None, feed, options), range(calls)))  # a warm-up
         for _ in runner.map(infer, range(args.round)):

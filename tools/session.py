@@ -42,6 +42,23 @@ def calls_at_once(threads, images, batch_size, height=SIZE, width=SIZE):
     return calls
 
 
+def callers(calls):
+    """Returns a pool of threads that call session.run(). If there is one for each core, each stays on a core of its own.
+
+    Beside a busy process on one of two cores, Linux gives two threads that may move two thirds of the cores, but two that stay
+    three quarters. Processes that share the cores by -threads would choose the same cores, so their threads may move.
+    """
+    places = sorted(os.sched_getaffinity(0))
+    if calls != len(places):
+        return ThreadPoolExecutor(calls)
+    free = iter(places)
+
+    def stay():
+        with contextlib.suppress(OSError):  # a container may forbid it
+            os.sched_setaffinity(0, {next(free)})  # of this thread alone
+    return ThreadPoolExecutor(calls, initializer=stay)
+
+
 def open_session(path, device_id=0, threads=None, calls=1, provider=None, exact=True):
     """Returns an ONNX Runtime session of a DeepMAR model.
 
@@ -99,7 +116,7 @@ def measure(session, batch, calls, seconds=1.0):
     """Measures a session on the same batch for this many seconds. Returns images per second."""
     feed = {session.get_inputs()[0].name: batch}
     calls = calls if session.get_providers()[0] in providers.SHARED else 1
-    with ThreadPoolExecutor(calls) as runner:
+    with callers(calls) as runner:
         def call_all():
             list(runner.map(lambda _: session.run(None, feed), range(calls)))
         call_all()  # this also allocates memory
@@ -237,8 +254,8 @@ class Pipeline(object):
 
     def run(self, report):
         """Runs all batches. Calls report(images) after each."""
-        pool = ThreadPoolExecutor if can_start(self.calls + 3) else Inline
-        with interruptible() as options, pool(1) as reader, pool(1) as writer, pool(self.calls) as runner:
+        pool, call_pool = (ThreadPoolExecutor, callers) if can_start(self.calls + 3) else (Inline, Inline)
+        with interruptible() as options, pool(1) as reader, pool(1) as writer, call_pool(self.calls) as runner:
             for warm_up in [runner.submit(self.call, buffer, options) for buffer in self.buffers[:self.calls]]:
                 warm_up.result()  # the first calls also allocate memory
             del self.seconds[:]

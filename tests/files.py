@@ -15,8 +15,9 @@ import tempfile
 import time
 
 SHARED = os.environ["DEEPMAR_TEST_SHARED"]
+# Pytest rewrites the modules of packages that have a plugin, such as hypothesis, for each file again, unless they are imported before.
 OPTIONS = ["-q", "-rs", "-p", "no:cacheprovider", "--durations=3", "--durations-min=5",
-           "-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]  # hypothesis has a plugin
+           "-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in all scripts
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C, and its children inherit that
 

@@ -10,54 +10,13 @@ type and follows tensor names, never positions. The model's outputs stay the sam
 import argparse
 import os
 import sys
-import warnings
 
-HERE = os.path.dirname(os.path.realpath(__file__))
-sys.path[:0] = [os.path.join(HERE, "tools"), HERE]
-from common import command, importing, note, one_line, whole_file
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+from lib.files import whole_file
+from lib.models import check, load, nested, subgraphs
+from lib.script import command, importing, in_order_or_by_name, note, one_line
 
-# Operators that give random output.
-RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
-
-
-def nested(graph):
-    """Yields the graph and every graph inside a node's attribute (the branches of an If, the body of a Loop)."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in [attribute.g] * attribute.HasField("g") + list(attribute.graphs):
-                yield from nested(inner)
-
-
-def load(path):
-    """Reads an ONNX file and checks it with onnx's checker.
-
-    Raises OSError if it cannot be read, ValueError if it is not a valid model or keeps its weights in other files. Such a
-    model could make its reader open any file, and a DeepMAR easily fits into one file.
-    """
-    with importing():
-        import onnx
-        from google.protobuf.message import DecodeError
-    if not os.path.isfile(path):
-        raise FileNotFoundError("%s: no such file; the first argument is the ONNX model" % path)
-    model = onnx.ModelProto()
-    try:
-        with open(path, "rb") as f, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # protobuf warns about a file that the checker will refuse
-            model.ParseFromString(f.read())
-        for graph in nested(model.graph):
-            tensors = list(graph.initializer)
-            sparse_tensors = list(graph.sparse_initializer)
-            for attribute in (attribute for node in graph.node for attribute in node.attribute):
-                tensors += [attribute.t] + list(attribute.tensors)
-                sparse_tensors += [attribute.sparse_tensor] + list(attribute.sparse_tensors)
-            tensors += [part for sparse in sparse_tensors for part in (sparse.values, sparse.indices)]
-            if any(tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors):
-                raise ValueError("%s: keeps its weights in other files; save it as one file" % path)
-        onnx.checker.check_model(model)
-    except (DecodeError, onnx.checker.ValidationError) as error:
-        raise ValueError("%s: is not a valid ONNX model: %s" % (path, one_line(error)))
-    return model
+RANDOM_OPERATORS = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 
 
 def constant(name, scopes, model):
@@ -79,7 +38,7 @@ def constant(name, scopes, model):
             return None  # it is an input of the graph
         elif producer[needed] not in chain:
             node = nodes[producer[needed]]
-            if node.op_type in RANDOM or any(a.HasField("g") or a.graphs for a in node.attribute):
+            if node.op_type in RANDOM_OPERATORS or subgraphs(node):
                 return None
             chain.add(producer[needed])
             todo += [input_ for input_ in node.input if input_]
@@ -187,9 +146,8 @@ def remove_pads(model):
         nonlocal constants
         graph = scopes[-1]
         for node in list(graph.node):
-            for attribute in node.attribute:
-                for inner in [attribute.g] * attribute.HasField("g") + list(attribute.graphs):
-                    clean(scopes + [inner])
+            for inner in subgraphs(node):
+                clean(scopes + [inner])
         for pad in [node for node in graph.node if node.op_type == "Pad" and node.domain in ("", "ai.onnx")]:
             pads = pads_of(pad, scopes, model)
             if pads is None:
@@ -214,24 +172,13 @@ def main(argv=None):
     parser.add_argument("positional", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--model_name", metavar="MODEL", help="the ONNX model")
     parser.add_argument("--output_name", metavar="OUTPUT", help="the ONNX file to write")
-    args = parser.parse_args(argv)
-    named = [args.model_name, args.output_name]
-    if args.positional and any(value is not None for value in named):
-        parser.error("give the arguments either in their order or by name, not both")
-    values = args.positional or named
-    if len(values) != 2 or None in values:
-        parser.error("give MODEL and OUTPUT")
-    path, output = values
+    path, output = in_order_or_by_name(parser, parser.parse_args(argv), ["model_name", "output_name"], "give MODEL and OUTPUT")
 
     model = load(path)
     before = len(model.graph.node)
     removed, constants, kept = remove_pads(model)
     if removed:
-        import onnx
-        try:
-            onnx.checker.check_model(model)
-        except onnx.checker.ValidationError as error:
-            raise ValueError("%s: is not a valid ONNX model without its Pads: %s" % (path, one_line(error)))
+        check(model, path, " without its Pads")
         data = model.SerializeToString()
     else:
         with open(path, "rb") as f:

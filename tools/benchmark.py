@@ -12,64 +12,28 @@ results is replaced as a whole, so it never holds results of an earlier run.
 import argparse
 import json
 import os
-import re
 import sys
 import time
 
-HERE = os.path.dirname(os.path.realpath(__file__))
-sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import Inline, can_start, command, cores, importing, pixels, progress, replaced_folder, some, write_text
-from get_info import kind
-from providers import CPU, NEEDS, PROVIDERS, SHARED, available, import_onnxruntime, provider_note
-from rates import latency_lines, perf_lines, pure_line, summary
-from session import (CALLS_MB, TOLERANCE, Clock, callers, calls_at_once, check_precision, check_shape, empty_batch, input_size,
-                     interruptible, measure, open_session, read_batch, run, takes_uint8)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from lib.bins import read_info
+from lib.files import replaced_folder, write_text
+from lib.machine import cores
+from lib.providers import PROVIDERS, REMEDIES, SHARED, import_onnxruntime, provider_note
+from lib.rates import latency_lines, perf_lines, pure_line, summary
+from lib.script import command, importing, number, pixels, progress
+from lib.session import (CALLS_MB, TOLERANCE, Clock, callers, calls_at_once, check_precision, check_shape, empty_batch,
+                         input_size, open_session, read_bin, run, takes_uint8)
 
 with importing():
     import numpy as np
 
 
-def read_info(path, height, width, uint8=False):
-    """Returns the bins of an info file, [(name, path)]. Raises OSError, or ValueError for a bin of the wrong size."""
-    text, size = kind(height, width, uint8)
-    try:
-        with open(path, encoding="utf-8") as f:
-            lines = f.read().split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError("%s: is not UTF-8 text (byte %d)" % (path, error.start))
-    bins, seen, bad = [], set(), []
-    for line in lines:
-        if not line.strip():
-            continue
-        match = re.match(r"(\d{1,9}) ([^\0]+) (\d{1,9}) (\d{1,9})$", line)
-        if not match or int(match.group(1)) != len(bins):
-            raise ValueError("%s: line %d is not 'INDEX PATH WIDTH HEIGHT' with INDEX %d; get_info.py writes this file: %r"
-                             % (path, len(bins) + 1, len(bins), line[:200]))
-        if (int(match.group(3)), int(match.group(4))) != (width, height):
-            raise ValueError("%s: line %d is for %s x %s, not %d x %d"
-                             % (path, len(bins) + 1, match.group(3), match.group(4), width, height))
-        name = os.path.splitext(os.path.basename(match.group(2)))[0]
-        if name in seen:
-            raise ValueError("%s: two bins are called %s, so their results would be the same file" % (path, name))
-        seen.add(name)
-        bins.append((name, match.group(2)))
-        if not os.path.isfile(match.group(2)):
-            bad.append("%s (no such file)" % match.group(2))
-        elif os.path.getsize(match.group(2)) != size:
-            bad.append("%s (%d bytes)" % (match.group(2), os.path.getsize(match.group(2))))
-    if bad:
-        raise ValueError("%s: %d of %d bins are not %s (%d bytes), the model's input: %s"
-                         % (path, len(bad), len(bins), text, size, some(bad)))
-    if not bins:
-        raise ValueError("%s: names no bin; get_info.py writes this file" % path)
-    return bins
-
-
-def vision(session, bins, calls, args):
+def vision(session, bins, size, calls, args):
     """Runs the model over the bins. Returns the lines to print."""
     folder = os.path.join("result", "dumpOutput_device%d" % args.device_id)
     with replaced_folder(folder) as partial, progress(len(bins), "image") as bar:
-        clocks, seconds = run(session, bins, args.batch_size, args.input_height, args.input_width, partial, bar.update, calls)
+        clocks, seconds = run(session, bins, size, partial, bar.update, calls)
     lines = perf_lines(clocks, len(bins))
     write_text("result/perf_vision_batchsize_%d_device_%d.txt" % (args.batch_size, args.device_id),
                "\n".join(lines) + "\n")
@@ -85,12 +49,11 @@ def pure_inference(session, batch, calls, args):
     def infer(_):
         start = time.perf_counter()
         with clock:
-            session.run(None, feed, options)
+            session.run(None, feed)
         seconds.append(time.perf_counter() - start)
 
-    pool = callers if can_start(calls + 1) else Inline
-    with interruptible() as options, progress(args.round, "round") as bar, pool(calls) as runner:
-        list(runner.map(lambda _: session.run(None, feed, options), range(calls)))  # a warm-up
+    with progress(args.round, "round") as bar, callers(calls) as runner:
+        list(runner.map(lambda _: session.run(None, feed), range(calls)))  # a warm-up
         for _ in runner.map(infer, range(args.round)):
             bar.update()
     line = pure_line(args.round * len(batch), clock.seconds)
@@ -111,45 +74,12 @@ def first_batch(session, bins, size):
     """Returns a batch for trying out a provider: the first bins, or random input if there are no bins."""
     batch = empty_batch(session, *size)
     if bins:
-        read_batch(bins, batch)
+        for (_, path), row in zip(bins, batch):
+            read_bin(path, row)
     else:
         random = np.random.RandomState(0)
         batch[...] = random.randint(0, 256, batch.shape) if takes_uint8(session) else random.standard_normal(batch.shape)
     return batch
-
-
-def opened(args, name, threads, calls):
-    """Opens the model on a provider. Checks that model, bins and options fit together and that the provider's logits are right.
-
-    Returns (session, bins, a batch). bins is None with -round. Raises OSError or ValueError.
-    """
-    session, bins = open_session(args.om_path, args.device_id, threads, calls, name, exact=args.tolerance <= TOLERANCE), None
-    if args.round:
-        args.input_height, args.input_width = input_size(session)[1:]
-    size = args.batch_size, args.input_height, args.input_width
-    check_shape(session, args.om_path, *size)
-    if not args.round:
-        bins = read_info(args.input_text_path, args.input_height, args.input_width, takes_uint8(session))
-    batch = first_batch(session, bins, size)
-    check_precision(session, args.om_path, batch, args.tolerance)
-    return session, bins, batch
-
-
-def fastest(args, threads, calls):
-    """Measures every provider whose logits are right. Returns the result of opened() for the fastest one."""
-    rates = {}
-    for name in available():
-        try:
-            session, _, batch = opened(args, name, threads, calls)
-        except ValueError as error:
-            if name == CPU:
-                raise
-            print("[WARN] %s is left out: %s" % (name, error))
-            continue
-        rates[name] = measure(session, batch, calls)
-    name = max(rates, key=rates.get)
-    print("[INFO] measured: %s; %s is taken" % (", ".join("%s %.4g images/s" % item for item in rates.items()), name))
-    return opened(args, name, threads, calls)
 
 
 def count_images(args):
@@ -160,20 +90,6 @@ def count_images(args):
         return max(1, sum(1 for _ in f))
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def part(text):
-    value = float(text)
-    if not 0 <= value < 1:
-        raise ValueError
-    return value
-
-
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
@@ -181,9 +97,11 @@ def parse(argv):
     def option(name, **settings):
         parser.add_argument("-" + name, "--" + name, **settings)
 
+    positive = number(int, 1)
     option("model_type", choices=["vision"], default="vision", help="(default: vision)")
     option("batch_size", type=positive, required=True, help="images per inference, as in the model")
-    option("device_id", type=int, default=0, help="the card, if the provider has one; also in the results' names (default: 0)")
+    option("device_id", type=number(int, 0), default=0,
+           help="the card, if the provider has one; also in the results' names (default: 0)")
     option("om_path", required=True, help="the ONNX model from which the OM would be made")
     option("input_width", type=pixels, default=224, help="in pixels (default: 224)")
     option("input_height", type=pixels, default=224, help="in pixels (default: 224)")
@@ -194,17 +112,15 @@ def parse(argv):
     option("threads", type=positive, help="CPU threads (default: one per core)")
     option("calls", type=positive, help="batches that the CPU computes at the same time (default: one per thread, or fewer if they "
                                         "need more than %d MB or would leave threads idle at the end)" % CALLS_MB)
-    option("provider", help="the execution provider of ONNX Runtime, such as OpenVINOExecutionProvider; measure tries each for a "
-                            "second and takes the fastest (default: the first available one of %s)" % ", ".join(PROVIDERS))
-    option("tolerance", type=part, default=TOLERANCE, metavar="FRACTION",
+    option("provider", help="the execution provider of ONNX Runtime, such as OpenVINOExecutionProvider "
+                            "(default: the first available one of %s)" % ", ".join(PROVIDERS))
+    option("tolerance", type=number(float, 0, 1), default=TOLERANCE, metavar="FRACTION",
            help="how far a provider's logits may differ from the CPU's, as a fraction of the largest logit; above the default, "
                 "OpenVINO may compute in bfloat16 (default: %g)" % TOLERANCE)
     option("strict", action="store_true", help="fail if ONNX Runtime has a card's provider that does not load")
     args = parser.parse_args(argv)
     if (args.input_text_path is None) == (args.round is None):
         parser.error("give -input_text_path for inference on data, or -round for pure inference")
-    if args.device_id < 0:
-        parser.error("-device_id cannot be negative")
     if args.om_path.endswith(".om"):
         parser.error("-om_path: %s is an OM, which only the card runs; give the ONNX model" % args.om_path)
     return args
@@ -214,13 +130,19 @@ def main(argv=None):
     args = parse(argv)
     threads = args.threads or cores()
     calls = args.calls or calls_at_once(threads, count_images(args), args.batch_size, args.input_height, args.input_width)
-    session, bins, batch = (fastest(args, threads, calls) if args.provider == "measure" else
-                            opened(args, args.provider, threads, calls))
+    session = open_session(args.om_path, args.device_id, threads, calls, args.provider, exact=args.tolerance <= TOLERANCE)
+    size = args.batch_size, args.input_height, args.input_width
+    if args.round:
+        size = (args.batch_size,) + input_size(session)[1:]
+    check_shape(session, args.om_path, *size)
+    bins = None if args.round else read_info(args.input_text_path, *size[1:], takes_uint8(session))
+    batch = first_batch(session, bins, size)
+    check_precision(session, args.om_path, batch, args.tolerance)
     onnxruntime = import_onnxruntime()
     provider = session.get_providers()[0]
     note = "" if args.provider else provider_note(session, onnxruntime.get_available_providers())
     if note:
-        remedy = NEEDS[note.split()[0]]
+        remedy = REMEDIES[note.split()[0]]
         if args.strict:
             raise ValueError("%s; %s" % (note, remedy))
         print("[WARN] %s, so the CPU runs the model; %s" % (note, remedy))
@@ -228,9 +150,9 @@ def main(argv=None):
     if provider not in SHARED:
         calls = 1
     else:
-        print("[INFO] %d thread%s, %d call%s at a time" % (threads, "s" * (threads > 1), calls, "s" * (calls > 1)))
+        print("[INFO] threads: %d, calls at a time: %d" % (threads, calls))
     sys.stdout.flush()
-    for line in vision(session, bins, calls, args) if bins else pure_inference(session, batch, calls, args):
+    for line in vision(session, bins, size, calls, args) if bins else pure_inference(session, batch, calls, args):
         print(line)
 
 

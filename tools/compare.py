@@ -28,14 +28,16 @@ import re
 import sys
 import zlib
 
-HERE = os.path.dirname(os.path.realpath(__file__))
-sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import command, composed, importing, note, some, write_text
-from faults import FACTOR, IMAGES, explain, judge, layers, overflow
-from get_info import list_bins
-from postprocess_deepmar_pytorch import (ASSUMED, PETA, PROBABILITIES, attribute_names, attributes_in, effect, labels_of,
-                                         list_results, logits_from, look_like_probabilities, read_logits)
-from session import compute, input_size, open_session, takes_uint8
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from lib.bins import list_bins
+from lib.faults import FACTOR, IMAGES, explain, judge, layers, overflow
+from lib.files import write_text
+from lib.labels import ASSUMED, PETA, attribute_names, labels_of
+from lib.metrics import effect
+from lib.names import composed
+from lib.results import as_logits, attributes_in, list_results, read_logits
+from lib.script import command, importing, number, some
+from lib.session import compute, input_size, open_session, takes_uint8
 
 with importing():
     import numpy as np
@@ -122,20 +124,6 @@ def lines(report):
                "unknown, so up to %d times as much is allowed" % FACTOR)
 
 
-def tolerance(text):
-    value = float(text)
-    if not value >= 0:
-        raise ValueError
-    return value
-
-
-def count(text):
-    value = int(text)
-    if value < 0:
-        raise ValueError
-    return value
-
-
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
@@ -148,9 +136,9 @@ def parse(argv):
     parser.add_argument("--labels", metavar="LABEL", help="label.json, for the effect on each metric")
     parser.add_argument("--attributes", metavar="FILE",
                         help="a file with the attributes' names, one per line (default: PETA's, if there are 35)")
-    parser.add_argument("--max-difference", type=tolerance, metavar="X",
+    parser.add_argument("--max-difference", type=number(float, 0), metavar="X",
                         help="allowed difference of a logit (default: %s)" % MAX_DIFFERENCE)
-    parser.add_argument("--max-flips", type=count, metavar="N",
+    parser.add_argument("--max-flips", type=number(int, 0), metavar="N",
                         help="allowed number of flips (default: one in 1000 of images x attributes)")
     parser.add_argument("--json", metavar="FILE", help="also write the result here")
     args = parser.parse_args(argv)
@@ -206,10 +194,7 @@ def read_sides(args):
         if logits and values.shape != logits[0].shape:
             raise ValueError("%s: gives %d attributes, but the results in %s have %d"
                              % (side, values.shape[1], args.a, logits[0].shape[1]))
-        if np.isfinite(values).all() and look_like_probabilities(values):
-            note("%s: %s; they are converted to logits for the comparison" % (side, PROBABILITIES))
-            values = logits_from(values)
-        logits.append(values)
+        logits.append(as_logits(values, side))
     return logits, names, bins, any(map(takes_uint8, sessions.values()))
 
 

@@ -11,8 +11,10 @@ import json
 import os
 import sys
 
-sys.path[:0] = [os.path.dirname(os.path.realpath(__file__))]
-from common import command, description, write_text
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from lib.files import write_text
+from lib.models import description
+from lib.script import command
 
 
 def main(argv=None):

@@ -31,14 +31,16 @@ import tempfile
 import time
 
 HERE = os.path.dirname(os.path.realpath(__file__))
-sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import Silent, command, cores, importing, note, one_line, progress, some
-from gallery_shards import absolute, find_input, open_binary
-from gallery_worker import REMOTE_READERS, Worker, filesystem, is_local, part_name, versions, whole
-from postprocess_deepmar_pytorch import ASSUMED, PETA, attribute_names
-from providers import CPU, PROVIDERS
-from remove_pad import load
-from session import calls_at_once, input_size, open_session, takes_uint8
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from lib.gallery.shards import absolute, find_input, open_binary
+from lib.gallery.worker import REMOTE_READERS, Worker, filesystem, is_local, part_name, versions, whole
+from lib.labels import ASSUMED, PETA, attribute_names
+from lib.machine import cores
+from lib.models import load
+from lib.providers import CPU, PROVIDERS
+from lib.results import ends_in_sigmoid
+from lib.script import Silent, command, importing, note, one_line, progress, some
+from lib.session import calls_at_once, input_size, open_session, takes_uint8
 
 PYTHON = (3, 10)  # the oldest Python that Ray supports
 NEEDS = "%s -m pip install -r %s" % (sys.executable, os.path.join(HERE, "requirements-gallery.txt"))
@@ -386,7 +388,7 @@ def examine(args):
                          % some(twice))
     with open(args.onnx, "rb") as f:
         model = f.read()
-    sigmoid = any(node.op_type == "Sigmoid" and output.name in node.output for node in load(args.onnx).graph.node)
+    sigmoid = ends_in_sigmoid(load(args.onnx))
     return model, {"sha256": hashlib.sha256(model).hexdigest(), "batch_size": batch_size, "height": height, "width": width,
                    "input": "uint8" if takes_uint8(session) else "float32"}, list(names), sigmoid
 

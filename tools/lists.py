@@ -32,11 +32,12 @@ import resource
 import sys
 import zlib
 
-HERE = os.path.dirname(os.path.realpath(__file__))
-sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import command, composed, importing, note, one_line, read_lines, some, stem, write_text
-from postprocess_deepmar_pytorch import PETA, label_row
-from preprocess_deepmar_pytorch import find_images, inside, start_worker, uninterrupted
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from lib.files import read_lines, write_text
+from lib.labels import PETA, label_row
+from lib.machine import start_worker, uninterrupted
+from lib.names import composed, find_listed, inside, stem
+from lib.script import command, importing, note, one_line, some
 
 with importing():
     import numpy as np
@@ -491,7 +492,7 @@ def main(argv=None):
     if over:
         raise ValueError("%s: would be overwritten; give --output another folder" % over[0])
     if args.images is not None:
-        paths = find_images(args.images, names, args.file)
+        paths = find_listed(args.images, names, args.file)
         others = [path for path in paths if not os.path.isfile(path)]
         if others:
             raise ValueError("%d of the %d images are not files: %s" % (len(others), len(names), some(others)))

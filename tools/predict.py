@@ -25,13 +25,14 @@ import os
 import subprocess
 import sys
 
-HERE = os.path.dirname(os.path.realpath(__file__))
-sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import command, importing, note, one_line, progress, some, stem, whole_file, write_text
-from postprocess_deepmar_pytorch import (ASSUMED, PETA, PROBABILITIES, attribute_names, logits_from,
-                                         look_like_probabilities, probabilities, read_thresholds)
-from preprocess_deepmar_pytorch import ENDINGS, preprocess, read_image
-from session import empty_batch, input_size, open_session
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from lib.files import whole_file, write_text
+from lib.images import preprocess, read_image
+from lib.labels import ASSUMED, PETA, attribute_names, read_thresholds
+from lib.names import ENDINGS, stem
+from lib.results import PROBABILITIES, logits_from, look_like_probabilities, probabilities
+from lib.script import command, importing, note, one_line, progress, some
+from lib.session import empty_batch, input_size, open_session
 
 with importing():
     import numpy as np

@@ -14,13 +14,16 @@ import shutil
 import sys
 import tempfile
 
-HERE = os.path.dirname(os.path.realpath(__file__))
-sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import LIMIT, can_start, command, composed, importing, one_line, whole_file
-from get_info import list_bins
-from postprocess_deepmar_pytorch import MAX_DROP, effect, labels_of
-from remove_pad import load
-from session import compute, empty_batch, input_size, open_session, takes_uint8
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from lib.bins import list_bins
+from lib.files import whole_file
+from lib.labels import labels_of
+from lib.machine import check_threads
+from lib.metrics import MAX_DROP, effect
+from lib.models import load
+from lib.names import composed
+from lib.script import command, importing, one_line
+from lib.session import compute, empty_batch, input_size, open_session, takes_uint8
 
 with importing():
     import numpy as np
@@ -53,8 +56,7 @@ def quantize(path, feeds, folder, qdq=False):
     import logging
     import onnx
     import onnxruntime
-    if not can_start(os.cpu_count(), instead=None):
-        raise ValueError("%s: ONNX Runtime's quantizer needs a thread for each core, %d, but %s" % (path, os.cpu_count(), LIMIT))
+    check_threads(os.cpu_count())  # the quantizer starts one for each core
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):

@@ -17,11 +17,11 @@ import os
 import sys
 import zlib
 
-HERE = os.path.dirname(os.path.realpath(__file__))
-sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import PREFIX, command, importing, note, one_line, pixels, whole_file, write_text
-from preprocess_deepmar_pytorch import MEAN, SIZE, STD
-from remove_pad import load, nested
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from lib.files import whole_file, write_text
+from lib.images import MEAN, SIZE, STD
+from lib.models import PREFIX, load, nested
+from lib.script import command, importing, note, one_line, pixels
 
 with importing():
     import numpy as np

@@ -22,18 +22,20 @@ import sys
 import time
 import warnings
 
-HERE = os.path.dirname(os.path.realpath(__file__))
-sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import NUMBER, command, description, fits, importing, note, one_line, progress, read_json, some, stem, whole_file
-from postprocess_deepmar_pytorch import (MAX_DROP, PROBABILITIES, assumed, attribute_names, evaluate, list_results,
-                                         logits_from, look_like_probabilities, probabilities, read_labels, read_logits,
-                                         read_thresholds)
-from preprocess_deepmar_pytorch import check_image, find_images, read_list
-from rates import COLUMNS, figure, read_perf
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from lib.files import NUMBER, fits, read_json, whole_file
+from lib.images import check_image
+from lib.labels import assumed, attribute_names, read_labels, read_thresholds
+from lib.metrics import MAX_DROP, evaluate
+from lib.models import description
+from lib.names import find_listed, read_list, stem
+from lib.rates import COLUMNS, figure, read_perf
+from lib.results import PROBABILITIES, list_results, logits_from, look_like_probabilities, probabilities, read_logits
+from lib.script import command, importing, note, one_line, progress, some
 
 with importing():
     import numpy as np
-    from intervals import label_acc_interval, metric_intervals
+    from lib.metrics import label_acc_interval, metric_intervals
 
 PICTURES = 300     # the page shows at most this many
 WORST = 150        # this many of them have the lowest accuracy; the others are the worst of each attribute
@@ -402,7 +404,7 @@ def main(argv=None):
         comparison = read_comparison(args.compare, [stem(name) for name in names], true.shape[1], fusion["instance_acc"])
     if fusion["look"]:
         note("%s: %s" % (", ".join(args.results), fusion["look"]))
-    cards = gallery(names, find_images(args.images, names, args.list), logits, limits, true)
+    cards = gallery(names, find_listed(args.images, names, args.list), logits, limits, true)
     page = render(page_values(args, names, fusion, speeds, comparison, cards))
     data = page.encode("utf-8", "replace")  # names in JSON may hold half a surrogate pair
     with whole_file(args.output) as temporary, open(temporary, "wb") as f:

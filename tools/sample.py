@@ -16,11 +16,13 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-HERE = os.path.dirname(os.path.realpath(__file__))
-sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import Inline, can_start, command, cores, importing, pixels, progress, replaced_folder
-from postprocess_deepmar_pytorch import PETA, evaluate
-from preprocess_deepmar_pytorch import MEAN, SIZE, STD
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from lib.files import replaced_folder
+from lib.images import MEAN, SIZE, STD
+from lib.labels import PETA
+from lib.machine import check_threads, cores
+from lib.metrics import evaluate
+from lib.script import command, importing, pixels, progress
 
 with importing():
     import numpy as np
@@ -212,7 +214,7 @@ def forward(function, images, size, report, calls):
 
     parts = [images[start:start + BATCH] for start in range(0, len(images), BATCH)]
     running = collections.deque()
-    with (ThreadPoolExecutor if calls > 1 else Inline)(calls) as runner:
+    with ThreadPoolExecutor(calls) as runner:
         for part in parts + [None] * calls:
             if len(running) == calls or part is None and running:
                 result, count = running.popleft().result()
@@ -318,7 +320,8 @@ def main(argv=None):
     with importing():
         import torch  # noqa: F401
         import torchvision  # noqa: F401
-    calls = cores() if can_start(cores()) else 1
+    calls = cores()
+    check_threads(calls)
     torch.set_num_threads(calls)
     with replaced_folder(folder, ending="") as partial:
         others, other_labels = pedestrians(max(TRAIN - args.images, STATISTICS), args.seed + 1)

@@ -19,10 +19,9 @@ import re
 import shutil
 import sys
 
-HERE = os.path.dirname(os.path.realpath(__file__))
-sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import command, note  # both work without packages, because ais_bench's Python may have few
-from get_info import natural
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))))
+from lib.names import natural
+from lib.script import command, note  # both work without packages, because ais_bench's Python may have few
 
 SAFE = re.compile("[A-Za-z0-9_./-]+").fullmatch
 

@@ -19,9 +19,10 @@ import os
 import re
 import sys
 
-sys.path[:0] = [os.path.dirname(os.path.realpath(__file__))]
-from common import NUMBER, command, read_json, write_text
-from rates import COLUMNS, figures
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))))
+from lib.files import NUMBER, read_json, write_text
+from lib.rates import COLUMNS, figures
+from lib.script import command
 
 MAX_DIFFERENCE = 0.0001  # allowed difference of instance_acc: in an image or two, rounding may move a logit across 0
 

@@ -2,19 +2,17 @@
 import contextlib
 import io
 import json
-import os
 import sys
 
-sys.path[:0] = [os.path.dirname(os.path.realpath(__file__))]
-from common import importing, one_line
+from lib.script import importing, one_line
 
 CPU, OPENVINO = "CPUExecutionProvider", "OpenVINOExecutionProvider"
 PROVIDERS = ["CANNExecutionProvider", "CUDAExecutionProvider", CPU]  # the default order, the best first
-NEEDS = {"CANNExecutionProvider": "source CANN's set_env.sh, and see that npu-smi info lists the card",
+REMEDIES = {"CANNExecutionProvider": "source CANN's set_env.sh, and see that npu-smi info lists the card",
          "CUDAExecutionProvider": "it needs a GPU with its driver, CUDA and cuDNN"}
 SHARED = (CPU, OPENVINO)  # these compute in the machine's own memory and can run several calls at a time; others run one
 # These have numbered devices. The others do not have the option device_id.
-NUMBERED = PROVIDERS[:2] + ["TensorrtExecutionProvider", "ROCMExecutionProvider", "MIGraphXExecutionProvider"]
+WITH_DEVICES = PROVIDERS[:2] + ["TensorrtExecutionProvider", "ROCMExecutionProvider", "MIGraphXExecutionProvider"]
 
 
 def import_onnxruntime():
@@ -77,7 +75,7 @@ def add(options, name, device_id, threads, calls, exact):
     if name == CPU:
         return [CPU]
     if name != OPENVINO:
-        return [(name, {"device_id": str(device_id)} if name in NUMBERED else {}), CPU]
+        return [(name, {"device_id": str(device_id)} if name in WITH_DEVICES else {}), CPU]
     # The provider options for streams and threads (num_streams, num_of_threads) have no effect. This configuration works.
     configuration = {"NUM_STREAMS": str(calls), "INFERENCE_NUM_THREADS": str(threads)}
     if exact:  # otherwise it computes in bfloat16 if the CPU can

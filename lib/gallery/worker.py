@@ -8,22 +8,20 @@ import contextlib
 import errno
 import functools
 import io
-import itertools
 import os
 import secrets
-import sys
 import tarfile
 import tempfile
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
-HERE = os.path.dirname(os.path.realpath(__file__))
-sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import importing, one_line, whole_file
-from postprocess_deepmar_pytorch import logits_from, probabilities
-from preprocess_deepmar_pytorch import ENDINGS, another_form, inside, preprocess
-from session import AHEAD, empty_batch, input_size, open_session
+from lib.files import whole_file
+from lib.images import preprocess
+from lib.names import another_form, inside, is_image
+from lib.results import logits_from, probabilities
+from lib.script import importing, one_line
+from lib.session import empty_batch, input_size, open_session, run_batches
 
 with importing():
     import numpy as np
@@ -93,7 +91,7 @@ def text(name):
 # The content is bytes, or a function that returns bytes or a local path, or an exception if it cannot be read.
 
 def listed_names(shard):
-    """Returns the names in a stretch of a list file, by the rules of common.read_lines()."""
+    """Returns the names in a stretch of a list file, by the rules of lib.files.read_lines()."""
     fs, path = filesystem(shard["list"])
     with fs.open(path, "rb") as f:
         f.seek(shard["start"])
@@ -161,12 +159,6 @@ def of_tar(shard):
             yield "%s/%s" % (shard["tar"], member.name), content
 
 
-def is_image(path):
-    """Returns whether a file in a folder or tar is an image, judged by its name."""
-    name = path.rpartition("/")[2]
-    return name.lower().endswith(ENDINGS) and not name.startswith(".")
-
-
 def of_row_group(shard):
     import pyarrow
     import pyarrow.parquet
@@ -198,8 +190,9 @@ def images(shard):
         yield shard[kind], error
 
 
-def read(content, row):
-    """Writes an image into its row of a batch. Returns None, or why the image cannot be read."""
+def read(image, row):
+    """Writes an image of images() into its row of a batch. Returns None, or why the image cannot be read."""
+    _, content = image
     try:
         content = content() if callable(content) else content
         if isinstance(content, Exception):
@@ -208,7 +201,6 @@ def read(content, row):
     except Exception as error:  # Pillow raises nearly anything on damaged files
         if not own_fault(error):
             raise
-        row[...] = 0
         return text(one_line(error))
 
 
@@ -247,9 +239,8 @@ class Worker(object):
                      for name, mine in versions().items() if mine != self.job["versions"][name]]
         if differing:
             raise ValueError("its logits might differ, because it has %s" % ", ".join(differing))
-        self.size = input_size(self.session)
-        self.input = self.session.get_inputs()[0].name
-        self.session.run(None, {self.input: empty_batch(self.session, *self.size)})  # the first call also allocates memory
+        batch = empty_batch(self.session, *input_size(self.session))
+        self.session.run(None, {self.session.get_inputs()[0].name: batch})  # the first call also allocates memory
         self.runners, self.readers = ThreadPoolExecutor(calls), ThreadPoolExecutor(readers)
 
     def work(self, number, shard):
@@ -259,46 +250,25 @@ class Worker(object):
         """
         self.under_way[number] = 0
         paths, reasons, parts = [], [], [np.zeros((0, len(self.job["names"])), np.float32)]
-        buffers = [empty_batch(self.session, *self.size) for _ in range(self.job["calls"] + AHEAD)]
-        running = collections.deque()
-
-        def collect():
-            inference, buffer = running.popleft()
-            errors, logits = inference.result()
-            reasons.extend(errors)
-            parts.append(logits)
-            buffers.append(buffer)
-            self.under_way[number] += len(errors)
-
-        todo = images(shard)
-        for batch in iter(lambda: list(itertools.islice(todo, self.size[0])), []):
-            if not buffers:
-                collect()
-            buffer = buffers.pop()
-            reading = [self.readers.submit(read, content, row) for (_, content), row in zip(batch, buffer)]
-            running.append((self.runners.submit(self.infer, reading, buffer), buffer))
+        for batch, unread, values in run_batches(self.session, images(shard), read, self.job["calls"], runner=self.runners,
+                                                 reader=self.readers):
             paths += [path for path, _ in batch]
-        while running:
-            collect()
+            reasons += ["the model gives NaN or infinite values" if reason is None and not finite else reason
+                        for reason, finite in zip(unread, np.isfinite(values).all(axis=1))]
+            parts.append(self.converted(values))
+            self.under_way[number] += len(batch)
         write_part(part_name(self.job["output"], number), self.job["names"], paths, np.concatenate(parts), reasons)
         del self.under_way[number]
         bad = [(path, reason) for path, reason in zip(paths, reasons) if reason is not None]
         return len(paths), len(bad), bad[:1]
 
-    def infer(self, reading, buffer):
-        """Returns (for each image, None or why it cannot be read; the values, float32 [images, attributes])."""
-        reasons = [image.result() for image in reading]
-        buffer[len(reading):] = 0  # stage 6 also fills up the last batch with zeros
-        if not any(reason is None for reason in reasons):
-            return reasons, np.zeros((len(reasons), len(self.job["names"])), np.float32)
-        values = self.session.run(None, {self.input: buffer})[0][:len(reading)]
-        reasons = ["the model gives NaN or infinite values" if reason is None and not finite else reason
-                   for reason, finite in zip(reasons, np.isfinite(values).all(axis=1))]
+    def converted(self, values):
+        """Returns the model's output as logits or probabilities, as the job wants them."""
         if self.job["sigmoid"] and not self.job["probabilities"]:
-            values = logits_from(values)
-        elif self.job["probabilities"] and not self.job["sigmoid"]:
-            values = probabilities(values).astype(np.float32)
-        return reasons, values
+            return logits_from(values)
+        if self.job["probabilities"] and not self.job["sigmoid"]:
+            return probabilities(values).astype(np.float32)
+        return values
 
 
 def part_name(output, number):

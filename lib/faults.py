@@ -4,16 +4,13 @@ Throughout this file, values are the logits to judge, exact those of the float32
 (tools/rehearse.py). All are arrays [images, attributes] over the same images.
 """
 import functools
-import os
-import sys
 
-HERE = os.path.dirname(os.path.realpath(__file__))
-sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import can_start, cores, importing, some
-from postprocess_deepmar_pytorch import logits_from, look_like_probabilities
-from preprocess_deepmar_pytorch import MEAN, STD
-from remove_pad import load
-from session import empty_batch, input_size
+from lib.images import MEAN, STD
+from lib.machine import cores
+from lib.models import load
+from lib.results import as_logits
+from lib.script import importing, some
+from lib.session import cpu_session, empty_batch, input_size, run_batches
 
 with importing():
     import numpy as np
@@ -45,22 +42,13 @@ def judge(values, exact, half):
 
 # --- layers ---------------------------------------------------------------------------------------------------------
 
-def session_of(model):
-    """Returns an ONNX Runtime session of an onnx.ModelProto on the CPU."""
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = cores() if can_start(cores()) else 1
-    options.log_severity_level = 3  # log only errors
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
 def tensors(path, names, bins):
     """Yields {name: value} of a model's named tensors for each bin. path and bins are paths."""
     import onnx
     model = load(path)
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = session_of(model)
+    session = cpu_session(model.SerializeToString(), cores())
     batch_size, height, width = input_size(session)
     if batch_size != 1:  # all tensors of a larger batch might exhaust the memory
         raise ValueError("%s: its batch size is %d, but layers can only be compared at 1; give models of batch size 1"
@@ -156,19 +144,13 @@ def network(path):
         model.graph.input.add().CopyFrom(image)
         for node in aipp:
             model.graph.node.remove(node)
-    return session_of(model)
+    return cpu_session(model.SerializeToString(), cores())
 
 
 def run(session, arrays):
     """Returns a session's logits for inputs, arrays [3,height,width]."""
-    size, height, width = input_size(session)
-    batch, outputs = empty_batch(session, size, height, width), []
-    for start in range(0, len(arrays), size):
-        part = arrays[start:start + size]
-        batch[:len(part)] = part
-        outputs.append(session.run(None, {session.get_inputs()[0].name: batch})[0][:len(part)])
-    outputs = np.concatenate(outputs)
-    return logits_from(outputs) if look_like_probabilities(outputs) else outputs
+    outputs = np.concatenate([outputs for _, _, outputs in run_batches(session, arrays, lambda array, row: np.copyto(row, array))])
+    return as_logits(outputs, "a model")
 
 
 def pixels(path, uint8, height, width):

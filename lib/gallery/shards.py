@@ -9,14 +9,12 @@ import io
 import itertools
 import os
 import re
-import sys
 import tempfile
 
-HERE = os.path.dirname(os.path.realpath(__file__))
-sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import note, one_line, some
-from gallery_worker import filesystem, is_image, is_local
-from preprocess_deepmar_pytorch import ENDINGS, inside
+from lib.files import not_utf8
+from lib.gallery.worker import filesystem, is_local
+from lib.names import images_in, inside, undecodable
+from lib.script import one_line, some
 
 MAX_LINE = 10000  # in bytes; a longer line cannot be a name
 # settings: the input's entry in the manifest. images: their number, None if only the workers will know it. describe: a function
@@ -65,31 +63,23 @@ def matching(pattern):
     found = [path] if fs.exists(path) else sorted(fs.glob(path)) if re.search(r"[*?\[]", path) else []
     if not found:
         raise FileNotFoundError("%s: no such file or folder" % pattern)
-    scheme = "" if is_local(pattern) else pattern.partition("://")[0] + "://"
-    return [scheme + name.lstrip("/" if scheme else "") for name in found]
+    if is_local(pattern):
+        return found
+    return [pattern.partition("://")[0] + "://" + name.lstrip("/") for name in found]
 
 
 def listing(folder, file):
     """Writes the names of all images in a folder and its subfolders into a file, one per line, always in the same order."""
-    def raise_(error):
-        raise error
-
     fs, path = filesystem(folder)
-    others, bad, found = 0, [], 0
-    for parent, folders, files in os.walk(path, onerror=raise_) if is_local(folder) else fs.walk(path):
-        folders.sort()
-        below = parent[len(path.rstrip("/")):].strip("/")
-        names = [below + "/" * bool(below) + name for name in sorted(filter(is_image, files))]
-        found, others = found + len(names), others + len(files) - len(names)
-        bad += [name for name in names if not inside(name) or name != name.strip() or re.search("[\ud800-\udfff]", name)]
-        file.write("".join(name + "\n" for name in names).encode("utf-8", "replace"))
-    if not found:
-        raise ValueError("%s: holds no image file (%s)" % (folder, " ".join(ENDINGS)))
+    bad = []
+    for parent, name in images_in(folder, None if is_local(folder) else fs.walk(path)):
+        name = (parent[len(path.rstrip("/")):] + "/" + name).lstrip("/")
+        if not inside(name) or name != name.strip() or undecodable(name):
+            bad.append(name)
+        file.write((name + "\n").encode("utf-8", "replace"))
     if bad:
         raise ValueError("%s: the names of %d of its images are not UTF-8, or hold control characters, or begin or end with a "
                          "space: %s; rename them (convmv -f GBK -t UTF-8)" % (folder, len(bad), some(map(ascii, bad))))
-    if others:
-        note("%s: %d files are left out, because their names do not end like those of images" % (folder, others))
 
 
 def stretches(file, source, root, size, copy):
@@ -104,8 +94,7 @@ def stretches(file, source, root, size, copy):
         try:
             content.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError("%s: is not UTF-8 text (byte %d); convert it: iconv -f GBK -t UTF-8"
-                             % (source, (ends[-1] if ends else 0) + error.start))
+            raise not_utf8(source, (ends[-1] if ends else 0) + error.start)
         if max(map(len, lines)) == MAX_LINE:
             raise ValueError("%s: is not a list of file names: line %d or a later one has %d bytes or more"
                              % (source, images + 1, MAX_LINE))

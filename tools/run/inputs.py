@@ -24,9 +24,11 @@ import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
-HERE = os.path.dirname(os.path.realpath(__file__))
-sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import Inline, can_start, command, cores, read_lines, some, stem, write_text
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))))
+from lib.files import read_lines, write_text
+from lib.machine import cores
+from lib.names import stem
+from lib.script import command, some
 
 RECORDS = ".made_from"
 SEEN = os.path.join(RECORDS, "checksums.json")
@@ -71,8 +73,7 @@ def identities(paths):
     states = [[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in stats]
     unknown = [i for i, (key, state) in enumerate(zip(keys, states)) if seen.get(key, [])[:4] != state]
     if unknown:
-        pool = ThreadPoolExecutor if len(unknown) > 1 and can_start(cores(), instead=None) else Inline
-        with pool(cores()) as readers:
+        with ThreadPoolExecutor(cores()) as readers:
             for i, value in zip(unknown, readers.map(checksum, [paths[i] for i in unknown])):
                 seen[keys[i]] = states[i] + [value]
         os.makedirs(RECORDS, exist_ok=True)
@@ -85,9 +86,9 @@ def content(role, path, image_list=None):
     if role in SETTINGS:
         return path
     if role == "images":
-        from preprocess_deepmar_pytorch import find_images, read_list
+        from lib.names import find_listed, read_list
         names = read_list(image_list)
-        return dict(zip(names, identities(find_images(path, names, image_list))))
+        return dict(zip(names, identities(find_listed(path, names, image_list))))
     if os.path.isdir(path):
         names = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
         return dict(zip(names, identities([os.path.join(path, name) for name in names])))
@@ -164,11 +165,11 @@ def check(arguments):
     for name in ("image-list", "images", "label-file", "attributes", "thresholds"):
         parser.add_argument("--" + name)
     args = parser.parse_args(arguments)
-    from postprocess_deepmar_pytorch import attribute_names, check_not_tuned_on, labels_of, read_labels, read_thresholds
-    from preprocess_deepmar_pytorch import find_images, read_list
+    from lib.labels import attribute_names, check_not_tuned_on, labels_of, read_labels, read_thresholds
+    from lib.names import find_listed, read_list
     names = read_list(args.image_list) if args.image_list else []
     if args.images and names:
-        find_images(args.images, names, args.image_list)
+        find_listed(args.images, names, args.image_list)
     count = None
     if args.label_file:
         count = read_labels(args.label_file)[1].shape[1]

@@ -1,0 +1,111 @@
+"""Bins, the network's input in files, and the info file that lists them."""
+import os
+import re
+
+from lib.files import not_utf8, whole_file
+from lib.images import MEAN, STD
+from lib.names import natural, undecodable
+from lib.script import importing, some
+
+with importing():
+    import numpy as np
+
+MAX_VALUE = 10 ** 4  # the values of a normalised picture are far smaller
+
+
+def fault(array):
+    """Returns why an array from a bin cannot be of its type, or None if it can.
+
+    A float32 bin is as large as a uint8 bin of twice the height and width, so with a wrong size one could pass for the other.
+    """
+    with np.errstate(all="ignore"):
+        if array.dtype != np.uint8:  # four pixels, read as one float, give any value: infinity, or 1e30
+            return None if -MAX_VALUE < array.min() and array.max() < MAX_VALUE else "NaN or infinite values, or beyond %d" % MAX_VALUE
+        plane = array.size // 12 * 4  # the bytes of a float32 bin's first channel
+        red = (array.reshape(-1)[:min(plane, 4096)].view("<f4") * np.float32(STD[0]) + np.float32(MEAN[0])) * 255
+        pixels = (np.abs(red - np.rint(red)) < 1e-3) & (red > -1) & (red < 256)
+    return "float32 values, not pixels" if pixels.size and pixels.all() else None
+
+
+def kind(height, width, uint8):
+    """Returns (what a bin holds, as text; its size in bytes)."""
+    return (("uint8 [%d,%d,3]" if uint8 else "float32 [3,%d,%d]") % (height, width), 3 * height * width * (1 if uint8 else 4))
+
+
+def list_bins(folder, width, height, uint8=None):
+    """Returns the names of a folder's bins in natural order. Raises OSError, or ValueError for a bin of the wrong size.
+
+    uint8: True if the bins must be uint8, False if float32. With None either is right, but not a mixture.
+    """
+    if not os.path.isdir(folder):
+        raise FileNotFoundError("%s: no such folder; preprocess_deepmar_pytorch.py writes the bins' folder" % folder)
+    sizes = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(".bin") and entry.is_file():
+                sizes[entry.name] = entry.stat().st_size
+    if uint8 is None:
+        found = list(sizes.values())
+        uint8 = found.count(kind(height, width, True)[1]) > found.count(kind(height, width, False)[1])
+    text, size = kind(height, width, uint8)
+    wrong = ["%s (%d bytes)" % item for item in sorted(sizes.items()) if item[1] != size]
+    if wrong:
+        other, other_size = kind(height, width, not uint8)
+        hint = "; that is the size of %s: run stage 4 again %s --uint8" % (other, "with" if uint8 else "without") \
+            if other_size in sizes.values() else ""
+        raise ValueError("%s: %d of %d bins are not %s (%d bytes): %s%s"
+                         % (folder, len(wrong), len(sizes), text, size, some(wrong), hint))
+    names = sorted(sorted(sizes), key=natural)  # names of equal value (1, 01) are ordered by their text
+    if not names:
+        raise ValueError("%s: holds no .bin file; preprocess_deepmar_pytorch.py writes them" % folder)
+    why = fault(np.fromfile(os.path.join(folder, names[0]), np.uint8 if uint8 else "<f4"))
+    if why:
+        raise ValueError("%s: is not %s, although it has that size: it holds %s" % (os.path.join(folder, names[0]), text, why))
+    return names
+
+
+def write_info(path, folder, names, width, height):
+    """Writes the info file of a folder's bins, 'INDEX PATH WIDTH HEIGHT' a line. Raises OSError or ValueError."""
+    for name in [folder] + names:
+        if "\n" in name:
+            raise ValueError("%r: a line of the info file cannot hold this name" % name)
+        if undecodable(name):
+            raise ValueError("%s: the name is not valid UTF-8, which the info file requires; rename it: convmv -f GBK -t UTF-8" % name)
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        f.writelines("%d %s %d %d\n" % (index, os.path.join(folder, name), width, height) for index, name in enumerate(names))
+
+
+def read_info(path, height, width, uint8=False):
+    """Returns the bins of an info file, [(name, path)]. Raises OSError, or ValueError for a bin of the wrong size."""
+    text, size = kind(height, width, uint8)
+    try:
+        with open(path, encoding="utf-8") as f:
+            lines = f.read().split("\n")
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error.start)
+    bins, seen, bad = [], set(), []
+    for line in lines:
+        if not line.strip():
+            continue
+        match = re.match(r"(\d{1,9}) ([^\0]+) (\d{1,9}) (\d{1,9})$", line)
+        if not match or int(match.group(1)) != len(bins):
+            raise ValueError("%s: line %d is not 'INDEX PATH WIDTH HEIGHT' with INDEX %d; get_info.py writes this file: %r"
+                             % (path, len(bins) + 1, len(bins), line[:200]))
+        if (int(match.group(3)), int(match.group(4))) != (width, height):
+            raise ValueError("%s: line %d is for %s x %s, not %d x %d"
+                             % (path, len(bins) + 1, match.group(3), match.group(4), width, height))
+        name = os.path.splitext(os.path.basename(match.group(2)))[0]
+        if name in seen:
+            raise ValueError("%s: two bins are called %s, so their results would be the same file" % (path, name))
+        seen.add(name)
+        bins.append((name, match.group(2)))
+        if not os.path.isfile(match.group(2)):
+            bad.append("%s (no such file)" % match.group(2))
+        elif os.path.getsize(match.group(2)) != size:
+            bad.append("%s (%d bytes)" % (match.group(2), os.path.getsize(match.group(2))))
+    if bad:
+        raise ValueError("%s: %d of %d bins are not %s (%d bytes), the model's input: %s"
+                         % (path, len(bad), len(bins), text, size, some(bad)))
+    if not bins:
+        raise ValueError("%s: names no bin; get_info.py writes this file" % path)
+    return bins

@@ -1,0 +1,164 @@
+"""Files and folders that appear whole or not at all, text files and JSON."""
+import contextlib
+import errno
+import fcntl
+import glob
+import json
+import os
+import secrets
+import shutil
+
+from lib.script import note
+
+NUMBER = (int, float)  # the types of a number in a JSON file, for fits()
+MOUNTED = "%s: something is mounted there, so it cannot be replaced as a whole; give a folder inside it"
+
+
+# --- files and folders that appear whole or not at all ---------------------------------------------------------------
+# export_onnx.py, which is also copied alone, has the same whole_file() and lock().
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yields the name of a new file next to path. Renames it to path if the block succeeds, deletes it if the block fails."""
+    # A file that no process locks is left from a killed run.
+    for left in glob.glob(glob.escape(path) + ".%s.partial" % ("[0-9a-f]" * 8)):
+        with contextlib.suppress(OSError), open(left, "r+b") as file:  # NFS cannot lock a file that is open only for reading
+            if lock(file):
+                os.remove(left)
+    temporary = "%s.%s.partial" % (path, secrets.token_hex(4))
+    try:
+        with open(temporary, "x+b") as file:
+            lock(file)
+            yield temporary
+            os.replace(temporary, path)
+    except OSError as error:
+        raise OSError("%s: cannot be written: %s" % (path, error.strerror or error))
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def lock(file):
+    """Locks an open file or folder. Returns True, or False if another process holds the lock, or None if there are no locks.
+
+    Some file systems have none: Lustre without -o flock, some NFS and FUSE mounts.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+
+
+def write_text(path, text):
+    """Writes a text file whole or not at all."""
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as f:
+        f.write(text)
+
+
+@contextlib.contextmanager
+def replaced_folder(path, ending=".bin"):
+    """Yields an empty folder next to path. If the block succeeds, the folder replaces path.
+
+    An earlier folder at path may only hold names with this ending, so that a mistyped path deletes nothing else. Raises
+    ValueError or OSError.
+    """
+    path = os.path.realpath(path)
+    if os.path.ismount(path):
+        raise ValueError(MOUNTED % path)
+    if os.path.exists(path):
+        others = sorted(name for name in os.listdir(path) if not name.endswith(ending))
+        if others:
+            raise ValueError("%s: holds %s, and only %s files may be there; give a new folder, or one of an earlier run"
+                             % (path, others[0], ending))
+    partial, old = path + ".partial", path + ".old"
+    os.makedirs(partial, exist_ok=True)
+    folder = os.open(partial, os.O_RDONLY)
+    try:
+        locked = lock(folder)
+        if locked is None:
+            note("the file system of %s has no locks, so do not start two runs that write the same folder" % path)
+        try:
+            ours = locked is not False and os.path.samestat(os.fstat(folder), os.stat(partial))
+        except FileNotFoundError:  # another run has just renamed it
+            ours = False
+        if not ours:
+            raise ValueError("%s: another run is writing this folder" % path)
+        for entry in list(os.scandir(partial)):  # a killed run may have left files
+            (shutil.rmtree if entry.is_dir(follow_symlinks=False) else os.remove)(entry.path)
+        if os.path.exists(old) and not os.path.exists(path):  # an earlier run was killed between the two renames below
+            os.rename(old, path)
+        shutil.rmtree(old, ignore_errors=True)
+        try:
+            yield partial
+            if os.path.exists(path):
+                put_away(path, old)
+            os.rename(partial, path)
+        except BaseException as error:
+            if os.path.exists(old) and not os.path.exists(path):  # this run was interrupted between the two renames
+                os.rename(old, path)
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno and not error.filename:  # for example, the disk is full
+                raise OSError("%s: %s" % (path, error.strerror))
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        os.close(folder)
+
+
+def put_away(path, old):
+    """Renames a folder. Raises ValueError with the remedy where folders cannot be renamed."""
+    try:
+        os.rename(path, old)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise ValueError(MOUNTED % path)
+        if error.errno == errno.EXDEV:  # a folder in the lower layer of an overlay
+            raise ValueError("%s: cannot be renamed, because it is part of a container's image; delete it, then start again" % path)
+        raise
+
+
+# --- text and JSON ----------------------------------------------------------------------------------------------------
+
+def read_lines(path):
+    """Returns the stripped lines of a UTF-8 text file. Ignores a byte order mark, CRLF and a missing last newline.
+
+    Raises OSError or ValueError.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            return [line.strip() for line in f.read().split("\n")]
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error.start)
+
+
+def not_utf8(path, byte):
+    """Returns the error for a text file that is not UTF-8. byte: the first wrong one."""
+    return ValueError("%s: is not UTF-8 text (byte %d); convert it: iconv -f GBK -t UTF-8" % (path, byte))
+
+
+def fits(value, shape):
+    """Returns whether a value from a JSON file has a shape: a type or types, [the shape of each item] or {key: shape}.
+
+    Numbers must be finite and below 1e15, as all figures of a run are.
+    """
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(key in value and fits(value[key], shape[key]) for key in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+    return isinstance(value, shape) and (not isinstance(value, NUMBER) or abs(value) < 1e15)
+
+
+def read_json(path, shape, writer):
+    """Returns the content of a JSON file, which must have the shape. writer: the script that writes it. Raises OSError or
+    ValueError."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            value = json.load(f)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("%s: is not JSON: %s; %s writes this file" % (path, error, writer))
+    if not fits(value, shape):
+        raise ValueError("%s: is not what %s writes" % (path, writer))
+    return value

@@ -1,0 +1,113 @@
+"""The machine: how many cores and threads a script may use, and its worker processes."""
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+
+from lib.script import THREAD_LIMIT
+
+
+def cgroup_cores(root="/sys/fs/cgroup", table="/proc/self/cgroup"):
+    """Returns a container's CPU quota in cores, rounded up, or None without a quota. Reads cgroup v1 and v2."""
+    found = []
+    with contextlib.suppress(OSError), open(table) as f:
+        for line in f:
+            _, controllers, path = line.rstrip("\n").split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            base = os.path.join(root, "cpu") if controllers else root
+            parts = [part for part in path.split("/") if part]
+            for depth in range(len(parts) + 1):  # a quota also limits all groups below it
+                folder = os.path.join(base, *parts[:depth])
+                with contextlib.suppress(OSError, ValueError):
+                    if controllers:
+                        with open(folder + "/cpu.cfs_quota_us") as q, open(folder + "/cpu.cfs_period_us") as p:
+                            quota, period = int(q.read()), int(p.read())
+                    else:
+                        with open(folder + "/cpu.max") as q:
+                            quota, period = map(int, q.read().split())  # "max" means no quota and raises ValueError
+                    if quota > 0:
+                        found.append(-(-quota // period))
+    return min(found) if found else None
+
+
+def cores():
+    """Returns the number of cores that this process may use."""
+    return min(len(os.sched_getaffinity(0)), cgroup_cores() or sys.maxsize)
+
+
+def check_threads(count):
+    """Raises ValueError if this many threads cannot be started now.
+
+    Call this before a library starts threads: ONNX Runtime may wait for ever if only some of them start.
+    """
+    def running():  # the kernel's count of this process's threads
+        return len(os.listdir("/proc/self/task"))
+
+    go, started, before = threading.Event(), [], running()
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=go.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    except RuntimeError:
+        raise ValueError("%d threads cannot be started: %s" % (count, THREAD_LIMIT))
+    finally:
+        go.set()
+        for thread in started:
+            thread.join()
+        for _ in range(1000):  # the kernel still counts a thread for a moment after its end
+            if running() <= before:
+                break
+            time.sleep(0.001)
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Delays Ctrl-C until the block ends. Processes that start in the block never see it, because they ignore it first."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
+def start_worker(parent):
+    """Makes a worker process ignore Ctrl-C, end when its parent is killed, and hide Pillow's warnings."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
+    if os.getppid() != parent:  # the parent was killed before that call
+        os._exit(1)
+    warnings.simplefilter("ignore")
+
+
+@contextlib.contextmanager
+def worker_pool(count):
+    """Yields a function like map() that uses this many processes. They ignore Ctrl-C, and they end if this process is killed.
+
+    The block ends only when the processes have ended. Raises OSError if they cannot be started, or if one of them is killed.
+    """
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), start_worker, (os.getpid(),))
+
+    def run(function, *arguments):
+        try:
+            with uninterrupted():  # the processes start here
+                return pool.map(function, *arguments)
+        except OSError as error:
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise OSError("%d processes cannot be started (%s): %s" % (count, error.strerror, THREAD_LIMIT))
+
+    try:
+        yield run
+    except BrokenProcessPool:
+        raise OSError("a worker process was killed; was the memory exhausted?")
+    finally:
+        pool.shutdown()

@@ -1,0 +1,102 @@
+"""ONNX files: opened and checked, and the description of a model."""
+import json
+import os
+import warnings
+
+from lib.files import fits, read_json
+from lib.script import importing, one_line
+
+PREFIX = "deepmar."  # the names of our entries in an ONNX file's metadata begin with this
+TEXTS = ("layout", "output", "checkpoint_sha256", "version")  # these entries are plain text, the others JSON
+
+
+def parse(path):
+    """Returns the onnx.ModelProto in a file, unchecked. Raises OSError, or ValueError if it is not a model."""
+    with importing():
+        import onnx
+        from google.protobuf.message import DecodeError
+    if not os.path.isfile(path):
+        raise FileNotFoundError("%s: no such file; give the ONNX model" % path)
+    model = onnx.ModelProto()
+    try:
+        with open(path, "rb") as f, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an old protobuf warns about a file that is not a model
+            model.ParseFromString(f.read())
+        if not model.HasField("graph"):
+            raise DecodeError("it has no graph")
+    except DecodeError as error:
+        raise ValueError("%s: is not a valid ONNX model: %s" % (path, one_line(error)))
+    return model
+
+
+def subgraphs(node):
+    """Returns the graphs inside a node's attributes (the branches of an If, the body of a Loop)."""
+    graphs = []
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            graphs.append(attribute.g)
+        graphs += attribute.graphs
+    return graphs
+
+
+def nested(graph):
+    """Yields the graph and every graph inside it."""
+    yield graph
+    for node in graph.node:
+        for inner in subgraphs(node):
+            yield from nested(inner)
+
+
+def tensors_of(graph):
+    """Returns a graph's tensors: initializers, and those in nodes' attributes; of sparse ones their two parts."""
+    tensors, sparse = list(graph.initializer), list(graph.sparse_initializer)
+    for node in graph.node:
+        for attribute in node.attribute:
+            tensors += [attribute.t] + list(attribute.tensors)
+            sparse += [attribute.sparse_tensor] + list(attribute.sparse_tensors)
+    return tensors + [part for tensor in sparse for part in (tensor.values, tensor.indices)]
+
+
+def load(path):
+    """Reads an ONNX file and checks it with onnx's checker.
+
+    Raises OSError if it cannot be read, ValueError if it is not a valid model or keeps its weights in other files. Such a
+    model could make its reader open any file, and a DeepMAR easily fits into one file.
+    """
+    model = parse(path)
+    check(model, path)
+    return model
+
+
+def check(model, path, what=""):
+    """Raises ValueError if an onnx.ModelProto is not valid. path: the file for the message. what: says more about the model."""
+    import onnx
+    for graph in nested(model.graph):
+        if any(tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors_of(graph)):
+            raise ValueError("%s: keeps its weights in other files; save it as one file" % path)
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise ValueError("%s: is not a valid ONNX model%s: %s" % (path, what, one_line(error)))
+
+
+def description(path):
+    """Returns a model's description: an .onnx file's metadata, or the .json file of an OM. It is {} if there is none.
+
+    The keys are those that export_onnx.py writes: attributes, mean, std, size, layout, output, last_conv_stride,
+    checkpoint_sha256, version. Raises OSError or ValueError.
+    """
+    if path.endswith(".om"):
+        path = path[:-len(".om")] + ".json"
+    if path.endswith(".onnx"):
+        found = {entry.key[len(PREFIX):]: entry.value for entry in parse(path).metadata_props if entry.key.startswith(PREFIX)}
+        try:
+            found = {key: value if key in TEXTS else json.loads(value) for key, value in found.items()}
+        except (ValueError, RecursionError) as error:
+            raise ValueError("%s: its metadata is damaged: %s" % (path, one_line(error)))
+    else:
+        found = read_json(path, {}, "tools/describe.py")
+    names = found.get("attributes", [])
+    if not fits(names, [str]) or len(set(names)) < len(names) or not all(len(name.splitlines()) == 1 for name in names):
+        raise ValueError("%s: its attributes are not a list of different names, each on one line" % path)
+    return found

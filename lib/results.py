@@ -1,0 +1,146 @@
+"""Stage 6's results as logits."""
+import os
+import re
+
+from lib.labels import read_labels
+from lib.names import composed, read_list, stem
+from lib.script import importing, note, some
+
+with importing():
+    import numpy as np
+
+PROBABILITIES = "all values lie between 0 and 1: they look like probabilities (of a model that ends in a Sigmoid), not logits"
+
+
+def list_results(folders):
+    """Returns {stem: path} of the result files in the folders. Raises OSError, or ValueError if an image has two."""
+    results, twice = {}, []
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise FileNotFoundError("%s: no such folder; the benchmark tool writes it in stage 6" % folder)
+    pending = list(folders)
+    for folder in pending:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name
+                if not name.endswith(".bin"):
+                    # with several devices, ais_bench makes a subfolder for each
+                    if re.match("device[0-9]", name) and folder in folders and entry.is_dir():
+                        pending.append(entry.path)
+                    continue
+                image, ending = composed(name[:-len("_1.bin")]), name[-len("_1.bin"):]
+                if not image or ending not in ("_1.bin", "_0.bin") or not entry.is_file():
+                    raise ValueError("%s: is not a result file NAME_1.bin or NAME_0.bin" % entry.path)
+                if image in results:
+                    twice.append("%s and %s" % (results[image], entry.path))
+                results[image] = entry.path
+    if twice:
+        raise ValueError("%d images have two results: %s" % (len(twice), some(sorted(twice))))
+    if not results:
+        raise ValueError("%s: has no result file NAME_1.bin or NAME_0.bin; stage 6 writes them" % ", ".join(folders))
+    return results
+
+
+def check_images(path, results):
+    """Raises ValueError unless the results {stem: path} are exactly those of a list file's images."""
+    listed = set(map(stem, read_list(path)))
+    missing, others = sorted(listed - set(results)), sorted(set(results) - listed)
+    problems = []
+    if missing:
+        problems.append("%d of its %d images have no result (%s)" % (len(missing), len(listed), some(missing)))
+    if others:
+        problems.append("%d of %d results are of other images (%s)" % (len(others), len(results), some(others)))
+    if problems:
+        raise ValueError("%s: %s; run stages 4 to 6 again" % (path, ", and ".join(problems)))
+
+
+def read_logits(paths, attributes, finite=True):
+    """Returns the result files' logits, float32 [files, attributes]. Raises ValueError for a wrong size or, if finite, NaN."""
+    size = 4 * attributes
+    data = []
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)  # Python's file objects would take twice as long
+        data.append(os.read(file, size + 1))
+        os.close(file)
+    wrong = ["%s (%d bytes)" % (path, os.path.getsize(path)) for path, read in zip(paths, data) if len(read) != size]
+    if wrong:
+        raise ValueError("%d of %d results are not float32 logits of %d attributes (%d bytes): %s"
+                         % (len(wrong), len(paths), attributes, size, some(wrong)))
+    logits = np.frombuffer(b"".join(data), "<f4").reshape(len(paths), attributes)
+    bad = ~np.isfinite(logits).all(axis=1)
+    if finite and bad.any():
+        raise ValueError("%d of %d results hold NaN or infinite logits: %s"
+                         % (bad.sum(), len(paths), some(np.array(paths)[bad])))
+    return logits
+
+
+def attributes_in(path):
+    """Returns the number of logits in a result file. Raises ValueError if its size cannot be that of float32 values."""
+    size = os.path.getsize(path)
+    if size == 0 or size % 4:
+        raise ValueError("%s: holds no float32 logits (%d bytes)" % (path, size))
+    return size // 4
+
+
+def probabilities(logits):
+    """Returns the sigmoid of logits as float64. It uses tanh, which does not overflow for large logits."""
+    return (1 + np.tanh(logits.astype(np.float64) / 2)) / 2
+
+
+def look_like_probabilities(values):
+    """Returns whether all values lie between 0 and 1. Logits would not, because most of them are negative."""
+    return bool(((values >= 0) & (values <= 1)).all())
+
+
+def logits_from(chances):
+    """Returns the logits of probabilities, float32. Those of 0 and 1 are limited to about -16 and 16."""
+    chances = np.clip(chances.astype(np.float64), 1e-7, 1 - 1e-7)
+    return np.log(chances / (1 - chances)).astype(np.float32)
+
+
+def as_logits(values, source, declared=None, ask=False):
+    """Returns a model's output as logits. Every tool decides here whether it holds logits or probabilities.
+
+    source: the file or folder of the values, for messages. declared: "logits" or "probabilities", if that is known. Otherwise
+    the values decide: probabilities are converted with a note or, if ask is set, are an error, because a wrong guess would
+    give a wrong accuracy.
+    """
+    if declared == "logits":
+        return values
+    likely = look_like_probabilities(values)
+    if declared == "probabilities" and not likely:
+        raise ValueError("%s: holds values below 0 or above 1, so they are not probabilities; leave out --values" % source)
+    if not likely:
+        return values
+    if declared is None and ask:
+        raise ValueError("%s: %s. Score them with --values probabilities, or with --values logits if they are really logits"
+                         % (source, PROBABILITIES))
+    if declared is None:
+        note("%s: %s; they are converted to logits" % (source, PROBABILITIES))
+    return logits_from(values)
+
+
+def ends_in_sigmoid(model):
+    """Returns whether an onnx.ModelProto gives probabilities, judged by its last node."""
+    output = model.graph.output[0].name
+    return any(node.op_type == "Sigmoid" and output in node.output for node in model.graph.node)
+
+
+def read_scored(folders, label_file, image_list=None, declared=None):
+    """Reads a run's results and their labels. Returns (the images' names, logits, labels, how many labelled images have no result).
+
+    The arrays are [images, attributes]. image_list: the file of exactly these images. declared: see as_logits(). Raises OSError
+    or ValueError.
+    """
+    rows, labels = read_labels(label_file)
+    results = list_results(folders)
+    if image_list is not None:
+        check_images(image_list, results)
+    unlabelled = sorted(name for name in results if name not in rows)
+    if unlabelled:
+        raise ValueError("%d of %d results have no label in %s: %s"
+                         % (len(unlabelled), len(results), label_file, some(results[name] for name in unlabelled)))
+    names = sorted(results)
+    logits = read_logits([results[name] for name in names], labels.shape[1])
+    logits = as_logits(logits, ", ".join(folders), declared, ask=True)
+    return names, logits, labels[[rows[name] for name in names]], len(rows) - len(results)

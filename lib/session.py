@@ -1,0 +1,303 @@
+"""ONNX Runtime: opens a model, checks it, and runs batches through it."""
+import collections
+import contextlib
+import itertools
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from lib import providers
+from lib.bins import fault
+from lib.images import SIZE
+from lib.machine import check_threads, cores
+from lib.models import load
+from lib.script import importing, one_line, progress, some
+
+with importing():
+    import numpy as np
+
+CALLS_MB = 2048  # all concurrent calls together may use this much memory, in MB
+# A call's memory as a multiple of its float32 input. Measured on ONNX Runtime 1.32 at batch sizes 8 to 64: 8.6 MB per image.
+ACTIVATIONS = 14.3
+TOLERANCE = 1e-3  # a provider's logits may differ from the CPU's by this fraction of the largest logit (the default)
+PREFETCH = 2     # this many batches are read ahead of inference
+WRITE = 32       # this many results are written at once, because each wake-up of the writer disturbs inference on busy cores
+
+
+# --- opening a model --------------------------------------------------------------------------------------------------
+
+def session_options(threads):
+    """Returns ONNX Runtime's options for this many CPU threads. Raises ValueError if they cannot be started."""
+    check_threads(threads)
+    options = providers.import_onnxruntime().SessionOptions()  # all other options are best at their defaults
+    options.intra_op_num_threads = threads  # by itself, ONNX Runtime 1.10 would use half of the cores, and all versions ignore taskset
+    options.log_severity_level = 3  # log only errors
+    return options
+
+
+def cpu_session(model, threads=1):
+    """Returns a session of any ONNX model, given as a path or bytes, on the CPU. Raises ONNX Runtime's errors."""
+    options = session_options(threads)
+    options.log_severity_level = 4  # the exception already reports an error
+    return providers.import_onnxruntime().InferenceSession(model, options, providers=[providers.CPU])
+
+
+def open_session(path, device_id=0, threads=None, calls=1, provider=None, exact=True):
+    """Returns an ONNX Runtime session of a DeepMAR model.
+
+    threads: CPU threads for all calls together (default: one for each core that this process may use). calls: how many calls
+    will run at the same time. provider: an execution provider's name (default: the best on this machine). exact: see
+    providers.add(). Raises OSError, or ValueError if the provider does not load or the file is not such a model: one input
+    float32 [N,3,height,width], or uint8 [N,height,width,3] with AIPP, and one output float32 [N,attributes].
+    """
+    onnxruntime = providers.import_onnxruntime()
+    load(path)  # it runs onnx's checker and refuses weights outside the file
+    threads = threads or cores()
+    options = session_options(max(1, threads - calls + 1))  # the threads that make the calls compute too
+    names = providers.default(device_id) if provider is None else \
+        providers.add(options, provider, device_id, threads, calls, exact)
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=names)
+    except Exception as error:  # ONNX Runtime's exceptions have no common class
+        raise ValueError("%s: ONNX Runtime %s cannot load it%s: %s" % (
+            path, onnxruntime.__version__, "" if provider is None else " with " + provider, one_line(error)))
+    if provider not in (None, session.get_providers()[0]):
+        raise ValueError("%s did not load; %s" % (provider, providers.REMEDIES.get(provider, "its libraries may be missing")))
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) != 1 or len(outputs) != 1 or len(inputs[0].shape) != 4 or len(outputs[0].shape) != 2 \
+            or inputs[0].type not in ("tensor(float)", "tensor(uint8)") or outputs[0].type != "tensor(float)":
+        raise ValueError("%s: is not a DeepMAR model (one input float32 [N,3,224,224], one output float32 [N,attributes]); "
+                         "its inputs are %s, its outputs are %s"
+                         % (path, [(i.name, i.type, i.shape) for i in inputs], [(o.name, o.type, o.shape) for o in outputs]))
+    return session
+
+
+def check_precision(session, path, batch, tolerance):
+    """Raises ValueError if a provider's logits of a batch differ too much from the CPU provider's.
+
+    tolerance: the allowed difference, as a fraction of the largest logit. Some providers silently use bfloat16 or float16.
+    """
+    name = session.get_providers()[0]
+    if name == providers.CPU:
+        return
+    feed = {session.get_inputs()[0].name: batch}
+    theirs, = session.run(None, feed)
+    ours, = open_session(path, provider=providers.CPU).run(None, feed)
+    difference, largest = np.abs(theirs - ours).max(), np.abs(ours).max()
+    if not difference <= tolerance * largest:
+        raise ValueError("%s: in the first batch, the logits of %s differ from the CPU's by up to %.3g. That is %.2g of the largest "
+                         "logit, %.3g; up to %g is allowed. The provider may compute in float16 or bfloat16. If that is intended, "
+                         "give a -tolerance above %.2g; otherwise choose another -provider"
+                         % (path, name, difference, difference / largest, largest, tolerance, difference / largest))
+
+
+def takes_uint8(session):
+    """Returns whether a model takes pixels, uint8 [N,height,width,3], and normalises them itself (see tools/rehearse.py aipp)."""
+    return session.get_inputs()[0].type == "tensor(uint8)"
+
+
+def input_size(session):
+    """Returns (batch size, height, width) of a model's input. Symbolic sizes become 1 and 224."""
+    shape = session.get_inputs()[0].shape
+    height, width = shape[1:3] if takes_uint8(session) else shape[2:]
+    return tuple(size if isinstance(size, int) else default
+                 for size, default in ((shape[0], 1), (height, SIZE), (width, SIZE)))
+
+
+def empty_batch(session, batch_size, height, width):
+    """Returns a batch of the model's input, filled with 0."""
+    if takes_uint8(session):
+        return np.zeros((batch_size, height, width, 3), np.uint8)
+    return np.zeros((batch_size, 3, height, width), "<f4")
+
+
+def check_shape(session, path, batch_size, height, width):
+    """Raises ValueError unless the model takes this batch size and image size. A symbolic size takes any number."""
+    shape, wanted = session.get_inputs()[0].shape, empty_batch(session, batch_size, height, width).shape
+    if any(isinstance(has, int) and has != size for has, size in zip(shape, wanted)):
+        raise ValueError("%s: its input is %s, not [%d,%d,%d,%d]; export it again with this batch size and size"
+                         % ((path, shape) + wanted))
+
+
+def calls_at_once(threads, images, batch_size, height=SIZE, width=SIZE):
+    """Returns how many calls of session.run() should run at the same time on the CPU.
+
+    Threads that share a call wait for each other at each layer. If one of them loses its core to another process, all wait.
+    So each thread gets its own call, within two limits. All calls together may use about CALLS_MB of memory. No thread may
+    idle for more than a tenth of the run, as one of two threads would with three batches.
+    """
+    megabytes = batch_size * 3 * height * width * 4 * ACTIVATIONS / 1e6
+    batches = -(-images // batch_size)
+    calls = max(1, min(threads, batches, int(CALLS_MB / megabytes)))
+    while -(-batches // calls) * calls > 1.1 * batches:
+        calls -= 1
+    return calls
+
+
+def callers(calls):
+    """Returns a pool of threads that call session.run(). If there is one for each core, each is pinned to one core.
+
+    Measured with another process busy on one of two cores: two free threads get 2/3 of the CPU time, two pinned threads get 3/4.
+    Several processes that share the cores (-threads) would pin to the same cores, so their threads stay free.
+    """
+    free = sorted(os.sched_getaffinity(0))
+    if calls != len(free):
+        return ThreadPoolExecutor(calls)
+    free = iter(free)
+
+    def pin():
+        with contextlib.suppress(OSError):  # a container may forbid it
+            os.sched_setaffinity(0, {next(free)})  # of this thread alone
+    return ThreadPoolExecutor(calls, initializer=pin)
+
+
+# --- running batches --------------------------------------------------------------------------------------------------
+
+def run_batches(session, items, fill, calls=1, call=None, size=None, runner=None, reader=None):
+    """Runs a model over any number of items. Yields (a batch's items, why each has no input or None, their logits), in order.
+
+    items: an iterable. fill(item, row) writes an item's input into a row of a batch and returns None, or why it cannot; the row
+    is then 0. Zeros also fill up the last batch. call(batch) returns the logits, float32 [N,attributes] (default:
+    session.run()). calls: how many of these run at the same time. size: (batch size, height, width) (default: the model's).
+    runner, reader: the pools of threads for call() and fill(), if the caller has them.
+    """
+    size, name = size or input_size(session), session.get_inputs()[0].name
+    call = call or (lambda batch: session.run(None, {name: batch})[0])
+
+    def read(item, row):
+        why = fill(item, row)
+        if why is not None:
+            row[...] = 0
+        return why
+
+    def infer(buffer, filling):
+        reasons = [row.result() for row in filling]
+        buffer[len(reasons):] = 0
+        return reasons, call(buffer)[:len(reasons)]
+
+    items, free, running = iter(items), [empty_batch(session, *size) for _ in range(calls + PREFETCH)], collections.deque()
+    with contextlib.ExitStack() as pools:
+        runner = runner or pools.enter_context(callers(calls))
+        reader = reader or pools.enter_context(ThreadPoolExecutor(1))
+        try:
+            while True:
+                batch = list(itertools.islice(items, size[0])) if free else []
+                if batch:
+                    buffer = free.pop()
+                    filling = [reader.submit(read, item, row) for item, row in zip(batch, buffer)]
+                    running.append((batch, buffer, runner.submit(infer, buffer, filling)))
+                elif running:
+                    batch, buffer, result = running.popleft()
+                    reasons, logits = result.result()
+                    free.append(buffer)
+                    yield batch, reasons, logits
+                else:
+                    return
+        finally:
+            for _, _, result in running:
+                result.cancel()
+
+
+def read_bin(path, row):
+    """Reads a bin into a row of a batch. Raises OSError or ValueError."""
+    with open(path, "rb", buffering=0) as f:
+        if f.readinto(row) != row.nbytes:
+            raise ValueError("%s: is shorter than %d bytes" % (path, row.nbytes))
+
+
+def check_bin(path, row):
+    """Raises ValueError if a row of a batch, read from path, holds NaN or values of another type."""
+    why = fault(row)
+    if why:
+        raise ValueError("%s in %s" % (why, path))
+
+
+def compute(session, bins, finite=True):
+    """Runs the model over the bins [(name, path)] as stage 6 does. Returns the logits, float32 [bins, attributes].
+
+    Raises ValueError for NaN or infinite logits if finite is set.
+    """
+    def fill(item, row):
+        read_bin(item[1], row)
+        check_bin(item[1], row)
+
+    parts = []
+    with progress(len(bins), "image") as bar:
+        for batch, _, logits in run_batches(session, bins, fill):
+            parts.append(logits)
+            bar.update(len(batch))
+    logits = np.concatenate(parts)
+    bad = ~np.isfinite(logits).all(axis=1)
+    if finite and bad.any():
+        raise ValueError("%d of %d results hold NaN or infinite logits: %s"
+                         % (bad.sum(), len(bins), some(path for (_, path), wrong in zip(bins, bad) if wrong)))
+    return logits
+
+
+# --- stage 6 ----------------------------------------------------------------------------------------------------------
+
+class Clock(object):
+    """Adds up the seconds in which at least one thread is inside the with block."""
+
+    def __init__(self):
+        self.seconds, self.inside, self.lock = 0.0, 0, threading.Lock()
+
+    def __enter__(self):
+        with self.lock:
+            if self.inside == 0:
+                self.start = time.perf_counter()
+            self.inside += 1
+
+    def __exit__(self, *_):
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.seconds += time.perf_counter() - self.start
+
+
+def run(session, bins, size, folder, report, calls=1):
+    """Runs the model over the bins [(name, path)] and writes folder/NAME_1.bin for each, float32 [attributes].
+
+    size: (batch size, height, width). calls: how many calls of session.run() run at the same time. Reading, inference and writing
+    overlap. Calls report(images) after every batch. Returns {module: Clock} and the seconds of each call. Raises ValueError for
+    a bin that has shrunk or holds NaN.
+    """
+    name, seconds = session.get_inputs()[0].name, []
+    clocks = {module: Clock() for module in ("e2e", "data read", "preprocess", "infer", "interface", "post")}
+
+    def fill(item, row):
+        with clocks["data read"]:
+            read_bin(item[1], row)
+        with clocks["preprocess"]:
+            check_bin(item[1], row)
+
+    def call(batch):
+        with clocks["infer"], clocks["interface"]:
+            start = time.perf_counter()
+            logits, = session.run(None, {name: batch})
+            seconds.append(time.perf_counter() - start)
+        return logits
+
+    def write(results):
+        with clocks["post"]:
+            for image, logits in results:
+                with open(os.path.join(folder, image + "_1.bin"), "wb") as f:
+                    f.write(logits.astype("<f4").data)
+
+    with callers(calls) as runner, ThreadPoolExecutor(1) as writer:
+        warm_up = {name: empty_batch(session, *size)}  # the first calls also allocate memory
+        list(runner.map(lambda _: session.run(None, warm_up), range(calls)))
+        with clocks["e2e"]:
+            results, writing = [], None
+            for batch, _, logits in run_batches(session, bins, fill, calls, call, size, runner):
+                results += [(image, row) for (image, _), row in zip(batch, logits)]
+                if len(results) >= WRITE:
+                    if writing:
+                        writing.result()
+                    writing, results = writer.submit(write, results), []
+                report(len(batch))
+            if writing:
+                writing.result()
+            write(results)
+    return clocks, seconds

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs every test on the current Python ($PYTHON, default python3) and on Python 3.7 ($PYTHON37; else python3.7, else
-# pyenv's): first ruff and shellcheck, then the test files, four at a time. If a Python lacks packages, the script makes a virtual
-# environment for it. Arguments go to pytest. The tests open the report in chromium ($CHROMIUM names another Chrome). If this
-# browser, fontconfig, the locales or shellcheck are missing, root installs them.
+# pyenv's): first ruff and shellcheck, then the test files, four at a time, with one Python after the other. If a Python lacks
+# packages, the script makes a virtual environment for it. Arguments go to pytest. The tests open the report in chromium ($CHROMIUM
+# names another Chrome). If this browser, fontconfig, the locales or shellcheck are missing, root installs them.
 set -uo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." || exit 1
 
@@ -43,31 +43,24 @@ DEEPMAR_TEST_PYTHONS=$(IFS=: && echo "${pythons[*]}")
 shellcheck -x run_all.sh tools/*.sh tests/run.sh .ci/run || exit 1
 "${pythons[0]}" -m ruff check --quiet . || exit 1
 
-# The longest files run first. The second Python starts with another file, because only one can make the sample.
-long=(tests/test_{run_all,gallery,genuine,kill,card,machine,export,report,rehearse,bench}.py)
-mapfile -t files < <(printf '%s\n' "${long[@]}" tests/test_*.py | awk '!seen[$0]++')
 # The second Python leaves these out, because nothing in them depends on the stack: the benchmark, a tool for developers; the README;
 # and stand-ins of ais_bench, which test_card and test_rates run on both. A genuine ais_bench may depend on it.
-once=(tests/test_{bench,readme}.py)
-[ -n "${AIS_BENCH-}" ] || once+=(tests/test_genuine.py)
-running=()
-for python in "${pythons[@]}"; do
-    "$python" tests/files.py "${files[@]}" -- "$@" &
-    running+=($!)
-    mapfile -t files < <(printf '%s\n' "${files[@]:1:6}" "${files[0]}" "${files[@]:7}" | grep -vxFf <(printf '%s\n' "${once[@]}"))
-done
+once=(--ignore=tests/test_bench.py --ignore=tests/test_readme.py)
+[ -n "${AIS_BENCH-}" ] || once+=(--ignore=tests/test_genuine.py)
+options=(-q -rs -p no:cacheprovider)
 failed=
-for process in "${running[@]}"; do
-    wait "$process" || failed="tests/files.py"
+for index in "${!pythons[@]}"; do
+    python=${pythons[index]}
+    echo "=== $("$python" --version)"
+    [ "$index" = 0 ] && left_out=() || left_out=("${once[@]}")
+    "$python" -m pytest "${options[@]}" -n 4 --dist loadfile --durations=20 --durations-min=5 "${left_out[@]}" tests "$@" ||
+        failed+=" the tests on $python;"
 done
 
-touch "$DEEPMAR_TEST_SHARED/done"
-failed+=$(grep -v '^0 ' "$DEEPMAR_TEST_SHARED/done" | cut -d' ' -f2-)
-[ -s "$DEEPMAR_TEST_SHARED/done" ] || failed="no test was chosen"
 if [ $# = 0 ] && [ -z "$failed" ] && [ -n "$python37" ]; then
     echo "=== the two stacks against each other"
-    "${pythons[0]}" -m pytest -q -s -p no:cacheprovider tests/stacks.py || failed=tests/stacks.py
+    "${pythons[0]}" -m pytest "${options[@]}" -s tests/stacks.py || failed=" tests/stacks.py;"
 fi
 [ -n "$python37" ] ||
     echo "NOT RUN: the half on Python 3.7 (the guide's stack): no Python 3.7 on this machine; set PYTHON37 to one"
-[ -z "$failed" ] || { echo "tests/run.sh: error: failed: $failed"; exit 1; }
+[ -z "$failed" ] || { echo "tests/run.sh: error: failed:${failed%;}"; exit 1; }

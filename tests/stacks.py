@@ -8,8 +8,8 @@ import os
 import subprocess
 
 import numpy as np
+from helpers import ROOT
 
-from conftest import ROOT
 
 PYTHONS = os.environ["DEEPMAR_TEST_PYTHONS"].split(":")
 # Makes a checkpoint of a small network, or prints what it computes: CODE make|run PATH
@@ -32,9 +32,9 @@ def run(python, *command, **settings):
                           universal_newlines=True, **settings).stdout
 
 
-def test_stacks_agree(shared):
+def test_stacks_agree(shared_folder):
     versions = [run(python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip() for python in range(2)]
-    works = [os.path.join(shared, "first-" + version, "work") for version in versions]
+    works = [os.path.join(shared_folder, "first-" + version, "work") for version in versions]
     logits = {}
     for exporter, runner in itertools.product(range(2), range(2)):
         device = "%d%d" % (exporter + 1, runner)

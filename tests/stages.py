@@ -6,12 +6,9 @@ import subprocess
 import sys
 
 import numpy as np
-import test_lists
-from conftest import ROOT
+
 from DeepMAR import load_checkpoint
-from test_export_failures import NETWORK
-from test_predict import write_images, write_model
-from test_remove_pad import ZEROS, between, model_of, node
+from helpers import NETWORK, ROOT, ZEROS, between, model_of, node, write_images, write_model
 
 IMAGES = 20
 
@@ -40,8 +37,6 @@ STAGES = {
                    "-input_text_path=deepmar.info"], ["result/dumpOutput_device0"]),
     "postprocess": ([ROOT + "/postprocess_deepmar_pytorch.py", "logits", "label.json", "--image_list=image.txt"],
                     ["fusion_result.json"]),
-    "lists": ([ROOT + "/tools/lists.py", "peta", "PETA.mat", "--output=lists"],
-             ["lists/image.txt", "lists/label.json", "lists/attributes.txt"]),
     "predict": ([ROOT + "/tools/predict.py", "images/im0.png", "images/im1.png", "--onnx=model.onnx",
                  "--save=pictures"], ["pictures/im0_attributes.png", "pictures/im1_attributes.png"]),
     "compare": ([ROOT + "/tools/compare.py", "logits", "logits", "--json=compare.json"], ["compare.json"]),
@@ -77,7 +72,6 @@ def prepare(folder):
     with open(str(folder / "pad.onnx"), "wb") as f:
         f.write(model_of(between(node("Pad", "r c", "p")), [("c", ZEROS)]).SerializeToString())
     write_model(folder / "model.onnx", batch_size=4)
-    test_lists.write(folder / "PETA.mat", test_lists.content())
     names = write_images(folder / "images", IMAGES)
     random = np.random.RandomState(0)
     (folder / "image.txt").write_text("".join(name + "\n" for name in names))

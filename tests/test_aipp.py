@@ -5,19 +5,17 @@ import sys
 import numpy as np
 import onnx
 import pytest
-from conftest import ROOT, check_error, script
 from PIL import Image
-from test_predict import parse, write_images, write_model
-from test_rehearse import (IMAGES, NAMES, SIZE, Scene, compute, make_twin, normalised, pictures, weights, write_bins,
-                           write_network)
 
 import compare
 import faults
 import preprocess_deepmar_pytorch as preprocess
 import rehearse
 from common import description
+from helpers import ROOT, check_error, parse_predictions, script, write_images, write_model
+from small_network import IMAGES, NAMES, SIZE, Scene, compute, make_twin, normalised, pictures, weights, write_bins, write_network
 
-sys.path.insert(0, os.path.join(ROOT, "tests", "standins"))
+sys.path.append(os.path.join(ROOT, "tests", "standins"))
 import aipp  # noqa: E402
 
 # --- stages 4 and 5 --------------------------------------------------------------------------------------------------
@@ -176,7 +174,7 @@ def test_all_tools_take_it(aipp_scene, tmp_path):
     assert done.returncode == 0 and "largest difference: 0\n" not in done.stdout, done.stderr
     done = script("tools/predict.py", "images/im3.png", "--onnx", aipp_scene.model, cwd=tmp_path)
     logits = np.fromfile(str(result / "im3_1.bin"), "<f4")
-    assert [row[3] for row in parse(done.stdout)["images/im3.png"]] == sorted(logits, reverse=True), done.stderr
+    assert [row[3] for row in parse_predictions(done.stdout)["images/im3.png"]] == sorted(logits, reverse=True), done.stderr
     done = script("tools/quantize.py", aipp_scene.model, "bins", "int8.onnx", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "QLinearConv" in {node.op_type for node in onnx.load(str(tmp_path / "int8.onnx")).graph.node}

@@ -9,8 +9,8 @@ import onnx  # noqa: F401 - once for all processes that the benchmark forks
 import onnxruntime  # noqa: F401
 import torch  # noqa: F401
 import torchvision  # noqa: F401
+from helpers import check_error, script
 
-from conftest import check_error, script
 
 FIGURES = {"theirs", "ours", "limit", "ratio"}
 ROWS = ["preprocess", "postprocess", "intervals", "get_info", "standin"]

@@ -17,25 +17,10 @@ from onnx import TensorProto, helper, numpy_helper
 import benchmark
 import providers
 import session
-from conftest import check_error, script
+from helpers import check_error, script, write_model
 
 MACHINE = os.uname().machine
 COUNT = 70  # images: more than two groups of writes, and no multiple of the batch size
-
-
-def make_model(path, batch, attributes=35, **changes):
-    """A small network with DeepMAR's interface: each attribute is a weighted mean of the channels."""
-    weight = np.random.RandomState(3).standard_normal((3, attributes)).astype(np.float32)
-    shape = changes.get("shape", [batch, 3, 224, 224])
-    graph = helper.make_graph(
-        [helper.make_node("GlobalAveragePool", ["actual_input_1"], ["p"]), helper.make_node("Flatten", ["p"], ["f"]),
-         helper.make_node("MatMul", ["f", "w"], ["output1"])], "tiny",
-        [helper.make_tensor_value_info("actual_input_1", changes.get("type", TensorProto.FLOAT), shape)],
-        [helper.make_tensor_value_info("output1", changes.get("type", TensorProto.FLOAT), [batch, attributes])],
-        [numpy_helper.from_array(weight.astype(np.float64) if "type" in changes else weight, "w")])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)])
-    model.ir_version = 6
-    onnx.save(model, str(path))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +33,7 @@ def folder(tmp_path_factory):
     (path / "deepmar.info").write_text("".join("%d ./input_bin/%05d.bin 224 224\n" % (i, i) for i in range(COUNT)))
     np.save(str(path / "images.npy"), images)
     for batch in (1, 8):
-        make_model(path / ("bs%d.onnx" % batch), batch)
+        write_model(path / ("bs%d.onnx" % batch), batch)
     return path
 
 
@@ -130,7 +115,7 @@ def test_calls_of_a_large_batch_take_no_more_than_the_memory_allowed():
 
 def test_pure_inference_of_another_size(folder, tmp_path):
     """-round has no widths and heights, as the binary: the model tells its own."""
-    make_model(tmp_path / "tall.onnx", 2, shape=[2, 3, 256, 128])
+    write_model(tmp_path / "tall.onnx", 2, size=(256, 128))
     process = script("tools/benchmark.py", "-round=3", "-om_path=tall.onnx", "-batch_size=2", "-calls=2", cwd=tmp_path)
     assert process.returncode == 0 and "2 calls at a time" in process.stdout, process.stderr
     with open(str(tmp_path / "result" / "PureInfer_perf_of_tall_in_device_0_summary.json")) as f:
@@ -237,9 +222,9 @@ def test_models_that_do_not_fit(folder, tmp_path):
     check_error(run(folder, "nowhere.onnx", 1), "nowhere.onnx")
     (tmp_path / "cut.onnx").write_bytes((folder / "bs1.onnx").read_bytes()[:-200])
     check_error(run(folder, tmp_path / "cut.onnx", 1), "cut.onnx")
-    make_model(tmp_path / "double.onnx", 1, type=TensorProto.DOUBLE)
+    write_model(tmp_path / "double.onnx", type=TensorProto.DOUBLE)
     check_error(run(folder, tmp_path / "double.onnx", 1), "double.onnx")
-    make_model(tmp_path / "small.onnx", 1, shape=[1, 3, 112, 112])
+    write_model(tmp_path / "small.onnx", size=(112, 112))
     check_error(run(folder, tmp_path / "small.onnx", 1), "small.onnx", "112")
 
 

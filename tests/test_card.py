@@ -7,24 +7,10 @@ import json
 import os
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
-
-from conftest import ROOT, SIZE, check_error, own_data, run_all, script, tiny_data
-from test_predict import write_model
-
-STANDINS = os.path.join(ROOT, "tests", "standins")
-MACHINE = os.uname().machine
-BINARY = "benchmark." + MACHINE
-PACKAGES = "%s:%s" % (os.path.join(STANDINS, "packages"), os.path.join(STANDINS, "aclruntime"))
-
-
-def standin(path, name):
-    """Makes a command of a stand-in."""
-    path.write_text('#!/bin/sh\nexec "%s" "%s" "$@"\n' % (sys.executable, os.path.join(STANDINS, name)))
-    path.chmod(0o755)
+from helpers import BINARY, PACKAGES, ROOT, SIZE, check_error, check_stopped, own_data, run_all, script, standin, tiny_data, write_model
 
 
 class Card(object):
@@ -70,16 +56,6 @@ def card(tmp_path_factory):
 
 def names(ending):
     return ["%05d_%d.bin" % (i + 1, ending) for i in range(SIZE)]
-
-
-def check_stopped(process, *texts):
-    """A run that a tool's failure stopped: the last lines of the tool, its log, the stage."""
-    assert process.returncode == 1, process.stdout + process.stderr
-    assert "Traceback" not in process.stderr.replace("    Traceback", "")  # a tool's own may be shown
-    for text in texts:
-        assert text in process.stderr, process.stderr
-    log = re.search(r"above are the errors and the last lines of (\S+)", process.stderr)
-    assert log and os.path.getsize(log.group(1)), process.stderr
 
 
 def test_benchmark_at_several_batch_sizes(card):

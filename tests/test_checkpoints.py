@@ -25,9 +25,9 @@ from collections import Counter, OrderedDict, defaultdict, deque
 import numpy as np
 import pytest
 import torch
+from helpers import check_error, script
 
 import DeepMAR
-from conftest import check_error, script
 from DeepMAR import load_checkpoint
 
 MAGIC = pickle.dumps(DeepMAR.MAGIC, 2)

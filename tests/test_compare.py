@@ -3,11 +3,9 @@ import json
 
 import numpy as np
 import pytest
-from conftest import check_error, script
-from test_postprocess import independent
-from test_predict import run_stage_6, write_bins, write_images, write_model
 
 import compare
+from helpers import check_error, independent, run_stage_6, script, write_bins, write_images, write_model
 from postprocess_deepmar_pytorch import ASSUMED, PETA, probabilities
 
 TOOL = "tools/compare.py"

@@ -6,8 +6,8 @@ import os
 import shutil
 
 import pytest
-from conftest import check_error, namespaces
 from stages import STAGES, contents, output, prepare, put_earlier, run, start
+from helpers import check_error, namespaces
 
 from common import replaced_folder, whole_file
 

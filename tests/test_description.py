@@ -7,14 +7,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import ROOT, check_error, script
-from test_export_failures import NETWORK
-from test_postprocess import STAGE, random_case, write
-from test_predict import parse, write_images, write_model
-from test_quantize import make_model
-from test_remove_pad import ZEROS, between, model_of, node
 
 from common import description
+from helpers import (NETWORK, POSTPROCESS, ROOT, ZEROS, between, check_error, model_of, node, parse_predictions, random_case,
+                     script, write_case, write_images, write_model)
 from preprocess_deepmar_pytorch import MEAN, STD
 
 NAMES = ["hat", "a bag, on wheels", "\u5e3d\u5b50"]
@@ -84,7 +80,7 @@ def test_stages_2_and_int8_keep_it(tmp_path):
     put(tmp_path / "pad.onnx", attributes=json.dumps(NAMES), version="1.0")
     process = script("remove_pad.py", "pad.onnx", "nopad.onnx", cwd=tmp_path)
     assert "removed" in process.stdout and description(str(tmp_path / "nopad.onnx")) == {"attributes": NAMES, "version": "1.0"}
-    make_model(tmp_path / "bs1.onnx", 1)
+    write_model(tmp_path / "bs1.onnx", attributes=5)
     put(tmp_path / "bs1.onnx", attributes=json.dumps(NAMES + ["x", "y"]), size="[224, 224]")
     (tmp_path / "bins").mkdir()
     for i in range(2):
@@ -115,7 +111,7 @@ def test_predict(tmp_path):
     def names(*options):
         process = script("tools/predict.py", "images/" + image, "--onnx", model, *options, cwd=tmp_path)
         assert process.returncode == 0 and process.stderr == "", process.stderr
-        return {row[2] for row in parse(process.stdout)["images/" + image]}
+        return {row[2] for row in parse_predictions(process.stdout)["images/" + image]}
 
     assert names() == {"attribute0", "attribute1", "attribute2"}
     put(model, attributes=json.dumps(NAMES))
@@ -128,7 +124,7 @@ def test_stage_7_and_the_report(exported, tmp_path):
     """--attributes, then the model's names, then fusion_result.json's."""
     folder, names = exported
     logits, labels = random_case()
-    result, label = write(tmp_path, logits[:20], labels[:20])
+    result, label = write_case(tmp_path, logits[:20], labels[:20])
     images = ["%05d.png" % i for i in range(20)]
     (tmp_path / "image.txt").write_text("\n".join(images))
     shutil.move(str(tmp_path / "images" / write_images(tmp_path / "images", 1)[0]), str(tmp_path / "images" / images[0]))
@@ -144,7 +140,7 @@ def test_stage_7_and_the_report(exported, tmp_path):
 
     for options, first in ((["--model", "out.json"], "hat"), (["--model", folder / "out.onnx"], "hat"),
                            (["--model", "out.json", "--attributes", "others.txt"], "other 0"), ([], "personalLess30")):
-        assert script(STAGE, result, label, *options, cwd=tmp_path).returncode == 0
+        assert script(POSTPROCESS, result, label, *options, cwd=tmp_path).returncode == 0
         assert json.loads((tmp_path / "fusion_result.json").read_text())["attributes"][0]["name"] == first
     assert "PETA's names are assumed" in page() and 'data-value="personalLess30"' in page()
     text = page("--model", "out.json")

@@ -7,8 +7,7 @@ import sys
 import pytest
 
 import doctor
-from conftest import ROOT, check_error, own_data, run_all
-from test_card import MACHINE, standin
+from helpers import MACHINE, ROOT, check_error, own_data, run_all, standin
 
 TABLES = {  # a recorded table: what is read from it, (driver, chip, {card: its chips})
     "20.2.2_300i": ("20.2.2", "310", {"2048": 4, "2049": 4}), "21.0.3.1_200dk": ("21.0.3.1", "310", {"0": 1}),

@@ -14,8 +14,8 @@ import torch
 
 import DeepMAR
 import export_onnx
-from conftest import ROOT, check_error, script
 from DeepMAR import DeepMAR_ResNet50, load_model
+from helpers import ROOT, check_error, script
 
 OLD = torch.__version__.startswith("1.6.")  # the guide's stack
 torch.set_num_threads(1)  # threads that wait for each other are slow on a busy machine
@@ -25,9 +25,9 @@ def interface(value):
     return value.name, value.type.tensor_type.elem_type, [size.dim_value for size in value.type.tensor_type.shape.dim]
 
 
-def test_export(first, tmp_path):
+def test_export(first_run, tmp_path):
     """The real network, by run_all.sh's first run."""
-    work, process = first
+    work, process = first_run
     assert process.returncode == 0, process.stderr
     assert re.search(r"\ndeepmar_bs1.onnx: batch size 1, images of 224 x 224 \(height x width\), last_conv_stride 2, 35 attributes, "
                      r"opset 11; ONNX Runtime and PyTorch differ by at most [0-9.e+-]+ \(largest logit [0-9.e+-]+\)\n",

@@ -10,27 +10,11 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from helpers import NETWORK, ROOT, check_error, script, started
 
 import DeepMAR
 import export_onnx
-from conftest import ROOT, check_error, script, started
 from DeepMAR import DeepMAR_ResNet50
-
-NETWORK = """
-import torch
-
-class Small(torch.nn.Module):
-    num_att = 35
-
-    def forward(self, x):
-        x = x.mean((2, 3)).repeat(1, 12)[:, :35]
-        return %s
-
-def load_model(path, last_conv_stride, state_dict, say):
-    torch.manual_seed(0)
-    return Small().eval()
-"""
-
 
 @pytest.fixture
 def checkout(tmp_path):

@@ -20,9 +20,8 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, check_error, namespaces, script
 from PIL import Image
-from test_predict import run_stage_6, write_bins, write_images, write_model
+from helpers import ROOT, check_error, namespaces, run_stage_6, script, write_bins, write_images, write_model
 
 import gallery
 import gallery_shards

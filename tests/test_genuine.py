@@ -18,49 +18,16 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, check_error, run_all
-from test_card import check_stopped, standin
-from test_predict import write_images, write_model
+from helpers import FRONT_ENDS, GENUINE, ROOT, RUNTIME, check_error, check_stopped, run_all, standin, write_images, write_model, write_om
 
 import ais_bench_files
 import postprocess_deepmar_pytorch as post
 import preprocess_deepmar_pytorch as pre
 import rates
 
-STANDINS = os.path.join(ROOT, "tests", "standins")
-RUNTIME = os.path.join(STANDINS, "aclruntime")
-GENUINE = [folder for folder in os.environ.get("AIS_BENCH", "").split(":") if folder]
 SIZES = (1, 4, 8)
 PLAIN = ["im%d.png" % i for i in range(13)]
 ODD = ["im %d.png" % i if i % 3 else "行人%d.png" % i for i in range(11)] + ["00000003.png", "-a,b;c.png"]
-
-
-class FrontEnd(object):
-    """A version of ais_bench: its package's folder, the year that it behaves as, and how to run it."""
-
-    def __init__(self, folder, year=None):
-        self.folder, self.genuine = folder, year is None
-        self.name = os.path.basename(folder.rstrip("/")) if self.genuine else "standin%d" % year
-        infer = os.path.join(folder, "ais_bench", "infer")
-        self.year = year or (2025 if os.path.isdir(os.path.join(infer, "common")) else
-                             2024 if os.path.exists(os.path.join(infer, "path_security_check.py")) else 2023)
-
-    def variables(self, **more):
-        return {"PYTHONPATH": "%s:%s" % (self.folder, RUNTIME), "AIS_BENCH_YEAR": str(self.year), "DEVICES": "3", **more}
-
-    def run(self, folder, **options):
-        """Runs it in a folder by hand; options replace the usual ones, and one of None goes."""
-        options = {"model": "m.om", "input": "in", "output": "out", "output_dirname": "d", "outfmt": "BIN", "batchsize": 2,
-                   **options}
-        command = [sys.executable, "-m", "ais_bench"]
-        for name, value in options.items():
-            command += [] if value is None else ["--" + name, str(value)]
-        return subprocess.run(command, cwd=str(folder), env=dict(os.environ, **self.variables()), stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, universal_newlines=True, errors="replace", timeout=300)
-
-
-FRONT_ENDS = [FrontEnd(os.path.join(STANDINS, "packages"), year) for year in (2023, 2024, 2025)]
-FRONT_ENDS += [FrontEnd(os.path.abspath(folder)) for folder in GENUINE]
 
 
 # Without a genuine one, the stand-in as of its last year is enough for most tests.
@@ -72,12 +39,6 @@ def test_genuine_front_ends_are_at_hand():
         pytest.skip("NOT RUN with a genuine ais_bench: AIS_BENCH=FOLDER[:FOLDER] names folders that hold one")
     for folder in GENUINE:
         assert os.path.isfile(os.path.join(folder, "ais_bench", "infer", "__main__.py")), folder
-
-
-def write_om(path, onnx):
-    """Makes an OM of the stand-ins of an ONNX model."""
-    with open(str(path), "wb") as om, open(str(onnx), "rb") as f:
-        om.write(b"IMOD" + f.read())
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from conftest import check_error, script
+from helpers import check_error, script
 
 
 @pytest.fixture

@@ -9,11 +9,9 @@ import zlib
 import numpy as np
 import onnx
 import pytest
-from conftest import check_error, script
 from PIL import Image
-from test_predict import write_images, write_model
-from test_preprocess import guide
 
+from helpers import check_error, guide, script, write_images, write_model
 from preprocess_deepmar_pytorch import preprocess, read_list
 
 STAGE_4, STAGE_7, STAND_IN = "preprocess_deepmar_pytorch.py", "postprocess_deepmar_pytorch.py", "tools/benchmark.py"

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, check_error, refused, script
-from test_predict import write_images
+
+from helpers import ROOT, check_error, refused, script, write_images
 
 TOOL = "tools/inputs.py"
 DATA = ["image_list=image.txt", "images=images", "size=224 224"]

@@ -3,11 +3,10 @@ import json
 
 import numpy as np
 import pytest
-from conftest import script
-from test_postprocess import INSTANCE, STAGE, random_case, write
 
 import intervals
 import postprocess_deepmar_pytorch as post
+from helpers import INSTANCE, POSTPROCESS, random_case, script, write_case
 
 METRICS = INSTANCE + ["mA"]
 
@@ -107,11 +106,11 @@ def test_where_there_is_none():
 
 def test_stage_7(tmp_path):
     """The other lines, to the last digit, and the file's other figures are those without --intervals."""
-    result, label = write(tmp_path, *random_case())
-    plain = script(STAGE, result, label, "--per-attribute", cwd=tmp_path).stdout.split("\n")
+    result, label = write_case(tmp_path, *random_case())
+    plain = script(POSTPROCESS, result, label, "--per-attribute", cwd=tmp_path).stdout.split("\n")
     figures = json.loads((tmp_path / "fusion_result.json").read_text())
     assert figures["intervals"] is None and {row["label_acc_interval"] for row in figures["attributes"]} == {None}
-    done = script(STAGE, result, label, "--per-attribute", "--intervals", cwd=tmp_path)
+    done = script(POSTPROCESS, result, label, "--per-attribute", "--intervals", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     lines = done.stdout.split("\n")
     text = (tmp_path / "fusion_result.json").read_text()
@@ -130,15 +129,15 @@ def test_stage_7(tmp_path):
         row["label_acc_interval"] = None
     report["intervals"] = None
     assert report == figures
-    assert script(STAGE, result, label, "--intervals", cwd=tmp_path).returncode == 0
+    assert script(POSTPROCESS, result, label, "--intervals", cwd=tmp_path).returncode == 0
     assert (tmp_path / "fusion_result.json").read_text() == text  # the same draws each time
 
 
 def test_compare(tmp_path):
     logits, labels = random_case()
-    a, label = write(tmp_path, logits, labels)
+    a, label = write_case(tmp_path, logits, labels)
     (tmp_path / "b").mkdir()
-    b, _ = write(tmp_path / "b", np.where(np.arange(300)[:, None] % 30 - 4, logits, -logits - 1), labels)
+    b, _ = write_case(tmp_path / "b", np.where(np.arange(300)[:, None] % 30 - 4, logits, -logits - 1), labels)
     done = script("tools/compare.py", a, b, "--labels", label, "--max-difference", 99, "--max-flips", 9999, "--json", "c.json",
                   cwd=tmp_path)
     assert done.returncode == 0, done.stderr

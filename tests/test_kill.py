@@ -12,9 +12,9 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
 from PIL import Image
 from stages import STAGES, contents, output, prepare, put_earlier, run, start
+from helpers import ROOT
 
 CAMPAIGN = int(os.environ.get("DEEPMAR_TEST_CAMPAIGN", "0"))
 SLOW = {"export_onnx", "sample"}  # they import torch

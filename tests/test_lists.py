@@ -7,12 +7,11 @@ import pickletools
 
 import numpy as np
 import pytest
-from conftest import check_error, run_all, script
 from PIL import Image
 from scipy.io import savemat
-from test_predict import write_model
 
 import lists as tool
+from helpers import check_error, run_all, script, write_model
 from postprocess_deepmar_pytorch import PETA, labels_of
 from preprocess_deepmar_pytorch import read_list
 

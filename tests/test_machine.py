@@ -9,12 +9,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, check_error, namespaces, refused, script
-from stages import STAGES, contents, output, prepare, put_earlier, run, start
 
 import common
 from common import cgroup_cores, replaced_folder
+from helpers import ROOT, check_error, namespaces, refused, script
 from postprocess_deepmar_pytorch import ASSUMED, list_results
+from stages import STAGES, contents, output, prepare, put_earlier, run, start
 
 # Where each script says it cannot write, if not under the name of its first output.
 SAYS = {"sample": "sample", "predict": "pictures/im0_attributes.png"}

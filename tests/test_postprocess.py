@@ -3,58 +3,9 @@ import json
 
 import numpy as np
 import pytest
-from conftest import check_error, script
 
 import postprocess_deepmar_pytorch as post
-
-STAGE = "postprocess_deepmar_pytorch.py"
-INSTANCE = ["instance_acc", "instance_precision", "instance_recall", "instance_F1"]
-
-
-def independent(logits, labels):
-    """The published definition, one image and one attribute at a time; logits and labels as nested lists."""
-    accs, precisions, recalls = [], [], []
-    for scores, row in zip(logits, labels):
-        predicted = {i for i, score in enumerate(scores) if score >= 0}
-        true = {i for i, value in enumerate(row) if value == 1}
-        if true:
-            hits = len(predicted & true)
-            accs.append(hits / len(predicted | true))
-            precisions.append(hits / len(predicted) if predicted else 0.0)
-            recalls.append(hits / len(true))
-    acc, precision, recall = (sum(values) / len(values) for values in (accs, precisions, recalls))
-    per_attribute = []
-    for i in range(len(labels[0])):
-        pos = [scores[i] >= 0 for scores, row in zip(logits, labels) if row[i] == 1]
-        neg = [scores[i] < 0 for scores, row in zip(logits, labels) if row[i] == 0]
-        per_attribute.append((sum(pos) / len(pos) if pos else None, sum(neg) / len(neg) if neg else None))
-    means = [(p + n) / 2 for p, n in per_attribute if p is not None and n is not None]
-    return ([acc, precision, recall, 2 * precision * recall / (precision + recall)], per_attribute,
-            sum(means) / len(means))
-
-
-def random_case(images=300, attributes=35, seed=0):
-    """Logits and labels with images that have nothing, images that are given nothing, logits of exactly 0 and -0."""
-    random = np.random.RandomState(seed)
-    labels = (random.rand(images, attributes) < random.rand(attributes)).astype(np.uint8)
-    logits = (random.randn(images, attributes) + labels - 0.5).astype("<f4")
-    labels[::10] = 0
-    logits[1::10] = -1
-    logits[2::10, :5] = 0.0
-    logits[3::10, :5] = -0.0
-    return logits, labels
-
-
-def write(folder, logits, labels, extension=".png", output=1, prefix=""):
-    """Writes folder/result/*.bin and folder/label.json; returns the two paths as text."""
-    result = folder / "result"
-    result.mkdir(exist_ok=True)
-    for i, row in enumerate(logits):
-        (result / ("%05d_%d.bin" % (i, output))).write_bytes(np.asarray(row, "<f4").tobytes())
-    label = folder / "label.json"
-    label.write_text(json.dumps({"%s%05d%s" % (prefix, i, extension): [int(v) for v in row]
-                                 for i, row in enumerate(labels)}))
-    return str(result), str(label)
+from helpers import INSTANCE, POSTPROCESS, check_error, independent, random_case, script, write_case
 
 
 @pytest.mark.parametrize("attributes, seed", [(35, 0), (26, 1), (51, 2), (1, 3)])
@@ -93,8 +44,8 @@ def test_nothing_right_has_f1_zero():
 def test_screen_and_file(tmp_path):
     logits, labels = random_case()
     labels[:, 3], labels[:, 7] = 0, 1
-    result, label = write(tmp_path, logits[:280], labels)
-    done = script(STAGE, result + "/", label, "--per-attribute", "--published", "20", cwd=tmp_path)
+    result, label = write_case(tmp_path, logits[:280], labels)
+    done = script(POSTPROCESS, result + "/", label, "--per-attribute", "--published", "20", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     instance, per_attribute, mean = independent(logits[:280].tolist(), labels[:280].tolist())
     lines = done.stdout.split("\n")
@@ -122,14 +73,14 @@ def test_screen_and_file(tmp_path):
 
 
 def test_both_interfaces_give_the_same(tmp_path):
-    result, label = write(tmp_path, *random_case())
-    first = script(STAGE, result, label, cwd=tmp_path)
+    result, label = write_case(tmp_path, *random_case())
+    first = script(POSTPROCESS, result, label, cwd=tmp_path)
     text = (tmp_path / "fusion_result.json").read_text()
-    second = script(STAGE, "--npu_result=" + result, "--label_file=" + label, cwd=tmp_path)
+    second = script(POSTPROCESS, "--npu_result=" + result, "--label_file=" + label, cwd=tmp_path)
     assert first.returncode == second.returncode == 0
     assert first.stdout == second.stdout and text == (tmp_path / "fusion_result.json").read_text()
-    check_error(script(STAGE, result, cwd=tmp_path), "RESULT_DIR and LABEL", code=2)
-    check_error(script(STAGE, result, label, "--label_file", label, cwd=tmp_path), "not both", code=2)
+    check_error(script(POSTPROCESS, result, cwd=tmp_path), "RESULT_DIR and LABEL", code=2)
+    check_error(script(POSTPROCESS, result, label, "--label_file", label, cwd=tmp_path), "not both", code=2)
 
 
 @pytest.mark.parametrize("labels_for, images, drop", [(1.0, 5, 0.0), (0.79, 4, 0.01), (0.795, 4, 0.015)])
@@ -137,8 +88,8 @@ def test_published(tmp_path, labels_for, images, drop):
     # Five images of 100 attributes, all true; so many of each predicted.
     hits = int(round(100 * (labels_for - drop)))
     logits = np.where(np.arange(100) < hits, 2, -1)[None].repeat(images, axis=0)
-    result, label = write(tmp_path, logits, np.ones((images, 100), int))
-    done = script(STAGE, result, label, "--published", labels_for, cwd=tmp_path)
+    result, label = write_case(tmp_path, logits, np.ones((images, 100), int))
+    done = script(POSTPROCESS, result, label, "--published", labels_for, cwd=tmp_path)
     assert json.loads((tmp_path / "fusion_result.json").read_text())["drop"] == pytest.approx(drop, abs=1e-12)
     assert ("drop %.2f %%" % (100 * drop)) in done.stdout
     if drop > 0.011:
@@ -149,18 +100,18 @@ def test_published(tmp_path, labels_for, images, drop):
 
 def test_probabilities(tmp_path):
     logits, labels = random_case()
-    result, label = write(tmp_path, logits, labels)
-    assert script(STAGE, result, label, cwd=tmp_path).returncode == 0
+    result, label = write_case(tmp_path, logits, labels)
+    assert script(POSTPROCESS, result, label, cwd=tmp_path).returncode == 0
     expected = json.loads((tmp_path / "fusion_result.json").read_text())
-    check_error(script(STAGE, result, label, "--values=probabilities", cwd=tmp_path), "values below 0 or above 1")
-    write(tmp_path, post.probabilities(logits), labels)
-    check_error(script(STAGE, result, label, cwd=tmp_path), "look like probabilities", "--values probabilities")
+    check_error(script(POSTPROCESS, result, label, "--values=probabilities", cwd=tmp_path), "values below 0 or above 1")
+    write_case(tmp_path, post.probabilities(logits), labels)
+    check_error(script(POSTPROCESS, result, label, cwd=tmp_path), "look like probabilities", "--values probabilities")
     assert json.loads((tmp_path / "fusion_result.json").read_text()) == expected
-    done = script(STAGE, result, label, "--values", "probabilities", cwd=tmp_path)
+    done = script(POSTPROCESS, result, label, "--values", "probabilities", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     said = json.loads((tmp_path / "fusion_result.json").read_text())
     assert said == dict(expected, values="probabilities") and expected["values"] == "logits"
-    assert script(STAGE, result, label, "--values=logits", cwd=tmp_path).returncode == 0
+    assert script(POSTPROCESS, result, label, "--values=logits", cwd=tmp_path).returncode == 0
     said = json.loads((tmp_path / "fusion_result.json").read_text())
     assert said["instance_recall"] == 1 and said["values"] == "logits"  # all attributes of all images are said
 
@@ -169,10 +120,10 @@ def test_probabilities(tmp_path):
                          [(35, ".jpg", 1, ""), (26, ".png", 0, ""), (51, ".a.jpeg", 1, "train/seq1/")])
 def test_other_datasets(tmp_path, attributes, extension, output, prefix):
     logits, labels = random_case(attributes=attributes)
-    result, label = write(tmp_path, logits, labels, extension, output, prefix)
+    result, label = write_case(tmp_path, logits, labels, extension, output, prefix)
     names = tmp_path / "names.txt"
     names.write_text("".join("a %d\n" % i for i in range(attributes)) + "\n")
-    done = script(STAGE, result, label, "--attributes", names, cwd=tmp_path)
+    done = script(POSTPROCESS, result, label, "--attributes", names, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "fusion_result.json").read_text())
     assert [row["name"] for row in report["attributes"]] == ["a %d" % i for i in range(attributes)]
@@ -241,48 +192,48 @@ def test_wrong_labels(tmp_path, text, message):
 
 
 def test_label_file_errors_on_the_screen(tmp_path):
-    result, label = write(tmp_path, [[2, 2]], [[0, 1]])
-    check_error(script(STAGE, result, tmp_path / "absent.json", cwd=tmp_path), "absent.json: no such file")
+    result, label = write_case(tmp_path, [[2, 2]], [[0, 1]])
+    check_error(script(POSTPROCESS, result, tmp_path / "absent.json", cwd=tmp_path), "absent.json: no such file")
     (tmp_path / "label.json").write_bytes(b'{"a\xff": [0]}')
-    check_error(script(STAGE, result, label, cwd=tmp_path), "label.json: is not JSON")
+    check_error(script(POSTPROCESS, result, label, cwd=tmp_path), "label.json: is not JSON")
     (tmp_path / "label.json").write_text('{"00000.png": [0, 0]}')
-    check_error(script(STAGE, result, label, cwd=tmp_path), "no image has any true attribute")
-    check_error(script(STAGE, result, label, "--attributes", label, cwd=tmp_path), "holds 1 names, but there are 2")
+    check_error(script(POSTPROCESS, result, label, cwd=tmp_path), "no image has any true attribute")
+    check_error(script(POSTPROCESS, result, label, "--attributes", label, cwd=tmp_path), "holds 1 names, but there are 2")
     assert not (tmp_path / "fusion_result.json").exists()
 
 
 def test_several_folders_are_one_set(tmp_path):
     logits, labels = random_case(images=40)
-    result, label = write(tmp_path, logits, labels)
+    result, label = write_case(tmp_path, logits, labels)
     other = tmp_path / "other"
     other.mkdir()
-    whole = script(STAGE, result, label, cwd=tmp_path).stdout
+    whole = script(POSTPROCESS, result, label, cwd=tmp_path).stdout
     for i in range(0, 40, 3):
         (tmp_path / "result" / ("%05d_1.bin" % i)).rename(other / ("%05d_0.bin" % i))
-    assert script(STAGE, result, other, label, cwd=tmp_path).stdout == whole
+    assert script(POSTPROCESS, result, other, label, cwd=tmp_path).stdout == whole
     (tmp_path / "result" / "00003_1.bin").write_bytes(logits[3].tobytes())
-    check_error(script(STAGE, result, other, label, cwd=tmp_path), "1 images have two results", "00003_1.bin",
+    check_error(script(POSTPROCESS, result, other, label, cwd=tmp_path), "1 images have two results", "00003_1.bin",
                 "00003_0.bin")
 
 
 def test_result_errors(tmp_path):
     logits, labels = random_case(images=8)
-    result, label = write(tmp_path, logits, labels[:6])
-    check_error(script(STAGE, result, label, cwd=tmp_path), "2 of 8 results have no label", "00006_1.bin", "00007_1.bin")
-    result, label = write(tmp_path, logits, labels)
+    result, label = write_case(tmp_path, logits, labels[:6])
+    check_error(script(POSTPROCESS, result, label, cwd=tmp_path), "2 of 8 results have no label", "00006_1.bin", "00007_1.bin")
+    result, label = write_case(tmp_path, logits, labels)
     file = tmp_path / "result" / "00002_1.bin"
     for size in (136, 144, 0):
         file.write_bytes(bytes(size))
-        check_error(script(STAGE, result, label, cwd=tmp_path), "1 of 8 results", "00002_1.bin (%d bytes)" % size)
+        check_error(script(POSTPROCESS, result, label, cwd=tmp_path), "1 of 8 results", "00002_1.bin (%d bytes)" % size)
     for value in (np.nan, np.inf, -np.inf):
         file.write_bytes(np.where(np.arange(35) == 4, value, 0).astype("<f4").tobytes())
-        check_error(script(STAGE, result, label, cwd=tmp_path), "1 of 8 results hold NaN or infinite", "00002_1.bin")
+        check_error(script(POSTPROCESS, result, label, cwd=tmp_path), "1 of 8 results hold NaN or infinite", "00002_1.bin")
     file.write_bytes(logits[2].tobytes())
     for stray in ("_1.bin", "00002.bin", "00002_2.bin"):
         (tmp_path / "result" / stray).write_bytes(bytes(140))
-        check_error(script(STAGE, result, label, cwd=tmp_path), stray + ": is not a result file")
+        check_error(script(POSTPROCESS, result, label, cwd=tmp_path), stray + ": is not a result file")
         (tmp_path / "result" / stray).unlink()
     assert not (tmp_path / "fusion_result.json").exists()
     (tmp_path / "empty").mkdir()
-    check_error(script(STAGE, tmp_path / "empty", label, cwd=tmp_path), "empty: has no result file")
-    check_error(script(STAGE, tmp_path / "absent", label, cwd=tmp_path), "absent: no such folder")
+    check_error(script(POSTPROCESS, tmp_path / "empty", label, cwd=tmp_path), "empty: has no result file")
+    check_error(script(POSTPROCESS, tmp_path / "absent", label, cwd=tmp_path), "absent: no such folder")

@@ -1,85 +1,17 @@
 """tools/predict.py on a tiny model: what it prints is what the pipeline's files hold; the pictures it draws."""
-import re
 import shutil
 
 import numpy as np
 import pytest
-from conftest import check_error, script
 from PIL import Image, ImageFont
 
 import postprocess_deepmar_pytorch as post
 import predict
+from helpers import check_error, parse_predictions, run_stage_6, script, write_bins, write_images, write_model
 from preprocess_deepmar_pytorch import ORIENTATION
 
 
 PEN = predict.Pen(["ab 0123456789. %"])
-
-
-def write_model(path, batch_size=1, attributes=35, size=(224, 224), bias=0.0, sigmoid=False):
-    """Writes a model of a DeepMAR's interface that mixes the averages of each channel's quarters; returns path."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-    weight = np.random.RandomState(0).standard_normal((attributes, 12)).astype(np.float32)
-    quarter = [side // 2 for side in size]
-    nodes = [helper.make_node("AveragePool", ["actual_input_1"], ["pooled"], kernel_shape=quarter, strides=quarter),
-             helper.make_node("Flatten", ["pooled"], ["features"]),
-             helper.make_node("Gemm", ["features", "weight", "bias"], ["logits" if sigmoid else "output1"], transB=1)]
-    if sigmoid:
-        nodes.append(helper.make_node("Sigmoid", ["logits"], ["output1"]))
-    graph = helper.make_graph(
-        nodes, "tiny",
-        [helper.make_tensor_value_info("actual_input_1", TensorProto.FLOAT, [batch_size, 3] + list(size))],
-        [helper.make_tensor_value_info("output1", TensorProto.FLOAT, [batch_size, attributes])],
-        [numpy_helper.from_array(weight, "weight"),
-         numpy_helper.from_array(np.full(attributes, bias, np.float32), "bias")])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)])
-    model.ir_version = 6  # what onnx 1.7 and the current ONNX Runtime both read
-    onnx.save(model, str(path))
-    return path
-
-
-def write_images(folder, number):
-    """Writes folder/NAME.png of random colours and sizes; returns the names."""
-    random = np.random.RandomState(1)
-    folder.mkdir(exist_ok=True)
-    names = ["im%d.png" % i for i in range(number)]
-    for name in names:
-        height, width = random.randint(20, 120, 2)
-        pixels = random.randint(0, 256, 3) + random.randint(-40, 40, (height, width, 3))
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(str(folder / name))
-    return names
-
-
-def write_bins(folder, names, height=224, width=224):
-    """Runs stages 4 and 5 on folder/images; leaves folder/input_bin and folder/deepmar.info."""
-    (folder / "image.txt").write_text("\n".join(names))
-    for command in (["preprocess_deepmar_pytorch.py", "images", "input_bin", "image.txt", "--size", height, width],
-                    ["get_info.py", "input_bin", "deepmar.info", width, height]):
-        done = script(*command, cwd=folder)
-        assert done.returncode == 0, done.stderr
-
-
-def run_stage_6(folder, model, batch_size, device=0, height=224, width=224):
-    """Runs the benchmark's stand-in on folder/deepmar.info; returns the folder of results."""
-    done = script("tools/benchmark.py", "-batch_size=%s" % batch_size, "-om_path=%s" % model, "-device_id=%d" % device,
-                  "-input_text_path=deepmar.info", "-input_height=%d" % height, "-input_width=%d" % width, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder / "result" / ("dumpOutput_device%d" % device)
-
-
-def parse(text):
-    """What predict.py prints -> {image: [(marked, percent, name, logit)]}."""
-    images, current = {}, None
-    for line in text.strip().split("\n"):
-        match = re.match(r"  ([+ ]) +([\d.]+) %  (.+?) +logit (\S+)$", line)
-        if match:
-            mark, percent, name, logit = match.groups()
-            images[current].append((mark == "+", float(percent), name, np.float32(logit)))
-        elif line.endswith(" attributes"):
-            current, found = line.rsplit(": ", 1)
-            images[current] = []
-            images[current + " found"] = int(found.split()[0])
-    return images
 
 
 @pytest.mark.parametrize("batch_size, size", [(1, (224, 224)), (8, (256, 128))])
@@ -91,7 +23,7 @@ def test_says_what_the_pipeline_says(tmp_path, batch_size, size):
     paths = ["images/" + name for name in names]
     done = script("tools/predict.py", *(paths + ["--onnx", model]), cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "note: %s\n" % post.ASSUMED, done.stderr
-    said = parse(done.stdout)
+    said = parse_predictions(done.stdout)
     assert [key for key in said if not key.endswith(" found")] == paths
     for name, path in zip(names, paths):
         logits = np.fromfile(str(result / (name[:-4] + "_1.bin")), "<f4")
@@ -120,10 +52,10 @@ def test_a_photograph_that_a_camera_held_sideways_took(tmp_path):
             image.transpose(getattr(Image, undo)).save(str(paths[-1]), exif=exif.tobytes())
     done = script("tools/predict.py", *(paths + ["--onnx", model]))
     assert done.returncode == 0, done.stderr
-    said = parse(done.stdout)
+    said = parse_predictions(done.stdout)
     assert all(said[str(path)] == said[str(upright)] for path in paths) and len(paths) == 8
     lying = script("tools/predict.py", paths[4], "--onnx", model)
-    assert parse(lying.stdout)[str(paths[4])] == said[str(upright)]
+    assert parse_predictions(lying.stdout)[str(paths[4])] == said[str(upright)]
     pictures = [np.asarray(predict.draw(str(path), np.float32([1, -1]), ["a", "b"], PEN)) for path in (paths[4], upright)]
     assert np.array_equal(*pictures)
 
@@ -131,7 +63,7 @@ def test_a_photograph_that_a_camera_held_sideways_took(tmp_path):
 def test_a_model_of_probabilities(tmp_path):
     names = write_images(tmp_path / "images", 3)
     paths = ["images/" + name for name in names]
-    logits, chances = (parse(script("tools/predict.py", *(paths + ["--onnx", write_model(tmp_path / "m.onnx", 2, **end)]),
+    logits, chances = (parse_predictions(script("tools/predict.py", *(paths + ["--onnx", write_model(tmp_path / "m.onnx", 2, **end)]),
                                     cwd=tmp_path).stdout) for end in ({}, {"sigmoid": True}))
     for path in paths:
         assert [row[:3] for row in chances[path]] == [row[:3] for row in logits[path]]
@@ -147,7 +79,7 @@ def test_symbolic_batch_and_names(tmp_path):
     file = tmp_path / "names.txt"
     file.write_text("tall\nin a hurry\nr\u00e4tselhaft\n", encoding="utf-8")
     paths = ["images/" + name for name in names]
-    rows = parse(script("tools/predict.py", *(paths + ["--onnx", model]), cwd=tmp_path).stdout)[paths[1]]
+    rows = parse_predictions(script("tools/predict.py", *(paths + ["--onnx", model]), cwd=tmp_path).stdout)[paths[1]]
     assert sorted(row[2] for row in rows) == ["attribute0", "attribute1", "attribute2"]
     done = script("tools/predict.py", *(paths + ["--onnx", model, "--attributes", file, "--save", "out"]), cwd=tmp_path)
     assert done.returncode == 0 and "in a hurry" in done.stdout, done.stderr
@@ -317,7 +249,7 @@ def test_bad_images_do_not_hide_the_others(tmp_path):
     paths = ["images/" + name for name in names]
     done = script("tools/predict.py", *(paths + ["--onnx", model, "--save", "out"]), cwd=tmp_path)
     check_error(done, "1 of 3 images cannot be read: images/im1.png")
-    assert [key for key in parse(done.stdout) if not key.endswith(" found")] == [paths[0], paths[2]]
+    assert [key for key in parse_predictions(done.stdout) if not key.endswith(" found")] == [paths[0], paths[2]]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["im0_attributes.png", "im2_attributes.png"]
     done = script("tools/predict.py", paths[1], "--onnx", model, "--save", "none", cwd=tmp_path)
     check_error(done, "1 of 1 images cannot be read")

@@ -5,8 +5,8 @@ import os
 
 import numpy as np
 import pytest
-from conftest import check_error, script
-from test_predict import parse, write_images, write_model
+
+from helpers import check_error, parse_predictions, script, write_images, write_model
 
 TOOL = "tools/predict.py"
 NAMES = ["hat", "bag, red", "coat"]
@@ -39,7 +39,7 @@ BAD = ["crops/a/cut.jpg", "crops/b/empty.png"]
 
 def test_folder(folder):
     """The same as with each file by its name, in the files and on the screen."""
-    one_by_one = parse(predict(folder, *READ).stdout)
+    one_by_one = parse_predictions(predict(folder, *READ).stdout)
     done = predict(folder, "crops", "--json", "out.json", "--csv", "out.csv")
     check_error(done, "2 of 8 images cannot be read: ", "crops/a/cut.jpg (", "crops/b/empty.png (")
     assert "note: crops: 2 files are left out, because their names do not end" in done.stderr
@@ -62,7 +62,7 @@ def test_folder(folder):
         assert (row[1] != "") == (row[0] in BAD) and [float(text) for text in row[2:]] == by_name.get(row[0], [])
     on_screen = predict(folder, "crops", "crops/im1.png")  # once, though it is named twice
     check_error(on_screen, "2 of 8 images cannot be read")
-    assert parse(on_screen.stdout) == one_by_one
+    assert parse_predictions(on_screen.stdout) == one_by_one
 
 
 def test_names_that_are_no_text(folder):

@@ -10,21 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT, check_error, script
+from helpers import ROOT, check_error, guide, script
 from preprocess_deepmar_pytorch import ORIENTATION, SIZE, preprocess, read_list, replaced_folder
 
 NAME = "preprocess_deepmar_pytorch.py"
-
-
-def guide(path, width=224, height=224):
-    """The guide's arithmetic, written down plainly: float32 throughout."""
-    image = Image.open(str(path)).convert("RGB").resize((width, height), Image.BILINEAR)
-    array = np.array(image, dtype=np.float32).transpose(2, 0, 1)
-    array = array / 255
-    for channel, (mean, std) in enumerate(zip([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])):
-        array[channel] -= mean
-        array[channel] /= std
-    return array
 
 
 @pytest.fixture

@@ -7,14 +7,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
-from conftest import check_error, script
+from helpers import check_error, make_model, script, tensor_info
+
 
 COUNT, ATTRIBUTES = 12, 5
 
 
-def make_model(path, batch, offset=0, size=(224, 224)):
+def write_conv_model(path, batch, offset=0, size=(224, 224)):
     """A small network of DeepMAR's kinds of layers; offset is added to the first logit."""
     random = np.random.RandomState(1)
     weights = {"w": random.standard_normal((8, 3, 3, 3)) / 5, "scale": np.linspace(0.5, 2, 8),
@@ -25,13 +26,8 @@ def make_model(path, batch, offset=0, size=(224, 224)):
              helper.make_node("Relu", ["x2"], ["x3"]), helper.make_node("GlobalAveragePool", ["x3"], ["x4"]),
              helper.make_node("Flatten", ["x4"], ["x5"]),
              helper.make_node("Gemm", ["x5", "c", "b"], ["output1"], transB=1)]
-    graph = helper.make_graph(
-        nodes, "tiny", [helper.make_tensor_value_info("actual_input_1", TensorProto.FLOAT, [batch, 3] + list(size))],
-        [helper.make_tensor_value_info("output1", TensorProto.FLOAT, [batch, ATTRIBUTES])],
-        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)])
-    model.ir_version = 6
-    onnx.save(model, str(path))
+    onnx.save(make_model(nodes, [tensor_info("actual_input_1", [batch, 3] + list(size))], [tensor_info("output1", [batch, ATTRIBUTES])],
+                         [(name, array.astype(np.float32)) for name, array in weights.items()]), str(path))
 
 
 @pytest.fixture
@@ -45,7 +41,7 @@ def folder(tmp_path):
         (tmp_path / "input_bin" / ("%05d.bin" % i)).write_bytes(image.tobytes())
     (tmp_path / "deepmar.info").write_text("".join("%d ./input_bin/%05d.bin 224 224\n" % (i, i) for i in range(COUNT)))
     for batch in (1, 8):
-        make_model(tmp_path / ("bs%d.onnx" % batch), batch)
+        write_conv_model(tmp_path / ("bs%d.onnx" % batch), batch)
     logits = run(tmp_path / "bs1.onnx", images)
     assert (logits >= 0).any() and (logits < 0).any()
     np.save(str(tmp_path / "images.npy"), images)
@@ -95,7 +91,7 @@ def test_the_int8_model_goes_through_the_stages(folder, batch):
 
 
 def test_another_size(folder):
-    make_model(folder / "tall.onnx", 4, size=(256, 128))
+    write_conv_model(folder / "tall.onnx", 4, size=(256, 128))
     (folder / "bins").mkdir()
     for i in range(6):
         (folder / "bins" / ("%d.bin" % i)).write_bytes(np.full(3 * 256 * 128, i - 2.5, "<f4").tobytes())
@@ -116,7 +112,7 @@ def test_without_labels(folder):
 
 
 def test_a_drop_beyond_one_percent_writes_nothing_unless_allowed(folder):
-    make_model(folder / "wide.onnx", 1, offset=10000)  # activations that take all of the 8 bits' range for one logit
+    write_conv_model(folder / "wide.onnx", 1, offset=10000)  # activations that take all of the 8 bits' range for one logit
     images = np.load(str(folder / "images.npy"))
     (folder / "wide.json").write_text(json.dumps({"%05d.png" % i: [int(value >= 0) for value in row]
                                                   for i, row in enumerate(run(folder / "wide.onnx", images))}))

@@ -5,12 +5,9 @@ import os
 
 import numpy as np
 import pytest
-from conftest import ROOT, check_error, run_all, script
-from test_card import BINARY, standin
-from test_genuine import FRONT_ENDS, write_om
-from test_predict import write_images, write_model
 
 import rates
+from helpers import BINARY, FRONT_ENDS, ROOT, check_error, run_all, script, standin, write_images, write_model, write_om
 
 PERF = ("[e2e] throughputRate: 10, latency: 1\n[data read] throughputRate: 1, moduleLatency: 1\n[preprocess] throughputRate: 1, "
         "moduleLatency: 1\n[infer] throughputRate: 1, Interface throughputRate: %g, moduleLatency: 1\n[post] throughputRate: 1, "

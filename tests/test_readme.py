@@ -3,7 +3,8 @@ import os
 import re
 
 import pytest
-from conftest import ROOT
+
+from helpers import ROOT
 
 
 def read(name):

@@ -3,48 +3,28 @@ import os
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from conftest import check_error, script
+from helpers import PADS, POOL, ZEROS, between, check_error, constant, model_of, node, outputs_of, script
 from remove_pad import remove_pads
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 SHAPE = [1, 2, 4, 4]
 
 
-def model_of(nodes, initializers=(), outputs=("y",), opset=11, inputs=(), value_info=()):
-    graph = helper.make_graph(
-        nodes, "test", [helper.make_tensor_value_info("x", FLOAT, SHAPE)] + list(inputs),
-        [helper.make_tensor_value_info(name, FLOAT, list("nchw")) for name in outputs],
-        [numpy_helper.from_array(array, name) for name, array in initializers], value_info=list(value_info))
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
-    model.ir_version = 6
-    onnx.checker.check_model(model)
-    return model
-
-
-def run(model):
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    x = np.random.RandomState(0).standard_normal(SHAPE).astype(np.float32)
-    return session.run(None, {"x": x})
-
-
 def clean(model, removed, kept=0):
     """Removes the Pads and checks what must always hold; returns the new model."""
-    before = run(model)
+    before = outputs_of(model)
     result = onnx.ModelProto()
     result.CopyFrom(model)
     gone, _, stay = remove_pads(result)
     assert (len(gone), len(stay)) == (removed, kept), (gone, stay)
     onnx.checker.check_model(result)
     assert [value.name for value in result.graph.output] == [value.name for value in model.graph.output]
-    after = run(result)
+    after = outputs_of(result)
     assert all(a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in zip(before, after))
     return result
 
@@ -55,23 +35,6 @@ def types(model):
 
 def names(model):
     return {tensor.name for tensor in model.graph.initializer}
-
-
-def node(op_type, inputs, outputs, **attributes):
-    return helper.make_node(op_type, inputs.split(), outputs.split(), name="%s_%s" % (op_type, outputs), **attributes)
-
-
-ZEROS, PADS = np.zeros(8, np.int64), np.array([0, 0, 1, 1, 0, 0, 1, 1])
-POOL = {"kernel_shape": [4, 4]}
-ENDS = [node("Relu", "x", "r"), node("AveragePool", "p", "y", **POOL)]
-
-
-def between(*middle):
-    return [ENDS[0]] + list(middle) + [ENDS[1]]
-
-
-def constant(name, array):
-    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array))
 
 
 @pytest.mark.parametrize("opset", [7, 9, 10])
@@ -104,7 +67,7 @@ def test_constant_node_with_value_ints():
     model = model_of(between(*middle), opset=12)
     assert remove_pads(model) == (["Pad_p"], 1, [])
     plain = model_of([node("Relu", "x", "r"), node("AveragePool", "r", "y", **POOL)], opset=12)
-    assert types(model) == types(plain) and run(model)[0].tobytes() == run(plain)[0].tobytes()
+    assert types(model) == types(plain) and outputs_of(model)[0].tobytes() == outputs_of(plain)[0].tobytes()
 
 
 def chain(values):
@@ -240,6 +203,31 @@ def test_random_graphs(case):
     model, removable, pads = case
     result = clean(model, removable, pads - removable)
     assert types(result).count("Pad") == pads - removable
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(graphs(), st.booleans())
+def test_random_graphs_in_the_branches_of_an_if(case, constants_outside):
+    """Pads in a branch, of constants in the branch or around it."""
+    model, removable, pads = case
+    branch = model.graph
+    outside = []
+    if constants_outside:
+        outside = [(tensor.name, numpy_helper.to_array(tensor)) for tensor in branch.initializer]
+        del branch.initializer[:]
+    del branch.input[:]  # x is the outer graph's
+    other = onnx.GraphProto()
+    other.name = "other"
+    other.node.extend(helper.make_node("Identity", ["x"], ["else_%s" % value.name]) for value in branch.output)
+    for value in branch.output:
+        other.output.add().CopyFrom(value)
+        other.output[-1].name = "else_" + value.name
+    outputs = ["if_" + value.name for value in branch.output]
+    nodes = [helper.make_node("If", ["condition"], outputs, then_branch=branch, else_branch=other)]
+    whole = model_of(nodes, [("condition", np.array(True))] + outside, outputs)
+    result = clean(whole, removable, pads - removable)
+    branches = {attribute.name: attribute.g for attribute in result.graph.node[0].attribute}
+    assert [item.op_type for item in branches["then_branch"].node].count("Pad") == pads - removable
 
 
 def test_script(tmp_path):

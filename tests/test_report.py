@@ -9,11 +9,11 @@ import matplotlib.figure  # noqa: F401
 import numpy as np
 import pytest
 from PIL import Image
-from browser import Browser
-from conftest import check_error, script, started
 
 import postprocess_deepmar_pytorch as post
 import report
+from browser import Browser
+from helpers import check_error, script, started
 from postprocess_deepmar_pytorch import PETA
 
 TOOL = "tools/report.py"

@@ -14,11 +14,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
 import DeepMAR
 from common import description
-from conftest import ROOT, SIZE, own_data, run_all, tiny_data
+from helpers import ROOT, SIZE, make_model, own_data, run_all, tensor_info, tiny_data
 from postprocess_deepmar_pytorch import PETA, label_checksum, read_labels
 
 WRONG_CHECKPOINT = "bs1.onnx was made from another checkpoint.pth.tar; run stage 1"
@@ -69,8 +69,8 @@ def results(work, device=0):
     return sorted(os.listdir(os.path.join(work, "result", "dumpOutput_device%d" % device)))
 
 
-def test_sample_from_end_to_end(first):
-    work, process = first
+def test_sample_from_end_to_end(first_run):
+    work, process = first_run
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
     for stage in range(9):
@@ -129,8 +129,8 @@ def test_smaller_data_in_the_same_folder_leaves_nothing_stale(copy, tmp_path):
     assert len(results(str(work))) == SIZE
 
 
-def test_a_drop_beyond_one_percent_fails_and_says_which_stage(first):
-    work, _ = first
+def test_a_drop_beyond_one_percent_fails_and_says_which_stage(first_run):
+    work, _ = first_run
     process = run_all("--work-dir", work, "--published-acc", "100", "--stage", 7)
     assert process.returncode == 1
     assert "published" in process.stderr and "the accuracy at batch size 1 is" in process.stderr
@@ -139,9 +139,9 @@ def test_a_drop_beyond_one_percent_fails_and_says_which_stage(first):
         assert "FAIL" in f.read()
 
 
-def test_names_intervals_and_thresholds(first, tmp_path):
+def test_names_intervals_and_thresholds(first_run, tmp_path):
     """The model says what it is, beside an OM too; stage 7 and the report take limits that were found on other images."""
-    work, _ = first
+    work, _ = first_run
     described = description(os.path.join(work, "deepmar_bs1_nopad.onnx"))
     assert described == description(os.path.join(work, "deepmar_bs1.json"))
     assert (described["attributes"], described["size"], described["last_conv_stride"]) == (PETA, [224, 224], 2)
@@ -257,8 +257,8 @@ def test_on_the_cards_own_machine(small, tmp_path):
     assert process.returncode == 0, process.stderr
 
 
-def test_the_users_lists_are_checked_before_any_work(first, tmp_path):
-    work, _ = first
+def test_the_users_lists_are_checked_before_any_work(first_run, tmp_path):
+    work, _ = first_run
     with open(os.path.join(work, "sample", "label.json")) as f:
         labels = json.load(f)
     (tmp_path / "fewer.json").write_text(json.dumps({name: labels[name] for name in sorted(labels)[1:]}))
@@ -275,9 +275,9 @@ def test_the_users_lists_are_checked_before_any_work(first, tmp_path):
         assert not [name for name in os.listdir(str(tmp_path / "work")) if name.endswith(".onnx")]
 
 
-def test_sh_and_a_link(first, tmp_path):
+def test_sh_and_a_link(first_run, tmp_path):
     """sh run_all.sh, through a symbolic link, in a Python that does not look beside the script for modules."""
-    work, _ = first
+    work, _ = first_run
     (tmp_path / "link.sh").symlink_to(os.path.join(ROOT, "run_all.sh"))
     process = subprocess.run(["sh", str(tmp_path / "link.sh"), "--work-dir", work, "--stage", "7"], stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, universal_newlines=True,
@@ -326,17 +326,12 @@ def test_two_runs_in_one_folder(copy):
 
 def write_slow_model(path):
     """Writes a model of DeepMAR's interface that computes for minutes."""
-    matrix = numpy_helper.from_array(np.zeros((1024, 1024), np.float32), "m")
     nodes = [helper.make_node("ReduceMean", ["actual_input_1"], ["mean"], keepdims=0), helper.make_node("Mul", ["m", "mean"], ["h0"])]
     # The constant comes first: of a second factor that is constant, ONNX Runtime makes a copy for each node.
     nodes += [helper.make_node("MatMul", ["m", "h%d" % i], ["h%d" % (i + 1)]) for i in range(3000)]
     nodes += [helper.make_node("ReduceMean", ["h3000"], ["one"], axes=[0, 1]), helper.make_node("MatMul", ["one", "w"], ["output1"])]
-    graph = helper.make_graph(nodes, "slow", [helper.make_tensor_value_info("actual_input_1", TensorProto.FLOAT, [1, 3, 224, 224])],
-                              [helper.make_tensor_value_info("output1", TensorProto.FLOAT, [1, 26])],
-                              [matrix, numpy_helper.from_array(np.zeros((1, 26), np.float32), "w")])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)])
-    model.ir_version = 6
-    onnx.save(model, str(path))
+    onnx.save(make_model(nodes, [tensor_info("actual_input_1", [1, 3, 224, 224])], [tensor_info("output1", [1, 26])],
+                         [("m", np.zeros((1024, 1024), np.float32)), ("w", np.zeros((1, 26), np.float32))]), str(path))
 
 
 def test_ctrl_c_ends_it_and_its_processes(copy, tmp_path):

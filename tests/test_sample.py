@@ -4,10 +4,10 @@ import os
 
 import numpy as np
 
-from conftest import check_error, script
-from stages import SMALL_SAMPLE, contents
+from helpers import check_error, script
 from postprocess_deepmar_pytorch import PETA
 from sample import pedestrians
+from stages import SMALL_SAMPLE, contents
 
 
 def test_same_seed_same_drawings():

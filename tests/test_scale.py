@@ -8,8 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
-from conftest import ROOT
-from test_predict import write_model
+from helpers import ROOT, write_model
 
 MANY = 100000 if os.environ.get("DEEPMAR_TEST_CAMPAIGN") else 20000
 NAMES = 1500  # bytes an image that its names, label and result may take; its bin takes 602,112 in earnest

@@ -7,16 +7,14 @@ import os
 
 import numpy as np
 import pytest
-from conftest import check_error, script
-from test_predict import parse, write_images, write_model
-from test_postprocess import INSTANCE, STAGE, independent
-from test_report import write_images as write_pictures
+from PIL import Image
 
 import inputs
 import postprocess_deepmar_pytorch as post
 import predict
 import report
 import thresholds
+from helpers import INSTANCE, POSTPROCESS, check_error, independent, parse_predictions, script, write_images, write_model
 
 TOOL = "tools/thresholds.py"
 GOALS = [{}, {"precision": 0.7}, {"recall": 0.9}]
@@ -182,7 +180,7 @@ def test_stage_7(tmp_path, tuned):
     assert report["thresholds"]["images"] == 300 and ", tuned for maximal F1 on 300 other images\n" in screen
     assert "thresholds" not in plain
     # The published accuracy is at 0, so that better limits do not hide a drop of the conversion.
-    done = script(STAGE, *(options + ("--published", at_0["instance_acc"] + 0.02)), cwd=tmp_path)
+    done = script(POSTPROCESS, *(options + ("--published", at_0["instance_acc"] + 0.02)), cwd=tmp_path)
     check_error(done, "instance_acc %.4f is more than 1 %% below" % at_0["instance_acc"])
     assert "accuracy at a logit of 0 %.2f %%, " % (100 * at_0["instance_acc"]) in done.stdout
 
@@ -200,7 +198,7 @@ def test_images_that_it_was_tuned_on(tmp_path, tuned):
     folder = options[3].parent
     val = [folder / "val" / "result", folder / "val" / "label.json"]
     message = r"thresholds.json: was tuned on %d of these %d images \(00000, 00001"
-    check_error(script(STAGE, *(val + list(options[2:])), cwd=tmp_path), "was tuned on 300 of these 300", "the test split's")
+    check_error(script(POSTPROCESS, *(val + list(options[2:])), cwd=tmp_path), "was tuned on 300 of these 300", "the test split's")
     assert not (tmp_path / "fusion_result.json").exists()
     part = write(tmp_path / "part", *[values[:7] for values in random_run(300)])
     with pytest.raises(ValueError, match=message % (7, 7)):
@@ -221,12 +219,12 @@ def test_images_that_it_was_tuned_on(tmp_path, tuned):
 def test_predict(tmp_path):
     paths = [tmp_path / "images" / name for name in write_images(tmp_path / "images", 3)]
     options = ["--onnx", write_model(tmp_path / "m.onnx", attributes=3)]
-    plain = parse(run(predict.main, tmp_path, paths + options))[str(paths[0])]
+    plain = parse_predictions(run(predict.main, tmp_path, paths + options))[str(paths[0])]
     middle = float(sorted(logit for _, _, _, logit in plain)[1])
     (tmp_path / "t.json").write_text(json.dumps({
         "attributes": [{"name": name, "threshold": middle} for name in ("hat", "bag", "coat")], "names_assumed": False,
         "goal": "maximal F1", "images": 5, "checksum": "0", "tuned_on": {}}))
-    said = parse(run(predict.main, tmp_path, paths + options + ["--thresholds", "t.json", "--save", "out"]))[str(paths[0])]
+    said = parse_predictions(run(predict.main, tmp_path, paths + options + ["--thresholds", "t.json", "--save", "out"]))[str(paths[0])]
     assert [row[3] for row in said] == [row[3] for row in plain]
     assert [row[0] for row in said] == [True, True, False] and {row[2] for row in said} == {"hat", "bag", "coat"}
 
@@ -235,7 +233,9 @@ def test_report(tmp_path, tuned):
     limits, logits, labels, options = tuned
     names = ["%05d.png" % i for i in range(5000, 5120)]
     (tmp_path / "image.txt").write_text("".join(name + "\n" for name in names))
-    write_pictures(tmp_path / "images", names)
+    (tmp_path / "images").mkdir()
+    for name in names:
+        Image.new("RGB", (6, 15)).save(str(tmp_path / "images" / name))
     fusion, _ = score(tmp_path, *(options + ("--published", "0.5")))
 
     def page(*more):
@@ -284,7 +284,7 @@ def test_names_and_bad_files(tmp_path, tuned):
         with pytest.raises(ValueError, match="thresholds.json: (is not what tools|holds the thresholds of other)"):
             names(content)
     options[3].write_text("[" * 100000)
-    check_error(script(STAGE, *options, cwd=tmp_path), "thresholds.json: is not JSON")
+    check_error(script(POSTPROCESS, *options, cwd=tmp_path), "thresholds.json: is not JSON")
 
 
 def test_errors(tmp_path):

@@ -1,0 +1,416 @@
+"""What test files share: how a script is run and its error checked, toy models, images, results, the card's stand-ins."""
+import ctypes
+import io
+import json
+import os
+import re
+import runpy
+import struct
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+OWN = [ROOT, os.path.join(ROOT, "tools"), os.path.join(ROOT, "tests")]  # the folders of our own modules
+SIZE = 12  # the number of images in run_all.sh's sample
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+
+
+# --- scripts ----------------------------------------------------------------------------------------------------------
+
+def script(name, *arguments, cwd=None):
+    """Runs ROOT/name in a fork of this process. Returns the finished process, with its output as text.
+
+    The result is the same as that of started(), but libraries that the test file has imported are not imported again. For torch,
+    that saves seconds. The project's own modules are imported anew.
+    """
+    path, arguments = os.path.join(ROOT, str(name)), [str(argument) for argument in arguments]
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        process = os.fork()
+        if not process:
+            run_forked(path, arguments, cwd, output, errors)
+        _, status = os.waitpid(process, 0)
+        texts = []
+        for file in (output, errors):
+            file.seek(0)
+            texts.append(io.TextIOWrapper(file).read())
+    code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+    return subprocess.CompletedProcess([path] + arguments, code, *texts)
+
+
+def run_forked(path, arguments, cwd, output, errors):
+    """Runs a script in this process, a child of pytest, and ends it, as a new Python would."""
+    status = 1
+    try:
+        for number, name, file in ((1, "stdout", output), (2, "stderr", errors)):
+            os.dup2(file.fileno(), number)
+            usual = getattr(sys, "__%s__" % name)
+            setattr(sys, name, open(number, "w", encoding=usual.encoding, errors=usual.errors, closefd=False))
+        warnings.resetwarnings()  # pytest would collect the warnings
+        warnings.showwarning = lambda *warning: sys.stderr.write(warnings.formatwarning(*warning[:4]))
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        for module, value in list(sys.modules.items()):
+            if os.path.dirname(getattr(value, "__file__", None) or "") in OWN and module != "providers":  # which registers once
+                del sys.modules[module]
+        sys.dont_write_bytecode = True  # a test may change a module within the same second
+        sys.argv, sys.path = [path] + arguments, [os.path.dirname(path)] + [folder for folder in sys.path if folder not in OWN]
+        os.chdir(str(cwd or "."))
+        runpy.run_path(path, run_name="__main__")
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if status and not isinstance(stop.code, int):
+            print(stop.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+
+
+def started(name, *arguments, cwd=None):
+    """Runs ROOT/name with a new Python. Returns the same as script(). It shows what a fork cannot, such as a failed import."""
+    return subprocess.run([sys.executable, os.path.join(ROOT, name)] + [str(argument) for argument in arguments],
+                          cwd=str(cwd) if cwd else None, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          universal_newlines=True)
+
+
+def check_error(process, *texts, code=1):
+    """Checks that a script failed with this exit code and one line 'SCRIPT: error: ...' with the texts, without a traceback."""
+    assert process.returncode == code, (process.returncode, process.stdout, process.stderr)
+    assert "Traceback" not in process.stderr, process.stderr
+    lines = [line for line in process.stderr.strip().split("\n") if not line.startswith("note: ")]
+    assert ": error: " in lines[-1], process.stderr
+    if code == 1:
+        assert len(lines) == 1, process.stderr
+    for text in texts:
+        assert text in process.stderr, process.stderr
+
+
+# The numbers of system calls on x86_64 and aarch64. None means that there is no such call.
+CALLS = {"flock": (73, 32), "clone": (56, 220), "clone3": (435, 435), "fork": (57, None), "vfork": (58, None)}
+
+
+def refused(error, *calls):
+    """Returns a preexec_fn after which these system calls fail with this error, as they do on some machines."""
+    number = {"x86_64": 0, "aarch64": 1}[os.uname().machine]
+    load, equal, end, allow, fail = 0x20, 0x15, 0x06, 0x7fff0000, 0x00050000 | error  # of linux/filter.h, linux/seccomp.h
+    rules = [(load, 0, 0, 0)]
+    for call in calls:
+        if CALLS[call][number] is not None:
+            rules += [(equal, 0, 1, CALLS[call][number]), (end, 0, 0, fail)]
+    rules.append((end, 0, 0, allow))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
+    program = ctypes.create_string_buffer(struct.pack("HP", len(rules), ctypes.addressof(code)))
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def refuse():
+        if prctl(38, 1, 0, 0, 0) or prctl(22, 2, program, 0, 0):  # PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP with a filter
+            raise OSError(ctypes.get_errno(), "seccomp")
+        assert code
+    return refuse
+
+
+def namespaces(*options):
+    """Returns the beginning of a command that runs in new Linux namespaces. options: those of unshare."""
+    command = ["unshare"] + ["--map-root-user"] * (os.getuid() != 0) + list(options)
+    if subprocess.call(command + ["true"], stderr=subprocess.DEVNULL):
+        pytest.skip("NOT RUN: this user may not make namespaces; run it as root")
+    return command
+
+
+def run_all(*arguments, root=ROOT, cwd=None, path=None, **variables):
+    """Runs run_all.sh with this Python. Returns the finished process."""
+    environment = dict(os.environ, PYTHON=sys.executable, sample_size=str(SIZE), set_env="/dev/null")  # ignore this machine's CANN
+    environment.update(variables)
+    if path:
+        environment["PATH"] = "%s:%s" % (path, environment["PATH"])
+    return subprocess.run(["bash", os.path.join(str(root), "run_all.sh")] + [str(argument) for argument in arguments],
+                          cwd=str(cwd or root), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          universal_newlines=True)
+
+
+def tiny_data(folder):
+    """Writes folder/sample like the sample's folder, but with a fake checkpoint, for stages that read no checkpoint."""
+    from sample import pedestrians
+    (folder / "sample" / "images").mkdir(parents=True)
+    images, labels = pedestrians(SIZE, 0)
+    names = ["%05d.png" % (i + 1) for i in range(SIZE)]
+    for name, image in zip(names, images):
+        image.save(str(folder / "sample" / "images" / name))
+    (folder / "sample" / "image.txt").write_text("".join(name + "\n" for name in names))
+    (folder / "sample" / "label.json").write_text(json.dumps(dict(zip(names, labels.tolist()))))
+    (folder / "sample" / "checkpoint.pth.tar").write_bytes(b"none")
+
+
+def own_data(work, **changes):
+    """Returns options that give the sample as the user's own data, with absolute paths."""
+    options = {"checkpoint": "checkpoint.pth.tar", "images": "images", "image-list": "image.txt",
+               "label-file": "label.json"}
+    options = {name: os.path.join(work, "sample", value) for name, value in options.items()}
+    options.update(changes)
+    return [str(text) for name, value in options.items() for text in ("--" + name, value)]
+
+
+# --- toy models -------------------------------------------------------------------------------------------------------
+
+def tensor_info(name, shape, type=FLOAT):
+    """An input or output of a model."""
+    return helper.make_tensor_value_info(name, type, shape)
+
+
+def make_model(nodes, inputs, outputs, weights, opset=11, value_info=()):
+    """Returns a model of these nodes. weights: [(name, array)]."""
+    graph = helper.make_graph(nodes, "test", inputs, outputs, [numpy_helper.from_array(array, name) for name, array in weights],
+                              value_info=list(value_info))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    model.ir_version = 6  # what onnx 1.7 and the current ONNX Runtime both read
+    return model
+
+
+def write_model(path, batch_size=1, attributes=35, size=(224, 224), bias=0.0, sigmoid=False, type=FLOAT):
+    """Writes a model of a DeepMAR's interface that mixes the averages of each channel's quarters; returns path."""
+    weight = np.random.RandomState(0).standard_normal((attributes, 12))
+    quarter = [side // 2 for side in size]
+    nodes = [helper.make_node("AveragePool", ["actual_input_1"], ["pooled"], kernel_shape=quarter, strides=quarter),
+             helper.make_node("Flatten", ["pooled"], ["features"]),
+             helper.make_node("Gemm", ["features", "weight", "bias"], ["logits" if sigmoid else "output1"], transB=1)]
+    if sigmoid:
+        nodes.append(helper.make_node("Sigmoid", ["logits"], ["output1"]))
+    kind = np.float32 if type == FLOAT else np.float64
+    onnx.save(make_model(nodes, [tensor_info("actual_input_1", [batch_size, 3] + list(size), type)],
+                         [tensor_info("output1", [batch_size, attributes], type)],
+                         [("weight", weight.astype(kind)), ("bias", np.full(attributes, bias, kind))]), str(path))
+    return path
+
+
+SHAPE = [1, 2, 4, 4]
+ZEROS, PADS = np.zeros(8, np.int64), np.array([0, 0, 1, 1, 0, 0, 1, 1])
+POOL = {"kernel_shape": [4, 4]}
+
+
+def model_of(nodes, initializers=(), outputs=("y",), opset=11, inputs=(), value_info=()):
+    """Returns a valid model of these nodes, from x of SHAPE to outputs of four dimensions."""
+    model = make_model(nodes, [tensor_info("x", SHAPE)] + list(inputs), [tensor_info(name, list("nchw")) for name in outputs], initializers,
+                       opset, value_info)
+    onnx.checker.check_model(model)
+    return model
+
+
+def node(op_type, inputs, outputs, **attributes):
+    return helper.make_node(op_type, inputs.split(), outputs.split(), name="%s_%s" % (op_type, outputs), **attributes)
+
+
+def constant(name, array):
+    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array))
+
+
+def between(*middle):
+    """Returns these nodes from r to p, between a Relu and an AveragePool."""
+    return [node("Relu", "x", "r")] + list(middle) + [node("AveragePool", "p", "y", **POOL)]
+
+
+def outputs_of(model):
+    """Returns what a model of model_of() computes of random values."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    x = np.random.RandomState(0).standard_normal(SHAPE).astype(np.float32)
+    return session.run(None, {"x": x})
+
+
+# What stands in for the network where export_onnx.py is tested: % what it returns for x, an expression
+NETWORK = """
+import torch
+
+class Small(torch.nn.Module):
+    num_att = 35
+
+    def forward(self, x):
+        x = x.mean((2, 3)).repeat(1, 12)[:, :35]
+        return %s
+
+def load_model(path, last_conv_stride, state_dict, say):
+    torch.manual_seed(0)
+    return Small().eval()
+"""
+
+
+# --- images, bins, results --------------------------------------------------------------------------------------------
+
+def guide(path, width=224, height=224):
+    """The guide's arithmetic, written down plainly: float32 throughout."""
+    image = Image.open(str(path)).convert("RGB").resize((width, height), Image.BILINEAR)
+    array = np.array(image, dtype=np.float32).transpose(2, 0, 1)
+    array = array / 255
+    for channel, (mean, std) in enumerate(zip([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])):
+        array[channel] -= mean
+        array[channel] /= std
+    return array
+
+
+def write_images(folder, number):
+    """Writes folder/NAME.png of random colours and sizes; returns the names."""
+    random = np.random.RandomState(1)
+    folder.mkdir(exist_ok=True)
+    names = ["im%d.png" % i for i in range(number)]
+    for name in names:
+        height, width = random.randint(20, 120, 2)
+        pixels = random.randint(0, 256, 3) + random.randint(-40, 40, (height, width, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(str(folder / name))
+    return names
+
+
+def write_bins(folder, names, height=224, width=224):
+    """Runs stages 4 and 5 on folder/images; leaves folder/input_bin and folder/deepmar.info."""
+    (folder / "image.txt").write_text("\n".join(names))
+    for command in (["preprocess_deepmar_pytorch.py", "images", "input_bin", "image.txt", "--size", height, width],
+                    ["get_info.py", "input_bin", "deepmar.info", width, height]):
+        done = script(*command, cwd=folder)
+        assert done.returncode == 0, done.stderr
+
+
+def run_stage_6(folder, model, batch_size, device=0, height=224, width=224):
+    """Runs the benchmark's stand-in on folder/deepmar.info; returns the folder of results."""
+    done = script("tools/benchmark.py", "-batch_size=%s" % batch_size, "-om_path=%s" % model, "-device_id=%d" % device,
+                  "-input_text_path=deepmar.info", "-input_height=%d" % height, "-input_width=%d" % width, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "result" / ("dumpOutput_device%d" % device)
+
+
+def parse_predictions(text):
+    """What predict.py prints -> {image: [(marked, percent, name, logit)]}."""
+    images, current = {}, None
+    for line in text.strip().split("\n"):
+        match = re.match(r"  ([+ ]) +([\d.]+) %  (.+?) +logit (\S+)$", line)
+        if match:
+            mark, percent, name, logit = match.groups()
+            images[current].append((mark == "+", float(percent), name, np.float32(logit)))
+        elif line.endswith(" attributes"):
+            current, found = line.rsplit(": ", 1)
+            images[current] = []
+            images[current + " found"] = int(found.split()[0])
+    return images
+
+
+POSTPROCESS = "postprocess_deepmar_pytorch.py"
+INSTANCE = ["instance_acc", "instance_precision", "instance_recall", "instance_F1"]
+
+
+def independent(logits, labels):
+    """The published definition, one image and one attribute at a time; logits and labels as nested lists."""
+    accs, precisions, recalls = [], [], []
+    for scores, row in zip(logits, labels):
+        predicted = {i for i, score in enumerate(scores) if score >= 0}
+        true = {i for i, value in enumerate(row) if value == 1}
+        if true:
+            hits = len(predicted & true)
+            accs.append(hits / len(predicted | true))
+            precisions.append(hits / len(predicted) if predicted else 0.0)
+            recalls.append(hits / len(true))
+    acc, precision, recall = (sum(values) / len(values) for values in (accs, precisions, recalls))
+    per_attribute = []
+    for i in range(len(labels[0])):
+        pos = [scores[i] >= 0 for scores, row in zip(logits, labels) if row[i] == 1]
+        neg = [scores[i] < 0 for scores, row in zip(logits, labels) if row[i] == 0]
+        per_attribute.append((sum(pos) / len(pos) if pos else None, sum(neg) / len(neg) if neg else None))
+    means = [(p + n) / 2 for p, n in per_attribute if p is not None and n is not None]
+    return ([acc, precision, recall, 2 * precision * recall / (precision + recall)], per_attribute,
+            sum(means) / len(means))
+
+
+def random_case(images=300, attributes=35, seed=0):
+    """Logits and labels with images that have nothing, images that are given nothing, logits of exactly 0 and -0."""
+    random = np.random.RandomState(seed)
+    labels = (random.rand(images, attributes) < random.rand(attributes)).astype(np.uint8)
+    logits = (random.randn(images, attributes) + labels - 0.5).astype("<f4")
+    labels[::10] = 0
+    logits[1::10] = -1
+    logits[2::10, :5] = 0.0
+    logits[3::10, :5] = -0.0
+    return logits, labels
+
+
+def write_case(folder, logits, labels, extension=".png", output=1, prefix=""):
+    """Writes folder/result/*.bin and folder/label.json; returns the two paths as text."""
+    result = folder / "result"
+    result.mkdir(exist_ok=True)
+    for i, row in enumerate(logits):
+        (result / ("%05d_%d.bin" % (i, output))).write_bytes(np.asarray(row, "<f4").tobytes())
+    label = folder / "label.json"
+    label.write_text(json.dumps({"%s%05d%s" % (prefix, i, extension): [int(v) for v in row]
+                                 for i, row in enumerate(labels)}))
+    return str(result), str(label)
+
+
+# --- the card's stand-ins ---------------------------------------------------------------------------------------------
+
+STANDINS = os.path.join(ROOT, "tests", "standins")
+MACHINE = os.uname().machine
+BINARY = "benchmark." + MACHINE
+RUNTIME = os.path.join(STANDINS, "aclruntime")
+PACKAGES = "%s:%s" % (os.path.join(STANDINS, "packages"), RUNTIME)
+GENUINE = [folder for folder in os.environ.get("AIS_BENCH", "").split(":") if folder]
+
+
+def standin(path, name):
+    """Makes a command of a stand-in."""
+    path.write_text('#!/bin/sh\nexec "%s" "%s" "$@"\n' % (sys.executable, os.path.join(STANDINS, name)))
+    path.chmod(0o755)
+
+
+def write_om(path, onnx):
+    """Makes an OM of the stand-ins of an ONNX model."""
+    with open(str(path), "wb") as om, open(str(onnx), "rb") as f:
+        om.write(b"IMOD" + f.read())
+
+
+class FrontEnd(object):
+    """A version of ais_bench: its package's folder, the year that it behaves as, and how to run it."""
+
+    def __init__(self, folder, year=None):
+        self.folder, self.genuine = folder, year is None
+        self.name = os.path.basename(folder.rstrip("/")) if self.genuine else "standin%d" % year
+        infer = os.path.join(folder, "ais_bench", "infer")
+        self.year = year or (2025 if os.path.isdir(os.path.join(infer, "common")) else
+                             2024 if os.path.exists(os.path.join(infer, "path_security_check.py")) else 2023)
+
+    def variables(self, **more):
+        return {"PYTHONPATH": "%s:%s" % (self.folder, RUNTIME), "AIS_BENCH_YEAR": str(self.year), "DEVICES": "3", **more}
+
+    def run(self, folder, **options):
+        """Runs it in a folder by hand; options replace the usual ones, and one of None goes."""
+        options = {"model": "m.om", "input": "in", "output": "out", "output_dirname": "d", "outfmt": "BIN", "batchsize": 2,
+                   **options}
+        command = [sys.executable, "-m", "ais_bench"]
+        for name, value in options.items():
+            command += [] if value is None else ["--" + name, str(value)]
+        return subprocess.run(command, cwd=str(folder), env=dict(os.environ, **self.variables()), stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, universal_newlines=True, errors="replace", timeout=300)
+
+
+FRONT_ENDS = [FrontEnd(os.path.join(STANDINS, "packages"), year) for year in (2023, 2024, 2025)]
+FRONT_ENDS += [FrontEnd(os.path.abspath(folder)) for folder in GENUINE]
+
+
+def check_stopped(process, *texts):
+    """A run that a tool's failure stopped: the last lines of the tool, its log, the stage."""
+    assert process.returncode == 1, process.stdout + process.stderr
+    assert "Traceback" not in process.stderr.replace("    Traceback", "")  # a tool's own may be shown
+    for text in texts:
+        assert text in process.stderr, process.stderr
+    log = re.search(r"above are the errors and the last lines of (\S+)", process.stderr)
+    assert log and os.path.getsize(log.group(1)), process.stderr

@@ -22,7 +22,6 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in all scripts
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C, and its children inherit that
 
 import hypothesis  # noqa: F401, E402
-import matplotlib.figure  # noqa: F401, E402
 import numpy  # noqa: F401, E402
 import onnx  # noqa: F401, E402
 import onnxruntime  # noqa: F401, E402

@@ -12,14 +12,13 @@ and --csv write the logits of all images into a file instead of printing them; t
 Images that cannot be read are named at the end and in these files.
 
 The attributes' names come from --attributes, else from the model's metadata, else they are PETA's if there are 35. With
---thresholds, the limits of tools/thresholds.py replace 0.
+--thresholds, the thresholds of tools/thresholds.py replace 0.
 """
 import argparse
 import collections
 import contextlib
 import csv
 import io
-import itertools
 import json
 import os
 import subprocess
@@ -102,105 +101,63 @@ def predict(session, paths, report):
     return read, np.concatenate(logits) if logits else None, bad
 
 
-def describe(path, logits, names, limits):
-    """Yields the lines to print for an image. logits, limits: float32 [attributes]. Nine digits give a logit exactly."""
+def describe(path, logits, names, thresholds):
+    """Yields the lines to print for an image. logits, thresholds: float32 [attributes]. Nine digits give a logit exactly."""
     width = max(len(name) for name in names)
-    chances, has = probabilities(logits), logits >= limits
+    chances, has = probabilities(logits), logits >= thresholds
     yield "%s: %d of %d attributes" % (path, has.sum(), len(names))
     for i in np.argsort(-logits, kind="stable"):
         yield "  %s %6.2f %%  %-*s  logit %.9g" % ("+" if has[i] else " ", 100 * chances[i], width, names[i],
                                                   logits[i])
 
 
-class Pen(object):
-    """Writes text into pictures. Each letter comes from the first font that has it: the file path, DejaVu Sans, the fonts of
-    fontconfig, Pillow's own font.
-
-    texts: all text that will be written. missing holds the letters that no font has; boxes are drawn for them. Raises
-    ValueError if path is not a font file.
-    """
-
-    def __init__(self, texts, path=None):
-        self.missing, self.fonts, self.font_of = sorted(set("".join(texts))), [], {}
-        if path is not None:
-            from PIL import ImageFont
-            try:
-                self.take(ImageFont.truetype(path, TEXT))
-            except (OSError, ImportError) as error:
-                raise ValueError("%s: is not a font that Pillow can read: %s" % (path, error))
-        for font in open_fonts(self):
-            self.take(font)
-
-    def take(self, font):
-        """Uses a font for the letters that the earlier fonts lack."""
-        found = [letter for letter in self.missing if has_letter(font, letter)]
-        self.missing = [letter for letter in self.missing if letter not in found]
-        self.font_of.update(dict.fromkeys(found, font))
-        self.fonts.append(font)
-
-    def parts(self, text):
-        """Yields the text in parts of one font each, (font, part)."""
-        for font, letters in itertools.groupby(text, lambda letter: self.font_of.get(letter, self.fonts[0])):
-            part = "".join(letters)
-            yield font, part if hasattr(font, "getmetrics") else part.encode("latin-1", "replace").decode("latin-1")
-
-    def width(self, text):
-        return round(sum(advance(font, part) for font, part in self.parts(text)))
-
-    def write(self, canvas, x, y, text, fill):
-        """Writes the text into a row of the picture that begins at (x, y)."""
-        ascent, descent = metrics(self.fonts[0])
-        for font, part in self.parts(text):
-            top = y + (ROW - ascent - descent) // 2 + ascent - metrics(font)[0]  # all fonts share a baseline
-            canvas.text((round(x), top), part, fill=fill, font=font)
-            x += advance(font, part)
-
-
-def open_fonts(pen):
-    """Yields the available fonts. Of fontconfig's fonts, only those with letters that the pen still lacks."""
+def open_font(text, path=None):
+    """Returns the font of a file, else DejaVu Sans, else, if that lacks letters, what fontconfig proposes for the text, else Pillow's
+    own. Raises ValueError if path is not a font file."""
     from PIL import ImageFont
+    if path is not None:
+        try:
+            return ImageFont.truetype(path, TEXT)
+        except (OSError, ImportError) as error:
+            raise ValueError("%s: is not a font that Pillow can read: %s" % (path, error))
+    font = None
     with contextlib.suppress(OSError, ImportError):
-        yield ImageFont.truetype("DejaVuSans.ttf", TEXT)
-    asked = None
-    while pen.missing and pen.missing != asked:
-        asked = pen.missing
-        pattern = "sans-serif:scalable=true:charset=" + " ".join("%x" % ord(letter) for letter in asked)
+        font = ImageFont.truetype("DejaVuSans.ttf", TEXT)
+    if font is None or lacking(font, text):
+        pattern = "sans-serif:scalable=true:charset=" + " ".join("%x" % ord(letter) for letter in sorted(set(text)))
         with contextlib.suppress(OSError, ImportError, ValueError, subprocess.CalledProcessError):
             found = subprocess.check_output(["fc-match", "--format=%{index} %{file}", pattern], stderr=subprocess.DEVNULL)
-            index, path = found.decode("utf-8").split(" ", 1)
-            yield ImageFont.truetype(path, TEXT, index=int(index))
-    try:
-        yield ImageFont.load_default(TEXT)
-    except (TypeError, ImportError):  # before Pillow 10.1, it has only small bitmaps of latin-1 letters
-        yield ImageFont.load_default()
+            index, file = found.decode("utf-8").split(" ", 1)
+            font = ImageFont.truetype(file, TEXT, index=int(index))
+    return font or ImageFont.load_default()
 
 
-def has_letter(font, letter):
-    """Returns whether a font has a letter: it then draws something else than for a letter that it lacks."""
-    if not hasattr(font, "getmetrics"):  # Pillow's bitmap font
-        return ord(letter) < 256
-    mask, lacking = font.getmask(letter), font.getmask("\U0010ffff")  # no font has this letter
-    return letter.isspace() or mask.size != lacking.size or list(mask) != list(lacking)
+def lacking(font, text):
+    """Returns the letters of a text that a font lacks: for all of them it draws the same box."""
+    letters = sorted(letter for letter in set(text) if not letter.isspace())
+    if not hasattr(font, "getmetrics"):  # Pillow's own before 10.1: bitmaps of latin-1's letters
+        return [letter for letter in letters if ord(letter) > 255]
+    box = bytes(font.getmask("\U0010ffff"))  # no font has this letter
+    return [letter for letter in letters if bytes(font.getmask(letter)) == box]
 
 
-def advance(font, text):
-    """Returns the width of a text in pixels."""
-    return font.getlength(text) if hasattr(font, "getlength") else font.getsize(text)[0]  # Pillow before 8 has only getsize()
-
-
-def metrics(font):
-    """Returns how many pixels a font takes above and below the baseline."""
-    return font.getmetrics() if hasattr(font, "getmetrics") else (font.getmask("Hg").size[1], 0)
-
-
-def draw(path, logits, names, pen, limits=0):
+def draw(path, logits, names, font, thresholds=0):
     """Returns an RGB picture of an image file, with a row for each attribute beside it, the likeliest first."""
     from PIL import Image, ImageDraw
+    if hasattr(font, "getmetrics"):
+        text_height = sum(font.getmetrics())
+    else:  # a bitmap of latin-1's letters
+        text_height = font.getmask("Hg").size[1]
+        names = [name.encode("latin-1", "replace").decode("latin-1") for name in names]
+
+    def text_width(text):
+        return font.getmask(text).size[0]
+
     order = np.argsort(-logits, kind="stable")
-    chances, has = probabilities(logits), logits >= limits
-    limit_chances = probabilities(np.full(len(names), limits, np.float32))
-    names_width = max(pen.width(name) for name in names)
-    percent_width = pen.width("100.0 %")
+    chances, has = probabilities(logits), logits >= thresholds
+    threshold_chances = probabilities(np.full(len(names), thresholds, np.float32))
+    names_width = max(text_width(name) for name in names)
+    percent_width = text_width("100.0 %")
     height = max(ROW * len(names), 320)
     photo, _ = read_image(path, upright=True)
     scale = min(WIDTH / photo.width, height / photo.height)
@@ -215,14 +172,15 @@ def draw(path, logits, names, pen, limits=0):
     for row, i in enumerate(order):
         y = MARGIN + row * ROW
         colour = BLACK if has[i] else GREY
-        pen.write(canvas, name_x, y, names[i], colour)
+        text_y = y + (ROW - text_height) // 2
+        canvas.text((name_x, text_y), names[i], fill=colour, font=font)
         canvas.rectangle((bar_x, y + 3, bar_x + BAR, y + ROW - 4), outline=PALE)
         length = round(BAR * float(chances[i]))
         if length:
             canvas.rectangle((bar_x, y + 3, bar_x + length, y + ROW - 4), fill=BLUE if has[i] else PALE)
         percent = "%.1f %%" % (100 * chances[i])
-        pen.write(canvas, percent_x + percent_width - pen.width(percent), y, percent, colour)
-        x = bar_x + int(BAR * limit_chances[i])  # from here on, the image has the attribute
+        canvas.text((percent_x + percent_width - text_width(percent), text_y), percent, fill=colour, font=font)
+        x = bar_x + int(BAR * threshold_chances[i])  # from here on, the image has the attribute
         canvas.line((x, y, x, y + ROW - 1), fill=GREY)
     return picture
 
@@ -256,7 +214,7 @@ def parse(argv):
     parser.add_argument("--csv", metavar="FILE", help="the same as a table: one row per image, one column of logits per attribute")
     parser.add_argument("--save", metavar="DIR", help="also draw each image's attributes and write the pictures into this folder")
     parser.add_argument("--font", metavar="FILE",
-                        help="with --save: a font (default: DejaVu Sans, and other fonts for letters that it lacks)")
+                        help="with --save: a font (default: DejaVu Sans, or another one if it lacks letters)")
     return parser.parse_args(argv)
 
 
@@ -273,11 +231,11 @@ def digits(logits):
     return [float("%.9g" % value) for value in logits]
 
 
-def as_json(model, names, limits, predictions, bad):
+def as_json(model, names, thresholds, predictions, bad):
     """Returns the results as JSON text. predictions: {image path: logits}. bad: {image path: why it cannot be read}."""
     return json.dumps({
-        "model": model, "attributes": names, "names_assumed": names is PETA, "thresholds": digits(limits),
-        "images": [{"image": path, "has": [name for name, has in zip(names, row >= limits) if has], "logits": digits(row)}
+        "model": model, "attributes": names, "names_assumed": names is PETA, "thresholds": digits(thresholds),
+        "images": [{"image": path, "has": [name for name, has in zip(names, row >= thresholds) if has], "logits": digits(row)}
                    for path, row in predictions.items()],
         "errors": [{"image": path, "error": reason} for path, reason in bad.items()]}) + "\n"
 
@@ -301,10 +259,10 @@ def main(argv=None):
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise FileNotFoundError("%s: cannot be written: its folder does not exist" % path)
     if args.font is not None:
-        Pen([], args.font)  # fail before the work if the font is bad
+        open_font("", args.font)  # fail before the work if the font is bad
     session = open_session(args.onnx)
     names = attribute_names(attributes_of(session), args.attributes, args.onnx)
-    names, limits, _ = read_thresholds(args.thresholds, names)
+    names, thresholds, _ = read_thresholds(args.thresholds, names)
     if names is PETA:
         note(ASSUMED)
     with progress(len(paths), "image") as bar:
@@ -318,23 +276,24 @@ def main(argv=None):
             logits = logits_from(logits)
     predictions = dict(zip(read, logits)) if read else {}
     if pictures and read:
-        pen = Pen(names + ["0123456789. %"], args.font)
-        if pen.missing:
-            note("no font on this machine has %s: boxes are drawn. Install one (for Chinese: fonts-noto-cjk on Debian and "
-                 "Ubuntu, google-noto-sans-cjk-fonts on openEuler, CentOS and Fedora), or give --font FILE" % some(pen.missing))
+        text = "".join(names) + "0123456789. %"
+        font = open_font(text, args.font)
+        if lacking(font, text):
+            note("the font lacks %s: boxes are drawn. Install one that has them (for Chinese: fonts-noto-cjk on Debian and Ubuntu, "
+                 "google-noto-sans-cjk-fonts on openEuler, CentOS and Fedora), or give --font FILE" % some(lacking(font, text)))
         os.makedirs(args.save, exist_ok=True)
         for path, row in predictions.items():
             with whole_file(pictures[path]) as temporary:
-                draw(path, row, names, pen, limits).save(temporary, format="PNG")
+                draw(path, row, names, font, thresholds).save(temporary, format="PNG")
         print("%s: %d pictures" % (args.save, len(read)))
     if args.json is not None:
-        write_text(args.json, as_json(args.onnx, names, limits, predictions, bad))
+        write_text(args.json, as_json(args.onnx, names, thresholds, predictions, bad))
     if args.csv is not None:
         write_text(args.csv, as_csv(paths, names, predictions, bad))
     for path in files:
         print("%s: %d images, %d could not be read" % (path, len(read), len(bad)))
     for path, row in predictions.items() if not files else ():
-        for line in describe(path, row, names, limits):
+        for line in describe(path, row, names, thresholds):
             print(line)
     if bad:
         raise ValueError("%d of %d images cannot be read: %s"

@@ -26,26 +26,23 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.files import NUMBER, fits, read_json, whole_file
 from lib.images import check_image
 from lib.labels import assumed, attribute_names, read_labels, read_thresholds
-from lib.metrics import MAX_DROP, evaluate
+from lib.metrics import MAX_DROP, evaluate, label_acc_interval, metric_intervals
 from lib.models import description
 from lib.names import find_listed, read_list, stem
 from lib.rates import COLUMNS, figure, read_perf
-from lib.results import PROBABILITIES, list_results, logits_from, look_like_probabilities, probabilities, read_logits
+from lib.results import PROBABILITIES, as_logits, list_results, look_like_probabilities, probabilities, read_logits
 from lib.script import command, importing, note, one_line, progress, some
 
 with importing():
     import numpy as np
-    from lib.metrics import label_acc_interval, metric_intervals
 
 PICTURES = 300     # the page shows at most this many
 WORST = 150        # this many of them have the lowest accuracy; the others are the worst of each attribute
 THUMB = (128, 256)  # largest width and height of a picture, in pixels; PETA's images are not much larger
 WEAKEST = 5        # this many attributes are marked
-KINDS = [("missed", "○", "Missed"), ("wrong", "✗", "Wrongly said"), ("right", "✓", "Right")]
+KINDS = [("missed", "○", "Missed"), ("wrong", "✗", "Wrongly predicted"), ("right", "✓", "Right")]
 METRICS = ["instance_acc", "instance_precision", "instance_recall", "instance_F1", "mA"]
 SPEEDS = [name for name in COLUMNS if name.endswith(("images_per_s", "_ms"))]
-CHARTS = [([("e2e_images_per_s", "end to end"), ("interface_images_per_s", "in the model (Interface)")], "images per second"),
-          ([("latency_p50_ms", "p50"), ("latency_p99_ms", "p99")], "milliseconds of a batch in the model")]
 UNKNOWN = "not recorded"
 
 # The parts of the JSON files that are read, as shapes for fits().
@@ -70,8 +67,8 @@ def same(a, b):
     return all(undefined) or not any(undefined) and abs(a - b) < 1e-9
 
 
-def check_fusion(path, fusion, metrics, figures):
-    """Raises ValueError unless stage 7's figures equal metrics and figures, the result of evaluate()."""
+def check_fusion(path, fusion, images, metrics, figures):
+    """Raises ValueError unless stage 7's figures are of this many images, and equal metrics and figures, the result of evaluate()."""
     if not 0 <= (fusion["published_acc"] or 0) <= 1:
         raise ValueError("%s: published_acc %r is not between 0 and 1" % (path, fusion["published_acc"]))
     pairs = [(name, fusion[name], value) for name, value in metrics.items()]
@@ -84,6 +81,9 @@ def check_fusion(path, fusion, metrics, figures):
         if not same(theirs, ours):
             raise ValueError("%s: its %s is %s, but the results and labels give %s; run postprocess_deepmar_pytorch.py "
                              "on these results again" % (path, name, theirs, ours))
+    if fusion["images"] != images:
+        raise ValueError("%s: is of %d images, but the results are of %d; run postprocess_deepmar_pytorch.py on these "
+                         "results again" % (path, fusion["images"], images))
 
 
 def read_throughput(path, images, accuracy):
@@ -152,63 +152,15 @@ def read_comparison(path, stems, attributes, accuracy):
     return report
 
 
-def chart(rows, series, unit):
-    """Returns a bar chart of two columns over the batch sizes, as SVG for an HTML page, or None if no figure is known.
+def images_to_show(accuracy, logits, true):
+    """Returns the indexes of at most PICTURES images, the worst first.
 
-    series: (column, label) twice.
-    """
-    if not any(row[column] for row in rows for column, _ in series):
-        return None
-    import logging
-    import xml.etree.ElementTree as ElementTree
-    # matplotlib warns when it lists the fonts for the first time, and if it cannot write the list into the home folder.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    import matplotlib
-    from markupsafe import Markup
-    from matplotlib.figure import Figure
-    several = len({row["devices"] for row in rows}) > 1
-    style = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "axes.spines.top": False,
-             "axes.spines.right": False, "axes.edgecolor": "#888", "xtick.color": "#888", "ytick.color": "#888",
-             "grid.color": "#888", "grid.alpha": 0.35, "axes.axisbelow": True, "legend.frameon": False}
-    with matplotlib.rc_context(style):
-        canvas = Figure(figsize=(4.6, 0.9 + 0.45 * len(rows)), facecolor="none")
-        axes = canvas.add_subplot(facecolor="none")
-        for (column, label), colour, shift in zip(series, ("#2f74c0", "#c77a0a"), (-0.2, 0.2)):
-            values = [(i + shift, row[column]) for i, row in enumerate(rows) if row[column] is not None]
-            bars = axes.barh([place for place, _ in values], [value for _, value in values], 0.36, color=colour,
-                             label=label)
-            axes.bar_label(bars, ["%.*f" % (value < 100, value) for _, value in values], padding=2, fontsize=8)
-        axes.set_yticks(range(len(rows)))
-        axes.set_yticklabels(["%d%s" % (row["batch_size"], "\ndevice " + row["devices"] if several else "")
-                              for row in rows])
-        axes.set_ylim(len(rows) - 0.4, -0.6)  # the smallest batch on top
-        axes.margins(x=0.1)
-        axes.set_ylabel("batch size")
-        axes.set_xlabel(unit)
-        axes.grid(axis="x")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2)
-        file = io.BytesIO()
-        canvas.savefig(file, format="svg", bbox_inches="tight")
-    for prefix, uri in (("", "http://www.w3.org/2000/svg"), ("xlink", "http://www.w3.org/1999/xlink")):
-        ElementTree.register_namespace(prefix, uri)
-    root = ElementTree.fromstring(file.getvalue())
-    for child in [child for child in root if child.tag.endswith("metadata")]:
-        root.remove(child)  # it holds the date and the plot library's address
-    for name in ("width", "height"):
-        del root.attrib[name]  # the page's style sets them
-    root.attrib.update({"role": "img",
-                        "aria-label": "Bar chart of the %s by batch size; the table below has its numbers" % unit})
-    return Markup(ElementTree.tostring(root, encoding="unicode"))
-
-
-def choose(accuracy, logits, true):
-    """Returns the indexes of the images to show, at most PICTURES, the worst first.
-
-    accuracy: of each image. logits, true: [images, attributes]. The WORST images of all come first. Then come in turn, for each
-    attribute, the image where the model is surest of a wrong no and the one where it is surest of a wrong yes. Then the others.
+    accuracy: of each image. logits, true: [images, attributes]; a logit >= 0 means yes. The WORST images of all come first. Then
+    come in turn, for each attribute, the image where the model is surest of a wrong no and the one where it is surest of a wrong
+    yes. Then the others.
     """
     wrong = (logits >= 0) != true
-    order = np.lexsort((-np.abs(logits * wrong).max(axis=1), -wrong.sum(axis=1), accuracy)).tolist()
+    order = np.lexsort((-np.where(wrong, np.abs(logits), 0).max(axis=1), -wrong.sum(axis=1), accuracy)).tolist()
     queues = []
     for column in range(true.shape[1]):
         for mistaken in (wrong & true, wrong & ~true):
@@ -235,19 +187,19 @@ def thumbnail(path):
     return ("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode(),) + picture.size
 
 
-def gallery(names, paths, logits, limits, true):
+def pictures_of(names, paths, logits, thresholds, true):
     """Returns the pictures to show, as dicts for the template. Raises ValueError with the names of unreadable files.
 
-    names, paths: of the images. logits, true: [images, attributes]. limits: the smallest logit that means yes, per attribute.
+    names, paths: of the images. logits, true: [images, attributes]. thresholds: the smallest logit that means yes, per attribute.
     """
-    import PIL  # noqa: F401 - if it is missing, the pictures must not get the blame
-    said = logits >= limits
-    either = (said | true).sum(axis=1)
-    accuracy = (said & true).sum(axis=1) / np.maximum(either, 1)
-    accuracy[either == 0] = 1  # the image has no attribute, and the model says so
+    import PIL  # noqa: F401 - import it here, so that a missing package is not reported as a bad picture
+    predicted = logits >= thresholds
+    either = (predicted | true).sum(axis=1)
+    accuracy = (predicted & true).sum(axis=1) / np.maximum(either, 1)
+    accuracy[either == 0] = 1  # the image has no attribute, and the model predicts none
     chances = probabilities(logits)
     cards, bad = [], []
-    chosen = choose(accuracy, logits - limits, true)
+    chosen = images_to_show(accuracy, logits - thresholds, true)
     with progress(len(chosen), "picture") as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about odd files that it can read
         for image in chosen:
@@ -260,7 +212,7 @@ def gallery(names, paths, logits, limits, true):
                 continue
             card = {"name": names[image], "source": source, "width": width, "height": height,
                     "accuracy": float(accuracy[image])}
-            for kind, which in (("missed", true & ~said), ("wrong", said & ~true), ("right", said & true)):
+            for kind, which in (("missed", true & ~predicted), ("wrong", predicted & ~true), ("right", predicted & true)):
                 card[kind] = [(int(i), float(chances[image, i])) for i in np.flatnonzero(which[image])]
             cards.append(card)
     if bad:
@@ -323,11 +275,10 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def read_run(args):
-    """Returns (image names, logits, limits, truth, fusion_result.json) of a run. The images are in the list's order.
+def read_results(args):
+    """Returns (image names, stage 6's values float32, truth bool) of a run; both arrays are [images, attributes], in the list's order.
 
-    logits are float32 and truth is bool, [images, attributes]. limits: the smallest logit that means yes, per attribute. Raises
-    OSError, or ValueError if the files are not from the same run.
+    Raises OSError, or ValueError if the list, results and labels are not of the same images.
     """
     names = read_list(args.list)
     stems = [stem(name) for name in names]
@@ -338,78 +289,89 @@ def read_run(args):
         if missing:
             raise ValueError("%s: has nothing for %d images of the run: %s; give the results, list and labels of "
                              "one run" % (where, len(missing), some(sorted(missing))))
-    logits = read_logits([results[name] for name in stems], labels.shape[1])
-    true = labels[[rows[name] for name in stems]] == 1
-    fusion = read_json(args.fusion, FUSION, "postprocess_deepmar_pytorch.py")
-    fusion["look"] = None
-    if fusion.get("values") == "probabilities":
-        logits = logits_from(logits)
-    elif look_like_probabilities(logits):
-        fusion["look"] = PROBABILITIES
-    limits = [row.get("threshold", 0) for row in fusion["attributes"]]
-    tuned = fusion.setdefault("thresholds", None)
-    if not fits(limits, [NUMBER]) or tuned is not None and not fits(tuned, TUNED):
-        raise ValueError("%s: is not what postprocess_deepmar_pytorch.py writes" % args.fusion)
-    recorded = attribute_names(labels.shape[1], args.attributes, args.model)
+    return names, read_logits([results[name] for name in stems], labels.shape[1]), labels[[rows[name] for name in stems]] == 1
+
+
+def read_fusion(path):
+    """Returns the content of stage 7's fusion_result.json. Raises OSError or ValueError."""
+    fusion = read_json(path, FUSION, "postprocess_deepmar_pytorch.py")
+    tuned = fusion.get("thresholds")
+    if not fits([row.get("threshold", 0) for row in fusion["attributes"]], [NUMBER]) or tuned is not None and not fits(tuned, TUNED):
+        raise ValueError("%s: is not what postprocess_deepmar_pytorch.py writes" % path)
+    return fusion
+
+
+def check_run(args, fusion, logits, true):
+    """Computes a run's accuracy from its logits and truth. Raises ValueError if it is not that of fusion_result.json.
+
+    Returns (thresholds, scores). thresholds: the smallest logit that means yes, float32 [attributes]. scores: what
+    fusion_result.json holds, with what the page shows besides.
+    """
+    count = true.shape[1]
+    names = attribute_names(count, args.attributes, args.model)
+    thresholds, tuned = [row.get("threshold", 0) for row in fusion["attributes"]], fusion.get("thresholds")
     if args.thresholds is not None:
-        recorded, limits, fusion["thresholds"] = read_thresholds(args.thresholds, recorded)
-    if len(limits) != labels.shape[1]:
-        limits = np.zeros(labels.shape[1])  # check_fusion() will report the difference
-    limits = np.array(limits, np.float32)
-    check_fusion(args.fusion, fusion, *evaluate(logits - limits, true))
-    if fusion["images"] != len(names):
-        raise ValueError("%s: is of %d images, but the results are of %d; run postprocess_deepmar_pytorch.py on these "
-                         "results again" % (args.fusion, fusion["images"], len(names)))
-    for row, name, limit in zip(fusion["attributes"], recorded, limits.tolist()):
-        row.update(threshold=limit, label_acc_interval=label_acc_interval(row))
-        if args.attributes is not None or not assumed(recorded):
-            row["name"] = name
-            fusion["names_assumed"] = False
-    fusion["intervals"] = metric_intervals(logits >= limits, true, METRICS)
-    fusion["instance_acc_at_0"] = evaluate(logits, true)[0]["instance_acc"]
-    return names, logits, limits, true, fusion
+        names, thresholds, tuned = read_thresholds(args.thresholds, names)
+    if len(thresholds) != count:
+        thresholds = np.zeros(count)  # check_fusion() will report the difference
+    thresholds = np.array(thresholds, np.float32)
+    check_fusion(args.fusion, fusion, len(true), *evaluate(logits - thresholds, true))
+    attributes = [dict(row, threshold=threshold, label_acc_interval=label_acc_interval(row))
+                  for row, threshold in zip(fusion["attributes"], thresholds.tolist())]
+    names_assumed = fusion.get("names_assumed", False)
+    if args.attributes is not None or not assumed(names):
+        attributes = [dict(row, name=name) for row, name in zip(attributes, names)]
+        names_assumed = False
+    return thresholds, dict(fusion, attributes=attributes, names_assumed=names_assumed, thresholds=tuned,
+                            intervals=metric_intervals(logits >= thresholds, true, METRICS),
+                            instance_acc_at_0=evaluate(logits, true)[0]["instance_acc"])
 
 
-def page_values(args, names, fusion, speeds, comparison, cards):
-    """Returns the values for the template."""
+def page_values(args, scores, doubt, speeds, comparison, pictures):
+    """Returns the values for the template. doubt: what is odd about the results, or None."""
     def used(column):
         return ", ".join(dict.fromkeys(row[column] for row in speeds)) or UNKNOWN
 
-    by_accuracy = sorted(fusion["attributes"], key=lambda row: 2 if row["label_acc"] is None else row["label_acc"])
-    published = fusion["published_acc"]
-    drop = None if published is None else published - fusion["instance_acc_at_0"]
+    by_accuracy = sorted(scores["attributes"], key=lambda row: 2 if row["label_acc"] is None else row["label_acc"])
+    published = scores["published_acc"]
+    drop = None if published is None else published - scores["instance_acc_at_0"]
     described = {} if args.model is None else description(args.model)
-    facts = [("Checkpoint", "SHA-256 %s" % described["checkpoint_sha256"])] if "checkpoint_sha256" in described else []
-    if fusion["thresholds"]:
-        facts.append(("Thresholds", "each attribute's own, tuned for %(goal)s on %(images)d other images" % fusion["thresholds"]))
+    facts = [("Model", used("model")), ("Backend", used("backend")), ("Device", used("devices")), ("Images scored", scores["images"])]
+    if "checkpoint_sha256" in described:
+        facts.append(("Checkpoint", "SHA-256 %s" % described["checkpoint_sha256"]))
+    if scores["thresholds"]:
+        facts.append(("Thresholds", "each attribute's own, tuned for %(goal)s on %(images)d other images" % scores["thresholds"]))
+    facts += [("Results", ", ".join(args.results)),
+              ("Scored", time.strftime("%Y-%m-%d %H:%M", time.localtime(os.path.getmtime(args.fusion))))]
     return {
-        "fusion": fusion, "drop": drop, "max_drop": MAX_DROP, "passed": drop is None or drop <= MAX_DROP + 1e-9,
-        "metrics": [(name, fusion[name], fusion["intervals"][name]) for name in METRICS],
-        "run": [("Model", used("model")), ("Backend", used("backend")), ("Device", used("devices")),
-                ("Images scored", len(names))] + facts + [("Results", ", ".join(args.results)),
-                ("Scored", time.strftime("%Y-%m-%d %H:%M", time.localtime(os.path.getmtime(args.fusion))))],
-        "rows": speeds, "charts": [chart(speeds, *what) for what in CHARTS], "attributes": by_accuracy, "comparison": comparison,
-        "weakest": [row for row in by_accuracy if row["label_acc"] not in (None, 1)][:WEAKEST],
-        "names_assumed": fusion.get("names_assumed", False), "look": fusion["look"], "cards": cards, "kinds": KINDS}
+        "scores": scores, "drop": drop, "max_drop": MAX_DROP, "passed": drop is None or drop <= MAX_DROP + 1e-9,
+        "metrics": [(name, scores[name], scores["intervals"][name]) for name in METRICS], "run": facts, "rows": speeds,
+        "attributes": by_accuracy, "weakest": [row for row in by_accuracy if row["label_acc"] not in (None, 1)][:WEAKEST],
+        "comparison": comparison, "doubt": doubt, "cards": pictures, "kinds": KINDS}
 
 
 def main(argv=None):
     args = parse(argv)
-    names, logits, limits, true, fusion = read_run(args)
+    names, logits, true = read_results(args)
+    fusion = read_fusion(args.fusion)
+    declared = "probabilities" if fusion.get("values") == "probabilities" else "logits"
+    logits = as_logits(logits, ", ".join(args.results), declared)
+    doubt = PROBABILITIES if declared == "logits" and look_like_probabilities(logits) else None
+    thresholds, scores = check_run(args, fusion, logits, true)
     speeds = read_perf_files(args.perf)
     if args.throughput is not None:
-        speeds = read_throughput(args.throughput, len(names), fusion["instance_acc"])
+        speeds = read_throughput(args.throughput, len(names), scores["instance_acc"])
     comparison = None
     if args.compare is not None:
-        comparison = read_comparison(args.compare, [stem(name) for name in names], true.shape[1], fusion["instance_acc"])
-    if fusion["look"]:
-        note("%s: %s" % (", ".join(args.results), fusion["look"]))
-    cards = gallery(names, find_listed(args.images, names, args.list), logits, limits, true)
-    page = render(page_values(args, names, fusion, speeds, comparison, cards))
+        comparison = read_comparison(args.compare, [stem(name) for name in names], true.shape[1], scores["instance_acc"])
+    if doubt:
+        note("%s: %s" % (", ".join(args.results), doubt))
+    pictures = pictures_of(names, find_listed(args.images, names, args.list), logits, thresholds, true)
+    page = render(page_values(args, scores, doubt, speeds, comparison, pictures))
     data = page.encode("utf-8", "replace")  # names in JSON may hold half a surrogate pair
     with whole_file(args.output) as temporary, open(temporary, "wb") as f:
         f.write(data)
-    print("%s: %d images, %d pictures, %.1f MB" % (args.output, len(names), len(cards), len(data) / 1e6))
+    print("%s: %d images, %d pictures, %.1f MB" % (args.output, len(names), len(pictures), len(data) / 1e6))
 
 
 if __name__ == "__main__":

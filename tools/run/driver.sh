@@ -161,7 +161,7 @@ needed_packages() {
     if runs 2 || [ -n "${make_twin-}" ]; then packages+=(onnx onnxruntime); fi
     if runs 4; then packages+=(Pillow tqdm); fi
     if runs 6 && [ "$backend" = onnxruntime ]; then packages+=(onnx onnxruntime tqdm); fi
-    if runs 8; then packages+=(Pillow tqdm jinja2 matplotlib); fi
+    if runs 8; then packages+=(Pillow tqdm jinja2); fi
 }
 
 # choose_python: sets python to one that has these packages

@@ -90,7 +90,7 @@ def read_names(path):
 def describe(content, checkpoint, names, size, last_conv_stride):
     """Adds what a user must know to an ONNX file's metadata, which no tool computes with. Returns the file's new bytes.
 
-    checkpoint: its path. names: the attributes' names, or None. size: (height, width). tools/common.py reads the metadata.
+    checkpoint: its path. names: the attributes' names, or None. size: (height, width). lib/script.py reads the metadata.
     """
     import onnx
     sha256 = hashlib.sha256()

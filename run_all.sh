@@ -43,8 +43,8 @@ json=${json-}                      # with --check: also write the list into this
 
 here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 # It defines begin and finish of a stage, names_of a batch size's files, record and fresh for what files were made from.
-# shellcheck source=tools/driver.sh
-source "$here/tools/driver.sh"
+# shellcheck source=tools/run/driver.sh
+source "$here/tools/run/driver.sh"
 start_run "$@"
 
 if [ -n "$sample" ] && begin 0 "sample data (no checkpoint and images are set)"; then
@@ -80,7 +80,7 @@ if begin 3 "ONNX -> OM with atc"; then
         names_of "$batch"
         fresh "$nopad" 2 onnx="$onnx"
         if [ -n "$make_om" ]; then
-            run_atc # tools/backend.sh
+            run_atc # tools/run/backend.sh
             record "$om" model="$nopad" aipp="$aipp"
         fi
         if [ -n "$make_twin" ]; then # ONNX Runtime runs this model in place of an OM with AIPP
@@ -114,7 +114,7 @@ if begin 6 "inference on backend $backend, device $device_id"; then
         need "$model" "$model_stage"
         belongs
         say "batch size $batch: $model, $(wc -l <deepmar.info) images -> $result"
-        infer   # tools/backend.sh: runs the tool in its own folder and checks its output
+        infer   # tools/run/backend.sh: runs the tool in its own folder and checks its output
         collect # replaces the results of an earlier run
     done
     finish
@@ -130,7 +130,7 @@ if begin 7 "accuracy and throughput"; then
         rows+=(--run "$batch" "$result" "$model" "$ran")
     done
     # shellcheck disable=SC2086 # one word each
-    "$python" "$here/tools/table.py" throughput "${rows[@]}" --devices $device_id --chips "$chips"
+    "$python" "$here/tools/run/table.py" throughput "${rows[@]}" --devices $device_id --chips "$chips"
     record throughput.csv "${table_inputs[@]}"
     finish
 fi

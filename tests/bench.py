@@ -33,11 +33,14 @@ from PIL import Image
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tools")]
+from lib.session import calls_at_once, open_session, run
 import get_info
 import postprocess_deepmar_pytorch as postprocess
 import preprocess_deepmar_pytorch as preprocess
-from common import command, cores, note, write_text
-from postprocess_deepmar_pytorch import evaluate
+from lib.files import write_text
+from lib.machine import cores
+from lib.metrics import evaluate
+from lib.script import command, note
 
 CORES = cores()
 
@@ -359,8 +362,8 @@ def measure_standin(model, batch, bins, rounds, new_folder):
     """Returns {side: [seconds for an image]} of stage 6's stand-in, the bare session and a plain loop over the bins [(name, path)]."""
     import onnxruntime
     import session
-    calls = session.calls_at_once(CORES, len(bins), batch)
-    ours, bare = session.open_session(model, calls=calls), session.open_session(model)
+    calls = calls_at_once(CORES, len(bins), batch)
+    ours, bare = open_session(model, calls=calls), open_session(model)
     plain = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     parts = [bins[i:i + batch] for i in range(0, len(bins), batch)]
 
@@ -380,7 +383,7 @@ def measure_standin(model, batch, bins, rounds, new_folder):
         return clock(loop, new_folder()) / len(bins)
 
     def run_ours():
-        clocks, _ = session.run(ours, bins, batch, 224, 224, new_folder(), lambda done: None, calls)
+        clocks, _ = run(ours, bins, batch, 224, 224, new_folder(), lambda done: None, calls)
         return clocks["e2e"].seconds / len(bins)
 
     def run_cold():
@@ -418,13 +421,13 @@ def row_standin(inputs):
 
 def with_onnxruntime(model, array, images):
     """Returns a function that runs a model on the same batch this many times, with calls at the same time as in stage 6."""
-    from session import callers, calls_at_once, open_session
+    from lib.session import callers, calls_at_once, open_session
     calls = calls_at_once(CORES, images, len(array))
     session = open_session(model, calls=calls)
 
     def infer(times):
         with callers(calls) as pool:
-            list(pool.map(lambda _: session.run(None, {"actual_input_1": array}), range(times)))
+            list(pool.map(lambda _: run(None, {"actual_input_1": array}), range(times)))
     return infer
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [os.path.dirname(TESTS), os.path.join(os.path.dirname(TESTS), "tools"), TESTS]
+sys.path[:0] = [os.path.join(os.path.dirname(TESTS), folder) for folder in ("", "tools", "tools/run", "tests")]
 pytest.register_assert_rewrite("helpers", "small_network", "stages")
 from helpers import SIZE, run_all, script
 
@@ -61,7 +61,7 @@ def sample_folder(shared_folder):
 def compute_accuracy(folder):
     from DeepMAR import load_model
     from PIL import Image
-    from postprocess_deepmar_pytorch import evaluate
+    from lib.metrics import evaluate
     from sample import forward
     with open(os.path.join(folder, "label.json")) as f:
         labels = json.load(f)

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-OWN = [ROOT, os.path.join(ROOT, "tools"), os.path.join(ROOT, "tests")]  # the folders of our own modules
+OWN = [os.path.join(ROOT, folder).rstrip("/") for folder in ("", "lib", "lib/gallery", "tools", "tools/run", "tests")]  # of our own modules
 SIZE = 12  # the number of images in run_all.sh's sample
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 

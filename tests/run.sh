@@ -36,11 +36,11 @@ export OMP_NUM_THREADS=1
 pythons=("${PYTHON:-python3}")
 [ -z "$python37" ] || pythons+=("$python37")
 for index in "${!pythons[@]}"; do
-    pythons[index]=$(PYTHON=${pythons[index]} tools/python.sh requirements.txt tests/requirements.txt) || exit 1
+    pythons[index]=$(PYTHON=${pythons[index]} tools/run/python.sh requirements.txt tests/requirements.txt) || exit 1
 done
 DEEPMAR_TEST_PYTHONS=$(IFS=: && echo "${pythons[*]}")
 
-shellcheck -x run_all.sh tools/*.sh tests/run.sh .ci/run || exit 1
+shellcheck -x run_all.sh tools/run/*.sh tests/run.sh .ci/run || exit 1
 "${pythons[0]}" -m ruff check --quiet . || exit 1
 
 # The second Python leaves these out, because nothing in them depends on the stack: the benchmark, a tool for developers; the README;

@@ -6,7 +6,7 @@ from onnx import helper
 
 import compare
 from helpers import make_model, script, tensor_info
-from preprocess_deepmar_pytorch import MEAN, STD
+from lib.images import MEAN, STD
 
 SIZE, CHANNELS, ATTRIBUTES, IMAGES = 16, 8, 6, 12
 NAMES = ["im%02d" % i for i in range(IMAGES)]

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 import compare
-import faults
-import preprocess_deepmar_pytorch as preprocess
+from lib.bins import fault
+from lib.faults import tensors
+from lib.images import MEAN, STD, preprocess
 import rehearse
-from common import description
+from lib.models import description
 from helpers import ROOT, check_error, parse_predictions, script, write_images, write_model
 from small_network import IMAGES, NAMES, SIZE, Scene, compute, make_twin, normalised, pictures, weights, write_bins, write_network
 
@@ -48,8 +49,8 @@ def test_uint8_bins_are_the_resized_pixels(tmp_path):
             expected = np.asarray(image.convert("RGB").resize((224, 224), Image.BILINEAR))
         content = (tmp_path / "bins" / (name[:-4] + ".bin")).read_bytes()
         assert len(content) == 150528 and content == expected.tobytes()
-        x = preprocess.preprocess(str(tmp_path / "images" / name))  # the two kinds are of the same pixels
-        assert np.array_equal(x, ((expected / np.float32(255) - np.float32(preprocess.MEAN)) / np.float32(preprocess.STD))
+        x = preprocess(str(tmp_path / "images" / name))  # the two kinds are of the same pixels
+        assert np.array_equal(x, ((expected / np.float32(255) - np.float32(MEAN)) / np.float32(STD))
                               .astype(np.float32).transpose(2, 0, 1))
     done = script("get_info.py", "bins", "deepmar.info", 224, 224, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout == "deepmar.info: 5 bins of bins, 224 x 224, uint8\n", done.stderr
@@ -79,7 +80,7 @@ def test_bins_of_another_size_are_not_taken_for_the_other_kind(tmp_path):
     script("preprocess_deepmar_pytorch.py", "images", "quarter", "image.txt", "--size", 8, 8, cwd=tmp_path)
     (tmp_path / "info").write_text("0 quarter/im0.bin 16 16\n")
     check_error(script(*(command + ["-om_path=a.onnx"]), cwd=tmp_path), "float32 values, not pixels in quarter/im0.bin")
-    assert preprocess.fault(np.zeros((16, 16, 3), np.uint8)) is None and preprocess.fault(np.full((16, 16, 3), 255, np.uint8)) is None
+    assert fault(np.zeros((16, 16, 3), np.uint8)) is None and fault(np.full((16, 16, 3), 255, np.uint8)) is None
 
 
 # --- atc's file ------------------------------------------------------------------------------------------------------
@@ -146,12 +147,12 @@ def test_the_arithmetic_is_numpys_float16(aipp_scene):
     bins = [os.path.join(aipp_scene.bins, name + ".bin") for name in NAMES]
     expected = after_aipp(aipp_scene.bins)
     for path in (aipp_scene.model, aipp_scene.twin):
-        for value, wanted in zip(faults.tensors(path, ["actual_input_1"], bins), expected):
+        for value, wanted in zip(tensors(path, ["actual_input_1"], bins), expected):
             assert np.array_equal(value["actual_input_1"][0], wanted)
     difference = np.abs(expected[0] - normalised(aipp_scene.pixels)[0]).max(axis=(1, 2))
     assert rehearse.aipp_differences() == pytest.approx(difference, rel=1e-3) and difference.max() < 0.003
     logits = compute(aipp_scene.values, expected)["output1"]
-    found = np.concatenate([value["output1"] for value in faults.tensors(aipp_scene.twin, ["output1"], bins)])
+    found = np.concatenate([value["output1"] for value in tensors(aipp_scene.twin, ["output1"], bins)])
     assert np.abs(found - logits).max() < 0.01
 
 

@@ -14,6 +14,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from lib.providers import PROVIDERS
+from lib.session import callers, calls_at_once, check_precision, open_session, run
 import benchmark
 import providers
 import session
@@ -56,7 +58,7 @@ def test_results_are_the_models_and_the_files_the_tools(folder, batch, device, m
     images = np.load(str(folder / "images.npy"))
     assert sorted(os.listdir(str(stale))) == ["%05d_1.bin" % i for i in range(COUNT)]
     for i, image in enumerate(images):
-        expected, = session.run(None, {"actual_input_1": image[None]})
+        expected, = run(None, {"actual_input_1": image[None]})
         logits = np.fromfile(str(stale / ("%05d_1.bin" % i)), "<f4")
         assert logits.shape == (35,)
         np.testing.assert_allclose(logits, expected[0], rtol=1e-5, atol=1e-6)
@@ -93,7 +95,7 @@ def test_each_caller_stays_on_a_core_of_its_own():
         def place(_):
             meeting.wait(60)
             return os.sched_getaffinity(0)
-        with session.callers(calls) as pool:
+        with callers(calls) as pool:
             found = list(pool.map(place, range(calls)))
         assert found == [places] * calls if calls > len(places) else sorted(map(tuple, found)) == [(i,) for i in sorted(places)]
         assert os.sched_getaffinity(0) == places
@@ -105,12 +107,12 @@ def test_each_caller_stays_on_a_core_of_its_own():
     (2, 8, 8, 1), (2, 16, 8, 2), (2, 24, 8, 1), (2, 25 * 8, 8, 2),  # 3 batches would leave one of 2 threads idle for a third
     (8, 9 * 8, 8, 3), (2, 1, 1, 1)])
 def test_calls_at_once(threads, images, batch_size, calls):
-    assert session.calls_at_once(threads, images, batch_size) == calls
+    assert calls_at_once(threads, images, batch_size) == calls
 
 
 def test_calls_of_a_large_batch_take_no_more_than_the_memory_allowed():
-    assert session.calls_at_once(8, 10 ** 6, 1024) == 1
-    assert session.calls_at_once(8, 10 ** 6, 8, 896, 896) == 1 < session.calls_at_once(8, 10 ** 6, 8, 256, 128) == 8
+    assert calls_at_once(8, 10 ** 6, 1024) == 1
+    assert calls_at_once(8, 10 ** 6, 8, 896, 896) == 1 < calls_at_once(8, 10 ** 6, 8, 256, 128) == 8
 
 
 def test_pure_inference_of_another_size(folder, tmp_path):
@@ -126,7 +128,7 @@ class Half(object):
     """A session of another provider, which computes in float16."""
 
     def __init__(self, path):
-        self.exact = session.open_session(path)
+        self.exact = open_session(path)
 
     def __getattr__(self, name):
         return getattr(self.exact, name)
@@ -144,7 +146,7 @@ def test_a_provider_that_computes_otherwise(folder, monkeypatch, capsys):
     names = ["FastExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(benchmark, "available", lambda: names)
     monkeypatch.setattr(benchmark, "open_session", lambda path, device_id, threads, calls, name, exact: (
-        Half(path) if name == names[0] else session.open_session(path, device_id, threads, calls, name, exact)))
+        Half(path) if name == names[0] else open_session(path, device_id, threads, calls, name, exact)))
     arguments = ["-batch_size=8", "-om_path=bs8.onnx", "-input_text_path=deepmar.info", "-device_id=9"]
     with pytest.raises(ValueError, match="bs8.onnx: in the first batch, the logits of Fast.* differ from the CPU's by up to .* "
                                          "give a -tolerance above"):
@@ -165,7 +167,7 @@ def test_a_provider_whose_logits_are_nan(folder, monkeypatch):
     monkeypatch.setattr(Half, "run", lambda self, *arguments: [np.full((8, 35), np.nan, np.float32)])
     path = str(folder / "bs8.onnx")
     with pytest.raises(ValueError, match="differ from the CPU's by up to nan"):
-        session.check_precision(Half(path), path, np.zeros((8, 3, 224, 224), np.float32), 0.5)
+        check_precision(Half(path), path, np.zeros((8, 3, 224, 224), np.float32), 0.5)
 
 
 def test_a_provider_that_is_not_there(folder):
@@ -290,7 +292,7 @@ def test_a_provider_that_did_not_load(folder, monkeypatch, capsys):
     monkeypatch.chdir(str(folder))
     monkeypatch.setattr(providers, "default", lambda device_id: ["CPUExecutionProvider"])
     arguments = ["-batch_size=1", "-om_path=bs1.onnx", "-round=1"]
-    for name in providers.PROVIDERS[:2]:
+    for name in PROVIDERS[:2]:
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [name, "CPUExecutionProvider"])
         benchmark.main(arguments)
         lines = capsys.readouterr().out.splitlines()

@@ -245,8 +245,8 @@ def test_accuracy_must_not_differ_between_batch_sizes(tmp_path, wrong, said):
         (folder / "fusion_result.json").write_text(json.dumps({"images": report.get("images", 12),
                                                                "instance_acc": report.get("accuracy", 0.8)}))
     runs = [["--run", str(size), str(size), "m.om", "b"] for size in (8, 1)]
-    process = script("tools/table.py", "t", *sum(runs, []), cwd=tmp_path)
+    process = script("tools/run/table.py", "t", *sum(runs, []), cwd=tmp_path)
     check_error(process, said)
     assert (tmp_path / "t.md").read_text().splitlines()[2].split() == "| 1 | 10.00 | 2.00 | - | - | - | - | - | 0.8 |".split()
     (tmp_path / "8" / "perf_vision_batchsize_8_device_0.txt").write_text("torn")
-    check_error(script("tools/table.py", "t", *sum(runs, []), cwd=tmp_path), "perf_vision_batchsize_8", "stage 6")
+    check_error(script("tools/run/table.py", "t", *sum(runs, []), cwd=tmp_path), "perf_vision_batchsize_8", "stage 6")

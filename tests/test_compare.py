@@ -6,7 +6,8 @@ import pytest
 
 import compare
 from helpers import check_error, independent, run_stage_6, script, write_bins, write_images, write_model
-from postprocess_deepmar_pytorch import ASSUMED, PETA, probabilities
+from lib.labels import ASSUMED, PETA
+from lib.results import probabilities
 
 TOOL = "tools/compare.py"
 

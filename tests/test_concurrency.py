@@ -9,7 +9,7 @@ import pytest
 from stages import STAGES, contents, output, prepare, put_earlier, run, start
 from helpers import check_error, namespaces
 
-from common import replaced_folder, whole_file
+from lib.files import replaced_folder, whole_file
 
 
 # Tells a process's number, and runs a script in it.

@@ -8,10 +8,10 @@ import onnx
 import onnxruntime
 import pytest
 
-from common import description
+from lib.models import description
 from helpers import (NETWORK, POSTPROCESS, ROOT, ZEROS, between, check_error, model_of, node, parse_predictions, random_case,
                      script, write_case, write_images, write_model)
-from preprocess_deepmar_pytorch import MEAN, STD
+from lib.images import MEAN, STD
 
 NAMES = ["hat", "a bag, on wheels", "\u5e3d\u5b50"]
 
@@ -160,7 +160,7 @@ def test_stage_7_and_the_report(exported, tmp_path):
     ({"attributes": "hat"}, "its metadata is damaged"), ({"attributes": "[" * 100000}, "its metadata is damaged"),
     ({"size": ""}, "its metadata is damaged")])
 def test_damaged_metadata(tmp_path, entries, message):
-    from postprocess_deepmar_pytorch import attribute_names
+    from lib.labels import attribute_names
     model = str(put(write_model(tmp_path / "m.onnx", attributes=3), **entries))
     with pytest.raises(ValueError) as error:
         attribute_names(3, None, model)

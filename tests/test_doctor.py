@@ -164,7 +164,7 @@ def test_both_layouts_of_cann(machine, version, folder):
         latest = machine / "elsewhere" / ("cann-8.5.0" if version == "8.5.0" else "ascend-toolkit/latest")
         latest_set_env = (latest if version == "8.5.0" else latest.parent) / "set_env.sh"
         environment = dict(os.environ, **{name: str(latest)})
-        assert subprocess.check_output([sys.executable, os.path.join(ROOT, "tools", "doctor.py"), "set_env"], env=environment,
+        assert subprocess.check_output([sys.executable, os.path.join(ROOT, "tools/run/doctor.py"), "set_env"], env=environment,
                                        universal_newlines=True).strip() == str(latest_set_env)
 
 
@@ -254,7 +254,7 @@ def test_a_card_that_lacks_something(machine):
 
 
 def test_ais_bench(machine):
-    """What it refuses is asked of tools/ais_bench_files.py: here the tool of language models, and a path."""
+    """What it refuses is asked of tools/run/ais_bench_files.py: here the tool of language models, and a path."""
     site, arguments = machine / "site", ["--backend", "ais_bench"]
     write(site / "ais_bench" / "__init__.py")
     row = check(machine, *arguments, PYTHONPATH=str(site))[1]["ais_bench"]
@@ -288,8 +288,8 @@ def test_a_python_without_packages(machine):
     """It looks, and leaves the installation to the first run."""
     bare, checkout = machine / "bare", machine / "checkout"
     subprocess.check_call([sys.executable, "-m", "venv", "--without-pip", str(bare)])
-    for name in ("run_all.sh", "requirements.txt", "get_info.py", "tools/backend.sh", "tools/driver.sh", "tools/doctor.py",
-                 "tools/common.py", "tools/ais_bench_files.py"):
+    for name in ("run_all.sh", "requirements.txt", "get_info.py", "tools/run/backend.sh", "tools/run/driver.sh", "tools/run/doctor.py",
+                 "lib/script.py", "tools/run/ais_bench_files.py"):
         with open(os.path.join(ROOT, name)) as f:
             write(checkout / name, f.read())
     process, rows = check(machine, root=checkout, PYTHON=str(bare / "bin" / "python"))

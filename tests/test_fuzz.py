@@ -15,9 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from helpers import ZEROS, between, constant, model_of, node, outputs_of
 
+from lib.bins import read_info
+from lib.labels import read_labels
+from lib.models import load
+from lib.names import read_list, stem
+from lib.results import check_images
 import benchmark
-import postprocess_deepmar_pytorch as post
-import preprocess_deepmar_pytorch as stage4
 import remove_pad
 from DeepMAR import load_checkpoint
 
@@ -80,14 +83,14 @@ LISTS = ["00001.png\n00002.png\r\n\n sub/3.b.png", "\ufeffa.png\nü x.jpg\n", "a
 @fuzz(150, st.one_of(damaged([text.encode("utf-8") for text in LISTS]), st.binary(max_size=60)))
 def test_lists(file, data):
     path = file(data)
-    names = refused(stage4.read_list, path)
+    names = refused(read_list, path)
     if names is not None:
         lines = [line.strip() for line in data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")]
         assert names == [line for line in lines if line]
-        bins = [os.path.normpath(os.path.join("/bins", stage4.stem(name) + ".bin")) for name in names]
+        bins = [os.path.normpath(os.path.join("/bins", stem(name) + ".bin")) for name in names]
         assert len(set(bins)) == len(bins) and all(os.path.dirname(path) == "/bins" for path in bins)
         assert all(os.path.normpath(os.path.join("/images", name)).startswith("/images/") for name in names)
-        post.check_images(path, {post.stem(name): "" for name in names})  # stage 7 reads the list as stage 4 does
+        check_images(path, {stem(name): "" for name in names})  # stage 7 reads the list as stage 4 does
 
 
 INFO = "".join("%d ./bins/%05d.bin 224 224\n" % (i, i) for i in range(3)).encode()
@@ -95,7 +98,7 @@ INFO = "".join("%d ./bins/%05d.bin 224 224\n" % (i, i) for i in range(3)).encode
 
 @fuzz(150, st.one_of(damaged([INFO]), st.binary(max_size=60)))
 def test_info(file, data):
-    bins = refused(benchmark.read_info, file(data), 224, 224)
+    bins = refused(read_info, file(data), 224, 224)
     assert bins is None, "none of the bins is there"
 
 
@@ -104,11 +107,11 @@ LABELS = [b'{"a.png": [0, 1, 1], "b.png": [1, 0, 0]}', '\ufeff{"x/ü.png": [0.0,
 
 @fuzz(200, st.one_of(damaged(LABELS), st.binary(max_size=60)))
 def test_labels(file, data):
-    found = refused(post.read_labels, file(data))
+    found = refused(read_labels, file(data))
     if found is not None:
         rows, labels = found
         expected = json.loads(data.decode("utf-8-sig"))
-        assert rows == {post.stem(name): i for i, name in enumerate(expected)}
+        assert rows == {stem(name): i for i, name in enumerate(expected)}
         assert labels.tolist() == [[int(value) for value in row] for row in expected.values()]
 
 
@@ -172,7 +175,7 @@ MODELS = [model_of(between(node("Pad", "r c", "p")), [("c", ZEROS)]),
 def test_damaged_models(file, data):
     """The Pads go, and the model is still one, if it was."""
     def load(path):
-        model = refused(remove_pad.load, path)
+        model = refused(load, path)
         if model is None:
             return
         try:

@@ -24,10 +24,12 @@ from PIL import Image
 from helpers import ROOT, check_error, namespaces, run_stage_6, script, write_bins, write_images, write_model
 
 import gallery
-import gallery_shards
+from lib.gallery.shards import absolute, find_input
+from lib.gallery.worker import Worker, put, versions
+from lib.labels import ASSUMED, PETA
+from lib.results import probabilities
 import gallery_worker
-import postprocess_deepmar_pytorch as post
-from session import open_session
+from lib.session import open_session
 
 OLD = sys.version_info < gallery.PYTHON
 if not OLD:
@@ -91,13 +93,13 @@ def check_once(output, names):
 
 def job(output, **more):
     """What Worker() takes, for a model of 35 attributes."""
-    return dict({"output": str(output), "names": post.PETA, "sigmoid": False, "probabilities": False, "calls": 1, "threads": 2,
-                 "readers": 2, "provider": gallery.CPU, "versions": gallery_worker.versions()}, **more)
+    return dict({"output": str(output), "names": PETA, "sigmoid": False, "probabilities": False, "calls": 1, "threads": 2,
+                 "readers": 2, "provider": gallery.CPU, "versions": versions()}, **more)
 
 
 def worker(model, output, **more):
     open_session(str(model))  # imports onnxruntime
-    started = gallery_worker.Worker(job(output, **more))
+    started = Worker(job(output, **more))
     started.start(model.read_bytes())
     return started
 
@@ -105,7 +107,7 @@ def worker(model, output, **more):
 def shards(*arguments):
     """The shards of a command line."""
     args = gallery.parse([str(argument) for argument in arguments] + ["--onnx", "m.onnx", "--output", "out"])
-    return gallery_shards.find_input(args, gallery_shards.absolute(args.input[0]))
+    return find_input(args, absolute(args.input[0]))
 
 
 # --- a worker by itself -----------------------------------------------------------------------------------------------------
@@ -144,7 +146,7 @@ def test_probabilities_and_models_that_end_in_a_sigmoid(folder, tmp_path):
             started = worker(model, tmp_path, sigmoid=sigmoid, probabilities=wanted)
             started.work(0, found.describe(0))
             results[sigmoid, wanted] = np.array([values for entries in rows(tmp_path).values() for _, values in entries])
-    assert np.allclose(results[False, True], post.probabilities(results[False, False]), atol=1e-6, equal_nan=True)
+    assert np.allclose(results[False, True], probabilities(results[False, False]), atol=1e-6, equal_nan=True)
     assert np.array_equal(results[True, True], results[False, True], equal_nan=True) or np.allclose(
         results[True, True], results[False, True], atol=1e-6, equal_nan=True)
     assert np.nanmax(np.abs(results[True, False])) > 1 and np.nanmin(results[True, False]) < 0
@@ -244,7 +246,7 @@ def test_a_fault_that_is_not_the_images_is_no_row(folder, tmp_path, monkeypatch)
 
 def test_another_machine_must_have_the_same_versions(folder, tmp_path):
     with pytest.raises(ValueError, match="it has numpy .*, not 1.0"):
-        worker(folder / "m.onnx", tmp_path, versions=dict(gallery_worker.versions(), numpy="1.0"))
+        worker(folder / "m.onnx", tmp_path, versions=dict(versions(), numpy="1.0"))
 
 
 def test_a_file_system_that_renames(folder, tmp_path):
@@ -254,7 +256,7 @@ def test_a_file_system_that_renames(folder, tmp_path):
     fs = ArrowFSWrapper(pyarrow.fs.LocalFileSystem())
     for text in (b"first", b"second"):
         (tmp_path / "new").write_bytes(text)
-        gallery_worker.put(str(tmp_path / "new"), fs, str(tmp_path / "part"))
+        put(str(tmp_path / "new"), fs, str(tmp_path / "part"))
         assert (tmp_path / "part").read_bytes() == text and len(list(tmp_path.iterdir())) == 2
 
 
@@ -303,18 +305,18 @@ def first(folder):
 
 def test_a_folder(folder, first):
     output, done = first
-    assert done.stderr == "note: %s\n" % post.ASSUMED
+    assert done.stderr == "note: %s\n" % ASSUMED
     lines = done.stdout.split("\n")
     assert lines[0].startswith("out: 22 images in 5 parts, 2 images cannot be read; ")
     assert re.match(r"\d+ workers on 1 nodes, 0 lost; 0 parts started again$", lines[1]) and lines[2:] == [""]
     found = check_once(output, all_images(folder / "images"))
     assert sorted(path for path, (error, _) in found.items() if error) == ["b/empty.png", "cut.jpg"]
     schema = parquet.read_schema(str(output / "part-000000.parquet"))
-    assert schema.names == ["path"] + list(post.PETA) + ["error"]
-    assert {str(schema.field(name).type) for name in post.PETA} == {"float"} and str(schema.field("path").type) == "string"
+    assert schema.names == ["path"] + list(PETA) + ["error"]
+    assert {str(schema.field(name).type) for name in PETA} == {"float"} and str(schema.field("path").type) == "string"
     assert parquet.read_metadata(str(output / "part-000000.parquet")).row_group(0).column(0).compression == "ZSTD"
     manifest = json.loads((output / "_manifest.json").read_text())
-    assert manifest["values"] == "logits" and manifest["attributes"] == list(post.PETA) and len(manifest["model"]["sha256"]) == 64
+    assert manifest["values"] == "logits" and manifest["attributes"] == list(PETA) and len(manifest["model"]["sha256"]) == 64
     assert {"onnxruntime", "numpy", "Pillow", "ray", "pyarrow", "python"} == set(manifest["versions"])
 
 
@@ -324,7 +326,7 @@ def test_the_readmes_query(folder, first, monkeypatch):
     monkeypatch.chdir(folder)
     os.path.exists("attributes") or os.symlink("out", "attributes")
     said = {path for path, in duckdb.sql(query).fetchall()}
-    male, backpack = post.PETA.index("personalMale"), post.PETA.index("carryingBackpack")
+    male, backpack = PETA.index("personalMale"), PETA.index("carryingBackpack")
     expected = {path for path, (error, values) in check_once(first[0], all_images(folder / "images")).items()
                 if error is None and values[male] < 0 <= values[backpack]}
     assert said == expected and 0 < len(said) < 20
@@ -404,7 +406,7 @@ def test_errors_before_work(folder, tmp_path, monkeypatch):
     assert "--root is for a list file" in refused("images", "--root", "images")
     assert "all in .parquet" in refused("a.tar", "a.parquet")
     assert "none of its first 22 images is in" in refused("list.txt", "--root", "images/b/b")
-    (folder / "names.txt").write_text("\n".join(["Path"] + list(post.PETA)[1:]))
+    (folder / "names.txt").write_text("\n".join(["Path"] + list(PETA)[1:]))
     assert "columns would have the name path or error" in refused("images", "--attributes", "names.txt")
     assert "cannot be opened" in refused("nonsense://bucket/list.txt", "--root", "images")
     (tmp_path / "gbk.txt").write_bytes("\u884c\u4eba.png\n".encode("gbk"))

@@ -21,8 +21,10 @@ import pytest
 from helpers import FRONT_ENDS, GENUINE, ROOT, RUNTIME, check_error, check_stopped, run_all, standin, write_images, write_model, write_om
 
 import ais_bench_files
-import postprocess_deepmar_pytorch as post
-import preprocess_deepmar_pytorch as pre
+from lib.images import preprocess
+from lib.metrics import evaluate
+from lib.rates import read_summary
+from lib.results import list_results
 import rates
 
 SIZES = (1, 4, 8)
@@ -63,7 +65,7 @@ def test_pure_inference(front, lay, tmp_path):
     assert process.returncode == 0, process.stdout
     assert os.listdir(str(folder / "out" / "d")) == ["pure_infer_data_0.bin"]
     assert np.fromfile(str(folder / "out" / "d" / "pure_infer_data_0.bin"), "<f4").size == 2 * 35
-    rate, times = rates.read_summary(str(folder / "out" / "d_summary.json"))
+    rate, times = read_summary(str(folder / "out" / "d_summary.json"))
     assert len(times) == 20 and rate == pytest.approx(1000 * 2 / np.mean(times))
 
 
@@ -105,7 +107,7 @@ def test_by_hand(front, lay, tmp_path):
     rates = [json.loads((several / "out" / "d" / (name + "_summary.json")).read_text())["throughput"] for name in names]
     total = re.search(r"summary throughput: ?(\S+)", process.stdout).group(1)
     assert float(total) == pytest.approx(sum(rates))
-    assert set(post.list_results([str(several / "out" / "d")])) == {"a", "B2", "b9", "b10", "c"}  # by stage 7
+    assert set(list_results([str(several / "out" / "d")])) == {"a", "B2", "b9", "b10", "c"}  # by stage 7
     if front.year > 2023:  # without the option, each device has all images
         every = lay(tmp_path / "every")
         assert front.run(every, device="1,2").returncode == 0
@@ -225,10 +227,10 @@ class Place(object):
             (folder / kind / "label.json").write_text(json.dumps(dict(zip(names, labels.tolist()))))
             (folder / kind / "image.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
             (folder / kind / "checkpoint").write_text("")
-            self.logits[kind] = {name[:-4]: session.run(None, {"actual_input_1": pre.preprocess(str(images / name))[None]})[0][0]
+            self.logits[kind] = {name[:-4]: session.run(None, {"actual_input_1": preprocess(str(images / name))[None]})[0][0]
                                  for name in names}
             logits = np.stack([self.logits[kind][name[:-4]] for name in names])
-            self.accuracy[kind] = post.evaluate(logits, labels)[0]["instance_acc"]
+            self.accuracy[kind] = evaluate(logits, labels)[0]["instance_acc"]
 
     def run(self, front, work, *arguments, kind="plain", umask=0o022, **variables):
         """Runs stages 4 to 7 by ais_bench in a work folder, to which the OMs are copied where it is new."""
@@ -308,7 +310,7 @@ def test_its_errors_come_first(front, place, lay, tmp_path):
         assert process.returncode == 2
         (tmp_path / "logs" / "log").write_text(process.stdout)
         shown = subprocess.run(["bash", "-c", 'set -euo pipefail; here=. python=false work_dir=$1; fail() { echo "$*"; }; '
-                                '. tools/backend.sh; broken "It ended" log', "bash", str(tmp_path)], cwd=ROOT,
+                                '. tools/run/backend.sh; broken "It ended" log', "bash", str(tmp_path)], cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True).stdout.splitlines()
         assert "[ERROR]" in shown[0] and "soft link" in shown[0], shown
         assert "illegal" in shown[-2] and shown[-1].startswith("It ended"), shown

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from helpers import check_error, guide, script, write_images, write_model
-from preprocess_deepmar_pytorch import preprocess, read_list
+from lib.images import preprocess
+from lib.names import read_list
 
 STAGE_4, STAGE_7, STAND_IN = "preprocess_deepmar_pytorch.py", "postprocess_deepmar_pytorch.py", "tools/benchmark.py"
 

@@ -1,4 +1,4 @@
-"""tools/inputs.py: what the work folder's files were made from is known by content, and the lists are checked before any work."""
+"""tools/run/inputs.py: what the work folder's files were made from is known by content, and the lists are checked before any work."""
 import errno
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 from helpers import ROOT, check_error, refused, script, write_images
 
-TOOL = "tools/inputs.py"
+TOOL = "tools/run/inputs.py"
 DATA = ["image_list=image.txt", "images=images", "size=224 224"]
 
 
@@ -113,7 +113,7 @@ def test_own_names_of_attributes_win_over_the_samples(tmp_path, stage, attribute
     if file:
         (tmp_path / "work" / "sample" / "attributes.txt").write_text("")
     code = ("here=%s sample=yes work_dir=work stage=%s stop_stage=8 attributes=%s; size='224 224' aipp=no; "
-            "source $here/tools/driver.sh; sample_paths; echo $attributes" % (ROOT, stage, attributes))
+            "source $here/tools/run/driver.sh; sample_paths; echo $attributes" % (ROOT, stage, attributes))
     said = subprocess.check_output(["bash", "-c", code], cwd=str(tmp_path), universal_newlines=True)
     assert said.strip() == expected
 

@@ -4,8 +4,7 @@ import json
 import numpy as np
 import pytest
 
-import intervals
-import postprocess_deepmar_pytorch as post
+from lib.metrics import SEED, change_intervals, drawn, evaluate, interval, label_acc_interval, metric_intervals, wilson
 from helpers import INSTANCE, POSTPROCESS, random_case, script, write_case
 
 METRICS = INSTANCE + ["mA"]
@@ -29,22 +28,22 @@ def test_coverage():
     300 runs tell that to 1.3 in 100; of so few images, it is 93 to 95.
     """
     true, sides = population(attributes=8)
-    (of_a, per_attribute), (of_b, _) = (post.evaluate(said * 2 - 1, true) for said in sides)
+    (of_a, per_attribute), (of_b, _) = (evaluate(said * 2 - 1, true) for said in sides)
     runs, held, held_half, held_change, held_label = 300, [], [], [], []
     random = np.random.RandomState(2)
     for _ in range(runs):
         images = random.randint(len(true), size=300)
         said, truth = [side[images] for side in sides], true[images]
-        a, b = intervals.drawn(said, truth, draws=300)
-        bounds = np.array([intervals.interval(a[name]) for name in METRICS]).T
+        a, b = drawn(said, truth, draws=300)
+        bounds = np.array([interval(a[name]) for name in METRICS]).T
         truths = np.array([of_a[name] for name in METRICS])
         held.append((bounds[0] <= truths) & (truths <= bounds[1]))
         held_half.append(np.abs(truths - bounds.mean(axis=0)) <= np.ptp(bounds, axis=0) / 4)
-        low, high = np.array([intervals.interval(a[name] - b[name]) for name in METRICS]).T
+        low, high = np.array([interval(a[name] - b[name]) for name in METRICS]).T
         change = np.array([of_a[name] - of_b[name] for name in METRICS])
         held_change.append((low <= change) & (change <= high))
-        figures = post.evaluate(said[0] * 2 - 1, truth)[1]
-        low, high = np.array([intervals.label_acc_interval({key: value[i] for key, value in figures.items()})
+        figures = evaluate(said[0] * 2 - 1, truth)[1]
+        low, high = np.array([label_acc_interval({key: value[i] for key, value in figures.items()})
                               for i in range(8)]).T
         held_label.append((low <= per_attribute["label_acc"]) & (per_attribute["label_acc"] <= high))
     for shares in (np.mean(held, axis=0), np.mean(held_change, axis=0), np.mean(held_label, axis=0)):
@@ -59,9 +58,9 @@ def test_coverage_of_a_rare_attribute():
     for _ in range(200):
         true = random.random_sample((400, 1)) < 0.025
         said = random.random_sample(true.shape) < np.where(true, 0.9, 0.02)
-        figures = post.evaluate(said * 2 - 1, true)[1]
-        low, high = intervals.label_acc_interval({key: value[0] for key, value in figures.items()})
-        of_draws = intervals.interval(intervals.drawn([said], true, draws=200)[0]["mA"])  # of one attribute: its label_acc
+        figures = evaluate(said * 2 - 1, true)[1]
+        low, high = label_acc_interval({key: value[0] for key, value in figures.items()})
+        of_draws = interval(drawn([said], true, draws=200)[0]["mA"])  # of one attribute: its label_acc
         held.append((low <= 0.94 <= high, of_draws[0] <= 0.94 <= of_draws[1]))
     wilson, bootstrap = np.mean(held, axis=0)
     print("coverage: Wilson %.3f, bootstrap %.3f" % (wilson, bootstrap))
@@ -72,17 +71,17 @@ def test_wilson_as_published():
     # Newcombe (1998), Statistics in Medicine 17, 857-872, table I, method 3
     for hits, count, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611),
                                    (1, 29, 0.0061, 0.1718)):
-        assert np.round(intervals.wilson(hits / count, count), 4).tolist() == [low, high]
+        assert np.round(wilson(hits / count, count), 4).tolist() == [low, high]
 
 
 def test_a_draw_is_a_run_over_its_images():
     logits, labels = random_case()
     said, true = logits >= 0, labels == 1
-    a, b = intervals.drawn([said, ~said], true, draws=20)
-    chosen = np.random.RandomState(intervals.SEED).randint(len(true), size=(20, len(true)))
+    a, b = drawn([said, ~said], true, draws=20)
+    chosen = np.random.RandomState(SEED).randint(len(true), size=(20, len(true)))
     for i, images in enumerate(chosen):
         for of, values in ((a, logits), (b, np.where(said, -1, 1))):
-            metrics, _ = post.evaluate(values[images], labels[images])
+            metrics, _ = evaluate(values[images], labels[images])
             assert [of[name][i] for name in METRICS] == pytest.approx([metrics[name] for name in METRICS], rel=0, abs=1e-12)
 
 
@@ -91,17 +90,17 @@ def test_paired():
     true, (a, _) = population(10, size=1000)
     b = a.copy()
     b[:5] = ~b[:5]
-    low, high = intervals.change_intervals(a, b, true, METRICS)["mA"]
-    assert 0 < low < high and high - low < np.ptp(intervals.metric_intervals(a, true, METRICS)["mA"]) / 2
-    assert intervals.change_intervals(a, a, true, METRICS) == {name: [0, 0] for name in METRICS}
+    low, high = change_intervals(a, b, true, METRICS)["mA"]
+    assert 0 < low < high and high - low < np.ptp(metric_intervals(a, true, METRICS)["mA"]) / 2
+    assert change_intervals(a, a, true, METRICS) == {name: [0, 0] for name in METRICS}
 
 
 def test_where_there_is_none():
     true = np.array([[True, False]] * 9)
-    assert intervals.metric_intervals(true, true, METRICS) == dict.fromkeys(METRICS)  # too few images
-    of = intervals.metric_intervals(np.repeat(true, 2, axis=0), np.repeat(true, 2, axis=0), METRICS)
+    assert metric_intervals(true, true, METRICS) == dict.fromkeys(METRICS)  # too few images
+    of = metric_intervals(np.repeat(true, 2, axis=0), np.repeat(true, 2, axis=0), METRICS)
     assert of == dict(dict.fromkeys(INSTANCE, [1, 1]), mA=None)  # and mA is not defined
-    assert intervals.label_acc_interval({"label_pos_acc": None, "positives": 0, "label_neg_acc": 1, "negatives": 9}) is None
+    assert label_acc_interval({"label_pos_acc": None, "positives": 0, "label_neg_acc": 1, "negatives": 9}) is None
 
 
 def test_stage_7(tmp_path):

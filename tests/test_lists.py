@@ -12,8 +12,8 @@ from scipy.io import savemat
 
 import lists as tool
 from helpers import check_error, run_all, script, write_model
-from postprocess_deepmar_pytorch import PETA, labels_of
-from preprocess_deepmar_pytorch import read_list
+from lib.labels import PETA, labels_of
+from lib.names import read_list
 
 IMAGES, ATTRIBUTES, SELECTED = 40, 9, 6
 LISTS = {"image.txt", "label.json", "attributes.txt"}

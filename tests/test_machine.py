@@ -10,10 +10,13 @@ import sys
 
 import pytest
 
+from lib.machine import cores
 import common
-from common import cgroup_cores, replaced_folder
+from lib.files import replaced_folder
+from lib.machine import cgroup_cores
 from helpers import ROOT, check_error, namespaces, refused, script
-from postprocess_deepmar_pytorch import ASSUMED, list_results
+from lib.labels import ASSUMED
+from lib.results import list_results
 from stages import STAGES, contents, output, prepare, put_earlier, run, start
 
 # Where each script says it cannot write, if not under the name of its first output.
@@ -264,9 +267,9 @@ def test_quotas_of_processor_time(tmp_path, table, quotas, cores):
 
 def test_no_more_cores_than_the_quota(monkeypatch):
     monkeypatch.setattr(common, "cgroup_cores", lambda: 1)
-    assert common.cores() == 1
+    assert cores() == 1
     monkeypatch.setattr(common, "cgroup_cores", lambda: None)
-    assert common.cores() == len(os.sched_getaffinity(0))
+    assert cores() == len(os.sched_getaffinity(0))
 
 
 # --- the terminal, and who reads the output --------------------------------------------------------------------------

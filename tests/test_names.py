@@ -9,9 +9,9 @@ import unicodedata
 import numpy as np
 import pytest
 
-from common import composed, stem
+from lib.names import composed, stem
 from helpers import ROOT, check_error, run_stage_6, script, write_bins, write_images, write_model
-from preprocess_deepmar_pytorch import find_images, read_list
+from lib.names import find_listed as find_images, read_list
 
 NFC, NFD = ({form: unicodedata.normalize(form, "\u00e9t\u00e9 \ud55c\u56fd")}[form] for form in ("NFC", "NFD"))
 

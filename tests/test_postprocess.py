@@ -4,14 +4,16 @@ import json
 import numpy as np
 import pytest
 
-import postprocess_deepmar_pytorch as post
+from lib.labels import ASSUMED, PETA, attribute_names, read_labels
+from lib.metrics import evaluate
+from lib.results import probabilities
 from helpers import INSTANCE, POSTPROCESS, check_error, independent, random_case, script, write_case
 
 
 @pytest.mark.parametrize("attributes, seed", [(35, 0), (26, 1), (51, 2), (1, 3)])
 def test_metrics_equal_an_independent_computation(attributes, seed):
     logits, labels = random_case(attributes=attributes, seed=seed)
-    metrics, figures = post.evaluate(logits, labels)
+    metrics, figures = evaluate(logits, labels)
     instance, per_attribute, mean = independent(logits.tolist(), labels.tolist())
     assert [metrics[name] for name in INSTANCE] == pytest.approx(instance, rel=0, abs=1e-12)
     assert metrics["mA"] == pytest.approx(mean, rel=0, abs=1e-12)
@@ -27,7 +29,7 @@ def test_metrics_by_hand():
     # One of two true found and one false; nothing true (left out); nothing predicted (precision 0); all of one right.
     labels = [[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 1, 0]]
     logits = [[2, -2, 1], [5, 5, 5], [-1, -1, -1], [-1, 0, -1]]
-    metrics, figures = post.evaluate(logits, labels)
+    metrics, figures = evaluate(logits, labels)
     assert metrics["instance_acc"] == pytest.approx((1 / 3 + 0 + 1) / 3, abs=1e-15)
     assert metrics["instance_precision"] == pytest.approx((1 / 2 + 0 + 1) / 3, abs=1e-15)
     assert metrics["instance_recall"] == pytest.approx((1 / 2 + 0 + 1) / 3, abs=1e-15)
@@ -37,7 +39,7 @@ def test_metrics_by_hand():
 
 
 def test_nothing_right_has_f1_zero():
-    metrics, _ = post.evaluate([[1, -1]], [[0, 1]])
+    metrics, _ = evaluate([[1, -1]], [[0, 1]])
     assert [metrics[name] for name in INSTANCE] == [0, 0, 0, 0] and metrics["mA"] is None
 
 
@@ -51,10 +53,10 @@ def test_screen_and_file(tmp_path):
     lines = done.stdout.split("\n")
     assert [line.split(": ")[0] for line in lines[:5]] == INSTANCE + ["mA"]
     assert [float(line.split(": ")[1]) for line in lines[:5]] == pytest.approx(instance + [mean], rel=0, abs=1e-12)
-    assert [line.split()[0] for line in lines[6:41]] == post.PETA
+    assert [line.split()[0] for line in lines[6:41]] == PETA
     assert lines[6].split()[3] == "%.6f" % per_attribute[0][0] and lines[9].split()[3] == "-"
     assert lines[41] == "scored 280 images; 20 labelled images had no result"
-    assert lines[42].endswith(": personalLarger60, upperBodyCasual") and lines[43] == post.ASSUMED
+    assert lines[42].endswith(": personalLarger60, upperBodyCasual") and lines[43] == ASSUMED
 
     def constant(name):
         raise AssertionError(name)  # NaN and Infinity are not JSON
@@ -63,7 +65,7 @@ def test_screen_and_file(tmp_path):
     assert (report["images"], report["labelled_images_without_result"]) == (280, 20)
     assert report["published_acc"] == 0.2 and report["drop"] == 0.2 - report["instance_acc"]
     assert report["attributes_without_label_acc"] == ["personalLarger60", "upperBodyCasual"]
-    assert [row["name"] for row in report["attributes"]] == post.PETA and report["names_assumed"] is True
+    assert [row["name"] for row in report["attributes"]] == PETA and report["names_assumed"] is True
     for row, (positive, negative), column in zip(report["attributes"], per_attribute, labels[:280].T):
         assert (row["positives"], row["negatives"]) == (column.sum(), (1 - column).sum())
         assert (row["label_pos_acc"] is None) == (positive is None) and (row["label_neg_acc"] is None) == (negative is None)
@@ -104,7 +106,7 @@ def test_probabilities(tmp_path):
     assert script(POSTPROCESS, result, label, cwd=tmp_path).returncode == 0
     expected = json.loads((tmp_path / "fusion_result.json").read_text())
     check_error(script(POSTPROCESS, result, label, "--values=probabilities", cwd=tmp_path), "values below 0 or above 1")
-    write_case(tmp_path, post.probabilities(logits), labels)
+    write_case(tmp_path, probabilities(logits), labels)
     check_error(script(POSTPROCESS, result, label, cwd=tmp_path), "look like probabilities", "--values probabilities")
     assert json.loads((tmp_path / "fusion_result.json").read_text()) == expected
     done = script(POSTPROCESS, result, label, "--values", "probabilities", cwd=tmp_path)
@@ -127,24 +129,24 @@ def test_other_datasets(tmp_path, attributes, extension, output, prefix):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "fusion_result.json").read_text())
     assert [row["name"] for row in report["attributes"]] == ["a %d" % i for i in range(attributes)]
-    assert report["names_assumed"] is False and post.ASSUMED not in done.stdout
+    assert report["names_assumed"] is False and ASSUMED not in done.stdout
     assert report["instance_acc"] == pytest.approx(independent(logits.tolist(), labels.tolist())[0][0], abs=1e-12)
 
 
 def test_attribute_names(tmp_path):
-    assert post.attribute_names(35) == post.PETA and post.attribute_names(2) == ["attribute0", "attribute1"]
+    assert attribute_names(35) == PETA and attribute_names(2) == ["attribute0", "attribute1"]
     names = tmp_path / "names.txt"
     names.write_text("a\nb\n")
     with pytest.raises(ValueError, match="names.txt: holds 2 names, but there are 3 attributes"):
-        post.attribute_names(3, str(names))
+        attribute_names(3, str(names))
     names.write_text("a\nb\na\n")
     with pytest.raises(ValueError, match="names.txt: holds a name more than once: a"):
-        post.attribute_names(3, str(names))
+        attribute_names(3, str(names))
     names.write_bytes(b"a\nb\n\xff\n")
     with pytest.raises(ValueError, match="not UTF-8"):
-        post.attribute_names(3, str(names))
+        attribute_names(3, str(names))
     with pytest.raises(OSError, match="absent.txt: no such file"):
-        post.attribute_names(3, str(tmp_path / "absent.txt"))
+        attribute_names(3, str(tmp_path / "absent.txt"))
 
 
 @pytest.mark.parametrize("text", ['{"a.png": [0, 1], "b.png": [1, 1]}', '\ufeff{"a.png": [0, 1], "b.png": [1, 1]}',
@@ -152,7 +154,7 @@ def test_attribute_names(tmp_path):
 def test_right_labels(tmp_path, text):
     path = tmp_path / "label.json"
     path.write_bytes(text.encode("utf-8"))
-    rows, labels = post.read_labels(str(path))
+    rows, labels = read_labels(str(path))
     assert rows == {"a": 0, "b": 1} and labels.tolist() == [[0, 1], [1, 1]] and labels.dtype == np.uint8
 
 
@@ -187,7 +189,7 @@ def test_wrong_labels(tmp_path, text, message):
     path = tmp_path / "label.json"
     path.write_text(text)
     with pytest.raises(ValueError) as error:
-        post.read_labels(str(path))
+        read_labels(str(path))
     assert str(error.value).startswith(str(path)) and message in str(error.value) and "\n" not in str(error.value)
 
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-import postprocess_deepmar_pytorch as post
+from lib.labels import ASSUMED, PETA
 import predict
 from helpers import check_error, parse_predictions, run_stage_6, script, write_bins, write_images, write_model
-from preprocess_deepmar_pytorch import ORIENTATION
+from lib.images import ORIENTATION
 
 
 PEN = predict.Pen(["ab 0123456789. %"])
@@ -22,13 +22,13 @@ def test_says_what_the_pipeline_says(tmp_path, batch_size, size):
     result = run_stage_6(tmp_path, model, batch_size, 0, *size)
     paths = ["images/" + name for name in names]
     done = script("tools/predict.py", *(paths + ["--onnx", model]), cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == "note: %s\n" % post.ASSUMED, done.stderr
+    assert done.returncode == 0 and done.stderr == "note: %s\n" % ASSUMED, done.stderr
     said = parse_predictions(done.stdout)
     assert [key for key in said if not key.endswith(" found")] == paths
     for name, path in zip(names, paths):
         logits = np.fromfile(str(result / (name[:-4] + "_1.bin")), "<f4")
         rows = said[path]
-        assert {row[2]: row[3] for row in rows} == dict(zip(post.PETA, logits))
+        assert {row[2]: row[3] for row in rows} == dict(zip(PETA, logits))
         assert [row[3] for row in rows] == sorted(logits, reverse=True)
         assert said[path + " found"] == (logits >= 0).sum()
         for marked, percent, _, logit in rows:

@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from helpers import ROOT, check_error, guide, script
-from preprocess_deepmar_pytorch import ORIENTATION, SIZE, preprocess, read_list, replaced_folder
+from lib.files import replaced_folder
+from lib.images import ORIENTATION, SIZE, preprocess
+from lib.names import read_list
 
 NAME = "preprocess_deepmar_pytorch.py"
 

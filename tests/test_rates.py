@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-import rates
+from lib.rates import figures, percentile
 from helpers import BINARY, FRONT_ENDS, ROOT, check_error, run_all, script, standin, write_images, write_model, write_om
 
 PERF = ("[e2e] throughputRate: 10, latency: 1\n[data read] throughputRate: 1, moduleLatency: 1\n[preprocess] throughputRate: 1, "
@@ -19,7 +19,7 @@ def test_percentiles_are_numpys():
     for count in (1, 2, 5, 100, 101):
         values = random.exponential(size=count).tolist()
         for percent in (0, 50, 95, 99, 100):
-            assert rates.percentile(values, percent) == pytest.approx(np.percentile(values, percent))
+            assert percentile(values, percent) == pytest.approx(np.percentile(values, percent))
 
 
 def write_summary(folder, device, **content):
@@ -38,20 +38,20 @@ def folder(tmp_path):
 
 def test_figures_of_several_devices(folder):
     """Rates are summed; the latencies are those of all devices' calls."""
-    found = rates.figures(str(folder), 8, ["0", "1"], "benchmark.x86_64")
+    found = figures(str(folder), 8, ["0", "1"], "benchmark.x86_64")
     assert found["e2e_images_per_s"] == 20 and found["interface_images_per_s"] == 80 and found["pure_images_per_s"] == 280
     assert {found["latency_p%d_ms" % percent] for percent in (50, 95, 99)} == {None}  # the binary tells none
     write_summary(folder, 0, throughput=30.5, npu_compute_time_list=[1, 2, 3])
-    assert rates.figures(str(folder), 8, ["0", "1"], "ONNX Runtime")["latency_p50_ms"] is None  # not of one device alone
+    assert figures(str(folder), 8, ["0", "1"], "ONNX Runtime")["latency_p50_ms"] is None  # not of one device alone
     write_summary(folder, 1, throughput=50.5, npu_compute_time_list=[[100.0, 110.0], [105.0, 125.0]])  # ais_bench --threads 2
-    found = rates.figures(str(folder), 8, ["0", "1"], "ONNX Runtime")
+    found = figures(str(folder), 8, ["0", "1"], "ONNX Runtime")
     assert found["interface_images_per_s"] == 80
     assert [found["latency_p%d_ms" % percent] for percent in (50, 99)] == [3, pytest.approx(np.percentile([1, 2, 3, 10, 20], 99))]
-    found = rates.figures(str(folder), 8, ["0", "1"], "ais_bench")
+    found = figures(str(folder), 8, ["0", "1"], "ais_bench")
     assert found["interface_images_per_s"] == 81 and found["e2e_images_per_s"] is None and found["pure_images_per_s"] is None
     for device in (0, 1):
         (folder / ("pure_device%d_summary.json" % device)).write_text(json.dumps({"throughput": 7, "npu_compute_time_list": [1]}))
-    assert rates.figures(str(folder), 8, ["0", "1"], "ais_bench")["pure_images_per_s"] == 14
+    assert figures(str(folder), 8, ["0", "1"], "ais_bench")["pure_images_per_s"] == 14
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"throughput": 1, "npu_compute_time_list": [[1]]}',
@@ -60,19 +60,19 @@ def test_figures_of_several_devices(folder):
                                      '{"throughput": 1, "npu_compute_time_list": 5}'])
 def test_damaged_summaries(folder, content):
     (folder / "dumpOutput_device0_summary.json").write_text(content)
-    process = script("tools/table.py", "t", "--run", "8", folder, "m.om", "ais_bench", cwd=folder)
+    process = script("tools/run/table.py", "t", "--run", "8", folder, "m.om", "ais_bench", cwd=folder)
     check_error(process, "dumpOutput_device0_summary.json: is not a summary", "run stage 6 again")
     assert not (folder / "t.csv").exists()
 
 
 def test_table_of_the_binary_and_of_ais_bench(folder):
     write_summary(folder, 0, throughput=30.5, npu_compute_time_list=[1, 2, 3])
-    process = script("tools/table.py", "t", "--run", "8", folder, "m.om", "ais_bench", cwd=folder)
+    process = script("tools/run/table.py", "t", "--run", "8", folder, "m.om", "ais_bench", cwd=folder)
     assert process.returncode == 0, process.stderr
     cells = [cell.strip() for cell in process.stdout.splitlines()[3].split("|")[1:-1]]
     assert cells == ["8", "-", "30.50", "-", "-", "2.00", "2.90", "2.98", "0.75"]
     os.remove(str(folder / "dumpOutput_device0_summary.json"))
-    process = script("tools/table.py", "t", "--run", "8", folder, "m.om", "benchmark.x86_64", "--chips", 4, cwd=folder)
+    process = script("tools/run/table.py", "t", "--run", "8", folder, "m.om", "benchmark.x86_64", "--chips", 4, cwd=folder)
     cells = [cell.strip() for cell in process.stdout.splitlines()[3].split("|")[1:-1]]
     assert cells == ["8", "10.00", "30.00", "120.00", "130.00", "-", "-", "-", "0.75"]
     with open(str(folder / "t.csv"), newline="") as f:

@@ -7,10 +7,10 @@ import pytest
 from onnx import helper
 
 import compare
-import faults
+from lib.faults import layers, tensors
 import rehearse
 from helpers import check_error, make_model, script, tensor_info
-from preprocess_deepmar_pytorch import MEAN, STD
+from lib.images import MEAN, STD
 from small_network import (ATTRIBUTES, IMAGES, NAMES, SIZE, Scene, compute, grid, half, make_twin, normalised, weights,
                            write_bins, write_network)
 
@@ -25,7 +25,7 @@ def test_every_layer_is_numpys_float16(tmp_path):
     expected, rounded = compute(values, x), 0
     exact = compute({name: half(value) for name, value in values.items()}, half(x), rounded=lambda array: array)
     bins = [str(tmp_path / "bins" / (name + ".bin")) for name in NAMES]
-    for i, found in enumerate(faults.tensors(twin, list(expected), bins)):
+    for i, found in enumerate(tensors(twin, list(expected), bins)):
         for name, value in found.items():
             assert np.array_equal(value[0], expected[name][i]), name
             rounded += (value[0] != exact[name][i]).sum()
@@ -192,7 +192,7 @@ def test_layers_are_ranked(scene, capsys):
     assert "relative error of each layer's result" in out and "conv2 (Conv)" in out
     assert "msprobe compare -m offline_model -gp %s -tp %s --input_data %s" % (
         scene.model, scene.model.replace(".onnx", ".om"), os.path.join(scene.bins, "im00.bin")) in out
-    rows = faults.layers(scene.model, [scene.twin], [os.path.join(scene.bins, name + ".bin") for name in NAMES])
+    rows = layers(scene.model, [scene.twin], [os.path.join(scene.bins, name + ".bin") for name in NAMES])
     x = normalised(scene.pixels)
     exact, twin = compute(scene.values, x, lambda array: array), compute(scene.values, x)
     for row in rows:

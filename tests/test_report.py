@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import postprocess_deepmar_pytorch as post
+from lib.results import probabilities
 import report
 from browser import Browser
 from helpers import check_error, script, started
-from postprocess_deepmar_pytorch import PETA
+from lib.labels import PETA
 
 TOOL = "tools/report.py"
 METRICS = ["instance_acc", "instance_precision", "instance_recall", "instance_F1", "mA"]
@@ -425,7 +425,7 @@ def test_results_of_probabilities(browser, small):
     browser.open(small / "report.html")
     expected = texts(browser, ".card")
     for path, row in logits.items():
-        path.write_bytes(post.probabilities(row).astype("<f4").tobytes())
+        path.write_bytes(probabilities(row).astype("<f4").tobytes())
     for values, doubted in (("probabilities", False), ("logits", True)):
         script("postprocess_deepmar_pytorch.py", folder, "label.json", "--values", values, cwd=small)
         done = make(small)

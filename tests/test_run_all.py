@@ -17,9 +17,9 @@ import torch
 from onnx import helper
 
 import DeepMAR
-from common import description
+from lib.models import description
 from helpers import ROOT, SIZE, make_model, own_data, run_all, tensor_info, tiny_data
-from postprocess_deepmar_pytorch import PETA, label_checksum, read_labels
+from lib.labels import PETA, label_checksum, read_labels
 
 WRONG_CHECKPOINT = "bs1.onnx was made from another checkpoint.pth.tar; run stage 1"
 

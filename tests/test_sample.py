@@ -5,7 +5,7 @@ import os
 import numpy as np
 
 from helpers import check_error, script
-from postprocess_deepmar_pytorch import PETA
+from lib.labels import PETA
 from sample import pedestrians
 from stages import SMALL_SAMPLE, contents
 

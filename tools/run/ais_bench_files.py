@@ -1,11 +1,11 @@
 """Prepares the files for ais_bench and collects its results. run_all.sh calls this script around stage 6:
 
-    PYTHON tools/ais_bench_files.py check WORK_DIR [PATH ...]
+    PYTHON tools/run/ais_bench_files.py check WORK_DIR [PATH ...]
         runs before any work, in the Python that will run ais_bench. It fails if this Python has no ais_bench.infer or
         aclruntime, or if ais_bench would refuse the work folder's path or the owner of an existing file or folder
-    python3 tools/ais_bench_files.py give BINS MODEL
+    python3 tools/run/ais_bench_files.py give BINS MODEL
         puts input_bin/, the model and result/ into the current folder, in a form that ais_bench accepts
-    python3 tools/ais_bench_files.py collect BINS DEVICE [DEVICE ...]
+    python3 tools/run/ais_bench_files.py collect BINS DEVICE [DEVICE ...]
         moves ais_bench's output to result/dumpOutput_device<D> and ..._summary.json, and names the results by the images
 
 Versions since 2024 refuse symbolic links, names with characters other than A-Z a-z 0-9 _ - and the dot, files that the group

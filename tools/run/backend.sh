@@ -5,11 +5,11 @@ set -euo pipefail
 
 benchmark=$here/benchmark.$(uname -m)
 binary=$(basename "$benchmark")
-doctor() { "$python" "$here/tools/doctor.py" "$@"; } # it reads npu-smi's table and finds CANN's folders
-cores() { PYTHONPATH=$here/tools "$python" -c 'import common; print(common.cores())'; } # unlike nproc, this respects a CPU quota
+doctor() { "$python" "$here/tools/run/doctor.py" "$@"; } # it reads npu-smi's table and finds CANN's folders
+cores() { PYTHONPATH=$here "$python" -c 'from lib.machine import cores; print(cores())'; } # unlike nproc, this respects a CPU quota
 has_atc() { command -v atc >/dev/null; }
 has_benchmark() { [ -x "$benchmark" ]; }
-has_ais_bench() { "$python" "$here/tools/ais_bench_files.py" check / 2>/dev/null; }
+has_ais_bench() { "$python" "$here/tools/run/ais_bench_files.py" check / 2>/dev/null; }
 has_om() { # returns whether there will be an OM for every batch size
     local batch
     runs 3 && has_atc && return
@@ -38,7 +38,7 @@ check_machine() {
     [ "$backend" != auto ] || choose_backend
     for name in $names; do values+=("$name=${!name}"); done
     needed_packages
-    exec "$python" "$here/tools/doctor.py" check "asked_backend=$asked" "packages=${packages[*]}" "${values[@]}"
+    exec "$python" "$here/tools/run/doctor.py" check "asked_backend=$asked" "packages=${packages[*]}" "${values[@]}"
 }
 
 # choose_backend: sets backend to what will run the model, and make_om if atc will make an OM. Stops if a part of a requested
@@ -264,7 +264,7 @@ check_ais_bench() {
     [[ $python != */* ]] || python=$(realpath -s -- "$python") # it will be called from other folders
     runs 4 || paths+=("$work_dir/input_bin")
     for batch in $batch_size; do [ -n "$make_om" ] || paths+=("$work_dir/deepmar_bs$batch.om"); done
-    "$python" "$here/tools/ais_bench_files.py" check "$work_dir" "${paths[@]}" || exit 1
+    "$python" "$here/tools/run/ais_bench_files.py" check "$work_dir" "${paths[@]}" || exit 1
     ais_bench_help=$(cd / && "$python" -m ais_bench --help 2>&1) ||
         fail "backend ais_bench: $python -m ais_bench --help ends with: ${ais_bench_help##*$'\n'}; install what is missing; if that" \
             "is a library, source CANN's set_env.sh"
@@ -279,12 +279,12 @@ run_ais_bench() {
         # without this option, versions since 2024 give each device all images
         [[ $ais_bench_help != *--divide_input* ]] || divide=(--divide_input 1)
     fi
-    "$python" "$here/tools/ais_bench_files.py" give ../input_bin "../$model"
+    "$python" "$here/tools/run/ais_bench_files.py" give ../input_bin "../$model"
     tool "$log" "$requested" -m ais_bench --model "$model" --input input_bin --output result --output_dirname "$folder" \
         --outfmt BIN --batchsize "$batch" --device "${device_id// /,}" "${divide[@]}"
     ! grep -qF '[ERROR]' "$work_dir/logs/$log" || broken "ais_bench reports an error" "$log"
     taken=$(sed -n 's/.*filesperbatch:\([0-9]*\) .*/\1/p' "$work_dir/logs/$log" | sort -u)
     [ -z "$taken" ] || [ "$taken" = "$batch" ] || # ais_bench does not compare them, but computes its throughput from --batchsize
         broken "$model takes $taken images at a time, not $batch; put the right OM there, or run stage 3" "$log"
-    "$python" "$here/tools/ais_bench_files.py" collect ../input_bin "${devices[@]}"
+    "$python" "$here/tools/run/ais_bench_files.py" collect ../input_bin "${devices[@]}"
 }

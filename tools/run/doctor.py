@@ -1,10 +1,10 @@
 """Finds out what run_all.sh needs and what this machine has: driver, card, CANN, tools that run an OM, packages, disk, inputs.
 
     bash run_all.sh --check [--json FILE]       prints all of it as a table before any work, and writes only FILE
-    python3 tools/doctor.py chip NAME DEVICE    prints "310P3 2": the chip's name and how many of them the card with this device
+    python3 tools/run/doctor.py chip NAME DEVICE    prints "310P3 2": the chip's name and how many of them the card with this device
                                                 has, from npu-smi info. If NAME is not empty, only the number comes from there
-    python3 tools/doctor.py set_env             prints the path of set_env.sh of this machine's CANN, if there is one
-    python3 tools/doctor.py explain LOG CHIP    prints what to do about the failure in atc's LOG, if it is a known one
+    python3 tools/run/doctor.py set_env             prints the path of set_env.sh of this machine's CANN, if there is one
+    python3 tools/run/doctor.py explain LOG CHIP    prints what to do about the failure in atc's LOG, if it is a known one
 
 The script needs only Python. No other file reads npu-smi's table and CANN's folders.
 """
@@ -17,8 +17,7 @@ import shutil
 import subprocess
 import sys
 
-TOOLS = os.path.dirname(os.path.abspath(__file__))
-HERE = os.path.dirname(TOOLS)
+HERE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 MACHINE = os.uname().machine
 INPUTS = {"checkpoint": [1], "images": [4, 8], "image_list": [4, 7], "label_file": [7]}  # input: the stages that need it
 TOOLKIT = "bash ./Ascend-cann-toolkit_VERSION_linux-%s.run --install" % MACHINE
@@ -52,7 +51,7 @@ print(json.dumps([list(sys.version_info[:3]), missing, numpy]))
 PROVIDER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from providers import default, import_onnxruntime, provider_note
+from lib.providers import default, import_onnxruntime, provider_note
 try:
     onnxruntime = import_onnxruntime()
 except ImportError as error:
@@ -321,7 +320,7 @@ class Check(object):
         return self.runs(6) and self.values["backend"] == backend
 
     def packages(self):
-        """Checks the Python that tools/python.sh would choose. Sets self.python to it, or to None if it must still be made."""
+        """Checks the Python that tools/run/python.sh would choose. Sets self.python to it, or to None if it must still be made."""
         names = self.values["packages"].split()
         modules = {{"Pillow": "PIL"}.get(name, name) for name in names} | {"google" for name in names if "onnx" in name}
         self.python, found = sys.executable, "%d.%d.%d, %s" % (sys.version_info[:3] + (sys.executable,))
@@ -457,7 +456,7 @@ class Check(object):
         self.row("6", "CANN's library", "ok" if found else self.need(self.on_card), found or "no libascendcl.so, to run an OM",
                  None if found else "source " + find_set_env() if find_set_env() else TOOLKIT)
         paths = [path for path in self.oms + [os.path.join(self.work, "input_bin")] if os.path.exists(path)]
-        status, output = run([sys.executable, "-B", os.path.join(TOOLS, "ais_bench_files.py"), "check", self.work] + paths)
+        status, output = run([sys.executable, "-B", os.path.join(HERE, "tools", "run", "ais_bench_files.py"), "check", self.work] + paths)
         found = re.sub("^ais_bench_files.py: error: (backend ais_bench: )?", "", output.strip().split("\n")[-1])
         found, _, command = found.partition("; run: ")
         self.row("6", "ais_bench", self.need(self.uses("ais_bench")) if status else "note" if found else "ok",
@@ -466,7 +465,7 @@ class Check(object):
             return self.row("6", "ONNX Runtime", "note", "comes with the packages" if not self.python else "not tried")
         needed = self.uses("onnxruntime")
         try:
-            answer = ask(self.python, PROVIDER, TOOLS)
+            answer = ask(self.python, PROVIDER, HERE)
             if isinstance(answer, str):
                 raise OSError(answer)
             found, note = "%s, %s" % tuple(answer[:2]), answer[2]

@@ -11,8 +11,8 @@ fail() { printf 'run_all.sh: error: %s\n' "$*" >&2; exit 1; }
 usage() { printf 'run_all.sh: error: %s; --help lists the options\n' "$*" >&2; exit 2; }
 runs() { [ "$stage" -le "$1" ] && [ "$1" -le "$stop_stage" ]; } # runs N: whether stage N is to run
 
-# shellcheck source=tools/backend.sh
-source "$here/tools/backend.sh"
+# shellcheck source=tools/run/backend.sh
+source "$here/tools/run/backend.sh"
 
 # start_run ARGUMENT ...: does everything that comes before the first stage
 start_run() {
@@ -168,7 +168,7 @@ needed_packages() {
 choose_python() {
     requested=$python
     needed_packages
-    python=$(PYTHON=$python "$here/tools/python.sh" requirements.txt "${packages[@]}") ||
+    python=$(PYTHON=$python "$here/tools/run/python.sh" requirements.txt "${packages[@]}") ||
         fail "there is no Python with the packages; see above"
 }
 
@@ -224,8 +224,8 @@ end_run() {
 # need FILE STAGE: stops if an earlier stage's output is missing
 need() { [ -e "$1" ] || fail "$work_dir/${1#"$work_dir"/} is missing; run stage $2 first"; }
 
-# These keep and check the records of what each file was made from: see tools/inputs.py.
-inputs() { "$python" "$here/tools/inputs.py" "$@"; }
+# These keep and check the records of what each file was made from: see tools/run/inputs.py.
+inputs() { "$python" "$here/tools/run/inputs.py" "$@"; }
 record() { inputs record "$@"; }
 fresh() { inputs fresh "$@" || exit 1; }
 

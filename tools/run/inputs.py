@@ -1,8 +1,8 @@
 """Checks the input of a run before any work, and keeps records of what each file was made from.
 
-    python3 tools/inputs.py check --image-list image.txt --images images --label-file label.json
-    python3 tools/inputs.py record input_bin image_list=image.txt images=images size="224 224"
-    python3 tools/inputs.py fresh input_bin 4 image_list=image.txt images=images size="224 224"
+    python3 tools/run/inputs.py check --image-list image.txt --images images --label-file label.json
+    python3 tools/run/inputs.py record input_bin image_list=image.txt images=images size="224 224"
+    python3 tools/run/inputs.py fresh input_bin 4 image_list=image.txt images=images size="224 224"
 
 run_all.sh calls this script in the work folder.
 

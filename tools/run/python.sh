@@ -3,13 +3,13 @@
 # is a virtual environment in the checkout, which the script makes for each version of Python when needed. The packages are those
 # in the given requirements files. Names after the files select some of them.
 #
-#   python=$(tools/python.sh requirements.txt)
-#   python=$(tools/python.sh requirements.txt numpy Pillow)
+#   python=$(tools/run/python.sh requirements.txt)
+#   python=$(tools/run/python.sh requirements.txt numpy Pillow)
 set -euo pipefail
 python=$(command -v "${PYTHON:-python3}") ||
     { echo "python.sh: error: ${PYTHON:-python3}: no such Python; set PYTHON to the path of one" >&2; exit 1; }
 python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
-cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.."
 
 files=() chosen=
 for argument; do

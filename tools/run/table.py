@@ -1,6 +1,6 @@
 """Prints a table of a run's throughput and accuracy at its batch sizes. Also writes OUTPUT.csv and OUTPUT.md.
 
-    python3 tools/table.py throughput --run 1 result_bs1 deepmar_bs1.om benchmark.x86_64 \\
+    python3 tools/run/table.py throughput --run 1 result_bs1 deepmar_bs1.om benchmark.x86_64 \\
         --run 8 result_bs8 deepmar_bs8.om benchmark.x86_64 --devices 0 --chips 4
 
 Give --run BATCH_SIZE FOLDER MODEL BACKEND once for each batch size. The folder holds the output of stages 6 and 7:

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# shellcheck disable=SC2086 # the variables without quotes hold numbers, or names without spaces
 # DeepMAR offline inference, all stages: checkpoint -> ONNX -> Pad removed -> OM -> bins -> info -> inference -> accuracy.
 #
 #   bash run_all.sh                              all stages on sample data; without a card, on ONNX Runtime
@@ -15,7 +16,7 @@ images=${images-}                  # the folder of the test images; empty: the s
 image_list=${image_list-}          # image.txt, one file name per line; empty: the sample's
 label_file=${label_file-}          # label.json; empty: the sample's
 attributes=${attributes-}          # a file with the attributes' names, one per line; empty: PETA's if there are 35
-thresholds=${thresholds-}          # a file of tools/thresholds.py with each attribute's limit; empty: a logit of 0 for all
+thresholds=${thresholds-}          # a file of tools/thresholds.py with each attribute's threshold; empty: 0 for all
 published_acc=${published_acc-}    # instance_acc to compare with, as 0.789 or 78.9; empty: the sample's in PyTorch, else none
 size=${size-224 224}               # height and width of the network's input, as in training; a checkpoint does not record them
 aipp=${aipp-no}                    # yes: the bins are uint8, a quarter of the bytes, and the card normalises them (AIPP)
@@ -23,7 +24,7 @@ last_conv_stride=${last_conv_stride-2} # the stride in layer4, 1 or 2, as in tra
 state_dict=${state_dict-}          # the state dict to use if the checkpoint has several, such as state_dict_ema
 chip_name=${chip_name-}            # the card's chip for atc, Ascend310 or 310P3; empty: npu-smi info names it
 backend=${backend-auto}            # what runs the model: benchmark (the binary), ais_bench, onnxruntime; auto: the first that works
-provider=${provider-}              # onnxruntime: the execution provider; measure: the fastest here; empty: CANN, CUDA or the CPU
+provider=${provider-}              # onnxruntime: the execution provider; empty: CANN, CUDA or the CPU
 tolerance=${tolerance-}            # onnxruntime: allowed difference from the CPU's logits, as a fraction of the largest logit
 pure=${pure-no}                    # yes: stage 6 also measures pure inference, on the same batch again and again
 batch_size=${batch_size-1}         # images per inference, one number or several: "1 4 8 16 32 64"
@@ -42,110 +43,157 @@ json=${json-}                      # with --check: also write the list into this
 # --------------------------------------------------------------------------------------------------------------------
 
 here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
-# It defines begin and finish of a stage, names_of a batch size's files, record and fresh for what files were made from.
+# It defines the words that the stages use:
+#   begin N TEXT, finish       returns whether stage N is to run; ends it
+#   verify FILE=STAGE ...      stops unless each file is what its stage made, from this run's data and settings
+#   made FILE from INPUT ...   records what a file was made from: variables of this run, and files
+#   result_of BATCH            prints the folder of a batch size's results: result, or result_bs8 if there are several batch sizes
+#   scratch NAME               goes into an empty folder, because the next command writes into the current one
+#   tool LOG COMMAND ...       runs a command and keeps its output in logs/; on_device: the same for one of several devices
 # shellcheck source=tools/run/driver.sh
 source "$here/tools/run/driver.sh"
 start_run "$@"
 
 if [ -n "$sample" ] && begin 0 "sample data (no checkpoint and images are set)"; then
-    "$python" "$here/tools/sample.py" sample --images "$sample_size" --size "$height" "$width" \
-        --last-conv-stride "$last_conv_stride" --keep
+    "$python" "$here/tools/sample.py" sample --images "$sample_size" --size $size --last-conv-stride "$last_conv_stride" --keep
     finish
 fi
 
 if begin 1 "checkpoint -> ONNX"; then
-    need "$checkpoint" 0
+    verify "$checkpoint=0"
     for batch in $batch_size; do
-        names_of "$batch"
-        "$python" "$here/export_onnx.py" "$checkpoint" "$onnx" "$batch" "${export_options[@]}"
-        record "$onnx" checkpoint="$checkpoint" "${model_settings[@]}"
+        "$python" "$here/export_onnx.py" "$checkpoint" deepmar_bs$batch.onnx $batch --size $size \
+            --last-conv-stride "$last_conv_stride" ${state_dict:+--state-dict "$state_dict"} ${num_att:+--num-att "$num_att"} \
+            ${attributes:+--attributes "$attributes"}
+        made deepmar_bs$batch.onnx from checkpoint size last_conv_stride state_dict
     done
     finish
 fi
 
 if begin 2 "Pad removed from ONNX"; then
     for batch in $batch_size; do
-        names_of "$batch"
-        fresh "$onnx" 1 checkpoint="$checkpoint" "${model_settings[@]}"
-        "$python" "$here/remove_pad.py" "$onnx" "$nopad"
-        "$python" "$here/tools/describe.py" "$nopad" "${om%.om}.json"
-        record "$nopad" onnx="$onnx"
+        verify deepmar_bs$batch.onnx=1
+        "$python" "$here/remove_pad.py" deepmar_bs$batch.onnx deepmar_bs${batch}_nopad.onnx
+        "$python" "$here/tools/describe.py" deepmar_bs${batch}_nopad.onnx deepmar_bs$batch.json
+        made deepmar_bs${batch}_nopad.onnx from deepmar_bs$batch.onnx
     done
     finish
 fi
 
 if begin 3 "ONNX -> OM with atc"; then
-    [ "$aipp" = no ] || "$python" "$here/tools/rehearse.py" cfg aipp.cfg --size "$height" "$width"
+    aipp_options=()
+    if [ "$aipp" = yes ]; then
+        "$python" "$here/tools/rehearse.py" cfg aipp.cfg --size $size
+        aipp_options=(--insert_op_conf=../aipp.cfg --enable_small_channel=1)
+    fi
     for batch in $batch_size; do
-        names_of "$batch"
-        fresh "$nopad" 2 onnx="$onnx"
+        verify deepmar_bs${batch}_nopad.onnx=2
         if [ -n "$make_om" ]; then
-            run_atc # tools/run/backend.sh
-            record "$om" model="$nopad" aipp="$aipp"
-        fi
-        if [ -n "$make_twin" ]; then # ONNX Runtime runs this model in place of an OM with AIPP
-            "$python" "$here/tools/rehearse.py" aipp "$nopad" "$twin"
-            record "$twin" model="$nopad" aipp="$aipp"
+            scratch atc # atc also writes a fusion_result.json
+            tool atc_bs$batch atc --model=../deepmar_bs${batch}_nopad.onnx --framework=5 --output=deepmar_bs$batch \
+                --input_format=NCHW --input_shape="actual_input_1:$batch,3,$height,$width" --log=error \
+                --soc_version="$chip_name" "${aipp_options[@]}"
+            keep deepmar_bs$batch.om
+            made deepmar_bs$batch.om from deepmar_bs${batch}_nopad.onnx aipp
+        elif [ -n "$make_twin" ]; then # ONNX Runtime runs this model in place of an OM with AIPP
+            "$python" "$here/tools/rehearse.py" aipp deepmar_bs${batch}_nopad.onnx deepmar_bs${batch}_aipp.onnx
+            made deepmar_bs${batch}_aipp.onnx from deepmar_bs${batch}_nopad.onnx aipp
         fi
     done
-    [ -n "$make_om" ] || say "no OM is made: $no_om"
+    [ -n "$make_om" ] || say "no OM is made: there is no atc, or backend onnxruntime needs none"
     finish
 fi
 
 if begin 4 "images -> input_bin"; then
-    need "$image_list" 0
-    "$python" "$here/preprocess_deepmar_pytorch.py" "$images" input_bin "$image_list" --size "$height" "$width" "${uint8[@]}"
-    record input_bin "${data[@]}"
+    verify "$image_list=0"
+    uint8=
+    [ "$aipp" = no ] || uint8=--uint8
+    "$python" "$here/preprocess_deepmar_pytorch.py" "$images" input_bin "$image_list" --size $size $uint8
+    made input_bin from image_list images size aipp
     finish
 fi
 
 if begin 5 "input_bin -> deepmar.info"; then
-    fresh input_bin 4 "${data[@]}"
+    verify input_bin=4
     "$python" "$here/get_info.py" ./input_bin deepmar.info "$width" "$height"
-    record deepmar.info bins=input_bin
+    made deepmar.info from input_bin
     finish
 fi
 
 if begin 6 "inference on backend $backend, device $device_id"; then
     for batch in $batch_size; do
-        names_of "$batch"
-        need input_bin 4
-        need deepmar.info 5
-        need "$model" "$model_stage"
-        belongs
+        case $backend$aipp in
+            onnxruntimeno) model=deepmar_bs${batch}_nopad.onnx model_stage=2 ;;
+            onnxruntimeyes) model=deepmar_bs${batch}_aipp.onnx model_stage=3 ;;
+            *) model=deepmar_bs$batch.om model_stage=3 ;;
+        esac
+        result=$(result_of $batch)
+        verify input_bin=4 deepmar.info=5 $model=$model_stage
         say "batch size $batch: $model, $(wc -l <deepmar.info) images -> $result"
-        infer   # tools/run/backend.sh: runs the tool in its own folder and checks its output
-        collect # replaces the results of an earlier run
+        [ "$(wc -l <deepmar.info)" -ge ${#devices[@]} ] || fail "${#devices[@]} devices, but fewer images in $work_dir/deepmar.info"
+        scratch "$result"
+        if [ "$backend" = ais_bench ]; then # it shares the images among the devices itself
+            ais_bench_files give ../input_bin ../$model
+            tool ais_bench_bs$batch "$requested" -m ais_bench --model $model --input input_bin --output result \
+                --output_dirname $ais_bench_folder --outfmt BIN --batchsize $batch --device ${device_id// /,} $divide_input
+            ais_bench_files collect ../input_bin "$work_dir/logs/ais_bench_bs$batch.log" $batch $device_id
+        else
+            ln -s ../input_bin ../deepmar.info ../$model .
+            for device in $device_id; do # several devices share the images and run at the same time
+                info=$(info_of $device)
+                log=${backend}_bs${batch}_device$device
+                if [ "$backend" = benchmark ]; then
+                    on_device $log "$benchmark" -model_type=vision -batch_size=$batch -device_id=$device -om_path=$model \
+                        -input_width=$width -input_height=$height -input_text_path=$info -useDvpp=false -output_binary=true
+                else
+                    on_device $log "$python" "$here/tools/benchmark.py" -model_type=vision -batch_size=$batch -device_id=$device \
+                        -om_path=$model -input_width=$width -input_height=$height -input_text_path=$info -useDvpp=false \
+                        -output_binary=true "${runtime_options[@]}"
+                fi
+            done
+            all_devices
+        fi
+        [ "$pure" = no ] || pure_inference
+        collect "$result" # checks the results, and replaces those of an earlier run
     done
     finish
 fi
 
 if begin 7 "accuracy and throughput"; then
-    rows=()
+    published=$published_acc rows=() all_results=()
+    if [ -z "$published" ] && [ -n "$sample" ]; then
+        published=$(cat sample/accuracy.txt)
+        say "the sample has no published accuracy, so the results are compared with PyTorch's on the same images"
+    fi
     for batch in $batch_size; do
-        names_of "$batch"
-        results_belong
+        result=$(result_of $batch)
+        results=("${devices[@]/#/$result/dumpOutput_device}")
+        verify "${results[@]/%/=6}"
         [ "$batch_size" = "$batch" ] || say "batch size $batch"
-        score
+        described=$(description_of $batch)
+        scratch "$result"
+        score "$python" "$here/postprocess_deepmar_pytorch.py" "${results[@]/#/$work_dir/}" "$label_file" \
+            --image_list "$image_list" ${published:+--published "$published"} ${attributes:+--attributes "$attributes"} \
+            ${described:+--model "$described"} ${thresholds:+--thresholds "$thresholds"} --intervals
+        read -r model ran <<<"$(facts "${results[0]}" model backend)"
         rows+=(--run "$batch" "$result" "$model" "$ran")
+        all_results+=("${results[@]}")
     done
-    # shellcheck disable=SC2086 # one word each
-    "$python" "$here/tools/run/table.py" throughput "${rows[@]}" --devices $device_id --chips "$chips"
-    record throughput.csv "${table_inputs[@]}"
+    "$python" "$here/tools/run/table.py" throughput "${rows[@]}" --devices $device_id --chips $chips
+    made throughput.csv from "${all_results[@]}"
     finish
 fi
 
 if begin 8 "report -> report.html"; then
-    for batch in $batch_size; do # the page shows the results of the last one
-        names_of "$batch"
-        results_belong
-        need "$result/fusion_result.json" 7
-    done
-    fresh throughput.csv 7 "${table_inputs[@]}"
+    batch=${batch_size##* } # the page shows the results of the last batch size
+    result=$(result_of $batch)
+    results=("${devices[@]/#/$result/dumpOutput_device}")
+    described=$(description_of $batch)
+    verify "${results[@]/%/=6}" throughput.csv=7 "$result/fusion_result.json=7"
     "$python" "$here/tools/report.py" --images "$images" --list "$image_list" --labels "$label_file" \
-        --results "${folders[@]}" --fusion "$result/fusion_result.json" --throughput throughput.csv --output report.html \
-        "${described[@]}"
+        --results "${results[@]}" --fusion "$result/fusion_result.json" --throughput throughput.csv --output report.html \
+        ${described:+--model "$described"}
     finish
     say "open $work_dir/report.html in a browser"
 fi
-end_run
+[ -z "$dropped" ] || fail "the accuracy at batch size $dropped is more than 1 % below the published one"

@@ -3,10 +3,13 @@
     PYTHON tools/run/ais_bench_files.py check WORK_DIR [PATH ...]
         runs before any work, in the Python that will run ais_bench. It fails if this Python has no ais_bench.infer or
         aclruntime, or if ais_bench would refuse the work folder's path or the owner of an existing file or folder
+    PYTHON tools/run/ais_bench_files.py options
+        prints the option with which ais_bench shares the images among several devices. It fails if ais_bench does not start
     python3 tools/run/ais_bench_files.py give BINS MODEL
         puts input_bin/, the model and result/ into the current folder, in a form that ais_bench accepts
-    python3 tools/run/ais_bench_files.py collect BINS DEVICE [DEVICE ...]
-        moves ais_bench's output to result/dumpOutput_device<D> and ..._summary.json, and names the results by the images
+    python3 tools/run/ais_bench_files.py collect BINS LOG BATCH_SIZE DEVICE [DEVICE ...]
+        checks ais_bench's log, moves its output to result/dumpOutput_device<D> and ..._summary.json, and names the results by
+        the images
 
 Versions since 2024 refuse symbolic links, names with characters other than A-Z a-z 0-9 _ - and the dot, files that the group
 or others may write, and files of another user and group.
@@ -17,6 +20,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))))
@@ -60,6 +64,33 @@ def check(work, *paths):
                                  % (file, owner.st_uid, owner.st_gid, os.geteuid(), path))
 
 
+def options():
+    """Prints --divide_input 1 if ais_bench has this option. Without it, versions since 2024 give each device all images."""
+    process = subprocess.run([sys.executable, "-m", "ais_bench", "--help"], cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             universal_newlines=True)
+    if process.returncode:
+        raise ValueError("backend ais_bench: %s -m ais_bench --help ends with: %s; install what is missing; if that is a library, "
+                         "source CANN's set_env.sh" % (sys.executable, process.stdout.strip().split("\n")[-1]))
+    if "--divide_input" in process.stdout:
+        print("--divide_input 1")
+
+
+def check_log(log, batch_size):
+    """Raises ValueError if ais_bench reports an error in its log, or took another batch size than --batchsize.
+
+    It does not compare these itself, but computes its throughput from --batchsize.
+    """
+    with open(log, encoding="utf-8", errors="replace") as f:
+        text = f.read()
+    errors = re.findall(r"\[ERROR\].*", text)
+    if errors:
+        raise ValueError("ais_bench reports an error: %s; see %s" % (errors[0], log))
+    taken = set(re.findall(r"filesperbatch:(\d+) ", text)) - {batch_size}
+    if taken:
+        raise ValueError("the OM takes %s images at a time, not %s; put the right OM there, or run stage 3; see %s"
+                         % (taken.pop(), batch_size, log))
+
+
 def staged_names(bins):
     """Returns {name for ais_bench: name} of a folder's bins. If one of the names is not safe, ais_bench gets numbers."""
     names = sorted((name for name in os.listdir(bins) if name.endswith(".bin")), key=natural)
@@ -88,7 +119,8 @@ def give(bins, model):
     give_file(model, os.path.basename(model))
 
 
-def collect(bins, *devices):
+def collect(bins, log, batch_size, *devices):
+    check_log(log, batch_size)
     numbers = {name[:8]: own.split(".")[0] for name, own in staged_names(bins).items() if name != own}
 
     def own(path):
@@ -124,10 +156,10 @@ def collect(bins, *devices):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("action", choices=["check", "give", "collect"])
-    parser.add_argument("arguments", nargs="+", metavar="ARGUMENT")
+    parser.add_argument("action", choices=["check", "options", "give", "collect"])
+    parser.add_argument("arguments", nargs="*", metavar="ARGUMENT")
     args = parser.parse_args(argv)
-    {"check": check, "give": give, "collect": collect}[args.action](*args.arguments)
+    {"check": check, "options": options, "give": give, "collect": collect}[args.action](*args.arguments)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """Finds out what run_all.sh needs and what this machine has: driver, card, CANN, tools that run an OM, packages, disk, inputs.
 
-    bash run_all.sh --check [--json FILE]       prints all of it as a table before any work, and writes only FILE
-    python3 tools/run/doctor.py chip NAME DEVICE    prints "310P3 2": the chip's name and how many of them the card with this device
-                                                has, from npu-smi info. If NAME is not empty, only the number comes from there
-    python3 tools/run/doctor.py set_env             prints the path of set_env.sh of this machine's CANN, if there is one
-    python3 tools/run/doctor.py explain LOG CHIP    prints what to do about the failure in atc's LOG, if it is a known one
+    bash run_all.sh --check [--json FILE]
+        prints all of it as a table before any work, and writes only FILE
+    tools/run/doctor.py chip NAME COUNT DEVICE NEEDED
+        prints "Ascend310P3 2 NOTE": the chip, how many of them the card with this device has, and a note. An empty NAME or COUNT
+        comes from npu-smi info. If NEEDED is empty, an unknown chip is no error
+    tools/run/doctor.py set_env
+        prints the path of set_env.sh of this machine's CANN, if there is one
+    tools/run/doctor.py explain LOG CHIP
+        prints what to do about the failure in a tool's LOG, if it is a known one
 
 The script needs only Python. No other file reads npu-smi's table and CANN's folders.
 """
@@ -179,16 +183,28 @@ def chips_of(chips, name, device):
     return cards.count((own or cards)[0]) if cards else 0
 
 
-def chip(name, device):
-    """Returns the output of the command chip."""
+def chip(name, count, device, needed):
+    """Returns the output of the command chip. Raises OSError or ValueError."""
+    note = ""
     try:
+        if not shutil.which("npu-smi"):
+            raise OSError("cannot find out the chip (no npu-smi on the PATH); give --chip-name, such as 310P3, or --backend "
+                          "onnxruntime to skip the OM")
         _, chips = npu_smi()
-        name = short(name) or name_of(chips)
-        return "%s %d" % (name, chips_of(chips, name, device))
+        if not name:
+            name = name_of(chips)
+            note = "npu-smi info names the chip Ascend%s" % name
+        count = count or chips_of(chips, short(name), device)
     except (OSError, ValueError) as error:
-        if name:
-            return short(name) + " 0"
-        raise ValueError(str(error) if "chip_name" in str(error) else "%s; run it by hand, or set chip_name" % error)
+        if needed and not name:
+            raise ValueError(str(error) if "chip" in str(error) else "%s; run it by hand, or set chip_name" % error)
+        if not name and shutil.which("npu-smi"):
+            note = str(error)
+    name = short(name)
+    if name and not int(count or 0):
+        count = 4 if name == "310" else 1
+        note = "assuming %d chips Ascend%s per card, because there is no npu-smi to count them; --chips sets another number" % (count, name)
+    return "%s %d %s" % ("Ascend" + name if name else "unknown", int(count or 0), note)
 
 
 # --- CANN -----------------------------------------------------------------------------------------------------------
@@ -477,8 +493,8 @@ class Check(object):
 
 
 def main(arguments):
-    if arguments[:1] == ["chip"] and len(arguments) == 3:
-        print(chip(arguments[1], arguments[2]))
+    if arguments[:1] == ["chip"] and len(arguments) == 5:
+        print(chip(*arguments[1:]))
     elif arguments == ["set_env"]:
         print(find_set_env() or "")
     elif arguments[:1] == ["explain"] and len(arguments) == 3:

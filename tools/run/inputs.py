@@ -1,20 +1,23 @@
-"""Checks the input of a run before any work, and keeps records of what each file was made from.
+"""Checks the lists of a run before any work, and records what each file was made from. Only run_all.sh calls this script.
 
-    python3 tools/run/inputs.py check --image-list image.txt --images images --label-file label.json
-    python3 tools/run/inputs.py record input_bin image_list=image.txt images=images size="224 224"
-    python3 tools/run/inputs.py fresh input_bin 4 image_list=image.txt images=images size="224 224"
+    inputs.py lists --image-list image.txt --images images --label-file label.json
+    inputs.py made STAGE input_bin image_list images size -- image_list=/data/image.txt images=/data/images size="224 224"
+    inputs.py verify input_bin=4 deepmar.info=5 -- image_list=/data/image.txt images=/data/images size="224 224"
+    inputs.py get deepmar_bs1.om model
 
-run_all.sh calls this script in the work folder.
+lists checks the user's lists against each other and stops at the first fault. It prints the number of attributes in the labels.
 
-check reads the lists and stops at the first fault. It prints the number of attributes in the labels.
-record writes into .made_from/ what a stage has made its product from: ROLE=PATH for a file or folder, images=FOLDER for the
-images of the image_list before it, and settings such as size="224 224".
-fresh fails unless a product is unchanged since its stage made it, from the same inputs as now. -- separates several products.
-get prints settings, one per line.
+The other commands run in the work folder. After -- come the run's variables and their values.
+made writes into .made_from/ what a stage has made a product from: variables of the run, files in the work folder, or NAME=VALUE
+for a fact to remember. Without any of these, it records that the product is being replaced.
+verify stops unless each PRODUCT is still what its STAGE made. It also stops if this run's variables or files differ from those
+that the product was made from. It follows these files back to what they were made from in turn.
+get prints facts that made has recorded, on one line.
 
 Names, sizes and checksums identify an input, so a work folder stays valid after it was copied to another machine. A file is not
-read again if its size, times and inode are unchanged since the last check. A product without a record, such as an OM that was
-converted elsewhere, belongs to the user and is accepted.
+read again if its size, times and inode are unchanged since the last look. A product without a record, such as an OM that was
+converted elsewhere, belongs to the user and is accepted. An input that no longer exists, such as a deleted checkpoint, is not
+compared.
 """
 import argparse
 import functools
@@ -25,14 +28,14 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))))
-from lib.files import read_lines, write_text
+from lib.files import write_text
 from lib.machine import cores
-from lib.names import stem
+from lib.names import find_listed, read_list, stem
 from lib.script import command, some
 
 RECORDS = ".made_from"
 SEEN = os.path.join(RECORDS, "checksums.json")
-SETTINGS = ("size", "aipp", "last_conv_stride", "state_dict", "backend", "model_name")
+PATHS = ("checkpoint", "image_list", "images")  # these variables of run_all.sh are paths, the others settings
 
 
 # --- checksums ------------------------------------------------------------------------------------------------------
@@ -81,29 +84,25 @@ def identities(paths):
     return ["%d %s" % (state[0], seen[key][4]) for key, state in zip(keys, states)]
 
 
-def content(role, path, image_list=None):
-    """Returns the identity of an input: a text for a file or setting, {name: text} for a folder or its listed images."""
-    if role in SETTINGS:
-        return path
-    if role == "images":
-        from lib.names import find_listed, read_list
-        names = read_list(image_list)
-        return dict(zip(names, identities(find_listed(path, names, image_list))))
+def content(path):
+    """Returns the identity of a file, or {name: identity} of the files in a folder."""
     if os.path.isdir(path):
         names = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
         return dict(zip(names, identities([os.path.join(path, name) for name in names])))
     return identities([path])[0]
 
 
-def parse_inputs(arguments):
-    """Yields (role, path or setting, content) for arguments ROLE=PATH. Leaves out inputs that do not exist."""
-    image_list = None
-    for argument in arguments:
-        role, _, path = argument.partition("=")
-        if role == "image_list":
-            image_list = path
-        if role in SETTINGS or path and os.path.exists(path):
-            yield role, path, content(role, path, image_list)
+def present(name, variables):
+    """Returns what an input is now, or None if it no longer exists. name: of a variable of the run, or a file's path."""
+    path = variables.get(name, name)
+    if name in variables and name not in PATHS:
+        return path
+    if not path or not os.path.exists(path):
+        return None
+    if name != "images":
+        return content(path)
+    names = read_list(variables["image_list"])
+    return dict(zip(names, identities(find_listed(path, names, variables["image_list"]))))
 
 
 # --- records --------------------------------------------------------------------------------------------------------
@@ -112,12 +111,13 @@ def record_path(product):
     return os.path.join(RECORDS, product.replace("/", "_") + ".json")
 
 
-def record(product, *arguments):
-    """Records what a product is and what it was made from. Without arguments, it records that the product is being replaced."""
-    record = {"product": content("product", product) if arguments else None,
-              "inputs": {role: value for role, _, value in parse_inputs(arguments)}}
+def made(stage, product, inputs, variables):
+    """Records what a product is and what its stage made it from."""
+    facts = dict(text.split("=", 1) for text in inputs if "=" in text)
+    inputs = {name: present(name, variables) for name in inputs if "=" not in name}
     os.makedirs(RECORDS, exist_ok=True)
-    write_text(record_path(product), json.dumps(record, indent=1))
+    write_text(record_path(product), json.dumps({
+        "stage": stage, "product": content(product) if inputs else None, "inputs": inputs, "facts": facts}, indent=1))
 
 
 def difference(before, now):
@@ -129,44 +129,48 @@ def difference(before, now):
     return "".join("; %d %s: %s" % (len(names), text, some(names)) for names, text in texts if names)
 
 
-def fresh(product, stage, *arguments):
-    """Raises ValueError unless a product exists and is still what its stage made from these inputs."""
+def verify(product, stage, variables, seen):
+    """Raises ValueError unless a product exists and is still what its stage made from this run's inputs.
+
+    seen: the products that were verified before.
+    """
     where = os.path.abspath(product)
     if not os.path.exists(product):
         raise ValueError("%s is missing; run stage %s first" % (where, stage))
-    if not os.path.exists(record_path(product)):
+    if product in seen or not os.path.exists(record_path(product)):
         return
-    made = load(record_path(product))
-    if "inputs" not in made or made["product"] is None:
+    seen.add(product)
+    record = load(record_path(product))
+    if not record.get("product"):
         raise ValueError("%s: stage %s did not finish; run stage %s again" % (where, stage, stage))
-    now = content("product", product)
-    if made["product"] != now:
+    for name in record["inputs"]:
+        if name not in variables and os.path.exists(name):  # the first stage that went wrong is named first
+            verify(name, load(record_path(name)).get("stage", stage), variables, seen)
+    now = content(product)
+    if record["product"] != now:
         raise ValueError("%s is not what stage %s made here%s; run stage %s again, or delete %s if it is your own"
-                         % (where, stage, difference(made["product"], now), stage, os.path.abspath(record_path(product))))
-    for role, path, now in parse_inputs(arguments):
-        if role not in made["inputs"] or made["inputs"][role] == now:
+                         % (where, stage, difference(record["product"], now), stage, os.path.abspath(record_path(product))))
+    for name, before in record["inputs"].items():
+        now = present(name, variables)
+        if now is None or before is None or before == now:
             continue
-        if role in SETTINGS:
+        if name in variables and name not in PATHS:
             raise ValueError("%s was made with %s %s, not %s; run stage %s again, or give --%s %s" % (
-                where, role, made["inputs"][role] or "(none)", now or "(none)", stage, role.replace("_", "-"),
-                made["inputs"][role]))
-        if role == "images":
-            raise ValueError("%s was made from other images than those in %s now%s; run stage %s again"
-                             % (where, path, difference(made["inputs"][role], now), stage))
-        raise ValueError("%s was made from another %s%s; run stage %s again"
-                         % (where, os.path.basename(path), difference(made["inputs"][role], now), stage))
+                where, name, before or "(none)", now or "(none)", stage, name.replace("_", "-"), before))
+        path = variables.get(name, name)
+        what = "other images than those in %s now" % path if name == "images" else "another %s" % os.path.basename(path)
+        raise ValueError("%s was made from %s%s; run stage %s again" % (where, what, difference(before, now), stage))
 
 
 # --- the user's data ------------------------------------------------------------------------------------------------
 
-def check(arguments):
+def check_lists(arguments):
     """Checks the lists against each other. Returns the number of attributes, or None without labels. Raises OSError or ValueError."""
-    parser = argparse.ArgumentParser(prog="inputs.py check")
+    parser = argparse.ArgumentParser(prog="inputs.py lists")
     for name in ("image-list", "images", "label-file", "attributes", "thresholds"):
         parser.add_argument("--" + name)
     args = parser.parse_args(arguments)
     from lib.labels import attribute_names, check_not_tuned_on, labels_of, read_labels, read_thresholds
-    from lib.names import find_listed, read_list
     names = read_list(args.image_list) if args.image_list else []
     if args.images and names:
         find_listed(args.images, names, args.image_list)
@@ -178,37 +182,33 @@ def check(arguments):
             _, _, thresholds = read_thresholds(args.thresholds, attribute_names(count, args.attributes))
             check_not_tuned_on(args.thresholds, thresholds["tuned_on"], [stem(name) for name in names], labels)
     if args.attributes:
-        attribute_names(count or len([line for line in read_lines(args.attributes) if line]), args.attributes)
+        attribute_names(count, args.attributes)
     return count
-
-
-def groups(arguments):
-    """Yields the parts of a list of arguments between --."""
-    part = []
-    for argument in list(arguments) + ["--"]:
-        if argument != "--":
-            part.append(argument)
-        elif part:
-            yield part
-            part = []
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, usage="inputs.py check|record|fresh|get ARGUMENT [ARGUMENT ...]")
-    parser.add_argument("command", choices=["check", "record", "fresh", "get"], help=argparse.SUPPRESS)
+                                     allow_abbrev=False, usage="inputs.py lists|made|verify|get ARGUMENT ... [-- NAME=VALUE ...]")
+    parser.add_argument("action", choices=["lists", "made", "verify", "get"], help=argparse.SUPPRESS)
     argv = sys.argv[1:] if argv is None else argv
-    args, arguments = parser.parse_args(argv[:1]), argv[1:]  # argparse must not see the rest, because it would drop a --
-    if args.command == "check":
-        count = check(arguments)
+    action, arguments = parser.parse_args(argv[:1]).action, argv[1:]
+    if action == "lists":
+        count = check_lists(arguments)
         if count is not None:
             print(count)
-    elif args.command == "get":
-        made = load(record_path(arguments[0])).get("inputs", {})
-        print("\n".join(made.get(role, "") for role in arguments[1:]))
+        return
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    arguments, variables = arguments[:end], dict(text.split("=", 1) for text in arguments[end + 1:])
+    if action == "made":
+        made(arguments[0], arguments[1], arguments[2:], variables)
+    elif action == "verify":
+        seen = set()
+        for argument in arguments:
+            product, _, stage = argument.rpartition("=")
+            verify(product, stage, variables, seen)
     else:
-        for group in groups(arguments):
-            (record if args.command == "record" else fresh)(*group)
+        facts = load(record_path(arguments[0])).get("facts", {})
+        print(" ".join(facts.get(name, "unknown") for name in arguments[1:]))
 
 
 if __name__ == "__main__":

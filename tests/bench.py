@@ -12,6 +12,7 @@ fast, or needs half as much. The exit status is 0 whether or not the ratios reac
 """
 import argparse
 import contextlib
+import glob
 import importlib
 import io
 import itertools
@@ -81,23 +82,22 @@ def new_folder():
     return tempfile.mkdtemp(dir=".")
 
 
-def take_turns(rounds, **sides):
-    """Calls every side in each round, in rotating order. A side is a function that returns seconds. Returns {side: [seconds]}."""
-    times = {name: [] for name in sides}
-    names = list(sides)
-    for number in range(rounds):
-        for name in names[number % len(names):] + names[:number % len(names)]:
-            times[name].append(sides[name]())
-    return times
+def compare(quick, stage, unit, ours, alternatives, rounds=3):
+    """Measures a stage and its alternatives {name: (goal, function)} in turns. Yields a row of the result for each of them.
 
-
-def compare(stage, against, unit, goal, theirs, ours):
-    """Returns a row of the result. theirs and ours: the seconds of each round, for an image if the unit is images/s."""
-    ratio = statistics.median(a / b for a, b in zip(theirs, ours))
-    theirs, ours = statistics.median(theirs), statistics.median(ours)
-    if unit == "images/s":
-        theirs, ours = 1 / theirs, 1 / ours
-    return make_row(stage, against, unit, goal, theirs, ours, ratio)
+    All functions return seconds: for an image if the unit is images/s, else for the whole.
+    """
+    functions = [ours] + [function for _, function in alternatives.values()]
+    times = {function: [] for function in functions}
+    for number in range(1 if quick else rounds):
+        for i in range(len(functions)):
+            function = functions[(number + i) % len(functions)]
+            times[function].append(function())
+    for against, (goal, function) in alternatives.items():
+        figures = statistics.median(times[function]), statistics.median(times[ours])
+        if unit == "images/s":
+            figures = [1 / figure for figure in figures]
+        yield make_row(stage, against, unit, goal, *figures, statistics.median(a / b for a, b in zip(times[function], times[ours])))
 
 
 def make_row(stage, against, unit, goal, theirs, ours, ratio):
@@ -107,33 +107,32 @@ def make_row(stage, against, unit, goal, theirs, ours, ratio):
 
 # --- preprocess ------------------------------------------------------------------------------------------------------
 
-def draw_images(count):
+def draw_images(quick):
     """Makes the folder 'images' with drawings in PETA's sizes, and the list image.txt. Returns the names."""
-    names = ["%05d.png" % i for i in range(count)]
+    names = ["%05d.png" % i for i in range(40 if quick else 500)]
     if not os.path.exists("images"):
         from sample import pedestrians
         os.mkdir("images")
-        for name, image in zip(names, itertools.cycle(pedestrians(min(count, 250), 3)[0])):
+        for name, image in zip(names, itertools.cycle(pedestrians(min(len(names), 250), 3)[0])):
             image.save(os.path.join("images", name))
         write_text("image.txt", "\n".join(names))
     return names
 
 
-def guides_preprocess(folder, names):
+def guides_preprocess(arguments):
     """The guide's method in plain code: one process, float32, tofile."""
+    images, folder, image_txt = arguments
     os.mkdir(folder)
+    with open(image_txt) as f:
+        names = f.read().split()
     for name in names:
-        image = Image.open(os.path.join("images", name)).convert("RGB").resize((224, 224), Image.BILINEAR)
+        image = Image.open(os.path.join(images, name)).convert("RGB").resize((224, 224), Image.BILINEAR)
         array = np.array(image, dtype=np.float32).transpose(2, 0, 1)
         array = array / 255
         for channel, (mean, std) in enumerate(zip([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])):
             array[channel] -= mean
             array[channel] /= std
         array.tofile(os.path.join(folder, name.split(".")[0] + ".bin"))
-
-
-def our_preprocess(folder, _):
-    preprocess.main(["images", folder, "image.txt"])
 
 
 def decode(name):
@@ -146,36 +145,31 @@ def decode_all(names, processes):
         pool.map(decode, names, chunksize=16)
 
 
-def write_bins(function, names, count):
-    """Returns the seconds for an image that a function needs on this many cores."""
-    # A virtual machine's host takes free memory back every few seconds, and the first use after that takes ten times as long as
-    # writing a bin. So the memory is used once before the measurement, and the bins are emptied after it.
-    np.ones(len(names) * 3 * 224 * 224, np.float32)
-    folder = os.path.join(new_folder(), "bins")
-    seconds = in_child(clock, function, folder, names, cores=count)
-    for entry in os.scandir(folder):
-        os.truncate(entry.path, 0)
-    return seconds / len(names)
-
-
 def row_preprocess(quick):
-    names = draw_images(40 if quick else 1000)
+    names = draw_images(quick)
+
+    def write_bins(main, count):
+        # A virtual machine's host takes free memory back every few seconds, and the first use after that takes ten times as long as
+        # writing a bin. So the memory is used once before the measurement, and the bins are emptied after it.
+        np.ones(len(names) * 3 * 224 * 224, np.float32)
+        folder = os.path.join(new_folder(), "bins")
+        seconds = in_child(clock, main, ["images", folder, "image.txt"], cores=count)
+        for entry in os.scandir(folder):
+            os.truncate(entry.path, 0)
+        return seconds / len(names)
+
     for count in sorted({CORES, 1}, reverse=True):
-        times = take_turns(
-            1 if quick else 5,
-            guide=lambda: write_bins(guides_preprocess, names[::2], count),
-            decode=lambda: in_child(clock, decode_all, names, count, cores=count) / len(names),
-            ours=lambda: write_bins(our_preprocess, names, count))
-        stage = "preprocess, cores: %d" % count
-        yield compare(stage, "the guide's way", "images/s", 2.3 if count == 1 else 5, times["guide"], times["ours"])
-        yield compare(stage, "decode + resize alone", "images/s", 0.7, times["decode"], times["ours"])
+        yield from compare(quick, "preprocess, cores: %d" % count, "images/s", lambda: write_bins(preprocess.main, count), {
+            "the guide's way": (2.3 if count == 1 else 5, lambda: write_bins(guides_preprocess, count)),
+            "decode + resize alone": (0.7, lambda: in_child(clock, decode_all, names, count, cores=count) / len(names))}, rounds=5)
 
 
 # --- lists and results ------------------------------------------------------------------------------------------------
 
-def guides_postprocess(folder):
+def guides_postprocess(arguments):
     """The guide's method: a loop over the folder with an array for each file, then the metrics."""
-    with open("label.json") as f:
+    folder, label_file = arguments
+    with open(label_file) as f:
         labels = json.load(f)
     predicted, true = [], []
     for name in os.listdir(folder):
@@ -185,13 +179,9 @@ def guides_postprocess(folder):
     evaluate(np.array(predicted, np.float32) - 0.5, np.array(true))
 
 
-def our_postprocess(folder):
-    postprocess.main([folder, "label.json"])
-
-
-def peak_memory(function, folder):
+def peak_memory(main, arguments):
     """Returns this process's peak memory in MB after a call."""
-    function(folder)
+    main(arguments)
     with open("/proc/self/status") as f:
         return int(re.search(r"VmHWM:\s+([0-9]+) kB", f.read()).group(1)) * 1024 / 1e6
 
@@ -199,55 +189,41 @@ def peak_memory(function, folder):
 def row_postprocess(quick):
     random = np.random.RandomState(0)
     for count in (100, 1000) if quick else (7600, 100000):
-        folder, names = new_folder(), ["%06d" % i for i in range(count)]
+        folder, names, stage = new_folder(), ["%06d" % i for i in range(count)], "postprocess, {:,} images".format(count)
         for name, logits in zip(names, random.standard_normal((count, 35)).astype("<f4")):
             logits.tofile(os.path.join(folder, name + "_1.bin"))
         labels = random.randint(0, 2, (count, 35)).tolist()
         write_text("label.json", json.dumps({name + ".png": label for name, label in zip(names, labels)}))
-        in_child(guides_postprocess, folder)  # in a virtual machine, the first use of memory is slow
-        times = take_turns(1 if quick else 5,
-                           theirs=lambda: in_child(clock, guides_postprocess, folder) / count,
-                           ours=lambda: in_child(clock, our_postprocess, folder) / count)
-        stage = "postprocess, {:,} images".format(count)
-        yield compare(stage, "the guide's way", "images/s", 2, **times)
+        arguments = [folder, "label.json"]
+        in_child(guides_postprocess, arguments)  # in a virtual machine, the first use of memory is slow
+        yield from compare(quick, stage, "images/s", lambda: in_child(clock, postprocess.main, arguments) / count, {
+            "the guide's way": (2, lambda: in_child(clock, guides_postprocess, arguments) / count)}, rounds=5)
     # A forked process would start with its parent's memory.
-    theirs, ours = (in_child(peak_memory, function, folder, method="spawn") for function in (guides_postprocess, our_postprocess))
+    theirs, ours = (in_child(peak_memory, main, arguments, method="spawn") for main in (guides_postprocess, postprocess.main))
     yield make_row(stage + ", memory", "the guide's way", "MB", 1, theirs, ours, theirs / ours)
-
-
-def scan(folder):
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            entry.stat()
 
 
 def row_get_info(quick):
     folder, count = new_folder(), 1000 if quick else 100000
     for i in range(count):
-        path = os.path.join(folder, "%06d.bin" % i)
-        if i % 50000 == 0:  # ext4 allows at most 65,000 links to a file
-            first = path
-            with open(first, "wb") as f:
-                f.truncate(602112)
-        else:
-            os.link(first, path)
-    scan(folder)
-    times = take_turns(3 if quick else 7,
-                       theirs=lambda: in_child(clock, scan, folder) / count,
-                       ours=lambda: in_child(clock, get_info.main, [folder, "deepmar.info", "224", "224"]) / count)
-    yield compare("get_info, {:,} bins".format(count), "scandir + stat alone", "images/s", 0.33, **times)
+        with open(os.path.join(folder, "%06d.bin" % i), "wb") as f:
+            f.truncate(602112)
+    arguments = [folder, "deepmar.info", "224", "224"]
+    yield from compare(quick, "get_info, {:,} bins".format(count), "images/s", lambda: in_child(clock, get_info.main, arguments) / count, {
+        "scandir + stat alone": (0.33, lambda: clock(lambda: [entry.stat() for entry in os.scandir(folder)]) / count)}, rounds=5)
 
 
 # --- whole programs ---------------------------------------------------------------------------------------------------
 
 def row_startup(quick):
-    names = [os.path.normpath(os.path.join(folder, name)) for folder in (".", "tools")
-             for name in os.listdir(os.path.join(ROOT, folder)) if name.endswith(".py") and name != "DeepMAR.py"]
-    times = take_turns(1 if quick else 7, numpy=lambda: clock(run, sys.executable, "-c", "import numpy"),
-                       **{name: lambda name=name: clock(script, name, "--help") for name in names})
-    slowest = max(names, key=lambda name: statistics.median(times[name]))
-    note("of %d scripts, %s --help is the slowest" % (len(names), slowest))
-    yield compare("start-up, the slowest --help", "python3 -c 'import numpy'", "s", 0.67, times["numpy"], times[slowest])
+    rows = []
+    for path in glob.glob(os.path.join(ROOT, "*.py")) + glob.glob(os.path.join(ROOT, "tools", "*.py")):
+        if os.path.basename(path) != "DeepMAR.py":  # it has no options
+            rows += compare(quick, os.path.relpath(path, ROOT), "s", lambda: clock(run, sys.executable, path, "--help"), {
+                "python3 -c 'import numpy'": (0.67, lambda: clock(run, sys.executable, "-c", "import numpy"))}, rounds=5)
+    slowest = min(rows, key=lambda row: row["ratio"])
+    note("of %d scripts, %s --help is the slowest" % (len(rows), slowest["stage"]))
+    yield dict(slowest, stage="start-up, the slowest --help")
 
 
 def make_sample(quick):
@@ -270,19 +246,20 @@ def run_stages(work):
         script(name, *arguments, cwd=work)
 
 
+def run_all(work, count):
+    run("bash", os.path.join(ROOT, "run_all.sh"), "--work-dir", work, "--sample-size", count, "--backend", "onnxruntime",
+        "--stage", 1, "--stop-stage", 7, env=dict(os.environ, python=sys.executable))
+
+
 def row_run(quick):
     count = make_sample(quick)
 
-    def timed(function):
+    def new_work():
         work = new_folder()
         os.symlink(os.path.abspath("sample"), os.path.join(work, "sample"))
-        return clock(function, work)
-
-    def run_all(work):
-        run("bash", os.path.join(ROOT, "run_all.sh"), "--work-dir", work, "--sample-size", count, "--backend", "onnxruntime",
-            "--stage", 1, "--stop-stage", 7, env=dict(os.environ, python=sys.executable))
-    times = take_turns(1 if quick else 3, theirs=lambda: timed(run_stages), ours=lambda: timed(run_all))
-    yield compare("run_all.sh, stages 1 to 7", "its stages alone", "s", 0.95, **times)
+        return work
+    yield from compare(quick, "run_all.sh, stages 1 to 7", "s", lambda: clock(run_all, new_work(), count), {
+        "its stages alone": (0.95, lambda: clock(run_stages, new_work()))}, rounds=2)
 
 
 # --- inference -------------------------------------------------------------------------------------------------------
@@ -321,7 +298,7 @@ def stage_6(model, batch, bins):
 def stage_6_from_disk(model, batch, bins):
     for path in bins:
         with open(path, "rb") as f:
-            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # no longer in memory
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # it is no longer in memory
     return stage_6(model, batch, bins)
 
 
@@ -390,27 +367,21 @@ def measure(infer, batch, images):
 def row_standin(quick):
     bins = make_bins(quick)
     for batch in (1, 8) if quick else (1, 8, 64):
-        model, some = make_model(quick, batch), bins[:max(128, 4 * batch)]
-        sides = {"bare": lambda: in_child(bare_session, model, batch, some),
-                 "loop": lambda: in_child(plain_loop, model, batch, some),
-                 "memory": lambda: stage_6(model, batch, some)}
+        model, some, stage = make_model(quick, batch), bins[:max(96, 4 * batch)], "stand-in, batch %d" % batch
+        bare = 0.97, lambda: in_child(bare_session, model, batch, some)
+        loop = 1.05 if batch == 1 else 1, lambda: in_child(plain_loop, model, batch, some)
+        yield from compare(quick, stage, "images/s", lambda: stage_6(model, batch, some), {"bare session": bare, "plain loop": loop})
         if batch == 1:
-            sides["disk"] = lambda: stage_6_from_disk(model, batch, some)
-        times, stage = take_turns(1 if quick else 3, **sides), "stand-in, batch %d" % batch
-        yield compare(stage, "bare session", "images/s", 0.97, times["bare"], times["memory"])
-        yield compare(stage, "plain loop", "images/s", 1.05 if batch == 1 else 1, times["loop"], times["memory"])
-        if batch == 1:
-            yield compare(stage + ", bins on the disk", "bare session", "images/s", 0.97, times["bare"], times["disk"])
+            yield from compare(quick, stage + ", bins on the disk", "images/s", lambda: stage_6_from_disk(model, batch, some), {
+                "bare session": bare}, rounds=1)
 
 
 def row_inference(quick):
     images = 16 if quick else 32 * CORES
     for batch in 1, 8:
         model = make_model(quick, batch)
-        times = take_turns(1 if quick else 3,
-                           theirs=lambda: in_child(pytorch, "sample/checkpoint.pth.tar", batch, images),
-                           ours=lambda: pure_inference(model, batch, images))
-        yield compare("inference, batch %d" % batch, "PyTorch eager", "images/s", 1.6, **times)
+        yield from compare(quick, "inference, batch %d" % batch, "images/s", lambda: pure_inference(model, batch, images), {
+            "PyTorch eager": (1.6, lambda: in_child(pytorch, "sample/checkpoint.pth.tar", batch, images))})
 
 
 def row_int8(quick):
@@ -419,9 +390,8 @@ def row_int8(quick):
     text = script("tools/quantize.py", model, "input_bin", "int8.onnx", "--labels", "sample/label.json", "--allow-drop")
     theirs, ours = (100 * float(number) for number in re.search(r"float32 ([0-9.]+), int8 ([0-9.]+)", text).groups())
     yield make_row("INT8, instance_acc", "float32", "%", 0.995, theirs, ours, ours / theirs)
-    times = take_turns(1 if quick else 3, theirs=lambda: pure_inference(model, 1, images),
-                       ours=lambda: pure_inference("int8.onnx", 1, images))
-    yield compare("INT8, batch 1", "float32", "images/s", 3, **times)
+    yield from compare(quick, "INT8, batch 1", "images/s", lambda: pure_inference("int8.onnx", 1, images), {
+        "float32": (3, lambda: pure_inference(model, 1, images))})
 
 
 def row_openvino(quick):
@@ -429,31 +399,27 @@ def row_openvino(quick):
         note("no rows against OpenVINO, which is not installed (pip install openvino)")
         return
     make_bins(quick)
-    images = 16 if quick else 64 * CORES
+    images = 16 if quick else 32 * CORES
     script("tools/quantize.py", make_model(quick, 1), "input_bin", "qdq.onnx", "--qdq")
     for stage, batch, model in (("float32", 1, "bs1.onnx"), ("float32", 8, make_model(quick, 8)), ("INT8 (QDQ)", 1, "qdq.onnx")):
-        times = take_turns(1 if quick else 3, theirs=lambda: in_child(openvino, model, batch, images),
-                           ours=lambda: pure_inference(model, batch, images))
-        yield compare("%s, batch %d" % (stage, batch), "OpenVINO's queue", "images/s", 1, **times)
-
-
-def run_gallery(model, shard_size):
-    text = script("tools/gallery.py", "image.txt", "--root", "images", "--onnx", model, "--output", new_folder(), "--shard-size",
-                  shard_size)
-    return rate_in(text, r"([0-9.]+) images/s after the start")
+        yield from compare(quick, "%s, batch %d" % (stage, batch), "images/s", lambda: pure_inference(model, batch, images), {
+            "OpenVINO's queue": (1, lambda: in_child(openvino, model, batch, images))})
 
 
 def row_gallery(quick):
     if not find_spec("ray"):
         note("no rows of the gallery, because Ray is not installed (pip install -r tools/requirements-gallery.txt)")
         return
-    bins = make_bins(quick)[:128]
-    draw_images(40 if quick else 1000)
+    draw_images(quick)
+    bins = make_bins(quick)[:96]
+
+    def gallery(model):
+        return rate_in(script("tools/gallery.py", "image.txt", "--root", "images", "--onnx", model, "--output", new_folder(),
+                              "--shard-size", 8 if quick else 64), r"([0-9.]+) images/s after the start")
     for batch in 1, 8:
         model = make_model(quick, batch)
-        times = take_turns(1 if quick else 2, theirs=lambda: stage_6(model, batch, bins),
-                           ours=lambda: run_gallery(model, 8 if quick else 128))
-        yield compare("gallery, batch %d" % batch, "stand-in", "images/s", 0.9, **times)
+        yield from compare(quick, "gallery, batch %d" % batch, "images/s", lambda: gallery(model), {
+            "stand-in": (0.9, lambda: stage_6(model, batch, bins))}, rounds=2)
 
 
 ROWS = {name[len("row_"):]: function for name, function in list(globals().items()) if name.startswith("row_")}
@@ -476,33 +442,33 @@ def machine():
     return found
 
 
+def print_line(texts):
+    """Prints a line of a table in Markdown."""
+    print("| %s |" % " | ".join(text.ljust(width) for text, width in zip(texts, [35, 25, 8, 8] + [9] * len(texts))), flush=True)
+
+
 def print_head(results):
-    """Prints the machines of one or several results and the head of their table, in Markdown."""
+    """Prints the machines of one or several results and the head of their table."""
     for result in results:
-        print(", ".join("%s %s" % item for item in result["machine"].items()))
-    print()
-    print_line(["stage", "against", "unit", "goal"], [
-        text for result in results for text in (result["machine"]["python"], "ours", "ratio", "met")])
+        print(", ".join("%s %s" % item for item in result["machine"].items()) + "\n")
+    texts = ["stage", "against", "unit", "goal"]
+    for result in results:
+        texts += [result["machine"]["python"], "ours", "ratio", "met"]
+    print_line(texts)
     print("|---|---|---|---|" + "--:|--:|--:|---|" * len(results))
 
 
 def print_row(rows):
-    """Prints a line of the table: the same row of each result, or None where a result lacks it."""
-    def number(value):
-        return "{:,.0f}".format(value) if value >= 1000 else "%.4g" % value
-
-    figures = []
+    """Prints the same row of each result, or None where a result lacks it."""
+    first = next(filter(None, rows))
+    texts = [first["stage"], first["against"], first["unit"], ">= %g" % first["goal"]]
     for row in rows:
         if row is None:
-            figures += ["-"] * 4
+            texts += ["-"] * 4
         else:
-            figures += [number(row["theirs"]), number(row["ours"]), "%.2f" % row["ratio"], "yes" if row["met"] else "NO"]
-    row = next(filter(None, rows))
-    print_line([row["stage"], row["against"], row["unit"], ">= %g" % row["goal"]], figures)
-
-
-def print_line(texts, figures):
-    print("| %-34s | %-25s | %-8s | %-7s |" % tuple(texts) + "".join(" %9s |" % text for text in figures), flush=True)
+            texts += [format(row[name], ",.0f" if row[name] >= 1000 else ".4g") for name in ("theirs", "ours")]
+            texts += ["%.2f" % row["ratio"], "yes" if row["met"] else "NO"]
+    print_line(texts)
 
 
 def print_results(paths):
@@ -517,8 +483,8 @@ def print_results(paths):
         print_row([rows.get(key) for rows in found])
 
 
-def keep_busy():
-    while True:
+def keep_busy(parent):
+    while os.getppid() == parent:
         pass
 
 
@@ -540,7 +506,7 @@ def main(argv=None):
         result = {"quick": args.quick, "machine": in_child(machine), "rows": []}
         print_head([result])
         for _ in range(max(1, CORES // 2) if args.busy else 0):
-            get_context("fork").Process(target=keep_busy, daemon=True).start()  # it ends with the benchmark
+            get_context("fork").Process(target=keep_busy, args=(os.getpid(),), daemon=True).start()  # it ends with the benchmark
         for name in args.only or (BUSY_ROWS if args.busy else ROWS):
             for row in ROWS[name](args.quick):
                 if args.busy:

@@ -1,17 +1,14 @@
 """Drives chromium, or the browser that $CHROMIUM names, without a window, through two pipes with the DevTools protocol."""
-import base64
-import fcntl
 import json
 import os
 import select
 import shutil
 import subprocess
 import tempfile
-import time
 
 OPTIONS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
            "--disable-sync", "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe"]
-PATIENCE = 60  # the browser must answer within this many seconds
+PATIENCE = 60  # seconds within which the browser must answer
 
 
 class Browser(object):
@@ -19,18 +16,15 @@ class Browser(object):
 
     def __init__(self):
         self.folder = tempfile.mkdtemp()
-        (read_there, write_here), (read_here, write_there) = os.pipe(), os.pipe()
-        high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (read_there, write_there)]  # the ends must not be 3 or 4
-        os.close(read_there)
-        os.close(write_there)
+        read_there, self.write = os.pipe()
+        self.read, write_there = os.pipe()
         # chromium reads commands from 3 and writes answers to 4, each ended by a NUL
         self.process = subprocess.Popen(
-            ["bash", "-c", 'exec "$@" 3<&%d 4>&%d' % tuple(high), "bash", os.environ.get("CHROMIUM", "chromium"),
+            ["bash", "-c", 'exec "$@" 3<&%d 4>&%d' % (read_there, write_there), "bash", os.environ.get("CHROMIUM", "chromium"),
              "--user-data-dir=" + self.folder] + OPTIONS + ["about:blank"],
-            pass_fds=high, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for end in high:
-            os.close(end)
-        self.write, self.read = write_here, read_here
+            pass_fds=(read_there, write_there), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(read_there)
+        os.close(write_there)
         self.rest, self.number, self.events, self.session = b"", 0, [], None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -46,9 +40,8 @@ class Browser(object):
 
     def receive(self):
         """Returns the browser's next message. Raises RuntimeError if there is none."""
-        end = time.time() + PATIENCE
         while b"\0" not in self.rest:
-            if not select.select([self.read], [], [], max(0, end - time.time()))[0]:
+            if not select.select([self.read], [], [], PATIENCE)[0]:
                 raise RuntimeError("chromium does not answer")
             data = os.read(self.read, 1 << 20)
             if not data:
@@ -92,32 +85,26 @@ class Browser(object):
     def click(self, selector):
         """Clicks into the middle of an element with the mouse, as a person would."""
         x, y = self.run("(e => { e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
-                        "return [r.x + r.width / 2, r.y + r.height / 2]; })(document.querySelector(%s))"
-                        % json.dumps(selector))
+                        "return [r.x + r.width / 2, r.y + r.height / 2]; })(document.querySelector(%s))" % json.dumps(selector))
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
-    def key(self, key, text=""):
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, text=text if kind == "keyDown" else "",
-                      windowsVirtualKeyCode={"Enter": 13, "Tab": 9}[key])
+    def press(self, key):
+        """Presses a key, Enter or Tab."""
+        code, text = {"Enter": (13, "\r"), "Tab": (9, "")}[key]
+        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, text=text, windowsVirtualKeyCode=code)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
 
-    def screen(self, width=1200, height=900, scheme="light"):
-        """Sets the window's size in pixels, and whether the user prefers light or dark."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
-                  mobile=width < 500)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-
-    def screenshot(self, path):
-        with open(str(path), "wb") as f:
-            f.write(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=False)["data"]))
+    def screen(self, width=1200, scheme="light", media=""):
+        """Sets the window's width in pixels, whether the user prefers light or dark, and the medium, such as print."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+        self.call("Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def problems(self):
         """Returns the errors and warnings in the browser's console."""
-        bad = ("error", "warning")
-        return (self.happened("Runtime.exceptionThrown")
-                + [call for call in self.happened("Runtime.consoleAPICalled") if call["type"] in bad]
-                + [log for log in self.happened("Log.entryAdded") if log["entry"]["level"] in bad])
+        return (self.happened("Runtime.exceptionThrown") + self.happened("Page.javascriptDialogOpening")
+                + [call for call in self.happened("Runtime.consoleAPICalled") if call["type"] in ("error", "warning")]
+                + [log for log in self.happened("Log.entryAdded") if log["entry"]["level"] in ("error", "warning")])
 
     def requests(self):
         """Returns the requested addresses, without data: addresses."""

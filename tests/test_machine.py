@@ -148,7 +148,6 @@ def test_no_threads_for_the_report_and_the_quantizer(folder, tmp_path):
             (["benchmark.py", "-batch_size=4", "-om_path=model.onnx", "-round=2"], "one thread does all the work")):
         process = subprocess.Popen([sys.executable, os.path.join(ROOT, "tools", command[0])] + command[1:], cwd=str(folder),
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
-                                   env=dict(os.environ, MPLCONFIGDIR=str(tmp_path)),  # matplotlib looks for fonts anew
                                    preexec_fn=refused(errno.EAGAIN, "clone", "clone3", "fork", "vfork"))
         finish(process)
         assert said in process.stderr, process.stderr

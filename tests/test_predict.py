@@ -1,5 +1,8 @@
-"""tools/predict.py on a tiny model: what it prints is what the pipeline's files hold; the pictures it draws."""
-import shutil
+"""tools/predict.py on a tiny model: its logits are those of the pipeline, on the screen, in JSON and in CSV; the pictures it draws."""
+import csv
+import json
+import os
+import re
 
 import numpy as np
 import pytest
@@ -9,9 +12,6 @@ from lib.labels import ASSUMED, PETA
 import predict
 from helpers import check_error, parse_predictions, run_stage_6, script, write_bins, write_images, write_model
 from lib.images import ORIENTATION
-
-
-PEN = predict.Pen(["ab 0123456789. %"])
 
 
 @pytest.mark.parametrize("batch_size, size", [(1, (224, 224)), (8, (256, 128))])
@@ -56,7 +56,8 @@ def test_a_photograph_that_a_camera_held_sideways_took(tmp_path):
     assert all(said[str(path)] == said[str(upright)] for path in paths) and len(paths) == 8
     lying = script("tools/predict.py", paths[4], "--onnx", model)
     assert parse_predictions(lying.stdout)[str(paths[4])] == said[str(upright)]
-    pictures = [np.asarray(predict.draw(str(path), np.float32([1, -1]), ["a", "b"], PEN)) for path in (paths[4], upright)]
+    font = predict.open_font("ab")
+    pictures = [np.asarray(predict.draw(str(path), np.float32([1, -1]), ["a", "b"], font)) for path in (paths[4], upright)]
     assert np.array_equal(*pictures)
 
 
@@ -124,7 +125,7 @@ def test_drawing(tmp_path, monkeypatch, font):
     logits = np.full(35, -40, np.float32)
     logits[[4, 9, 20]] = [40, 0, -1]
     names = ["attribute %d" % i for i in range(34)] + ["\u5e74\u9f84"]
-    picture = predict.draw(str(path), logits, names, predict.Pen(names + ["0123456789. %"]))
+    picture = predict.draw(str(path), logits, names, predict.open_font("".join(names)))
     height = predict.ROW * 35
     pixels = np.asarray(picture)
     assert picture.height == height + 2 * predict.MARGIN
@@ -145,7 +146,7 @@ def test_drawing(tmp_path, monkeypatch, font):
 @pytest.mark.parametrize("size", [(1, 900), (900, 1), (3000, 100)])
 def test_drawing_odd_sizes(tmp_path, size):
     Image.new("L", size, 10).save(str(tmp_path / "odd.png"))
-    picture = predict.draw(str(tmp_path / "odd.png"), np.array([1, -1], np.float32), ["a", "b"], PEN)
+    picture = predict.draw(str(tmp_path / "odd.png"), np.array([1, -1], np.float32), ["a", "b"], predict.open_font("ab"))
     assert picture.width < 1000 and picture.height < 1000
     assert tuple(np.asarray(picture)[predict.MARGIN, predict.MARGIN]) == (10, 10, 10)
 
@@ -173,46 +174,42 @@ def write_font(path, letters):
     builder.save(str(path))
 
 
-@pytest.fixture
-def fonts(tmp_path, monkeypatch):
-    """A folder, in which alone fontconfig looks for fonts."""
-    if not shutil.which("fc-match"):
-        pytest.skip("NOT RUN: no fontconfig; apt-get install fontconfig")
-    folder = tmp_path / "fonts"
-    folder.mkdir()
-    (tmp_path / "fonts.conf").write_text("<fontconfig><dir>%s</dir><cachedir>%s</cachedir></fontconfig>"
-                                         % (folder, tmp_path / "cache"))
-    monkeypatch.setenv("FONTCONFIG_FILE", str(tmp_path / "fonts.conf"))
-    return folder
+def propose(folder, monkeypatch, font):
+    """Puts an fc-match on PATH that proposes this font, and writes what it is asked into folder/asked.txt."""
+    tool = folder / "bin" / "fc-match"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho \"$@\" >> '%s'\nprintf '0 %%s' '%s'\n" % (folder / "asked.txt", font))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", "%s:%s" % (tool.parent, os.environ["PATH"]))
+    return folder / "asked.txt"
 
 
-def test_letters_that_the_usual_font_lacks_come_from_those_that_have_them(fonts):
-    text = "\u6234\u5e3d\u5b50 hat"
-    assert predict.Pen([text]).missing == ["\u5b50", "\u5e3d", "\u6234"]
-    write_font(fonts / "a.ttf", "\u6234\u5e3d\u80cc")
-    write_font(fonts / "b.ttf", "\u5b50")
-    pen = predict.Pen([text])
-    assert pen.missing == []
-    assert [getattr(font, "path", "").rpartition("/")[2] for font, _ in pen.parts(text)][:2] == ["a.ttf", "b.ttf"]
-    assert [part for _, part in pen.parts(text)] == ["\u6234\u5e3d", "\u5b50", " hat"]
-    assert "a.ttf" in predict.Pen(["\u6234"], str(fonts / "b.ttf")).font_of["\u6234"].path
+def test_fontconfig_is_asked_once_for_letters_that_dejavu_lacks(tmp_path, monkeypatch):
+    write_font(tmp_path / "font.ttf", "\u6234\u5e3dhat")
+    asked = propose(tmp_path, monkeypatch, tmp_path / "font.ttf")
+    assert predict.open_font("hat").path.endswith("DejaVuSans.ttf") and not asked.exists()
+    font = predict.open_font("\u6234\u5e3d hat")
+    assert font.path == str(tmp_path / "font.ttf")
+    assert asked.read_text().split("charset=")[1] == "20 61 68 74 5e3d 6234\n"
+    assert predict.lacking(font, "\u6234\u5e3d hats") == ["s"]
 
 
-def test_a_font_is_named_or_asked_for(fonts, tmp_path):
+def test_letters_that_the_font_lacks_are_drawn_as_boxes_and_named(tmp_path, monkeypatch):
+    propose(tmp_path, monkeypatch, tmp_path / "absent.ttf")
     names = write_images(tmp_path / "images", 1)
     (tmp_path / "names.txt").write_text("\u6234\u5e3d\ntall\n", encoding="utf-8")
     command = ["tools/predict.py", "images/" + names[0], "--onnx", write_model(tmp_path / "m.onnx", attributes=2),
                "--attributes=names.txt", "--save=out"]
     picture = tmp_path / "out" / "im0_attributes.png"
     done = script(*command, cwd=tmp_path)
-    assert done.returncode == 0 and "note: no font on this machine has \u5e3d, \u6234: boxes" in done.stderr, done.stderr
+    assert done.returncode == 0 and "note: the font lacks \u5e3d, \u6234: boxes are drawn" in done.stderr, done.stderr
     assert "fonts-noto-cjk" in done.stderr and "google-noto-sans-cjk-fonts" in done.stderr
     boxes = picture.read_bytes()
-    write_font(tmp_path / "font.ttf", "\u6234\u5e3d")
+    write_font(tmp_path / "font.ttf", "\u6234\u5e3dtall0123456789.%")
     done = script(*(command + ["--font=font.ttf"]), cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "" and picture.read_bytes() != boxes, done.stderr
-    check_error(script(*(command + ["--font=names.txt"]), cwd=tmp_path), "names.txt: is not a font that Pillow can read")
-    check_error(script(*(command + ["--font=absent.ttf"]), cwd=tmp_path), "absent.ttf: is not a font that Pillow can read")
+    for file in ("names.txt", "absent.ttf"):
+        check_error(script(*(command + ["--font", file]), cwd=tmp_path), file + ": is not a font that Pillow can read")
 
 
 def test_probabilities():
@@ -260,3 +257,93 @@ def test_logits_that_are_not_finite(tmp_path):
     names = write_images(tmp_path / "images", 1)
     model = write_model(tmp_path / "m.onnx", bias=float("nan"))
     check_error(script("tools/predict.py", tmp_path / "images" / names[0], "--onnx", model), "m.onnx: gives NaN", "im0.png")
+
+
+TRAITS = ["hat", "bag, red", "coat"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """crops/ with six images in two levels, two that are damaged, and files that are no images; m.onnx of batch size 4."""
+    crops = tmp_path / "crops"
+    write_images(crops, 4)
+    (crops / "im3.png").rename(crops / "IM3.PNG")
+    write_images(crops / "b", 2)
+    (crops / "a").mkdir()
+    (crops / "a" / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    (crops / "b" / "empty.png").write_bytes(b"")
+    (crops / "b" / "label.json").write_text("{}")
+    (crops / ".im0.png").write_bytes(b"of some editor")
+    write_model(tmp_path / "m.onnx", 4, attributes=3)
+    (tmp_path / "names.txt").write_text("\n".join(TRAITS))
+    return tmp_path
+
+
+def predict_in(folder, *options):
+    return script("tools/predict.py", *(("--onnx", "m.onnx", "--attributes", "names.txt") + options), cwd=folder)
+
+
+READ = ["crops/" + name for name in ("IM3.PNG", "im0.png", "im1.png", "im2.png", "b/im0.png", "b/im1.png")]
+BAD = ["crops/a/cut.jpg", "crops/b/empty.png"]
+
+
+def test_a_folder_gives_the_same_as_its_files(folder):
+    """The same as with each file by its name, in the files and on the screen."""
+    one_by_one = parse_predictions(predict_in(folder, *READ).stdout)
+    done = predict_in(folder, "crops", "--json", "out.json", "--csv", "out.csv")
+    check_error(done, "2 of 8 images cannot be read: ", "crops/a/cut.jpg (", "crops/b/empty.png (")
+    assert "note: crops: 2 files are left out, because their names do not end" in done.stderr
+    assert done.stdout == "".join("out.%s: 6 images, 2 could not be read\n" % kind for kind in ("json", "csv"))
+    content = json.loads((folder / "out.json").read_text())
+    assert content["attributes"] == TRAITS and content["thresholds"] == [0, 0, 0] and content["names_assumed"] is False
+    assert [row["image"] for row in content["images"]] == READ and [row["image"] for row in content["errors"]] == BAD
+    assert all(row["error"] for row in content["errors"])
+    for row in content["images"]:
+        said = {name: (has, logit) for has, _, name, logit in one_by_one[row["image"]]}
+        assert {name: np.float32(logit) for name, logit in zip(TRAITS, row["logits"])} == {
+            name: logit for name, (_, logit) in said.items()}
+        assert row["has"] == [name for name in TRAITS if said[name][0]]
+    with open(str(folder / "out.csv"), encoding="utf-8", newline="") as f:
+        rows = list(csv.reader(f))
+    assert rows[0] == ["image", "error"] + TRAITS
+    assert [row[0] for row in rows[1:]] == READ[:4] + BAD + READ[4:]  # in order of their names
+    by_name = {row["image"]: row["logits"] for row in content["images"]}
+    for row in rows[1:]:
+        assert (row[1] != "") == (row[0] in BAD) and [float(text) for text in row[2:]] == by_name.get(row[0], [])
+    on_screen = predict_in(folder, "crops", "crops/im1.png")  # once, though it is named twice
+    check_error(on_screen, "2 of 8 images cannot be read")
+    assert parse_predictions(on_screen.stdout) == one_by_one
+
+
+def test_names_that_are_not_utf_8_are_written(folder):
+    for path in BAD:
+        (folder / path).unlink()
+    try:
+        os.rename(bytes(folder / "crops" / "im0.png"), bytes(folder / "crops") + b"/\xff,\n.png")
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    done = predict_in(folder, "crops", "--json", "out.json", "--csv", "out.csv")
+    assert done.returncode == 0, done.stderr
+    names = [row["image"] for row in json.loads((folder / "out.json").read_text())["images"]]
+    assert "crops/\udcff,\n.png" in names
+    with open(str(folder / "out.csv"), encoding="utf-8", newline="") as f:
+        assert [row[0] for row in csv.reader(f)][1:] == [name.replace("\udcff", "\\udcff") for name in names]
+
+
+def test_files_are_written_if_nothing_can_be_read(folder):
+    check_error(predict_in(folder, "crops/a", "--json", "out.json", "--csv", "out.csv"), "1 of 1 images cannot be read")
+    content = json.loads((folder / "out.json").read_text())
+    assert content["images"] == [] and len(content["errors"]) == 1
+    assert (folder / "out.csv").read_text().startswith('image,error,hat,"bag, red",coat\ncrops/a/cut.jpg,')
+
+
+def test_errors_of_folders_before_work(folder):
+    (folder / "crops" / "a" / "cut.jpg").unlink()
+    check_error(predict_in(folder, "crops/a"), "crops/a: holds no image file (.bmp ")
+    check_error(predict_in(folder, "crops", "nowhere"), "no such image file or folder: nowhere")
+    check_error(predict_in(folder, "crops", "--json", "nowhere/out.json"), "nowhere/out.json: cannot be written: its folder does not exist")
+    check_error(predict_in(folder, "crops", "--csv", "out.csv", "--save", "pictures"),
+                "crops/im0.png and crops/b/im0.png would both be drawn as im0_attributes.png")
+    (folder / "names.txt").write_text("hat\n")
+    check_error(predict_in(folder, "crops", "--json", "out.json"), "names.txt: holds 1 names, but there are 3")
+    assert not [name for name in os.listdir(str(folder)) if name.startswith("out")] and not (folder / "pictures").exists()

@@ -1,23 +1,21 @@
-"""tools/report.py in a real browser: the figures, sorting and filtering, hostile names, looks, size, errors."""
+"""tools/report.py in a real browser: figures, charts, sorting and filtering, hostile names, and files that do not belong together."""
 import http.server
 import json
 import os
 import threading
 
 import jinja2  # noqa: F401 - once for script()
-import matplotlib.figure  # noqa: F401
 import numpy as np
 import pytest
 from PIL import Image
-
-from lib.results import probabilities
-import report
 from browser import Browser
 from helpers import check_error, script, started
+
+import report
 from lib.labels import PETA
+from lib.results import probabilities
 
 TOOL = "tools/report.py"
-METRICS = ["instance_acc", "instance_precision", "instance_recall", "instance_F1", "mA"]
 HEADER = ",".join(report.COLUMNS) + "\n"
 PERF = """[e2e] throughputRate: 202.23, latency: 37580.9
 [data read] throughputRate: 244.002, moduleLatency: 4.00367
@@ -79,13 +77,14 @@ def made(folder, *options):
 
 
 def texts(browser, selector):
-    return browser.run("[...document.querySelectorAll(%s)].map(e => e.textContent.trim())" % json.dumps(selector))
+    """The text of each element, with single spaces."""
+    return browser.run("[...document.querySelectorAll(%s)].map(e => e.textContent.replace(/[ \\n]+/g, ' ').trim())" % json.dumps(selector))
 
 
-def tables(browser, section):
-    """The cells' texts of each row of each table in a section."""
-    return browser.run("[...document.querySelectorAll('[aria-labelledby=%s] tbody')].map(body => [...body.rows].map("
-                       "row => [...row.cells].map(cell => cell.textContent)))" % section)
+def rows(browser, table):
+    """The cells' texts of each row in the body of a table."""
+    return browser.run("[...document.querySelector(%s).tBodies[0].rows].map(row => [...row.cells].map(c => c.textContent.trim()))"
+                       % json.dumps(table))
 
 
 def percent(value):
@@ -98,238 +97,192 @@ def between(interval):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of 400 images with all that a report can hold: its folder, names, labels, logits, fusion_result.json."""
+    """A run of 400 images of PETA's largest size, with all that a report can hold: its folder, names, labels, logits, scores."""
     folder = tmp_path_factory.mktemp("run")
     names = ["%05d.png" % i for i in range(1, 401)]
     true, logits = random_run(len(names))
     fusion = write_run(folder, names, true, logits, "--published", "99", "--intervals")
-    write_images(folder / "images", names)
+    write_images(folder / "images", names, (169, 365))
     write_results(folder / "other", names, logits + np.float32(0.01))
     script("tools/compare.py", "result/dumpOutput_device0", "other", "--labels", "label.json", "--json", "compare.json",
            "--max-flips", 9999, cwd=folder)
     (folder / "throughput.csv").write_text(HEADER + "".join(
         '%d,%s,"ONNX Runtime 9.9, CPUExecutionProvider",deepmar_bs%d.onnx,400,%s,%r\n' % (
             size, devices, size, speeds, fusion["instance_acc"])
-        for size, devices, speeds in ((16, "0 1", "75.125,80,,90.5,123.5,124,987.25"), (1, "0", "50.5,51.75,207,,,,"),
+        for size, devices, speeds in ((16, "0 1", "40.25,80,,90.5,123.5,124,987.25"), (1, "0", "20.5,51.75,207,,,,"),
                                       (8, "0 1", ",70,,,,,"))))
-    output = made(folder, "--throughput", "throughput.csv", "--compare", "compare.json")
-    assert output.startswith("report.html: 400 images, 300 pictures, ") and output.count("\n") == 1
+    assert made(folder, "--throughput", "throughput.csv", "--compare", "compare.json").startswith(
+        "report.html: 400 images, 300 pictures, ")
+    assert (folder / "report.html").stat().st_size < 10e6
     return folder, names, true, logits, fusion
 
 
-def test_figures(browser, run):
-    folder, names, _, _, fusion = run
+@pytest.fixture
+def page(browser, run):
+    """The browser with the run's page open. Nothing may be fetched, and the console must stay empty."""
     browser.screen()
-    browser.open(folder / "report.html")
-    for name in METRICS:
-        assert texts(browser, "[data-metric=%s]" % name) == [str(fusion[name])]
-        assert percent(fusion[name]) in texts(browser, ".metrics dd")
-        assert texts(browser, "[data-interval=%s]" % name) == ["95 %: " + between(fusion["intervals"][name])]
-    verdict, = texts(browser, "header .verdict")
-    assert verdict.split("\n")[0] == "✗" and "FAIL" in verdict and percent(fusion["instance_acc"]) in verdict
-    assert "published 99.00\u00a0%%: a drop of %.2f percentage points, at most 1.00" % (100 * fusion["drop"]) in verdict
-    rows = browser.run("[...document.querySelectorAll('.sortable tbody tr')].map(row => [...row.cells].slice(0, 6).map("
-                       "cell => cell.dataset.value))")
-    assert sorted(rows) == sorted([row["name"]] + ["" if row[key] is None else str(row[key]) for key in (
-        "label_acc", "label_pos_acc", "label_neg_acc", "positives", "negatives")] for row in fusion["attributes"])
-    weakest = sorted((row for row in fusion["attributes"] if row["label_acc"] is not None),
-                     key=lambda row: row["label_acc"])
-    assert [row[0] for row in rows] == [row["name"] for row in weakest] + [PETA[3]]
-    assert texts(browser, ".weak th") == [row["name"] + "▼ weakest" for row in weakest[:5]]
-    assert texts(browser, ".sortable tbody tr:first-child td") == [
-        percent(weakest[0]["label_acc"]), percent(weakest[0]["label_pos_acc"]), percent(weakest[0]["label_neg_acc"]),
-        str(weakest[0]["positives"]), str(weakest[0]["negatives"]), between(weakest[0]["label_acc_interval"])]
-    assert "PETA's names are assumed (--attributes FILE gives others)" in " ".join(
-        texts(browser, "[aria-labelledby=attributes] p.soft")[0].split())
-    facts = dict(zip(texts(browser, "header dt"), texts(browser, "header dd")))
-    assert facts["Model"] == "deepmar_bs1.onnx, deepmar_bs8.onnx, deepmar_bs16.onnx"
-    assert (facts["Backend"], facts["Device"], facts["Images scored"], facts["Results"]) == (
-        "ONNX Runtime 9.9, CPUExecutionProvider", "0, 0 1", "400", "result/dumpOutput_device0")
+    browser.open(run[0] / "report.html")
+    yield browser
+    assert browser.problems() == [] and browser.requests() == ["file://" + str(run[0] / "report.html")]
 
 
-def test_throughput_and_comparison(browser, run):
-    folder, _, _, _, fusion = run
-    browser.open(folder / "report.html")
-    acc = percent(fusion["instance_acc"])
-    assert [row[:11] for row in tables(browser, "throughput")[0]] == [
-        ["1", "0", "50.50", "51.75", "207.00", "–", "–", "–", "–", acc, "deepmar_bs1.onnx"],
+def test_the_page_shows_stage_7s_figures(page, run):
+    fusion = run[4]
+    for name in report.METRICS:
+        assert texts(page, "[data-metric=%s]" % name) == [str(fusion[name])] and percent(fusion[name]) in texts(page, ".metrics dd")
+        assert texts(page, "[data-interval=%s]" % name) == ["95 %: " + between(fusion["intervals"][name])]
+    assert texts(page, "header .verdict") == [
+        "✗ FAIL instance_acc %s, published %s: a drop of %.2f percentage points, at most 1.00 allowed"
+        % (percent(fusion["instance_acc"]), percent(0.99), 100 * fusion["drop"])]
+    weakest = sorted(fusion["attributes"], key=lambda row: 2 if row["label_acc"] is None else row["label_acc"])
+    expected = [[row["name"]] + [percent(row[key]) for key in ("label_acc", "label_pos_acc", "label_neg_acc")]
+                + [str(row["positives"]), str(row["negatives"]),
+                   between(row["label_acc_interval"]) if row["label_acc_interval"] else "–"] for row in weakest]
+    for row in expected[:5]:
+        row[0] += "▼ weakest"
+    assert rows(page, ".sortable") == expected and expected[-1][:2] == [PETA[3], "–"]
+    assert "PETA's names are assumed (--attributes FILE gives others)" in texts(page, "[aria-labelledby=attributes] p.soft")[0]
+    facts = dict(zip(texts(page, "header dt"), texts(page, "header dd")))
+    del facts["Scored"]
+    assert facts == {"Model": "deepmar_bs1.onnx, deepmar_bs8.onnx, deepmar_bs16.onnx", "Device": "0, 0 1", "Images scored": "400",
+                     "Backend": "ONNX Runtime 9.9, CPUExecutionProvider", "Results": "result/dumpOutput_device0"}
+
+
+def test_the_charts_and_the_table_show_the_throughput(page, run):
+    acc = percent(run[4]["instance_acc"])
+    assert [row[:11] for row in rows(page, "[aria-labelledby=throughput] table")] == [
+        ["1", "0", "20.50", "51.75", "207.00", "–", "–", "–", "–", acc, "deepmar_bs1.onnx"],
         ["8", "0 1", "–", "70.00", "–", "–", "–", "–", "–", acc, "deepmar_bs8.onnx"],
-        ["16", "0 1", "75.12", "80.00", "–", "90.50", "123.50", "124.00", "987.25", acc, "deepmar_bs16.onnx"]]
-    chart = texts(browser, ".chart text")
-    assert {"batch size", "images per second", "end to end", "in the model (Interface)"} <= set(chart)
-    rates = ["50.5", "75.1", "51.8", "70.0", "80.0"]  # end to end, then in the model
-    assert [text for text in chart if text in rates] == rates
-    assert {"milliseconds of a batch in the model", "p50", "p99", "124", "987"} <= set(chart)  # 123.5 and 987.25
-    assert browser.run("document.querySelector('.chart svg').getAttribute('role')") == "img"
-    comparison = json.loads((folder / "compare.json").read_text())
-    section, = texts(browser, "[aria-labelledby=comparison]")
+        ["16", "0 1", "40.25", "80.00", "–", "90.50", "123.50", "124.00", "987.25", acc, "deepmar_bs16.onnx"]]
+    assert texts(page, ".chart figcaption") == ["images per second: ■ end to end ■ in the model (Interface)",
+                                                "milliseconds of a batch in the model: ■ p50 ■ p99"]
+    assert texts(page, ".chart .group") == [
+        "batch size 1device 0 20.50 51.75", "batch size 8device 0 1 – 70.00", "batch size 16device 0 1 40.25 80.00",
+        "batch size 1device 0 – –", "batch size 8device 0 1 – –", "batch size 16device 0 1 123.50 987.25"]
+    for width in (1200, 390):
+        page.screen(width)
+        bars = np.array(page.run("[...document.querySelectorAll('.chart rect')].map(bar => bar.getBoundingClientRect().width)"))
+        assert np.allclose(bars[:6] / bars[5], np.array([20.5, 51.75, 0, 70, 40.25, 80]) / 80, atol=0.01) and bars[5] > 100
+        assert np.allclose(bars[6:] / bars[11], [0, 0, 0, 0, 123.5 / 987.25, 1], atol=0.01)
+    assert page.run("[...document.querySelectorAll('.chart')].map(e => e.getAttribute('role') + ' ' + e.getAttribute('aria-label'))") == [
+        "img Bar chart of the %s by batch size; the table below has its numbers" % unit
+        for unit in ("images per second", "milliseconds of a batch in the model")]
+
+
+def test_the_page_shows_the_comparison(page, run):
+    comparison = json.loads((run[0] / "compare.json").read_text())
+    section, = texts(page, "[aria-labelledby=comparison]")
     assert comparison["flips"] > 0 and "%d of 14000, in " % comparison["flips"] in section and "WITHIN" in section
-    metrics, flipped, worst = tables(browser, "comparison")
-    acc = comparison["metrics"]["instance_acc"]
-    assert metrics[0] == ["instance_acc", percent(acc["a"]), percent(acc["b"]), percent(acc["change"]), between(acc["interval"])]
-    assert flipped == [[row["name"]] + [str(row[key]) for key in ("flips", "gained", "lost")]
-                       for row in comparison["flipped_attributes"]]
-    assert [row[0] for row in worst] == [row["name"] for row in comparison["worst_images"]]
+    acc, table = comparison["metrics"]["instance_acc"], "[aria-label='Table of the %s'] table"
+    assert rows(page, table % "metrics of both")[0] == [
+        "instance_acc", percent(acc["a"]), percent(acc["b"]), percent(acc["change"]), between(acc["interval"])]
+    assert rows(page, table % "attributes that flipped") == [
+        [row["name"]] + [str(row[key]) for key in ("flips", "gained", "lost")] for row in comparison["flipped_attributes"]]
+    assert [row[0] for row in rows(page, table % "images that differ most")] == [row["name"] for row in comparison["worst_images"]]
 
 
-def test_sorting(browser, run):
-    folder, _, _, _, fusion = run
-    browser.open(folder / "report.html")
-    keys = ["name", "label_acc", "label_pos_acc", "label_neg_acc", "positives", "negatives", "width"]
-    for row in fusion["attributes"]:
-        row["width"] = row["label_acc_interval"] and row["label_acc_interval"][1] - row["label_acc_interval"][0]
-
+def test_a_click_or_a_key_sorts_the_table(page, run):
     def check(column, direction):
-        values = browser.run("[...document.querySelectorAll('.sortable tbody tr')].map("
-                             "row => row.cells[%d].dataset.value)" % column)
-        defined = sorted((row[keys[column]] for row in fusion["attributes"] if row[keys[column]] is not None),
-                         key=lambda value: value.lower() if column == 0 else value, reverse=direction == "descending")
-        if column == 6:  # the width of an interval
-            values, defined = [value and round(float(value), 6) for value in values], [round(value, 6) for value in defined]
-        assert [str(value) for value in values] == [str(value) for value in defined] + [""] * (35 - len(defined))
-        states = browser.run("[...document.querySelectorAll('.sortable thead th')].map("
-                             "header => header.getAttribute('aria-sort'))")
-        assert states == ["none"] * column + [direction] + ["none"] * (6 - column)
+        values = page.run("[...document.querySelectorAll('.sortable tbody tr')].map(row => row.cells[%d].dataset.value)" % column)
+        defined = [value for value in values if value != ""]
+        assert len(values) == 35 and values[len(defined):] == [""] * (35 - len(defined))  # undefined figures stay last
+        assert defined == sorted(defined, key=str.lower if column == 0 else float, reverse=direction == "descending")
+        assert page.run("[...document.querySelectorAll('.sortable thead th')].map(header => header.getAttribute('aria-sort'))") == (
+            ["none"] * column + [direction] + ["none"] * (6 - column))
 
     check(1, "ascending")
     for column in (0, 2, 3, 4, 5, 6, 1):
-        button = ".sortable th:nth-child(%d) button" % (column + 1)
-        browser.click(button)
-        check(column, "ascending")
-        browser.click(button)
-        check(column, "descending")
-    browser.run("document.querySelector('.sortable th:nth-child(1) button').focus()")  # and by keyboard
-    browser.key("Tab")
-    browser.key("Enter", "\r")
+        for direction in ("ascending", "descending"):
+            page.click(".sortable th:nth-child(%d) button" % (column + 1))
+            check(column, direction)
+    page.run("document.querySelector('.sortable th:nth-child(1) button').focus()")
+    page.press("Tab")
+    page.press("Enter")
     check(1, "ascending")
-    assert not browser.problems()
 
 
 def kinds(true, logits):
-    said = logits >= 0
-    return {"missed": true & ~said, "wrong": said & ~true, "right": said & true}
+    return {"missed": true & (logits < 0), "wrong": (logits >= 0) & ~true, "right": (logits >= 0) & true}
 
 
-def test_pictures(browser, run):
-    folder, names, true, logits, _ = run
-    browser.open(folder / "report.html")
-    shown = texts(browser, ".card h3")
-    indexes = [names.index(name) for name in shown]
-    which = kinds(true, logits)
+def test_the_worst_pictures_are_shown(page, run):
+    _, names, true, logits, _ = run
+    shown = texts(page, ".card h3")
+    indexes, which = [names.index(name) for name in shown], kinds(true, logits)
     accuracy = which["right"].sum(1) / np.maximum(1, sum(array.sum(1) for array in which.values()))
     assert len(set(shown)) == 300 and (np.diff(accuracy[indexes]) >= 0).all()
     assert set(np.argsort(accuracy, kind="stable")[:100]) <= set(indexes)
-    for column in range(35):  # the surest mistakes of each attribute are among them
-        for kind in ("missed", "wrong"):
-            images = np.flatnonzero(which[kind][:, column])
-            if len(images):
-                assert images[np.abs(logits[images, column]).argmax()] in indexes
-    for i in (0, 150, 299):
-        image = indexes[i]
-        for kind, word in (("missed", "Missed"), ("wrong", "Wrongly said"), ("right", "Right")):
-            items = browser.run("[...document.querySelectorAll('.card')[%d].querySelectorAll('[data-kind=%s]')].map("
-                                "e => [Number(e.dataset.attribute), e.textContent])" % (i, kind))
-            assert [item[0] for item in items] == np.flatnonzero(which[kind][image]).tolist()
-            chances = ["" if kind == "right" else " %.0f\u00a0%%" % (100 / (1 + np.exp(-float(logits[image, item[0]]))))
-                       for item in items]
-            assert [item[1] for item in items] == [PETA[item[0]] + chance for item, chance in zip(items, chances)]
-            if items:
-                assert word in texts(browser, ".card:nth-child(%d) .%s dt" % (i + 1, kind))[0]
-    assert browser.run("[...document.images].every(i => i.naturalWidth == 60 && i.naturalHeight == 150 && i.alt)")
+    for kind in ("missed", "wrong"):  # the surest mistakes of each attribute are among them
+        surest = np.where(which[kind], np.abs(logits), 0)
+        assert set(surest.argmax(axis=0)[surest.any(axis=0)]) <= set(indexes)
+    words = {"missed": "○ Missed", "wrong": "✗ Wrongly predicted", "right": "✓ Right"}
+    for i in (0, 299):
+        expected = []
+        for kind, word in words.items():
+            found = [PETA[j] + ("" if kind == "right" else " %.0f\u00a0%%" % (100 / (1 + np.exp(-float(logits[indexes[i], j])))))
+                     for j in np.flatnonzero(which[kind][indexes[i]])]
+            expected += [word, ", ".join(found)] if found else []
+        assert texts(page, ".card:nth-child(%d) dt, .card:nth-child(%d) dd" % (i + 1, i + 1)) == expected
+    assert page.run("[...document.images].every(i => i.naturalWidth == 119 && i.naturalHeight == 256 && i.alt)")
 
 
-def test_filter(browser, run):
-    folder, names, true, logits, _ = run
-    browser.open(folder / "report.html")
-    indexes = [names.index(name) for name in texts(browser, ".card h3")]
-    which = kinds(true, logits)
-
-    def choose(name, value):
-        browser.run("(e => { e.value = %s; e.dispatchEvent(new Event('change', {bubbles: true})); })("
-                    "document.querySelector('select[name=%s]'))" % (json.dumps(value), name))
-
-    for attribute, kind in ((16, "missed"), (16, "wrong"), (3, "missed"), (3, ""), ("", "right"), (7, ""), ("", "")):
-        choose("attribute", str(attribute))
-        choose("kind", kind)
-        wanted = np.zeros(len(names), bool)
-        for name, array in which.items():
-            if kind in ("", name):
-                wanted |= array.any(1) if attribute == "" else array[:, attribute]
+def test_the_filter_shows_the_wanted_pictures(page, run):
+    _, names, true, logits, _ = run
+    indexes, which = [names.index(name) for name in texts(page, ".card h3")], kinds(true, logits)
+    for attribute, kind in ((16, "missed"), (16, "wrong"), (3, "missed"), ("", "right"), (7, ""), ("", "")):
+        for name, value in (("attribute", attribute), ("kind", kind)):
+            page.run("(e => { e.value = '%s'; e.dispatchEvent(new Event('change', {bubbles: true})); })("
+                     "document.querySelector('select[name=%s]'))" % (value, name))
+        wanted = sum(array.any(1) if attribute == "" else array[:, attribute] for name, array in which.items() if kind in ("", name))
         expected = [names[i] for i in indexes if wanted[i]]
-        visible = browser.run("[...document.querySelectorAll('.card')].filter(c => c.offsetHeight).map("
-                              "c => c.querySelector('h3').textContent)")
-        assert visible == expected, (attribute, kind)
-        assert texts(browser, "output") == ["%d of 300 pictures shown" % len(expected)]
-        assert len(texts(browser, ".match")) == (0 if attribute == "" else len(expected))
-    assert len(expected) == 300 and not browser.problems()
+        assert page.run("[...document.querySelectorAll('.card')].filter(c => c.offsetHeight).map("
+                        "c => c.querySelector('h3').textContent)") == expected, (attribute, kind)
+        assert texts(page, "output") == ["%d of 300 pictures shown" % len(expected)]
+        assert len(texts(page, ".match")) == (0 if attribute == "" else len(expected))
+    assert len(expected) == 300
 
 
-@pytest.mark.parametrize("width, scheme", [(1200, "light"), (1200, "dark"), (390, "light"), (390, "dark")])
-def test_looks(browser, run, tmp_path, width, scheme):
-    browser.screen(width, 2000, scheme)
-    browser.open(run[0] / "report.html")
-    assert browser.problems() == [] and browser.requests() == ["file://" + str(run[0] / "report.html")]
-    assert browser.run("document.documentElement.scrollWidth") <= width  # nothing hangs out at the side
-    browser.screenshot(tmp_path / "page.png")
-    pixels = np.asarray(Image.open(str(tmp_path / "page.png")).convert("L"))
-    page = np.median(pixels)
-    assert pixels.shape == (2000, width) and (page > 240 if scheme == "light" else page < 40)
-    ink = np.abs(pixels.astype(int) - page) > 100  # text and bars, in every part of the page
-    assert 0.01 < ink.mean() < 0.4 and all(part.any() for part in np.array_split(ink, 10))
-    # The chart's letters follow the scheme as well.
-    colours = browser.run("['.chart text', 'body'].map(s => getComputedStyle(document.querySelector(s))).map("
-                          "(s, i) => i ? s.color : s.fill)")
-    assert colours[0] == colours[1]
+def test_the_page_suits_a_phone_the_dark_and_paper(page):
+    colours = ("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('.chart')).color,"
+               "document.querySelector('nav').offsetHeight > 0, document.querySelector('form').offsetHeight > 0]")
+    light, dark = ["rgb(255, 255, 255)", "rgb(28, 32, 36)"], ["rgb(21, 24, 27)", "rgb(230, 233, 236)"]
+    for width, scheme, media, expected in ((1200, "light", "", light + [True, True]), (390, "dark", "", dark + [True, True]),
+                                           (700, "dark", "print", light + [False, False])):
+        page.screen(width, scheme, media)
+        assert page.run(colours) == expected
+        assert page.run("document.documentElement.scrollWidth") <= width or media  # nothing hangs out at the side
 
 
-def test_paper(browser, run):
-    browser.screen(scheme="dark")
-    browser.open(run[0] / "report.html")
-    browser.call("Emulation.setEmulatedMedia", media="print",
-                 features=[{"name": "prefers-color-scheme", "value": "dark"}])
-    assert browser.run("[getComputedStyle(document.body).backgroundColor, document.querySelector('nav').offsetHeight,"
-                       "document.querySelector('form').offsetHeight]") == ["rgb(255, 255, 255)", 0, 0]
-    browser.call("Emulation.setEmulatedMedia", media="")
-
-
-def test_hostile_names(browser, tmp_path):
-    evil = ["<img src=x onerror=alert(1)>.png", "</script><script>hacked = 1<!--.png", '" onerror="hacked = 1".png',
+def test_hostile_names_are_text(browser, tmp_path):
+    evil = ["<img src=x onerror=alert(1)>.png", "<\u2215script><script>hacked = 1<!--.png", '" onerror="hacked = 1".png',
             "{{ 7 * 7 }}{% raw %}&amp;.png", "$\\frac.png"]
-    evil = [name.replace("/", "\u2215") for name in evil]  # a file name has no slash
     attributes = ["</script><script>hacked = 1</script>", '"><img src=x onerror="hacked = 1">', "a&lt;b", "]\"'`"]
     true, logits = random_run(len(evil), 4)
     true[:, 0] = True
-    logits[0] = 1  # all of them are said of one image
+    logits[0] = 1  # the first image has all of them
     (tmp_path / "names.txt").write_text("\n".join(attributes))
-    write_run(tmp_path, evil, true, logits, "--attributes", "names.txt")
+    fusion = write_run(tmp_path, evil, true, logits, "--attributes", "names.txt")
     write_images(tmp_path / "images", evil)
     model = "<script>hacked = 1</script>"
-    fusion = json.loads((tmp_path / "fusion_result.json").read_text())
     (tmp_path / "t.csv").write_text(HEADER + "1,0,%s,%s,5,1,1,,,,,,%r\n" % (model, model, fusion["instance_acc"]))
-    script("tools/compare.py", "result/dumpOutput_device0", "result/dumpOutput_device0", "--json", "c.json",
-           cwd=tmp_path)
-    comparison = json.loads((tmp_path / "c.json").read_text())
-    comparison.update(a=model + "\ud800", worst_images=[{"name": evil[0].split(".")[0], "max_difference": 1,
-                                                         "attribute": attributes[0], "flipped": attributes}])
-    (tmp_path / "c.json").write_text(json.dumps(comparison))
+    script("tools/compare.py", "result/dumpOutput_device0", "result/dumpOutput_device0", "--json", "c.json", cwd=tmp_path)
+    edit(tmp_path / "c.json", lambda comparison: comparison.update(a=model + "\ud800", worst_images=[
+        {"name": evil[0].split(".")[0], "max_difference": 1, "attribute": attributes[0], "flipped": attributes}]))
     made(tmp_path, "--throughput", "t.csv", "--compare", "c.json")
     browser.screen()
     browser.open(tmp_path / "report.html")
     assert sorted(texts(browser, ".card h3")) == sorted(evil)
-    assert sorted(texts(browser, ".sortable tbody th")) == sorted(
-        name + "▼ weakest" if row["label_acc"] is not None else name
-        for name, row in zip(attributes, fusion["attributes"]))
+    assert sorted(name.replace("▼ weakest", "") for name in texts(browser, ".sortable tbody th")) == sorted(attributes)
     assert texts(browser, "select[name=attribute] option") == ["all"] + attributes
     assert texts(browser, "header dd")[:2] == [model, model]
     assert texts(browser, "[aria-labelledby=comparison] dd")[0] == model + "?"
     assert texts(browser, "[aria-labelledby=comparison] .long") == [", ".join(attributes)]
     assert browser.run("[typeof hacked, document.scripts.length, document.images.length]") == ["undefined", 1, 5]
-    assert browser.problems() == [] and browser.happened("Page.javascriptDialogOpening") == []
-    assert browser.requests() == ["file://" + str(tmp_path / "report.html")]
+    assert browser.problems() == [] and browser.requests() == ["file://" + str(tmp_path / "report.html")]
 
 
 def test_nothing_is_fetched_or_run(browser, run):
-    # The page's own policy holds even if some markup did get in.
+    """The page's own policy holds even if some markup did get in."""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -340,48 +293,28 @@ def test_nothing_is_fetched_or_run(browser, run):
         def log_message(self, *_):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    here = "http://127.0.0.1:%d" % server.server_port
     inject = """new Promise(done => {
-        const host = document.createElement('div');
+        const host = document.createElement('div'), script = document.createElement('script');
         host.innerHTML = `<img src="HERE/image" onerror="hacked = 1"><link rel=stylesheet href="HERE/style">
             <iframe src="HERE/frame"></iframe><p style="background: url(HERE/back)">x</p>`;
-        const script = document.createElement('script');
         script.textContent = 'hacked = 1';
         document.body.append(host, script);
         fetch("HERE/fetch").catch(() => 0).then(() => setTimeout(() => done(typeof hacked), 300));
-    })""".replace("HERE", here)
-    try:
-        page = run[0] / "report.html"
-        browser.open(page)
+    })"""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        inject = inject.replace("HERE", "http://127.0.0.1:%d" % server.server_port)
+        browser.open(run[0] / "report.html")
         assert browser.run(inject) == "undefined" and asked == []
-        # Without the policy all of this does happen, so the lines above can fail.
-        open_page = run[0] / "open.html"
-        open_page.write_text("<p>a page without a policy")
-        browser.open(open_page)
-        assert browser.run(inject) == "number"
-        assert {"/image", "/style", "/frame", "/back", "/fetch"} <= set(asked)
-    finally:
+        (run[0] / "open.html").write_text("<p>a page without a policy")  # here all of this does happen
+        browser.open(run[0] / "open.html")
+        assert browser.run(inject) == "number" and {"/image", "/style", "/frame", "/back", "/fetch"} <= set(asked)
         server.shutdown()
-        server.server_close()
 
 
-def test_a_large_run(browser, tmp_path):
-    names = ["%05d.png" % i for i in range(1, 7601)]
-    true, logits = random_run(len(names))
-    fusion = write_run(tmp_path, names, true, logits)
-    write_images(tmp_path / "images", names, (169, 365))  # PETA's largest
-    assert "7600 images, 300 pictures" in made(tmp_path, "--perf", write_perf(tmp_path, 1, 0))
-    assert (tmp_path / "report.html").stat().st_size < 10e6
-    browser.open(tmp_path / "report.html")
-    assert texts(browser, "output") == ["300 of 300 pictures shown"] and browser.problems() == []
-    assert texts(browser, "[data-metric=mA]") == [str(fusion["mA"])]
-
-
-def write_perf(folder, batch_size, device):
+def write_perf(folder, batch_size, device, text=PERF):
     name = "perf_vision_batchsize_%d_device_%d.txt" % (batch_size, device)
-    (folder / name).write_text(PERF)
+    (folder / name).write_text(text)
     return name
 
 
@@ -389,50 +322,45 @@ def write_perf(folder, batch_size, device):
 def small(tmp_path):
     """A run of six images."""
     names = ["%d.png" % i for i in range(6)]
-    true, logits = random_run(6)
-    write_run(tmp_path, names, true, logits)
+    write_run(tmp_path, names, *random_run(6))
     write_images(tmp_path / "images", names)
     return tmp_path
 
 
-def test_the_guides_files(browser, small):
+def test_the_guides_files_are_enough(browser, small):
     made(small, "--perf", write_perf(small, 16, 1), write_perf(small, 4, 0))
     browser.open(small / "report.html")
-    rows, = tables(browser, "throughput")
-    assert [row[:4] for row in rows] == [["4", "0", "202.23", "326.05"], ["16", "1", "202.23", "326.05"]]
+    assert [row[:4] for row in rows(browser, "[aria-labelledby=throughput] table")] == [
+        ["4", "0", "202.23", "326.05"], ["16", "1", "202.23", "326.05"]]
+    assert len(texts(browser, ".chart")) == 1  # nothing is known of the latency
     assert texts(browser, "header dd")[:3] == ["not recorded", "not recorded", "0, 1"]
     assert "No published accuracy" in texts(browser, "header .verdict")[0] and len(texts(browser, ".card")) == 6
-    made(small, "--output", "bare.html")
+    (small / "names.txt").write_text("\n".join("trait %d" % i for i in range(35)))
+    made(small, "--output", "bare.html", "--attributes", "names.txt")
     browser.open(small / "bare.html")
+    assert texts(browser, "select[name=attribute] option")[1:] == ["trait %d" % i for i in range(35)]
+    assert "names are assumed" not in browser.run("document.body.innerText")
     assert texts(browser, "nav a") == ["Accuracy", "Attributes", "Pictures"] and browser.problems() == []
 
 
-def test_verdict(browser, small):
+def test_the_verdict_allows_a_drop_of_one_point(small):
     acc = json.loads((small / "fusion_result.json").read_text())["instance_acc"]
-    for published, word in ((acc, "PASS"), (acc + 0.0099, "PASS"), (acc + 0.0101, "FAIL"), (acc - 0.2, "PASS")):
-        script("postprocess_deepmar_pytorch.py", "result/dumpOutput_device0", "label.json", "--published", published,
-               cwd=small)
+    for drop, verdict in ((0.0099, "PASS</strong>"), (0.0101, "FAIL</strong>"), (-0.2, "PASS</strong>")):
+        script("postprocess_deepmar_pytorch.py", "result/dumpOutput_device0", "label.json", "--published", acc + drop, cwd=small)
         made(small)
-        browser.open(small / "report.html")
-        verdict, = texts(browser, "header .verdict")
-        assert word in verdict and "a drop of %.2f perc" % (round(100 * (published - acc), 2) + 0.0) in verdict
+        page = (small / "report.html").read_text(encoding="utf-8")
+        assert verdict in page and "a drop of %.2f percentage points" % (100 * drop) in page
 
 
-def test_results_of_probabilities(browser, small):
-    folder = small / "result" / "dumpOutput_device0"
-    logits = {path: np.fromfile(str(path), "<f4") for path in folder.iterdir()}
-    made(small)
-    browser.open(small / "report.html")
-    expected = texts(browser, ".card")
-    for path, row in logits.items():
-        path.write_bytes(probabilities(row).astype("<f4").tobytes())
+def test_probabilities_are_noticed(small):
+    for path in (small / "result" / "dumpOutput_device0").iterdir():
+        path.write_bytes(probabilities(np.fromfile(str(path), "<f4")).astype("<f4").tobytes())
     for values, doubted in (("probabilities", False), ("logits", True)):
-        script("postprocess_deepmar_pytorch.py", folder, "label.json", "--values", values, cwd=small)
+        script("postprocess_deepmar_pytorch.py", "result/dumpOutput_device0", "label.json", "--values", values, cwd=small)
         done = make(small)
         assert done.returncode == 0 and ("all values lie between 0 and 1" in done.stderr) == doubted, done.stderr
-        browser.open(small / "report.html")
-        assert ("they look like probabilities" in browser.run("document.body.innerText")) == doubted
-        assert len(expected) == 6 and (texts(browser, ".card") == expected) != doubted
+        page = (small / "report.html").read_text(encoding="utf-8")
+        assert ("they look like probabilities" in page) == doubted and ('class="missed"' in page) != doubted
 
 
 def edit(path, change):
@@ -441,23 +369,22 @@ def edit(path, change):
     path.write_text(json.dumps(value))
 
 
-def test_files_that_do_not_belong_together(small):
+def test_files_that_do_not_belong_together_are_refused(small):
     (small / "report.html").write_text("the earlier page")
     fusion, label, results = small / "fusion_result.json", small / "label.json", small / "result" / "dumpOutput_device0"
     kept = fusion.read_text()
     for key, value, text in (("instance_acc", 0.5, "its instance_acc is 0.5, but the results and labels give 0."),
                              ("mA", None, "its mA is None"), ("instance_F1", float("nan"), "is not what postprocess"),
                              ("images", 7, "is of 7 images, but the results are of 6"), ("images", "6", "is not what"),
-                             ("images", 10 ** 400, "is not what"), ("published_acc", 78.9, "published_acc 78.9"),
+                             ("published_acc", 78.9, "published_acc 78.9"), ("thresholds", 3, "is not what"),
                              ("attributes", [], "its number of attributes is 0"), ("attributes", [{}], "is not what")):
-        edit(fusion, lambda report: report.update({key: value}))
+        edit(fusion, lambda content: content.update({key: value}))
         check_error(make(small), "report.py: error: fusion_result.json: ", text)
         fusion.write_text(kept)
-    edit(fusion, lambda report: report["attributes"][2].update(label_acc=0.25))
+    edit(fusion, lambda content: content["attributes"][2].update(label_acc=0.25))
     check_error(make(small), "fusion_result.json: its label_acc of personalLess60 is 0.25")
-    for text in ("[" * 100000, "{", ""):
-        fusion.write_text(text)
-        check_error(make(small), "fusion_result.json: is not JSON")
+    fusion.write_text("[" * 100000)
+    check_error(make(small), "fusion_result.json: is not JSON")
     fusion.write_text(kept)
 
     (small / "image.txt").write_text("0.png\n1.png\n2.png\n3.png\n4.png\n")
@@ -473,85 +400,63 @@ def test_files_that_do_not_belong_together(small):
     assert (small / "report.html").read_text() == "the earlier page" and not list(small.glob("*.partial"))
 
 
-def test_bad_pictures(small):
-    (small / "images" / "2.png").write_bytes(b"<html>")
+def test_pictures_that_cannot_be_read_are_named(small):
+    (small / "images" / "2.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
     (small / "images" / "4.png").unlink()
     check_error(make(small), "1 of the 6 images in image.txt are not in images: 4.png")
     os.mkfifo(str(small / "images" / "4.png"))
-    check_error(make(small), "2 of 6 pictures cannot be read: ", "images/2.png (", "images/4.png (not a regular file)")
-    (small / "images" / "2.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
-    check_error(make(small), "images/2.png (PostScript is a program; save it as a picture)")
+    check_error(make(small), "2 of 6 pictures cannot be read: ", "images/2.png (PostScript is a program; save it as a picture)",
+                "images/4.png (not a regular file)")
     assert not (small / "report.html").exists()
 
 
-def test_bad_speeds(small):
+def test_throughput_of_another_run_is_refused(small):
     acc = json.loads((small / "fusion_result.json").read_text())["instance_acc"]
     good = "1,0,b,m,6,1,2,,,,,,%r\n" % acc
-    file = small / "t.csv"
-    for text, message in (
-            (HEADER + good + "8,0,b,m,7,1,2,,,,,,%r\n" % acc, "line 3 is of a run over 7 images, but the results are of 6"),
-            (HEADER + "1,0,b,m,6,1,2,,,,,,0.5\n", "no line has the results' instance_acc"), (HEADER, "no line has"),
-            (good, "its first line is not batch_size,devices"), ("", "its first line is not"),
-            (HEADER + "1,0,b,m,6,1,2\n", "line 2 is not of the form"), (HEADER + good[:-1] + ",1\n", "line 2 is not"),
-            (HEADER + good.replace(",2,", ",nan,"), "line 2 is"), (HEADER + good.replace(",2,", ",-2,"), "line 2 is"),
-            (HEADER + good.replace("1,0,", "1,$\\frac,"), "line 2 is not"), (HEADER + '1,"0', "is not a CSV file")):
-        file.write_text(text)
+    for text, message in ((HEADER + good + "8,0,b,m,7,1,2,,,,,,%r\n" % acc, "line 3 is of a run over 7 images, but the results are of 6"),
+                          (HEADER + "1,0,b,m,6,1,2,,,,,,0.5\n", "no line has the results' instance_acc"),
+                          (good, "its first line is not batch_size,devices"), (HEADER + "1,0,b,m,6,1,2\n", "line 2 is not of the form"),
+                          (HEADER + good[:-1] + ",1\n", "line 2 is not"), (HEADER + good.replace(",2,", ",nan,"), "line 2 is not"),
+                          (HEADER + good.replace("1,0,", "1,x,"), "line 2 is not"), (HEADER + '1,"0', "is not a CSV file")):
+        (small / "t.csv").write_text(text)
         check_error(make(small, "--throughput", "t.csv"), "report.py: error: t.csv: ", message)
-    file.write_bytes(b"\xff")
-    check_error(make(small, "--throughput", "t.csv"), "t.csv: is not a CSV file")
     check_error(make(small, "--throughput", "absent.csv"), "absent.csv")
-    perf = write_perf(small, 1, 0)
-    for text in ("", PERF.replace("202.23", "fast"), PERF.replace("326.049", "inf"), PERF.replace("Interface", "")):
-        (small / perf).write_text(text)
-        check_error(make(small, "--perf", perf), "%s: is not a perf_vision" % perf)
+    perf = write_perf(small, 1, 0, PERF.replace("326.049", "inf"))
+    check_error(make(small, "--perf", perf), "%s: is not a perf_vision" % perf)
     (small / "perf.txt").write_text(PERF)
     check_error(make(small, "--perf", "perf.txt"), "perf.txt: is not a perf_vision")
     check_error(make(small, "--perf", perf, "--throughput", "t.csv"), "not allowed with", code=2)
 
 
-def test_bad_comparison(small):
+def test_a_comparison_of_other_results_is_refused(small):
     script("tools/compare.py", "result/dumpOutput_device0", "result/dumpOutput_device0", "--labels", "label.json",
            "--json", "good.json", cwd=small)
     made(small, "--compare", "good.json")
-    for change, text in (
-            (lambda c: c.update(images=7), "does not compare these"), (lambda c: c.update(attributes=26), "does not"),
-            (lambda c: c["worst_images"].append(
-                {"name": "x", "max_difference": 1, "attribute": "a", "flipped": []}), "does not"),
-            (lambda c: [c["metrics"]["instance_acc"].update({side: 0.5}) for side in "ab"], "does not compare these"),
-            (lambda c: c.update(flips="many"), "is not what tools/compare.py"), (lambda c: c.pop("a"), "is not what"),
-            (lambda c: c["metrics"].update(mA=3), "is not what"), (lambda c: c.update(metrics=[]), "is not what")):
+    other = {"name": "x", "max_difference": 1, "attribute": "a", "flipped": []}
+    for change, text in ((lambda c: c.update(images=7), "does not compare these"), (lambda c: c.update(attributes=26), "does not"),
+                         (lambda c: c["worst_images"].append(other), "does not compare these"),
+                         (lambda c: c["metrics"]["instance_acc"].update(a=0.5, b=0.5), "does not compare these"),
+                         (lambda c: c.pop("a"), "is not what tools/compare.py"), (lambda c: c["metrics"].update(mA=3), "is not what")):
         (small / "c.json").write_text((small / "good.json").read_text())
         edit(small / "c.json", change)
         check_error(make(small, "--compare", "c.json"), "report.py: error: c.json: ", text)
 
 
-def test_other_names(browser, small):
-    (small / "names.txt").write_text("\n".join("trait %d" % i for i in range(35)))
-    made(small, "--attributes", "names.txt")
-    browser.open(small / "report.html")
-    assert "PETA's names are assumed" not in browser.run("document.body.innerText")
-    assert texts(browser, "select[name=attribute] option")[1:] == ["trait %d" % i for i in range(35)]
-    (small / "names.txt").write_text("one\n")
-    check_error(make(small, "--attributes", "names.txt"), "names.txt: holds 1 names, but there are 35")
-
-
-def test_same_input_same_page(small, monkeypatch):
+def test_the_same_input_gives_the_same_page(small):
     made(small, "--perf", write_perf(small, 1, 0))
-    monkeypatch.setenv("MPLCONFIGDIR", str(small / "image.txt"))  # matplotlib can keep no list of fonts
-    again = make(small, "--perf", write_perf(small, 1, 0), "--output", "again.html", run=started)
-    assert again.returncode == 0 and again.stderr == "", again.stderr
+    assert make(small, "--perf", write_perf(small, 1, 0), "--output", "again.html", run=started).returncode == 0
     assert (small / "report.html").read_bytes() == (small / "again.html").read_bytes()
 
 
 @pytest.mark.parametrize("package", ["jinja2", "PIL"])
-def test_a_missing_package(small, monkeypatch, package):
+def test_a_missing_package_is_named(small, monkeypatch, package):
     (small / "path").mkdir()
     (small / "path" / (package + ".py")).write_text("raise ImportError(\"No module named '%s'\")" % package)
     monkeypatch.setenv("PYTHONPATH", str(small / "path"))
     check_error(make(small, run=started), "report.py: error: No module named '%s'; install the packages in" % package)
 
 
-def test_odd_pictures(small):
+def test_odd_pictures_are_shown(small):
     palette = Image.open(str(small / "images" / "0.png")).quantize(16)
     palette.save(str(small / "images" / "0.png"), transparency=bytes(range(16)))  # Pillow warns of it
     Image.new("L", (3000, 20)).save(str(small / "images" / "3.png"))

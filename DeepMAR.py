@@ -6,10 +6,11 @@ It has the same classes, keyword arguments and state-dict keys, and builds on to
 
 load_model(path) returns the network that a checkpoint holds. It executes nothing in the file.
 """
+import collections
 import functools
 import io
 import os
-import pickletools
+import pickle
 import re
 import shlex
 import struct
@@ -130,24 +131,25 @@ class Refused(ValueError):
 
 
 class Named(object):
-    """Stands for a name in a pickle or, with arguments, for a call. entries: what the pickle puts into the call's result."""
-    __slots__ = "name", "arguments", "entries"
+    """Stands for a name in a pickle or, with arguments, for a call of it.
+
+    state: what __setstate__ would get. entries: the items that a dict would get, those with text as their key.
+    """
+    __slots__ = "name", "arguments", "state", "entries"
 
     def __init__(self, name, arguments=None):
-        self.name, self.arguments, self.entries = name, arguments, {}
+        self.name, self.arguments, self.state, self.entries = name, arguments, None, {}
+
+    def __setitem__(self, key, value):
+        self.entries[key] = value
+
+    def append(self, item):
+        """Drops an item of a list or deque, which no reader needs."""
 
     @property
     def function(self):
         """The name without its module."""
-        return self.name[self.name.rfind(".") + 1:]
-
-
-class Storage(object):
-    """Says where a tensor's values are: their type, the storage's name in the file and, in very old files, the part of it."""
-    __slots__ = "kind", "key", "part"
-
-    def __init__(self, kind, key, part=None):
-        self.kind, self.key, self.part = kind, key, part
+        return self.name.rpartition(".")[2]
 
 
 class Pickle(io.BytesIO):
@@ -157,125 +159,106 @@ class Pickle(io.BytesIO):
         return super().readline(5000)
 
 
-def put(target, items):
-    """Puts items, [key, value, key, value ...], into a dict or a Named. Ignores any other target."""
-    entries = target.entries if isinstance(target, Named) else target
-    if isinstance(entries, dict):
-        for key, value in zip(items[::2], items[1::2]):
-            # A key of another kind becomes a Named, because the hash of a deeply nested tuple can crash Python.
-            entries[key if isinstance(key, (str, Named)) else Named(type(key).__name__)] = value
+class Unpickler(pickle._Unpickler):
+    """Reads the next pickle from a Pickle as plain values and Named.
 
-
-def call(function, arguments):
-    """Returns the Named that stands for a call."""
-    arguments = arguments if isinstance(arguments, tuple) else ()
-    result = Named(function.name if isinstance(function, Named) else type(function).__name__, arguments)
-    if result.name == "collections.OrderedDict" and arguments and isinstance(arguments[0], list):
-        for pair in arguments[0]:  # Python 2 pickles an OrderedDict as a list of pairs
-            put(result, pair if isinstance(pair, (list, tuple)) else [])
-    return result
-
-
-def persistent(pid):
-    """Returns what a persistent id of torch.save stands for: a Storage, or a model's class (its source code follows)."""
-    if isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage":
-        kind, key, part = pid[1], pid[2], pid[5] if len(pid) > 5 else None
-        if isinstance(kind, Named) and isinstance(key, str):
-            return Storage(kind.function.replace("Storage", ""), key, part)
-    if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
-        return pid[1]
-    return Named("an unknown persistent id")
-
-
-# Opcodes that push their own value, a constant, an empty container, or a tuple of the top values of the stack.
-# A set is read as a list, because a list needs no hashes.
-LITERALS = set("INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
-               "SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split())
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": list}
-TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-
-
-def unpickle(file):
-    """Reads the next pickle from a Pickle. Returns (its value, {storage's name: its type}).
-
-    The value consists of plain Python values, Named and Storage. A damaged pickle raises exceptions of many kinds.
+    It extends Python's own unpickler in Python. The one in C takes 2 GB for ten bytes, and some files crash it.
+    Each opcode that would import, call or change something is replaced here. Persistent ids are refused.
     """
-    stack, marks, memo, kinds = [], [], {}, {}
+    dispatch = dict(pickle._Unpickler.dispatch)
 
-    def pop(count):
-        items = stack[len(stack) - count:]
-        del stack[len(stack) - count:]
-        return items
+    def __init__(self, file):
+        super().__init__(file, encoding="latin1")  # it decodes all bytes, and Python 2's text may hold any
 
-    def pop_mark():
-        return pop(len(stack) - marks.pop())
+    def load_mark(self):
+        if len(self.metastack) == 10 ** 4:  # Python's picklers give up earlier, and each mark takes 130 bytes here
+            raise pickle.UnpicklingError("it is nested too deeply")
+        super().load_mark()
 
-    for opcode, argument, _ in pickletools.genops(file):
-        code = opcode.name
-        if code in LITERALS:
-            stack.append(argument)
-        elif code in CONSTANTS:
-            stack.append(CONSTANTS[code])
-        elif code in EMPTY:
-            stack.append(EMPTY[code]())
-        elif code in TUPLES:
-            stack.append(tuple(pop(TUPLES[code])))
-        elif code == "MARK":
-            marks.append(len(stack))
-        elif code == "TUPLE":
-            stack.append(tuple(pop_mark()))
-        elif code in ("LIST", "FROZENSET"):
-            stack.append(pop_mark())
-        elif code == "DICT":
-            items = pop_mark()
-            stack.append({})
-            put(stack[-1], items)
-        elif code in ("SETITEM", "SETITEMS"):
-            items = pop(2) if code == "SETITEM" else pop_mark()
-            put(stack[-1], items)
-        elif code in ("APPEND", "APPENDS", "ADDITEMS"):
-            items = pop(1) if code == "APPEND" else pop_mark()
-            if isinstance(stack[-1], list):
-                stack[-1].extend(items)
-        elif code in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            memo[len(memo) if code == "MEMOIZE" else argument] = stack[-1]
-        elif code in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif code == "GLOBAL":
-            stack.append(Named(argument.replace(" ", ".")))
-        elif code == "STACK_GLOBAL":
-            stack.append(Named(".".join(pop(2))))
-        elif code in ("EXT1", "EXT2", "EXT4"):
-            stack.append(Named("an extension of copyreg"))
-        elif code in ("REDUCE", "NEWOBJ"):
-            stack.append(call(*pop(2)))
-        elif code == "NEWOBJ_EX":
-            stack.append(call(*pop(3)[:2]))
-        elif code == "INST":
-            stack.append(call(Named(argument.replace(" ", ".")), tuple(pop_mark())))
-        elif code == "OBJ":
-            items = pop_mark()
-            stack.append(call(items[0], tuple(items[1:])))
-        elif code == "BUILD":  # it sets attributes, which are not needed
-            stack.pop()
-        elif code == "BINPERSID":
-            value = persistent(stack.pop())
-            stack.append(value)
-            if isinstance(value, Storage):
-                kinds[value.key] = value.kind
-        elif code == "DUP":
-            stack.append(stack[-1])
-        elif code == "POP" and marks and marks[-1] == len(stack):
-            marks.pop()
-        elif code == "POP":
-            stack.pop()
-        elif code == "POP_MARK":
-            pop_mark()
-        elif code == "STOP":
-            return stack.pop(), kinds
-        elif code not in ("PROTO", "FRAME"):
-            raise Refused("its pickle has the opcode %s, which torch.save does not write" % code)
+    def find_class(self, module, name):
+        return Named(module + "." + name)
+
+    def call(self, function, arguments):
+        if not isinstance(function, Named) or not isinstance(arguments, tuple):
+            raise pickle.UnpicklingError("it calls something that is not a function")
+        return Named(function.name, arguments)
+
+    def load_reduce(self):
+        arguments = self.stack.pop()
+        self.stack[-1] = self.call(self.stack[-1], arguments)
+
+    def load_newobj_ex(self):
+        self.stack.pop()  # the keyword arguments
+        self.load_reduce()
+
+    def _instantiate(self, function, arguments):  # for OBJ and INST
+        self.append(self.call(function, tuple(arguments)))
+
+    def load_build(self):
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Named):
+            self.stack[-1].state = state
+
+    def put(self, items):
+        """Puts items, [key, value, key, value ...], into the dict on top of the stack.
+
+        Keys must be text. The hash of a deeply nested tuple can crash Python or take for ever.
+        """
+        for key, value in zip(items[::2], items[1::2]):
+            if isinstance(key, str):
+                self.stack[-1][key] = value
+
+    def load_setitem(self):
+        items = self.stack[-2:]
+        del self.stack[-2:]
+        self.put(items)
+
+    def load_setitems(self):
+        self.put(self.pop_mark())
+
+    def load_dict(self):
+        items = self.pop_mark()
+        self.append({})
+        self.put(items)
+
+    def refuse(self):
+        raise pickle.UnpicklingError("it has an extension of copyreg, which nothing needs")
+
+    dispatch.update({
+        pickle.MARK[0]: load_mark, pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_reduce,
+        pickle.NEWOBJ_EX[0]: load_newobj_ex, pickle.BUILD[0]: load_build, pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems, pickle.DICT[0]: load_dict,
+        pickle.EXT1[0]: refuse, pickle.EXT2[0]: refuse, pickle.EXT4[0]: refuse,
+        # A set is read as a list, which needs no hashes.
+        pickle.EMPTY_SET[0]: pickle._Unpickler.load_empty_list, pickle.ADDITEMS[0]: pickle._Unpickler.load_appends,
+        pickle.FROZENSET[0]: pickle._Unpickler.load_list,
+        # A bytearray (protocol 5) is read as bytes, because its memory would be taken before its bytes are there.
+        0x96: pickle._Unpickler.load_binbytes8,
+        # The protocol and the frames are skipped: Python 3.7 refuses protocol 5, and a frame's lines may be long.
+        pickle.PROTO[0]: lambda self: self.read(1), pickle.FRAME[0]: lambda self: self.read(8)})
+
+
+# Says where a tensor's values are: their type, the storage's name in the file and, in very old files, the part of it.
+Storage = collections.namedtuple("Storage", "kind key part")
+
+
+class Checkpoint(Unpickler):
+    """Reads torch.save's pickles. kinds: {a storage's name: its type}."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.kinds = {}
+
+    def persistent_load(self, pid):
+        """Returns what a persistent id stands for: a Storage, or a model's class (its source code follows)."""
+        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
+            return pid[1]
+        if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"
+                and isinstance(pid[1], Named) and isinstance(pid[2], str)):
+            raise pickle.UnpicklingError("it has a persistent id that torch.save does not write")
+        storage = Storage(pid[1].function.replace("Storage", ""), pid[2], pid[5] if len(pid) > 5 else None)
+        self.kinds[storage.key] = storage.kind
+        return storage
 
 
 def read_zip(data):
@@ -302,24 +285,26 @@ def read_zip(data):
     if root + "byteorder" in archive.namelist() and read("byteorder") != b"little":
         raise Refused("it was saved on a big-endian machine, whose files are not supported")
     # Many tensors can share a storage. Each storage is read once.
-    return unpickle(Pickle(read("data.pkl")))[0], functools.lru_cache(maxsize=None)(lambda key: read("data/" + key))
+    return Checkpoint(Pickle(read("data.pkl"))).load(), functools.lru_cache(maxsize=None)(lambda key: read("data/" + key))
 
 
 def read_old(data):
     """Reads torch.save's format from before the zip format, also Python 2.7's files. Returns the same as read_zip."""
     file = Pickle(data)
-    if unpickle(file)[0] != MAGIC:
+    if Checkpoint(file).load() != MAGIC:
         raise Refused("is a pickle, but not from torch.save; save the checkpoint with torch.save")
-    unpickle(file)  # the version of the format
-    system, _ = unpickle(file)
+    Checkpoint(file).load()  # the version of the format
+    system = Checkpoint(file).load()
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise Refused("it was saved on a big-endian machine, whose files are not supported")
-    content, kinds = unpickle(file)
-    keys, _ = unpickle(file)
+    reader = Checkpoint(file)
+    content, keys = reader.load(), Checkpoint(file).load()
     storages, position = {}, file.tell()
     for key in keys:  # the storages follow in this order, each after the number of its values
+        if not isinstance(key, str):
+            raise Refused("is damaged, or made to do harm (a storage's name is not text)")
         count, = struct.unpack_from("<q", data, position)
-        begin, position = position + 8, position + 8 + count * np.dtype(TYPES[kinds[key]]).itemsize
+        begin, position = position + 8, position + 8 + count * np.dtype(TYPES[reader.kinds[key]]).itemsize
         if not begin <= position <= len(data):
             raise Refused("is damaged or cut off (it ends within the values of its tensors)")
         storages[key] = memoryview(data)[begin:position]
@@ -338,7 +323,7 @@ def read_safetensors(data):
         size, storages[key] = tuple(tensor["shape"]), tensor["data"]
         stride = tuple(int(np.prod(size[i + 1:])) for i in range(len(size)))
         kind = SAFETENSORS_TYPES.get(tensor["dtype"], tensor["dtype"])
-        content[key] = Named("_rebuild_tensor", (Storage(kind, key), 0, size, stride))
+        content[key] = Named("_rebuild_tensor", (Storage(kind, key, None), 0, size, stride))
     return content, storages.__getitem__
 
 
@@ -382,19 +367,19 @@ def some(items, most=4, text=str):
 def unwrap(value):
     """Returns the call that builds a tensor, without the calls around it. Returns any other value unchanged."""
     for _ in range(9):  # torch.save puts at most two calls around it
-        if not isinstance(value, Named) or not value.arguments:
+        if not isinstance(value, Named) or not isinstance(value.arguments, tuple) or not value.arguments:
             break
         if value.function in AROUND_TENSORS:
             value = value.arguments[0]
-        elif value.function in WITH_ATTRIBUTES and len(value.arguments) > 2:
-            value = call(value.arguments[0], value.arguments[2])
+        elif value.function in WITH_ATTRIBUTES and len(value.arguments) > 2 and isinstance(value.arguments[0], Named):
+            value = Named(value.arguments[0].name, value.arguments[2])
     return value
 
 
 def tensor_arguments(value):
     """Returns the arguments of the call that builds a tensor, or None if value is not a plain tensor."""
     value = unwrap(value)
-    if not isinstance(value, Named) or not value.arguments or value.function not in TENSORS:
+    if not isinstance(value, Named) or not isinstance(value.arguments, tuple) or value.function not in TENSORS:
         return None
     # torch >= 1.12 can mark a tensor as negated or conjugated instead of changing its values.
     marks = value.arguments[6] if len(value.arguments) > 6 and isinstance(value.arguments[6], dict) else {}
@@ -448,21 +433,30 @@ def networks(path, entries):
     return result
 
 
+def contents(value):
+    """Returns the dict, list or tuple that a value is or stands for, and None for any other value."""
+    if not isinstance(value, Named):
+        return value if isinstance(value, (dict, list, tuple)) else None
+    if value.name == "collections.OrderedDict" and value.arguments and isinstance(value.arguments[0], list):
+        # Python 2 pickles an OrderedDict as a call with a list of pairs.
+        return OrderedDict(pair for pair in value.arguments[0] if isinstance(pair, list) and isinstance(pair[0], str))
+    return value.entries
+
+
 def find_networks(content):
     """Returns the Networks in a checkpoint's content, the outer ones first."""
     found, seen, level = [], set(), [((), content)]
     for _ in range(DEPTH):
         below = []
         for path, value in level:
-            value = value.entries if isinstance(value, Named) else value
-            if id(value) in seen or not isinstance(value, (dict, list, tuple)):
+            if id(value) in seen:
                 continue
             seen.add(id(value))
+            value = contents(value)
             if isinstance(value, dict):
                 found += networks(path, value)
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                if (isinstance(key, int) or isinstance(key, str) and len(key) < 200) and isinstance(
-                        item, (dict, list, tuple, Named)):
+                if (isinstance(key, int) or len(key) < 200) and isinstance(item, (dict, list, tuple, Named)):
                     below.append((path + (key,), item))
         level = below
     return found
@@ -472,7 +466,7 @@ def choose(content, name, say):
     """Returns the Network called name or, if name is None, the most likely one. Calls say with a text if that is a guess."""
     found = find_networks(content)
     if not found:
-        entries = content.entries if isinstance(content, Named) else content
+        entries = contents(content)
         if not isinstance(entries, dict) or not entries:
             raise Refused("holds an object of %s, not a state dict; save model.state_dict()" % described(content))
         raise Refused("holds no state dict with classifier.weight; save model.state_dict(). It has: %s" % some(

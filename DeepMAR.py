@@ -95,10 +95,10 @@ class DeepMAR_ResNet50_ExtractFeature(object):
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 #
-# A checkpoint is a pickle, with the tensors' values beside it. Python's unpickler, which torch.load uses, calls any function
-# that the pickle names, even os.system. This code only parses the pickle: each name and each call in it becomes a
-# placeholder (class Named). Nothing is imported and nothing is called. The code then looks for the state dict among the
-# placeholders, and numpy builds its tensors from those that describe them. All other content is ignored.
+# A checkpoint is a pickle and the tensors' values. Python's unpickler, which torch.load uses, calls any function that the
+# pickle names, even os.system. Here, each name and each call becomes a placeholder (class Named). Nothing is imported and
+# nothing is called. The state dict is found among the placeholders, and numpy builds its tensors from those that describe
+# them. All other content is ignored.
 
 MAGIC = 0x1950a86a20f9469cfc6c  # torch.save's files began with this number before the zip format
 DEPTH = 5                       # search this many levels of dicts and lists for a state dict
@@ -130,11 +130,10 @@ class Refused(ValueError):
     """Says what is wrong with a file. The caller adds the file's name."""
 
 
-class Named(object):
-    """Stands for a name in a pickle or, with arguments, for a call of it.
+# The next three classes are copied from lib/pickles.py, so that this file works alone.
 
-    state: what __setstate__ would get. entries: the items that a dict would get, those with text as their key.
-    """
+class Named(object):
+    """Stands for a name in a pickle or, with arguments, for a call. state: for __setstate__. entries: a dict's, with text keys."""
     __slots__ = "name", "arguments", "state", "entries"
 
     def __init__(self, name, arguments=None):
@@ -160,10 +159,9 @@ class Pickle(io.BytesIO):
 
 
 class Unpickler(pickle._Unpickler):
-    """Reads the next pickle from a Pickle as plain values and Named.
+    """Reads the next pickle from a Pickle. Replaces each opcode that would import, call or change something.
 
-    It extends Python's own unpickler in Python. The one in C takes 2 GB for ten bytes, and some files crash it.
-    Each opcode that would import, call or change something is replaced here. Persistent ids are refused.
+    The base class is Python's unpickler in Python. The one in C takes 2 GB for ten bytes, and some files crash it.
     """
     dispatch = dict(pickle._Unpickler.dispatch)
 
@@ -180,7 +178,7 @@ class Unpickler(pickle._Unpickler):
 
     def call(self, function, arguments):
         if not isinstance(function, Named) or not isinstance(arguments, tuple):
-            raise pickle.UnpicklingError("it calls something that is not a function")
+            raise pickle.UnpicklingError("it calls a value that is no function")
         return Named(function.name, arguments)
 
     def load_reduce(self):
@@ -199,27 +197,20 @@ class Unpickler(pickle._Unpickler):
         if isinstance(self.stack[-1], Named):
             self.stack[-1].state = state
 
-    def put(self, items):
-        """Puts items, [key, value, key, value ...], into the dict on top of the stack.
-
-        Keys must be text. The hash of a deeply nested tuple can crash Python or take for ever.
-        """
-        for key, value in zip(items[::2], items[1::2]):
-            if isinstance(key, str):
-                self.stack[-1][key] = value
-
     def load_setitem(self):
-        items = self.stack[-2:]
-        del self.stack[-2:]
-        self.put(items)
+        value, key = self.stack.pop(), self.stack.pop()
+        if isinstance(key, str):  # the hash of a deeply nested tuple can crash Python, or take for ever
+            self.stack[-1][key] = value
 
     def load_setitems(self):
-        self.put(self.pop_mark())
+        items = iter(self.pop_mark())
+        for pair in zip(items, items):
+            self.stack += pair
+            self.load_setitem()
 
-    def load_dict(self):
-        items = self.pop_mark()
+    def load_dict(self):  # Python's picklers only write it without items
+        self.pop_mark()
         self.append({})
-        self.put(items)
 
     def refuse(self):
         raise pickle.UnpicklingError("it has an extension of copyreg, which nothing needs")
@@ -394,22 +385,9 @@ def described(value):
     return shown(value.name) if isinstance(value, Named) else type(value).__name__
 
 
-def shown_key(key):
-    """Returns a dict's key as text for an error message."""
-    return shown(key) if isinstance(key, str) else described(key)
-
-
-class Network(object):
-    """A state dict in the content of a file.
-
-    name: where it is in the content. rank: the state dict to use has the lowest. entries: the dict that holds it.
-    keys: {the network's key: [keys of entries]}. before: those keys' prefix. others: all other keys of entries.
-    """
-
-    def __init__(self, path, entries, keys, before, others):
-        self.name = ".".join(map(str, path))
-        self.entries, self.keys, self.before, self.others = entries, keys, before, others
-        self.rank = [part if isinstance(part, int) else MAIN.index(part) if part in MAIN else UNKNOWN for part in path]
+# A state dict in the content of a file. name: where it is in the content. rank: the state dict to use has the lowest.
+# entries: the dict that holds it. keys: {the network's key: [keys of entries]}. prefix: of those keys. others: all other keys.
+Network = collections.namedtuple("Network", "name rank entries keys prefix others")
 
 
 def networks(path, entries):
@@ -419,7 +397,7 @@ def networks(path, entries):
     """
     found, others = OrderedDict(), []
     for key in entries:
-        match = KEY.fullmatch(key) if isinstance(key, str) else None
+        match = KEY.fullmatch(key)
         if match:
             before, name = ([part for part in half.split(".") if part and part not in WRAPPERS] for half in match.groups())
             found.setdefault(tuple(before), OrderedDict()).setdefault(".".join(name), []).append(key)
@@ -429,7 +407,9 @@ def networks(path, entries):
     for before, keys in found.items():
         first = keys.get("classifier.weight", [None])[0]
         if isinstance(entries.get(first), Named):
-            result.append(Network(path + before, entries, keys, KEY.fullmatch(first).group(1), others))
+            place = path + before
+            rank = [part if isinstance(part, int) else MAIN.index(part) if part in MAIN else UNKNOWN for part in place]
+            result.append(Network(".".join(map(str, place)), rank, entries, keys, KEY.fullmatch(first).group(1), others))
     return result
 
 
@@ -470,7 +450,7 @@ def choose(content, name, say):
         if not isinstance(entries, dict) or not entries:
             raise Refused("holds an object of %s, not a state dict; save model.state_dict()" % described(content))
         raise Refused("holds no state dict with classifier.weight; save model.state_dict(). It has: %s" % some(
-            list(entries.items()), 12, lambda item: "%s (%s)" % (shown_key(item[0]), described(item[1]))))
+            list(entries.items()), 12, lambda item: "%s (%s)" % (shown(item[0]), described(item[1]))))
     names = [shown(network.name) or "(top level)" for network in found]
     if name is not None:
         matching = [network for network in found if network.name == name]
@@ -539,8 +519,7 @@ def make_array(value, read, most):
 def make_state(network, read, most, say):
     """Returns the state dict of a Network: OrderedDict, key -> tensor. most: how many values its tensors may have in total."""
     # If the dict has model.classifier.weight, a key without model. belongs to something else, such as a loss.
-    own = [key for key in network.others
-           if isinstance(key, str) and key.startswith(network.before) and tensor_arguments(network.entries[key])]
+    own = [key for key in network.others if key.startswith(network.prefix) and tensor_arguments(network.entries[key])]
     state, types = OrderedDict(), set()
     for name, originals in list(network.keys.items()) + [(key, [key]) for key in own]:
         for key in originals:
@@ -557,7 +536,7 @@ def make_state(network, read, most, say):
         say("converted the weights from %s to float32" % some(sorted(types - {"float32"})))
     left = [key for key in network.others if key not in state]
     if left:
-        say("left out what does not belong to the network: %s" % some(left, text=shown_key))
+        say("left out what does not belong to the network: %s" % some(left, text=shown))
     return OrderedDict((name, torch.from_numpy(array)) for name, array in state.items())
 
 
@@ -600,21 +579,15 @@ def build_model(state, last_conv_stride=2):
     shapes = ["%s %s instead of %s" % (key, list(state[key].shape), list(expected[key].shape))
               for key in expected if key in state and state[key].shape != expected[key].shape]
     whole = [key for key in expected if key in state and expected[key].is_floating_point() > state[key].is_floating_point()]
-    if missing or unexpected or shapes or whole:
+    problems = ["%s: %s" % (what, some(keys)) for what, keys in (
+        ("missing", missing), ("unexpected", unexpected), ("wrong shapes", shapes),
+        ("whole numbers instead of weights, as in a quantised model", whole)) if keys]
+    if problems:
         blocks = [len({key.split(".")[2] for key in state if re.match(r"base\.layer%d\.\d+\." % layer, key)})
                   for layer in (1, 2, 3, 4)]
-        problems = []
-        if any(blocks) and (blocks != BLOCKS or "base.layer1.0.conv3.weight" not in state):
-            problems.append("another backbone (%s residual blocks%s; ResNet-50 has %s)" % (
-                blocks, "" if "base.layer1.0.conv3.weight" in state else " of two convolutions", BLOCKS))
-        if missing:
-            problems.append("missing: %s" % some(missing))
-        if unexpected:
-            problems.append("unexpected: %s" % some(unexpected))
-        if shapes:
-            problems.append("wrong shapes: %s" % some(shapes))
-        if whole:
-            problems.append("whole numbers instead of weights, as in a quantised model: %s" % some(whole))
+        convolutions = "" if "base.layer1.0.conv3.weight" in state else " of two convolutions"
+        if any(blocks) and (blocks != BLOCKS or convolutions):
+            problems.insert(0, "another backbone (%s residual blocks%s; ResNet-50 has %s)" % (blocks, convolutions, BLOCKS))
         raise ValueError("not a DeepMAR ResNet-50 checkpoint: %s" % "; ".join(problems))
     model.load_state_dict(state)
     return model.eval()

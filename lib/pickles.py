@@ -7,10 +7,7 @@ import pickle
 
 
 class Named(object):
-    """Stands for a name in a pickle or, with arguments, for a call of it.
-
-    state: what __setstate__ would get. entries: the items that a dict would get, those with text as their key.
-    """
+    """Stands for a name in a pickle or, with arguments, for a call. state: for __setstate__. entries: a dict's, with text keys."""
     __slots__ = "name", "arguments", "state", "entries"
 
     def __init__(self, name, arguments=None):
@@ -36,10 +33,9 @@ class Pickle(io.BytesIO):
 
 
 class Unpickler(pickle._Unpickler):
-    """Reads the next pickle from a Pickle as plain values and Named.
+    """Reads the next pickle from a Pickle. Replaces each opcode that would import, call or change something.
 
-    It extends Python's own unpickler in Python. The one in C takes 2 GB for ten bytes, and some files crash it.
-    Each opcode that would import, call or change something is replaced here. Persistent ids are refused.
+    The base class is Python's unpickler in Python. The one in C takes 2 GB for ten bytes, and some files crash it.
     """
     dispatch = dict(pickle._Unpickler.dispatch)
 
@@ -56,7 +52,7 @@ class Unpickler(pickle._Unpickler):
 
     def call(self, function, arguments):
         if not isinstance(function, Named) or not isinstance(arguments, tuple):
-            raise pickle.UnpicklingError("it calls something that is not a function")
+            raise pickle.UnpicklingError("it calls a value that is no function")
         return Named(function.name, arguments)
 
     def load_reduce(self):
@@ -75,27 +71,20 @@ class Unpickler(pickle._Unpickler):
         if isinstance(self.stack[-1], Named):
             self.stack[-1].state = state
 
-    def put(self, items):
-        """Puts items, [key, value, key, value ...], into the dict on top of the stack.
-
-        Keys must be text. The hash of a deeply nested tuple can crash Python or take for ever.
-        """
-        for key, value in zip(items[::2], items[1::2]):
-            if isinstance(key, str):
-                self.stack[-1][key] = value
-
     def load_setitem(self):
-        items = self.stack[-2:]
-        del self.stack[-2:]
-        self.put(items)
+        value, key = self.stack.pop(), self.stack.pop()
+        if isinstance(key, str):  # the hash of a deeply nested tuple can crash Python, or take for ever
+            self.stack[-1][key] = value
 
     def load_setitems(self):
-        self.put(self.pop_mark())
+        items = iter(self.pop_mark())
+        for pair in zip(items, items):
+            self.stack += pair
+            self.load_setitem()
 
-    def load_dict(self):
-        items = self.pop_mark()
+    def load_dict(self):  # Python's picklers only write it without items
+        self.pop_mark()
         self.append({})
-        self.put(items)
 
     def refuse(self):
         raise pickle.UnpicklingError("it has an extension of copyreg, which nothing needs")

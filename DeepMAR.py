@@ -6,10 +6,11 @@ It has the same classes, keyword arguments and state-dict keys, and builds on to
 
 load_model(path) returns the network that a checkpoint holds. It executes nothing in the file.
 """
+import collections
 import functools
 import io
 import os
-import pickletools
+import pickle
 import re
 import shlex
 import struct
@@ -94,10 +95,10 @@ class DeepMAR_ResNet50_ExtractFeature(object):
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 #
-# A checkpoint is a pickle, with the tensors' values beside it. Python's unpickler, which torch.load uses, calls any function
-# that the pickle names, even os.system. This code only parses the pickle: each name and each call in it becomes a
-# placeholder (class Named). Nothing is imported and nothing is called. The code then looks for the state dict among the
-# placeholders, and numpy builds its tensors from those that describe them. All other content is ignored.
+# A checkpoint is a pickle and the tensors' values. Python's unpickler, which torch.load uses, calls any function that the
+# pickle names, even os.system. Here, each name and each call becomes a placeholder (class Named). Nothing is imported and
+# nothing is called. The state dict is found among the placeholders, and numpy builds its tensors from those that describe
+# them. All other content is ignored.
 
 MAGIC = 0x1950a86a20f9469cfc6c  # torch.save's files began with this number before the zip format
 DEPTH = 5                       # search this many levels of dicts and lists for a state dict
@@ -129,25 +130,25 @@ class Refused(ValueError):
     """Says what is wrong with a file. The caller adds the file's name."""
 
 
+# The next three classes are copied from lib/pickles.py, so that this file works alone.
+
 class Named(object):
-    """Stands for a name in a pickle or, with arguments, for a call. entries: what the pickle puts into the call's result."""
-    __slots__ = "name", "arguments", "entries"
+    """Stands for a name in a pickle or, with arguments, for a call. state: for __setstate__. entries: a dict's, with text keys."""
+    __slots__ = "name", "arguments", "state", "entries"
 
     def __init__(self, name, arguments=None):
-        self.name, self.arguments, self.entries = name, arguments, {}
+        self.name, self.arguments, self.state, self.entries = name, arguments, None, {}
+
+    def __setitem__(self, key, value):
+        self.entries[key] = value
+
+    def append(self, item):
+        """Drops an item of a list or deque, which no reader needs."""
 
     @property
     def function(self):
         """The name without its module."""
-        return self.name[self.name.rfind(".") + 1:]
-
-
-class Storage(object):
-    """Says where a tensor's values are: their type, the storage's name in the file and, in very old files, the part of it."""
-    __slots__ = "kind", "key", "part"
-
-    def __init__(self, kind, key, part=None):
-        self.kind, self.key, self.part = kind, key, part
+        return self.name.rpartition(".")[2]
 
 
 class Pickle(io.BytesIO):
@@ -157,125 +158,98 @@ class Pickle(io.BytesIO):
         return super().readline(5000)
 
 
-def put(target, items):
-    """Puts items, [key, value, key, value ...], into a dict or a Named. Ignores any other target."""
-    entries = target.entries if isinstance(target, Named) else target
-    if isinstance(entries, dict):
-        for key, value in zip(items[::2], items[1::2]):
-            # A key of another kind becomes a Named, because the hash of a deeply nested tuple can crash Python.
-            entries[key if isinstance(key, (str, Named)) else Named(type(key).__name__)] = value
+class Unpickler(pickle._Unpickler):
+    """Reads the next pickle from a Pickle. Replaces each opcode that would import, call or change something.
 
-
-def call(function, arguments):
-    """Returns the Named that stands for a call."""
-    arguments = arguments if isinstance(arguments, tuple) else ()
-    result = Named(function.name if isinstance(function, Named) else type(function).__name__, arguments)
-    if result.name == "collections.OrderedDict" and arguments and isinstance(arguments[0], list):
-        for pair in arguments[0]:  # Python 2 pickles an OrderedDict as a list of pairs
-            put(result, pair if isinstance(pair, (list, tuple)) else [])
-    return result
-
-
-def persistent(pid):
-    """Returns what a persistent id of torch.save stands for: a Storage, or a model's class (its source code follows)."""
-    if isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage":
-        kind, key, part = pid[1], pid[2], pid[5] if len(pid) > 5 else None
-        if isinstance(kind, Named) and isinstance(key, str):
-            return Storage(kind.function.replace("Storage", ""), key, part)
-    if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
-        return pid[1]
-    return Named("an unknown persistent id")
-
-
-# Opcodes that push their own value, a constant, an empty container, or a tuple of the top values of the stack.
-# A set is read as a list, because a list needs no hashes.
-LITERALS = set("INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
-               "SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split())
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": list}
-TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-
-
-def unpickle(file):
-    """Reads the next pickle from a Pickle. Returns (its value, {storage's name: its type}).
-
-    The value consists of plain Python values, Named and Storage. A damaged pickle raises exceptions of many kinds.
+    The base class is Python's unpickler in Python. The one in C takes 2 GB for ten bytes, and some files crash it.
     """
-    stack, marks, memo, kinds = [], [], {}, {}
+    dispatch = dict(pickle._Unpickler.dispatch)
 
-    def pop(count):
-        items = stack[len(stack) - count:]
-        del stack[len(stack) - count:]
-        return items
+    def __init__(self, file):
+        super().__init__(file, encoding="latin1")  # it decodes all bytes, and Python 2's text may hold any
 
-    def pop_mark():
-        return pop(len(stack) - marks.pop())
+    def load_mark(self):
+        if len(self.metastack) == 10 ** 4:  # Python's picklers give up earlier, and each mark takes 130 bytes here
+            raise pickle.UnpicklingError("it is nested too deeply")
+        super().load_mark()
 
-    for opcode, argument, _ in pickletools.genops(file):
-        code = opcode.name
-        if code in LITERALS:
-            stack.append(argument)
-        elif code in CONSTANTS:
-            stack.append(CONSTANTS[code])
-        elif code in EMPTY:
-            stack.append(EMPTY[code]())
-        elif code in TUPLES:
-            stack.append(tuple(pop(TUPLES[code])))
-        elif code == "MARK":
-            marks.append(len(stack))
-        elif code == "TUPLE":
-            stack.append(tuple(pop_mark()))
-        elif code in ("LIST", "FROZENSET"):
-            stack.append(pop_mark())
-        elif code == "DICT":
-            items = pop_mark()
-            stack.append({})
-            put(stack[-1], items)
-        elif code in ("SETITEM", "SETITEMS"):
-            items = pop(2) if code == "SETITEM" else pop_mark()
-            put(stack[-1], items)
-        elif code in ("APPEND", "APPENDS", "ADDITEMS"):
-            items = pop(1) if code == "APPEND" else pop_mark()
-            if isinstance(stack[-1], list):
-                stack[-1].extend(items)
-        elif code in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            memo[len(memo) if code == "MEMOIZE" else argument] = stack[-1]
-        elif code in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif code == "GLOBAL":
-            stack.append(Named(argument.replace(" ", ".")))
-        elif code == "STACK_GLOBAL":
-            stack.append(Named(".".join(pop(2))))
-        elif code in ("EXT1", "EXT2", "EXT4"):
-            stack.append(Named("an extension of copyreg"))
-        elif code in ("REDUCE", "NEWOBJ"):
-            stack.append(call(*pop(2)))
-        elif code == "NEWOBJ_EX":
-            stack.append(call(*pop(3)[:2]))
-        elif code == "INST":
-            stack.append(call(Named(argument.replace(" ", ".")), tuple(pop_mark())))
-        elif code == "OBJ":
-            items = pop_mark()
-            stack.append(call(items[0], tuple(items[1:])))
-        elif code == "BUILD":  # it sets attributes, which are not needed
-            stack.pop()
-        elif code == "BINPERSID":
-            value = persistent(stack.pop())
-            stack.append(value)
-            if isinstance(value, Storage):
-                kinds[value.key] = value.kind
-        elif code == "DUP":
-            stack.append(stack[-1])
-        elif code == "POP" and marks and marks[-1] == len(stack):
-            marks.pop()
-        elif code == "POP":
-            stack.pop()
-        elif code == "POP_MARK":
-            pop_mark()
-        elif code == "STOP":
-            return stack.pop(), kinds
-        elif code not in ("PROTO", "FRAME"):
-            raise Refused("its pickle has the opcode %s, which torch.save does not write" % code)
+    def find_class(self, module, name):
+        return Named(module + "." + name)
+
+    def call(self, function, arguments):
+        if not isinstance(function, Named) or not isinstance(arguments, tuple):
+            raise pickle.UnpicklingError("it calls a value that is no function")
+        return Named(function.name, arguments)
+
+    def load_reduce(self):
+        arguments = self.stack.pop()
+        self.stack[-1] = self.call(self.stack[-1], arguments)
+
+    def load_newobj_ex(self):
+        self.stack.pop()  # the keyword arguments
+        self.load_reduce()
+
+    def _instantiate(self, function, arguments):  # for OBJ and INST
+        self.append(self.call(function, tuple(arguments)))
+
+    def load_build(self):
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Named):
+            self.stack[-1].state = state
+
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        if isinstance(key, str):  # the hash of a deeply nested tuple can crash Python, or take for ever
+            self.stack[-1][key] = value
+
+    def load_setitems(self):
+        items = iter(self.pop_mark())
+        for pair in zip(items, items):
+            self.stack += pair
+            self.load_setitem()
+
+    def load_dict(self):  # Python's picklers only write it without items
+        self.pop_mark()
+        self.append({})
+
+    def refuse(self):
+        raise pickle.UnpicklingError("it has an extension of copyreg, which nothing needs")
+
+    dispatch.update({
+        pickle.MARK[0]: load_mark, pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_reduce,
+        pickle.NEWOBJ_EX[0]: load_newobj_ex, pickle.BUILD[0]: load_build, pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems, pickle.DICT[0]: load_dict,
+        pickle.EXT1[0]: refuse, pickle.EXT2[0]: refuse, pickle.EXT4[0]: refuse,
+        # A set is read as a list, which needs no hashes.
+        pickle.EMPTY_SET[0]: pickle._Unpickler.load_empty_list, pickle.ADDITEMS[0]: pickle._Unpickler.load_appends,
+        pickle.FROZENSET[0]: pickle._Unpickler.load_list,
+        # A bytearray (protocol 5) is read as bytes, because its memory would be taken before its bytes are there.
+        0x96: pickle._Unpickler.load_binbytes8,
+        # The protocol and the frames are skipped: Python 3.7 refuses protocol 5, and a frame's lines may be long.
+        pickle.PROTO[0]: lambda self: self.read(1), pickle.FRAME[0]: lambda self: self.read(8)})
+
+
+# Says where a tensor's values are: their type, the storage's name in the file and, in very old files, the part of it.
+Storage = collections.namedtuple("Storage", "kind key part")
+
+
+class Checkpoint(Unpickler):
+    """Reads torch.save's pickles. kinds: {a storage's name: its type}."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.kinds = {}
+
+    def persistent_load(self, pid):
+        """Returns what a persistent id stands for: a Storage, or a model's class (its source code follows)."""
+        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
+            return pid[1]
+        if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"
+                and isinstance(pid[1], Named) and isinstance(pid[2], str)):
+            raise pickle.UnpicklingError("it has a persistent id that torch.save does not write")
+        storage = Storage(pid[1].function.replace("Storage", ""), pid[2], pid[5] if len(pid) > 5 else None)
+        self.kinds[storage.key] = storage.kind
+        return storage
 
 
 def read_zip(data):
@@ -302,24 +276,26 @@ def read_zip(data):
     if root + "byteorder" in archive.namelist() and read("byteorder") != b"little":
         raise Refused("it was saved on a big-endian machine, whose files are not supported")
     # Many tensors can share a storage. Each storage is read once.
-    return unpickle(Pickle(read("data.pkl")))[0], functools.lru_cache(maxsize=None)(lambda key: read("data/" + key))
+    return Checkpoint(Pickle(read("data.pkl"))).load(), functools.lru_cache(maxsize=None)(lambda key: read("data/" + key))
 
 
 def read_old(data):
     """Reads torch.save's format from before the zip format, also Python 2.7's files. Returns the same as read_zip."""
     file = Pickle(data)
-    if unpickle(file)[0] != MAGIC:
+    if Checkpoint(file).load() != MAGIC:
         raise Refused("is a pickle, but not from torch.save; save the checkpoint with torch.save")
-    unpickle(file)  # the version of the format
-    system, _ = unpickle(file)
+    Checkpoint(file).load()  # the version of the format
+    system = Checkpoint(file).load()
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise Refused("it was saved on a big-endian machine, whose files are not supported")
-    content, kinds = unpickle(file)
-    keys, _ = unpickle(file)
+    reader = Checkpoint(file)
+    content, keys = reader.load(), Checkpoint(file).load()
     storages, position = {}, file.tell()
     for key in keys:  # the storages follow in this order, each after the number of its values
+        if not isinstance(key, str):
+            raise Refused("is damaged, or made to do harm (a storage's name is not text)")
         count, = struct.unpack_from("<q", data, position)
-        begin, position = position + 8, position + 8 + count * np.dtype(TYPES[kinds[key]]).itemsize
+        begin, position = position + 8, position + 8 + count * np.dtype(TYPES[reader.kinds[key]]).itemsize
         if not begin <= position <= len(data):
             raise Refused("is damaged or cut off (it ends within the values of its tensors)")
         storages[key] = memoryview(data)[begin:position]
@@ -338,7 +314,7 @@ def read_safetensors(data):
         size, storages[key] = tuple(tensor["shape"]), tensor["data"]
         stride = tuple(int(np.prod(size[i + 1:])) for i in range(len(size)))
         kind = SAFETENSORS_TYPES.get(tensor["dtype"], tensor["dtype"])
-        content[key] = Named("_rebuild_tensor", (Storage(kind, key), 0, size, stride))
+        content[key] = Named("_rebuild_tensor", (Storage(kind, key, None), 0, size, stride))
     return content, storages.__getitem__
 
 
@@ -382,19 +358,19 @@ def some(items, most=4, text=str):
 def unwrap(value):
     """Returns the call that builds a tensor, without the calls around it. Returns any other value unchanged."""
     for _ in range(9):  # torch.save puts at most two calls around it
-        if not isinstance(value, Named) or not value.arguments:
+        if not isinstance(value, Named) or not isinstance(value.arguments, tuple) or not value.arguments:
             break
         if value.function in AROUND_TENSORS:
             value = value.arguments[0]
-        elif value.function in WITH_ATTRIBUTES and len(value.arguments) > 2:
-            value = call(value.arguments[0], value.arguments[2])
+        elif value.function in WITH_ATTRIBUTES and len(value.arguments) > 2 and isinstance(value.arguments[0], Named):
+            value = Named(value.arguments[0].name, value.arguments[2])
     return value
 
 
 def tensor_arguments(value):
     """Returns the arguments of the call that builds a tensor, or None if value is not a plain tensor."""
     value = unwrap(value)
-    if not isinstance(value, Named) or not value.arguments or value.function not in TENSORS:
+    if not isinstance(value, Named) or not isinstance(value.arguments, tuple) or value.function not in TENSORS:
         return None
     # torch >= 1.12 can mark a tensor as negated or conjugated instead of changing its values.
     marks = value.arguments[6] if len(value.arguments) > 6 and isinstance(value.arguments[6], dict) else {}
@@ -409,22 +385,9 @@ def described(value):
     return shown(value.name) if isinstance(value, Named) else type(value).__name__
 
 
-def shown_key(key):
-    """Returns a dict's key as text for an error message."""
-    return shown(key) if isinstance(key, str) else described(key)
-
-
-class Network(object):
-    """A state dict in the content of a file.
-
-    name: where it is in the content. rank: the state dict to use has the lowest. entries: the dict that holds it.
-    keys: {the network's key: [keys of entries]}. before: those keys' prefix. others: all other keys of entries.
-    """
-
-    def __init__(self, path, entries, keys, before, others):
-        self.name = ".".join(map(str, path))
-        self.entries, self.keys, self.before, self.others = entries, keys, before, others
-        self.rank = [part if isinstance(part, int) else MAIN.index(part) if part in MAIN else UNKNOWN for part in path]
+# A state dict in the content of a file. name: where it is in the content. rank: the state dict to use has the lowest.
+# entries: the dict that holds it. keys: {the network's key: [keys of entries]}. prefix: of those keys. others: all other keys.
+Network = collections.namedtuple("Network", "name rank entries keys prefix others")
 
 
 def networks(path, entries):
@@ -434,7 +397,7 @@ def networks(path, entries):
     """
     found, others = OrderedDict(), []
     for key in entries:
-        match = KEY.fullmatch(key) if isinstance(key, str) else None
+        match = KEY.fullmatch(key)
         if match:
             before, name = ([part for part in half.split(".") if part and part not in WRAPPERS] for half in match.groups())
             found.setdefault(tuple(before), OrderedDict()).setdefault(".".join(name), []).append(key)
@@ -444,8 +407,20 @@ def networks(path, entries):
     for before, keys in found.items():
         first = keys.get("classifier.weight", [None])[0]
         if isinstance(entries.get(first), Named):
-            result.append(Network(path + before, entries, keys, KEY.fullmatch(first).group(1), others))
+            place = path + before
+            rank = [part if isinstance(part, int) else MAIN.index(part) if part in MAIN else UNKNOWN for part in place]
+            result.append(Network(".".join(map(str, place)), rank, entries, keys, KEY.fullmatch(first).group(1), others))
     return result
+
+
+def contents(value):
+    """Returns the dict, list or tuple that a value is or stands for, and None for any other value."""
+    if not isinstance(value, Named):
+        return value if isinstance(value, (dict, list, tuple)) else None
+    if value.name == "collections.OrderedDict" and value.arguments and isinstance(value.arguments[0], list):
+        # Python 2 pickles an OrderedDict as a call with a list of pairs.
+        return OrderedDict(pair for pair in value.arguments[0] if isinstance(pair, list) and isinstance(pair[0], str))
+    return value.entries
 
 
 def find_networks(content):
@@ -454,15 +429,14 @@ def find_networks(content):
     for _ in range(DEPTH):
         below = []
         for path, value in level:
-            value = value.entries if isinstance(value, Named) else value
-            if id(value) in seen or not isinstance(value, (dict, list, tuple)):
+            if id(value) in seen:
                 continue
             seen.add(id(value))
+            value = contents(value)
             if isinstance(value, dict):
                 found += networks(path, value)
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                if (isinstance(key, int) or isinstance(key, str) and len(key) < 200) and isinstance(
-                        item, (dict, list, tuple, Named)):
+                if (isinstance(key, int) or len(key) < 200) and isinstance(item, (dict, list, tuple, Named)):
                     below.append((path + (key,), item))
         level = below
     return found
@@ -472,11 +446,11 @@ def choose(content, name, say):
     """Returns the Network called name or, if name is None, the most likely one. Calls say with a text if that is a guess."""
     found = find_networks(content)
     if not found:
-        entries = content.entries if isinstance(content, Named) else content
+        entries = contents(content)
         if not isinstance(entries, dict) or not entries:
             raise Refused("holds an object of %s, not a state dict; save model.state_dict()" % described(content))
         raise Refused("holds no state dict with classifier.weight; save model.state_dict(). It has: %s" % some(
-            list(entries.items()), 12, lambda item: "%s (%s)" % (shown_key(item[0]), described(item[1]))))
+            list(entries.items()), 12, lambda item: "%s (%s)" % (shown(item[0]), described(item[1]))))
     names = [shown(network.name) or "(top level)" for network in found]
     if name is not None:
         matching = [network for network in found if network.name == name]
@@ -545,8 +519,7 @@ def make_array(value, read, most):
 def make_state(network, read, most, say):
     """Returns the state dict of a Network: OrderedDict, key -> tensor. most: how many values its tensors may have in total."""
     # If the dict has model.classifier.weight, a key without model. belongs to something else, such as a loss.
-    own = [key for key in network.others
-           if isinstance(key, str) and key.startswith(network.before) and tensor_arguments(network.entries[key])]
+    own = [key for key in network.others if key.startswith(network.prefix) and tensor_arguments(network.entries[key])]
     state, types = OrderedDict(), set()
     for name, originals in list(network.keys.items()) + [(key, [key]) for key in own]:
         for key in originals:
@@ -563,7 +536,7 @@ def make_state(network, read, most, say):
         say("converted the weights from %s to float32" % some(sorted(types - {"float32"})))
     left = [key for key in network.others if key not in state]
     if left:
-        say("left out what does not belong to the network: %s" % some(left, text=shown_key))
+        say("left out what does not belong to the network: %s" % some(left, text=shown))
     return OrderedDict((name, torch.from_numpy(array)) for name, array in state.items())
 
 
@@ -606,21 +579,15 @@ def build_model(state, last_conv_stride=2):
     shapes = ["%s %s instead of %s" % (key, list(state[key].shape), list(expected[key].shape))
               for key in expected if key in state and state[key].shape != expected[key].shape]
     whole = [key for key in expected if key in state and expected[key].is_floating_point() > state[key].is_floating_point()]
-    if missing or unexpected or shapes or whole:
+    problems = ["%s: %s" % (what, some(keys)) for what, keys in (
+        ("missing", missing), ("unexpected", unexpected), ("wrong shapes", shapes),
+        ("whole numbers instead of weights, as in a quantised model", whole)) if keys]
+    if problems:
         blocks = [len({key.split(".")[2] for key in state if re.match(r"base\.layer%d\.\d+\." % layer, key)})
                   for layer in (1, 2, 3, 4)]
-        problems = []
-        if any(blocks) and (blocks != BLOCKS or "base.layer1.0.conv3.weight" not in state):
-            problems.append("another backbone (%s residual blocks%s; ResNet-50 has %s)" % (
-                blocks, "" if "base.layer1.0.conv3.weight" in state else " of two convolutions", BLOCKS))
-        if missing:
-            problems.append("missing: %s" % some(missing))
-        if unexpected:
-            problems.append("unexpected: %s" % some(unexpected))
-        if shapes:
-            problems.append("wrong shapes: %s" % some(shapes))
-        if whole:
-            problems.append("whole numbers instead of weights, as in a quantised model: %s" % some(whole))
+        convolutions = "" if "base.layer1.0.conv3.weight" in state else " of two convolutions"
+        if any(blocks) and (blocks != BLOCKS or convolutions):
+            problems.insert(0, "another backbone (%s residual blocks%s; ResNet-50 has %s)" % (blocks, convolutions, BLOCKS))
         raise ValueError("not a DeepMAR ResNet-50 checkpoint: %s" % "; ".join(problems))
     model.load_state_dict(state)
     return model.eval()

@@ -26,7 +26,6 @@ import collections
 import csv
 import json
 import os
-import pickle
 import re
 import resource
 import sys
@@ -37,6 +36,7 @@ from lib.files import read_lines, write_text
 from lib.labels import PETA, label_row
 from lib.machine import start_worker, uninterrupted
 from lib.names import composed, find_listed, inside, stem
+from lib.pickles import Named, Pickle, Unpickler
 from lib.script import command, importing, note, one_line, some
 
 with importing():
@@ -164,55 +164,45 @@ def read_pa100k(path):
 
 # --- the pickles of "Rethinking of Pedestrian Attribute Recognition" ----------------------------------------------------
 
-class Noted(dict):
-    """Stands for any object in a pickle. It only stores the object's arguments and state, and runs nothing."""
-
-    def __new__(cls, *args):
-        noted = super().__new__(cls)
-        noted.args, noted.state = args, None
-        return noted
-
-    def __init__(self, *args):
-        super().__init__()
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class Unpickler(pickle.Unpickler):
-    """Makes only plain values and Noted objects, whatever the pickle asks for."""
+class DataSet(Unpickler):
+    """Refuses names that no data set needs."""
 
     def find_class(self, module, name):
         if module.split(".")[0] not in ("numpy", "easydict") and name not in ("range", "xrange"):
             raise ValueError("it refers to %s.%s, which no data set needs" % (module, name))
-        return Noted
+        return super().find_class(module, name)
 
 
-def type_of(noted):
-    """Returns the numpy type, such as '<U12', that a Noted stands for. Raises ValueError unless it is a number or text."""
-    code = "%s%s" % (noted.state[1].replace("|", ""), noted.args[0])
+def entries(value):
+    """Returns the dict that a value is or, if it is an EasyDict, stands for."""
+    return value.entries if isinstance(value, Named) else value
+
+
+def type_of(named):
+    """Returns the numpy type, such as '<U12', that a Named stands for. Raises ValueError unless it is a number or text."""
+    code = "%s%s" % (named.state[1].replace("|", ""), named.arguments[0])
     if not re.match("[<>]?([biuf][1248]|U[0-9]{1,4})$", code):
         raise ValueError("it has values of the type %s" % code)
     return code
 
 
-def array_of(noted):
-    """Returns the array that a Noted stands for."""
-    _, shape, dtype, fortran, data = noted.state
+def array_of(named):
+    """Returns the array that a Named stands for."""
+    _, shape, dtype, fortran, data = named.state
     return np.frombuffer(data, type_of(dtype)).reshape(shape, order="F" if fortran else "C")
 
 
 def text_of(value):
-    """Returns a text, which may be a Noted of numpy."""
-    return value if isinstance(value, str) else str(np.frombuffer(value.args[1], type_of(value.args[0]))[0])
+    """Returns a text, which may be a Named of numpy."""
+    return value if isinstance(value, str) else str(np.frombuffer(value.arguments[1], type_of(value.arguments[0]))[0])
 
 
 def read_pkl(path):
     with open(path, "rb") as f:
-        content = Unpickler(f).load()
+        content = entries(DataSet(Pickle(f.read())).load())
     names, attributes = ([text_of(value) for value in content[key]] for key in ("image_name", "attr_name"))
-    used = content["label_idx"]["eval"] if "label_idx" in content else np.arange(len(attributes))
-    splits = content["partition"]
+    used = entries(content["label_idx"])["eval"] if "label_idx" in content else np.arange(len(attributes))
+    splits = entries(content["partition"])
     parts = ["train", "val", "test"] if "train" in splits else ["trainval", "test"]
     arrays = [splits[part] for part in parts]  # each is an array, or a list with one array per partition
     partitions = list(zip(*arrays)) if isinstance(arrays[0], list) else [arrays]

@@ -1,0 +1,971 @@
+"""DeepMAR.py: the network, the checkpoints of every training script, and files that are damaged or made to do harm.
+
+The harmful parts replace the 'scores' entry of an otherwise valid checkpoint. If one ran, it would create a file 'canary'.
+"""
+import argparse
+import collections
+import copyreg
+import datetime
+import enum
+import functools
+import inspect
+import io
+import json
+import os
+import pathlib
+import pickle
+import resource
+import struct
+import subprocess
+import sys
+import tarfile
+import types
+import warnings
+import zipfile
+from collections import Counter, OrderedDict, defaultdict, deque
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+import DeepMAR
+from DeepMAR import DeepMAR_ResNet50, DeepMAR_ResNet50_ExtractFeature, build_model, load_checkpoint, load_model
+from helpers import check_error, script
+from lib import pickles
+
+torch.set_num_threads(1)  # threads that wait for each other are slow on a busy machine
+STATE = OrderedDict([("classifier.weight", torch.arange(6.).reshape(2, 3)), ("classifier.bias", torch.ones(2))])
+OTHER = OrderedDict((key, value + 5) for key, value in STATE.items())
+both_formats = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "earlier"])
+
+
+def saved(path, content, zipped=True, **arguments):
+    """Saves with torch. Returns the path as text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the kind of storage
+        torch.save(content, str(path), _use_new_zipfile_serialization=zipped, **arguments)
+    return str(path)
+
+
+def read(path, name=None):
+    """Loads a checkpoint. Returns its state dict and the notes for the user."""
+    notes = []
+    return load_checkpoint(path, name, notes.append), notes
+
+
+def same(state, expected=STATE):
+    return set(state) == set(expected) and all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+def refusal(path, *arguments):
+    """Returns the error of a file that is refused. It must be one line that begins with the file's name."""
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(str(path), *arguments)
+    message = str(error.value)
+    assert message.startswith("%s: " % path) and message.isprintable() and len(message) < 1000
+    return message
+
+
+# --- the network ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def state():
+    torch.manual_seed(0)
+    return DeepMAR_ResNet50().state_dict()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The state dict of a small network, which load_model then takes for a DeepMAR."""
+    monkeypatch.setattr(DeepMAR, "BLOCKS", [1, 1, 1, 1])
+    torch.manual_seed(0)
+    return DeepMAR_ResNet50().state_dict()
+
+
+def images(height=224, width=224):
+    return torch.from_numpy(np.random.RandomState(0).standard_normal((1, 3, height, width)).astype(np.float32))
+
+
+def test_keys_are_those_of_the_open_source_model(state):
+    """torchvision's names below base., without fc; the open-source repository's resnet.py has the same."""
+    backbone = {"base." + key for key in torchvision.models.resnet50().state_dict() if not key.startswith("fc.")}
+    assert set(state) == backbone | {"classifier.weight", "classifier.bias"}
+    assert state["classifier.weight"].shape == (35, 2048) and "base.layer4.2.bn3.running_var" in state
+
+
+def train():
+    torch.manual_seed(1)
+    DeepMAR.BLOCKS = [1, 1, 1, 1]
+    model = DeepMAR_ResNet50(num_att=4, last_conv_stride=1, drop_pool5=True, drop_pool5_rate=0.5, pretrained=False)
+    torch.nn.init.normal_(model.classifier.weight)
+    batch = torch.randn(2, 3, 64, 48)
+    assert model.base(batch).shape == (2, 2048, 4, 3)  # stride 16 instead of 32
+    assert DeepMAR_ResNet50().base(batch).shape == (2, 2048, 2, 2)
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    before = [parameter.clone() for parameter in model.parameters()]
+    torch.nn.functional.binary_cross_entropy_with_logits(model(batch), torch.ones(2, 4)).backward()
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    model.eval()
+    assert torch.equal(model(batch), model(batch))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 0.0
+    model.train()
+    assert not torch.equal(model(batch), model(batch))
+    model.drop_pool5 = False
+    assert torch.equal(model(batch), model(batch))
+
+
+def test_training_changes_all_parameters_and_dropout_acts_only_then():
+    """In another process, which ends at once: a backward pass of torch 1.6 was seen to damage the heap."""
+    subprocess.run([sys.executable, "-c", "import os, test_deepmar; test_deepmar.train(); os._exit(0)"], check=True,
+                   env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)))
+
+
+def test_extract_feature_restores_the_mode(small):
+    model = DeepMAR_ResNet50(num_att=35).train()
+    result = DeepMAR_ResNet50_ExtractFeature(model=model)(images())
+    assert model.training and isinstance(result, np.ndarray) and result.shape == (1, 35)
+    with pytest.raises(ValueError):
+        DeepMAR_ResNet50_ExtractFeature(model)(images().numpy())
+
+
+OPTIMIZER = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+
+
+@both_formats
+@pytest.mark.parametrize("form", ["state_dict", "state_dicts", "bare", "old", "extras"])
+def test_every_form_gives_the_same_network(tmp_path, small, form, zipped):
+    content = {
+        "state_dict": {"epoch": 3, "arch": "DeepMAR", "state_dict": {"module." + key: small[key] for key in small}, "best": 0.7},
+        "state_dicts": {"state_dicts": [small, OPTIMIZER], "ep": 150, "scores": 0},
+        "bare": small,
+        "old": {key: value for key, value in small.items() if not key.endswith("num_batches_tracked")},
+        "extras": {"state_dict": small, "best": np.float64(0.5), "args": argparse.Namespace(lr=1), "all": np.ones(3)},
+    }[form]
+    model = load_model(tmp_path / os.path.basename(saved(tmp_path / "c.pth", content, zipped)))
+    assert not model.training and model.num_att == 35
+    expected = DeepMAR_ResNet50()
+    expected.load_state_dict(small)
+    assert np.array_equal(*[DeepMAR_ResNet50_ExtractFeature(network)(images()) for network in (model, expected)])
+
+
+@pytest.mark.parametrize("attributes", [26, 51])
+def test_the_number_of_attributes_follows_from_the_checkpoint(small, attributes):
+    changed = dict(small)
+    changed["classifier.weight"], changed["classifier.bias"] = torch.zeros(attributes, 2048), torch.zeros(attributes)
+    assert build_model(changed).num_att == attributes
+
+
+def test_what_does_not_fit_is_named(state):
+    def message(changed):
+        with pytest.raises(ValueError) as error:
+            build_model(changed)
+        return str(error.value)
+
+    less = {key: value for key, value in state.items() if key != "base.layer3.2.conv1.weight"}
+    assert "missing: base.layer3.2.conv1.weight" in message(less)
+    assert "unexpected: base.extra" in message(dict(state, **{"base.extra": torch.zeros(1)}))
+    assert "wrong shapes: base.conv1.weight [64, 3, 3, 3] instead of [64, 3, 7, 7]" in message(
+        dict(state, **{"base.conv1.weight": torch.zeros(64, 3, 3, 3)}))
+    classifier = {"classifier.weight": torch.zeros(35, 2048), "classifier.bias": torch.zeros(35)}
+    for name_, blocks in (("resnet101", "[3, 4, 23, 3]"), ("resnet18", "[2, 2, 2, 2] residual blocks of two"),
+                          ("resnet34", "two convolutions")):
+        other = getattr(torchvision.models, name_)().state_dict()
+        other = dict({"base." + key: value for key, value in other.items() if not key.startswith("fc.")}, **classifier)
+        assert "another backbone" in message(other) and blocks in message(other)
+    assert "none instead of classifier.weight" in message({"fc.weight": torch.zeros(2, 2)})
+    quantised = {key: (value * 100).to(torch.int8) if key.endswith("conv1.weight") else value for key, value in state.items()}
+    assert "whole numbers instead of weights, as in a quantised model: base.conv1.weight, " in message(quantised)
+    many = torch.zeros(1).expand(10 ** 9, 1)  # a network with so many attributes would not fit into the memory
+    assert "[1000000000, 1] instead of classifier.weight [num_att,2048]" in message({"classifier.weight": many})
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_checkpoint_fits_each_stride_and_image_size(tmp_path, small, stride):
+    model = load_model(saved(tmp_path / "c.pth", small), last_conv_stride=stride)
+    for size in ((224, 224), (256, 128), (100, 60), (7, 5)):
+        with torch.no_grad():
+            features = model.base(images(*size))
+            assert features.shape[2:] == tuple(-(-side // (16 * stride)) for side in size)
+            pooled = torch.nn.functional.linear(features.mean((2, 3)), model.classifier.weight, model.classifier.bias)
+        assert np.allclose(DeepMAR_ResNet50_ExtractFeature(model)(images(*size)), pooled.numpy(), rtol=1e-4, atol=1e-5)
+
+
+# --- files made to do harm ------------------------------------------------------------------------------------------
+
+MAGIC = pickle.dumps(DeepMAR.MAGIC, 2)
+MARK = "MARK-MARK"
+MARKED = pickle.dumps(MARK, 2)[2:-3]  # without PROTO, BINPUT 0 and STOP
+EXTENSION = 0x70  # the number of posix.system in copyreg's table, while a test runs
+
+
+def text(string):
+    return b"X" + struct.pack("<I", len(string)) + string.encode()
+
+
+def name(module, function):
+    """GLOBAL for a plain name; STACK_GLOBAL of protocol 4, which follows dots, for the others."""
+    if "." in function:
+        return b"\x80\x04" + text(module) + text(function) + b"\x93"
+    return b"c%s\n%s\n" % (module.encode(), function.encode())
+
+
+def call(module, function, *arguments):
+    return name(module, function) + b"(" + b"".join(
+        argument if isinstance(argument, bytes) else text(argument) for argument in arguments) + b"tR"
+
+
+def payloads(canary):
+    """Returns {what it uses: opcodes}. pickle.loads would create the file canary; of the last two, torch.load might."""
+    shell, python = "echo > " + canary, "open(%r, 'w').close()" % canary
+    return {
+        "REDUCE": call("os", "system", shell),
+        "Python 2's name": call("__builtin__", "eval", python),
+        "dotted name": call("shutil", "os.system", shell),
+        "getattr": call("builtins", "getattr", call("importlib", "import_module", "os"), "system") + b"(" + text(shell) + b"tR",
+        "INST": b"(" + text(shell) + b"iposix\nsystem\n",
+        "OBJ": b"(" + name("posix", "system") + text(shell) + b"o",
+        "NEWOBJ_EX": name("subprocess", "Popen") + b")}\x920" + call("os", "system", shell),
+        "extension": b"\x82" + bytes([EXTENSION]) + b"(" + text(shell) + b"tR",
+        "BUILD": name("argparse", "Namespace") + b"N}" + text("__setstate__") + name("posix", "system") + b"s\x86b)R"
+        + text(shell) + b"b",
+        "persistent id": b"(" + text("module") + name("os", "system") + text(shell) + text(shell) + b"tQ(" + text(shell) + b"tR",
+        "rebuild": call("torch._tensor", "_rebuild_from_type_v2", name("os", "system"), name("torch", "Tensor"),
+                        b"(" + text(shell) + b"t", b"N"),
+    }
+
+
+# Where a payload stands, in place of the scores.
+PLACES = {
+    "value": lambda p: p, "keys": lambda p: b"}(" + p + b"K\x01" + p + b"K\x02u" + p + b"K\x03s",
+    "sets": lambda p: b"(\x8f(" + p + p + b"\x90(" + p + b"\x91t", "called": lambda p: p + b")R" + p + b"N\x81",
+    "state": lambda p: name("collections", "OrderedDict") + b")R" + p + b"b",
+    "tensor": lambda p: name("torch_npu.utils.storage", "_rebuild_npu_tensor") + b"(" + p * 7 + b"tR",
+}
+
+
+def with_payload(path, zipped, payload, names=("scores", "state_dict")):
+    """Writes a good checkpoint with the payload for its scores, or under another name."""
+    content = io.BytesIO()
+    torch.save({names[0]: MARK, names[1]: STATE}, content, _use_new_zipfile_serialization=zipped)
+    if zipped:
+        with zipfile.ZipFile(content) as archive, zipfile.ZipFile(str(path), "w") as changed:
+            for member in archive.infolist():
+                data = archive.read(member)
+                if member.filename.endswith("data.pkl"):
+                    assert data.count(MARKED) == 1
+                    data = data.replace(MARKED, payload)
+                changed.writestr(member.filename, data)
+    else:
+        assert content.getvalue().count(MARKED) == 1
+        path.write_bytes(content.getvalue().replace(MARKED, payload))
+
+
+@pytest.fixture
+def guarded(tmp_path, monkeypatch):
+    """A folder. Afterwards, no payload may have run in it, and the reader may have imported nothing.
+
+    Only the subclass may use Python's unpickler: its functions that import and call are replaced.
+    """
+    def called(*_):
+        raise AssertionError("it was called")
+    for module, function in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load"), (torch.jit, "load"),
+                             (pickle._Unpickler, "find_class"), (pickle._Unpickler, "get_extension"),
+                             (pickle._Unpickler, "load_build"), (pickle._Unpickler, "load_newobj"),
+                             (pickle._Unpickler, "load_reduce")):
+        monkeypatch.setattr(module, function, called)
+    monkeypatch.setitem(copyreg._inverted_registry, EXTENSION, ("posix", "system"))
+    monkeypatch.setitem(copyreg._extension_cache, EXTENSION, os.system)
+    modules = set(sys.modules)
+    yield tmp_path
+    assert set(sys.modules) == modules and os.listdir(str(tmp_path)) == ["bad.pth"]
+
+
+@pytest.mark.parametrize("payload", sorted(set(payloads("")) - {"persistent id", "rebuild"}))
+def test_the_payloads_are_live(tmp_path, monkeypatch, payload):
+    """pickle.loads, as torch.load uses it, does create the file."""
+    monkeypatch.setitem(copyreg._inverted_registry, EXTENSION, ("posix", "system"))
+    process = os.fork()
+    if not process:
+        try:
+            pickle.loads(b"\x80\x02" + payloads(str(tmp_path / "canary"))[payload] + b".")
+        finally:
+            os._exit(0)
+    os.waitpid(process, 0)
+    assert (tmp_path / "canary").exists()
+
+
+@both_formats
+def test_a_harmless_payload_loads(tmp_path, zipped):
+    for payload in (b"N", text("0.7"), b"}(" + text("a") + b"K\x01u", PLACES["sets"](b"K\x01"), PLACES["keys"](b"K\x01")):
+        with_payload(tmp_path / "good.pth", zipped, payload)
+        assert same(load_checkpoint(tmp_path / "good.pth"))
+
+
+@both_formats
+@pytest.mark.parametrize("place", sorted(PLACES))
+def test_no_code_of_a_file_runs(guarded, zipped, place):
+    path = guarded / "bad.pth"
+    for payload, opcodes in payloads(str(guarded / "canary")).items():
+        with_payload(path, zipped, PLACES[place](opcodes))
+        if payload == "extension" or place == "called":
+            refusal(path)
+        else:
+            assert same(load_checkpoint(path)), payload
+
+
+@both_formats
+def test_no_code_runs_inside_the_state_dict_and_the_error_names_the_key(guarded, zipped):
+    """The payload is the weight and the bias, or stands where a tensor's parts do."""
+    path = guarded / "bad.pth"
+
+    def arguments(function):
+        return lambda p: name("torch._utils", function) + b"(" + p + p + b"(" + p + b"t" + p + b"tR"
+    inside = [PLACES["value"], PLACES["tensor"], arguments("_rebuild_parameter_with_state"), arguments("_rebuild_from_type_v2"),
+              lambda p: arguments("_rebuild_from_type_v2")(arguments("_rebuild_from_type_v2")(p))]
+    for payload, opcodes in payloads(str(guarded / "canary")).items():
+        for wrapped in inside:
+            entries = [text(key) + wrapped(opcodes) for key in STATE]
+            # It replaces the scores, which come before the good state dict. The scores are named state_dict now.
+            with_payload(path, zipped, b"}(" + b"".join(entries) + b"u", ("state_dict", "scores"))
+            assert (": classifier.weight is " in refusal(path)) == (payload != "extension"), payload
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_no_code_runs_in_any_of_the_five_pickles(guarded, place):
+    """A file of the earlier format is a magic number, a version, the system, the content and the storages' keys."""
+    for payload in list(payloads(str(guarded / "canary")).values()) + [b"]" + b")" + b"\x85" * 10 ** 5 + b"a"]:
+        parts_ = [MAGIC] + [pickle.dumps(value, 2) for value in (1001, {"little_endian": True}, {}, [])]
+        parts_[place] = b"\x80\x02" + payload + b"."
+        (guarded / "bad.pth").write_bytes(b"".join(parts_))
+        refusal(guarded / "bad.pth")
+
+
+def test_the_script_says_so_in_one_line(guarded):
+    (guarded / "bad.pth").write_bytes(MAGIC + pickle.dumps(1001, 2) + pickle.dumps({}, 2) + b"\x80\x02" + payloads(
+        str(guarded / "canary"))["REDUCE"] + b".\x80\x02].")
+    check_error(script("export_onnx.py", "bad.pth", "out.onnx", 1, cwd=guarded),
+                "export_onnx.py: error: bad.pth: holds an object of os.system, not a state dict")
+
+
+LEVELS = 3 * 10 ** 4
+BOMBS = {
+    "nested calls": b"ca\nb\n" * LEVELS + b"N" + b"\x85R" * LEVELS, "a list in itself": b"]q\x01h\x01a",
+    "a key of nested tuples": b"})" + b"\x85" * 10 * LEVELS + b"K\x01s", "a key of 2 ** 100 tuples": b"})" + b"2\x86" * 100 + b"K\x01s",
+    "a set of 2 ** 100 tuples": b"\x8f()" + b"2\x86" * 100 + b"\x90", "marks": b"(" * 20 * LEVELS + b"N",
+    "a number of a million digits": b"I" + b"9" * 10 ** 6 + b"\n",
+    "a number of a million digits in a frame": b"\x95" + struct.pack("<Q", 10 ** 6 + 2) + b"I" + b"9" * 10 ** 6 + b"\n",
+    "a place in the memo": b"Nr\xff\xff\xff\x7f", "bytearray of 2 ** 40": b"\x96" + struct.pack("<q", 2 ** 40),
+    "text of 2 GB": b"X\xff\xff\xff\x7f" + b"x",
+    "calls with one tuple": b"ca\nb\nq\x01(" + b"N" * LEVELS + b"tq\x02(" + b"h\x01h\x02R" * LEVELS + b"t",
+    "range": call("builtins", "list", call("builtins", "range", b"\x8a\x06" + struct.pack("<q", 10 ** 12)[:6])),
+}
+
+
+def outcome(unpickler, opcodes):
+    """Returns the type of what a pickle holds, or the error."""
+    try:
+        return type(unpickler(pickles.Pickle(b"\x80\x02" + opcodes + b".")).load()).__name__
+    except Exception as error:
+        return repr(error)
+
+
+@pytest.mark.parametrize("bomb", sorted(BOMBS))
+def test_a_bomb_takes_neither_time_nor_memory(guarded, bomb):
+    """In a process that may use 20 seconds and 200 MB."""
+    path = guarded / "bad.pth"
+    with_payload(path, True, b"}" + text("classifier.weight") + BOMBS[bomb] + b"s", ("state_dict", "scores"))
+    process = os.fork()
+    if not process:
+        try:
+            resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            try:
+                load_checkpoint(path)
+            except ValueError as error:
+                assert "MemoryError" not in str(error)
+            assert outcome(pickles.Unpickler, BOMBS[bomb])
+            assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(process, 0)[1] == 0
+
+
+def test_the_two_copies_of_the_reader_are_one():
+    """DeepMAR.py is copied alone, so that it holds the text of lib/pickles.py."""
+    own = [value for value in vars(pickles).values() if getattr(value, "__module__", "") == "lib.pickles"]
+    assert len(own) == 3
+    for value in own:
+        assert inspect.getsource(value) == inspect.getsource(getattr(DeepMAR, value.__name__))
+    for payload, opcodes in list(payloads("x").items()) + [("list", b"](K\x01e"), ("call", b"ca\nb\n)R"), ("id", b"Pid\n")]:
+        assert outcome(pickles.Unpickler, opcodes) == outcome(DeepMAR.Unpickler, opcodes), payload
+
+
+# --- Python 2.7 ----------------------------------------------------------------------------------------------------
+
+class Long(int):
+    """Python 2's long."""
+
+
+Storage = collections.namedtuple("Storage", "key tensor part")
+
+
+class Scalar(object):
+    """A numpy scalar of Python 2: its bytes are text, and not UTF-8."""
+    pickled = (b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(U\x02f8K\x00K\x01tR(K\x03U\x01<NNN"
+               b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tbU\x08\x9a\x99\x99\x99\x99\x99\xe9?tR")
+
+
+class Python2Pickler(pickle._Pickler):
+    """Protocol 2 as Python 2.7's cPickle and torch 1.4 wrote it, in the opcodes of a real file.
+
+    part: the part of a storage that holds the tensors' values, in files from before torch 0.4.
+    """
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def __init__(self, file, part=None):
+        super().__init__(file, 2)
+        self.storages, self.part = [], part
+
+    def persistent_id(self, value):
+        if isinstance(value, Storage):
+            kind = torch.LongStorage if value.tensor.dtype == torch.int64 else torch.FloatStorage
+            return "storage", kind, value.key, "cuda:0", Long(value.tensor.numel()), value.part
+
+    def save_str(self, value):
+        self.write(b"U" + bytes([len(value)]) + value.encode("ascii"))
+        self.memoize(value)
+
+    def save_long_(self, value):
+        data = pickle.encode_long(int(value))
+        self.write(b"\x8a" + bytes([len(data)]) + data)
+
+    def save_int(self, value):
+        self.write(b"I%d\n" % value) if value >= 1 << 31 else self.save_long(value)
+
+    def save_ordered(self, value):
+        state = {"_metadata": OrderedDict([("", {"version": 1})])} if "classifier.weight" in value else None
+        self.save_reduce(OrderedDict, ([[key, item] for key, item in value.items()],), state, obj=value)
+
+    def save_tensor(self, value):
+        self.storages.append(Storage(str(93840475000000 + len(self.storages)), value, self.part))
+        size = (2, 3) if self.part else tuple(value.shape)
+        stride = (3, 1) if self.part else tuple(value.stride())
+        self.save_reduce(torch._utils._rebuild_tensor_v2, (
+            self.storages[-1], 0, size, stride, False, OrderedDict()), obj=value)
+
+    def save_scalar(self, value):
+        self.write(value.pickled)
+
+    dispatch.update({str: save_str, Long: save_long_, int: save_int, OrderedDict: save_ordered,
+                     torch.Tensor: save_tensor, Scalar: save_scalar})
+
+
+def python2_file(path, content, part=None):
+    pickled = io.BytesIO()
+    pickler = Python2Pickler(pickled, part)
+    pickler.dump(content)
+    with open(path, "wb") as f:
+        f.write(MAGIC + b"\x80\x02M\xe9\x03.")
+        f.write(b"\x80\x02}q\x01(U\x10protocol_versionq\x02M\xe9\x03U\ntype_sizesq\x03}q\x04(U\x03intq\x05K\x04U\x05short"
+                b"q\x06K\x02U\x04longq\x07K\x04uU\rlittle_endianq\x08\x88u.")
+        f.write(pickled.getvalue())
+        f.write(b"\x80\x02]q\x01(" + b"".join(b"U\x0e" + s.key.encode() for s in pickler.storages) + b"e.")
+        for storage in pickler.storages:
+            f.write(struct.pack("<q", storage.tensor.numel()) + storage.tensor.contiguous().numpy().tobytes())
+    return path
+
+
+def test_python_2_with_an_optimizer_and_numpy_scalars(tmp_path):
+    optimizer = {"state": {139640614320640: {"momentum_buffer": torch.full((2, 3), 9.)}},
+                 "param_groups": [{"lr": 0.001, "nesterov": False, "dampening": 0,
+                                   "params": [139640614320640, 139640605219328]}]}
+    expected = OrderedDict(STATE, count=torch.tensor(7))
+    for scores in (0, Scalar(), [Scalar(), Scalar()]):
+        path = python2_file(str(tmp_path / "ckpt.pth"), {"state_dicts": [expected, optimizer], "ep": 150, "scores": scores})
+        state = load_checkpoint(path)
+        assert list(state) == list(expected) and same(state, expected)
+    if "weights_only" in torch.load.__code__.co_varnames:  # torch's own safe reader does not know all these opcodes
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(path, weights_only=True, map_location="cpu")
+
+
+def test_a_part_of_a_storage(tmp_path):
+    """Before torch 0.4, a tensor's values could lie in a part of another one's storage."""
+    for part, expected in ((None, list(range(20))), (("2", Long(4), Long(6)), [[4, 5, 6], [7, 8, 9]])):
+        path = python2_file(str(tmp_path / "c.pth"), {"classifier.weight": torch.arange(20.)}, part)
+        assert load_checkpoint(path)["classifier.weight"].tolist() == expected
+    path = python2_file(str(tmp_path / "c.pth"), {"classifier.weight": torch.arange(20.)}, ("3", Long(18), Long(6)))
+    assert "classifier.weight reaches beyond its 2 values in the file" in refusal(path)
+
+
+# --- right files -------------------------------------------------------------------------------------------------------
+
+class Mode(enum.Enum):
+    TRAIN = 1
+
+
+class Config(dict):
+    """A dict with attributes, as EasyDict and yacs's CfgNode are."""
+
+    def __init__(self, **entries):
+        super(Config, self).__init__(entries)
+        self.__dict__ = self
+
+
+Point = collections.namedtuple("Point", "x y")
+KEPT = [
+    np.float64(0.789), np.arange(5.), np.array(["a"], dtype=object), np.dtype("f4"), {"scores": [np.int64(1)]},
+    argparse.Namespace(lr=0.001, best=np.float32(3)), Counter([50, 100]), pathlib.PurePosixPath("/data/peta"), pathlib.Path("."),
+    datetime.datetime(2024, 5, 6), datetime.timedelta(1), torch.device("cuda:1"), torch.float16, torch.Size([2]), torch.strided,
+    {1, "a", (2, 3)}, frozenset([1]), defaultdict(list, a=[1]),
+    deque([1, 2], 5), OrderedDict([((1, 2), 3)]), Config(lr=0.1, model=Config(name="DeepMAR")), 1 + 2j, slice(1, 2), range(9),
+    bytearray(b"abc"), b"abc", Ellipsis, NotImplemented, functools.partial(int, base=2), len, Mode.TRAIN, Point(1, 2), Mode,
+    types.SimpleNamespace(a=1), {torch.device("cpu"): 1, Mode.TRAIN: 2, pathlib.PurePath("a"): 3, (1, (2,)): 4, None: 5},
+    torch.optim.SGD([torch.zeros(1)], 0.1), torch.nn.Linear(2, 2), np.random.RandomState(0).get_state(), ValueError("x")]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"zipped": False}, {"pickle_protocol": 1}, {"pickle_protocol": 4},
+                                       {"zipped": False, "pickle_protocol": pickle.HIGHEST_PROTOCOL}], ids=str)
+def test_what_a_training_run_keeps_with_the_state_dict(tmp_path, monkeypatch, arguments):
+    """All of it is left alone, and none of it is imported."""
+    for number, kept in enumerate(KEPT):
+        saved(tmp_path / str(number), {"before": kept, "state_dict": STATE, "after": [kept]}, **arguments)
+    monkeypatch.delitem(sys.modules, __name__)  # where some of the classes are
+    for number, kept in enumerate(KEPT):
+        state, notes = read(str(tmp_path / str(number)))
+        assert same(state) and notes == [], kept
+    assert __name__ not in sys.modules
+
+
+class Rebuilt(object):
+    """Pickles as a call of a function by its name, which need not exist."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+def foreign(monkeypatch, module, name_, value=None):
+    """Returns the value, or a new function, under a name of a package that is not here."""
+    def function():
+        raise AssertionError("it was called")
+    value = value or function
+    value.__module__, value.__qualname__, value.__name__ = module, name_, name_
+    names = module.split(".")
+    for end in range(1, len(names) + 1):
+        if ".".join(names[:end]) not in sys.modules:
+            monkeypatch.setitem(sys.modules, ".".join(names[:end]), types.ModuleType(".".join(names[:end])))
+    monkeypatch.setattr(sys.modules[module], name_, value, raising=False)
+    return value
+
+
+def parts(tensor):
+    """The first arguments of the calls that make a tensor."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the kind of storage
+        return tensor.storage(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), False, OrderedDict()
+
+
+@both_formats
+def test_tensors_of_an_npu(tmp_path, monkeypatch, zipped):
+    weight = torch.arange(20.)[2:8].view(3, 2).t()  # a part of its storage, turned
+    expected = OrderedDict([("classifier.weight", weight), ("classifier.bias", torch.ones(2))])
+    paths = []
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "npu:0")
+    rebuild = foreign(monkeypatch, "torch_npu.utils.storage", "_rebuild_npu_tensor")
+    formats = foreign(monkeypatch, "torch_npu.npu._format", "Format", enum.IntEnum("Format", "NCHW ND"))
+    for number, format_ in enumerate((2, True, formats.ND)):
+        state = {"module." + key: Rebuilt(rebuild, *(parts(value) + (format_,))) for key, value in expected.items()}
+        momentum = Rebuilt(rebuild, *(parts(torch.ones(3)) + (format_,)))
+        paths.append(saved(tmp_path / ("all%d" % number), {"state_dict": state, "optimizer": [momentum]}, zipped))
+        paths.append(saved(tmp_path / ("optimizer%d" % number), {
+            "optimizer": {"state": {0: {"momentum_buffer": momentum}}}, "state_dict": expected}, zipped))
+    monkeypatch.undo()
+    for path in paths:
+        with open(path, "rb") as f:
+            content = f.read()
+        assert b"_rebuild_npu_tensor" in content and b"npu:0" in content and (b"_format" in content) == path.endswith("2")
+        assert same(load_checkpoint(path), expected), path
+
+
+@both_formats
+def test_calls_around_a_tensor(tmp_path, monkeypatch, zipped):
+    """Parameters and attributes as this torch and later ones write them, a tensor of an XLA device, one call in another."""
+    plain = Rebuilt(torch._utils._rebuild_tensor_v2, *parts(torch.ones(2, 3)))
+    noted, attributes = torch.nn.Parameter(torch.ones(2, 3)), {"note": torch.device("cpu")}
+    noted.note = {"optim": "sgd", "device": torch.device("cpu")}
+    parameter = Rebuilt(foreign(monkeypatch, "torch._utils", "_rebuild_parameter_with_state"), plain, True, OrderedDict(), attributes)
+    from_type = foreign(monkeypatch, "torch._tensor", "_rebuild_from_type_v2")
+    calls = [torch.nn.Parameter(torch.ones(2, 3)), plain, parameter,
+             Rebuilt(torch._utils._rebuild_parameter, torch.nn.Parameter(torch.ones(2, 3)), True, OrderedDict()),
+             Rebuilt(from_type, plain.function, torch.Tensor, plain.arguments, attributes),
+             Rebuilt(from_type, parameter.function, torch.Tensor, parameter.arguments, None),
+             Rebuilt(foreign(monkeypatch, "torch._utils", "_rebuild_device_tensor_from_cpu_tensor"), plain, torch.float32, "xla:0")]
+    paths = [saved(tmp_path / str(number), {"classifier.weight": value}, zipped) for number, value in enumerate(calls)]
+    monkeypatch.undo()
+    for path in paths + [saved(tmp_path / "noted", {"classifier.weight": noted}, zipped)]:
+        assert same(load_checkpoint(path), {"classifier.weight": torch.ones(2, 3)}), path
+
+
+@pytest.mark.parametrize("prefix", [
+    "", "module.", "model.", "_orig_mod.", "module.module.", "_orig_mod.module.", "module._orig_mod.", "model.module.", "net.",
+    "model.backbone.", "classifier.", "base."])
+def test_prefixes_are_removed(tmp_path, prefix):
+    state, notes = read(saved(tmp_path / "c.pth", {"state_dict": {prefix + key: value for key, value in STATE.items()}}))
+    assert same(state)
+    assert notes == (["took its only state dict, state_dict.%s" % prefix.split("model.")[-1].strip(".")] if prefix in (
+        "model.backbone.", "classifier.", "base.") else [])
+
+
+@pytest.mark.parametrize("names", [
+    ("classifier.module.weight", "classifier._orig_mod.bias"), ("classifier.weight", "module.classifier.bias"),
+    ("module.classifier.weight", "classifier.bias")])
+def test_prefixes_inside_a_key_and_of_some_keys_are_removed(tmp_path, names):
+    state, notes = read(saved(tmp_path / "c.pth", dict(zip(names, STATE.values()))))
+    assert same(state) and notes == []
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.module."])
+def test_keys_that_become_one_must_have_equal_values(tmp_path, prefix):
+    twice = OrderedDict(STATE)
+    twice.update((prefix + key, value.clone()) for key, value in STATE.items())
+    assert same(load_checkpoint(saved(tmp_path / "equal.pth", {"state_dict": twice})))
+    for changed in (STATE["classifier.bias"] + 1, STATE["classifier.bias"][:1], STATE["classifier.bias"].half() * 1.01):
+        twice[prefix + "classifier.bias"] = changed
+        assert ("c.pth: classifier.bias and %sclassifier.bias are the same key of the network, but their values differ"
+                % prefix) in refusal(saved(tmp_path / "c.pth", {"state_dict": twice}))
+
+
+def test_what_does_not_belong_to_the_network_is_left_out(tmp_path):
+    """torch's AveragedModel counts; a Lightning module has its loss's weights next to the model."""
+    wrapped = {"model." + key: value for key, value in STATE.items()}
+    averaged = {"module." + key: value for key, value in STATE.items()}
+    for content, left in ((dict(averaged, n_averaged=torch.tensor(5)), "n_averaged"),
+                          ({"state_dict": dict(wrapped, **{"criterion.pos_weight": torch.ones(2)})}, "criterion.pos_weight"),
+                          (dict(STATE, epoch=3, path=pathlib.Path("a"), ema_decay=0.9), "epoch, path, ema_decay")):
+        state, notes = read(saved(tmp_path / "c.pth", content))
+        assert same(state) and notes == ["left out what does not belong to the network: " + left]
+    wrapped["model.attention.weight"] = torch.ones(1)  # but this belongs to another network, and build_model will say so
+    assert list(read(saved(tmp_path / "c.pth", wrapped))[0])[-1] == "model.attention.weight"
+
+
+AVERAGED = {"module." + key: value for key, value in OTHER.items()}
+
+
+@pytest.mark.parametrize("content, taken, other", [
+    ({"state_dict": STATE, "state_dict_ema": OTHER, "optimizer": OPTIMIZER}, "state_dict", "state_dict_ema"),
+    ({"ema": {"module": OTHER, "decay": 0.99}, "model": STATE}, "model", "ema.module"),
+    ({"model_ema": AVERAGED, "model": STATE}, "model", "model_ema"),
+    ({"state_dict": {"ema": OTHER, "net": STATE}}, "state_dict.net", "state_dict.ema"),
+    ({"state_dicts": [STATE, OTHER, OPTIMIZER], "ep": 3}, "state_dicts.0", "state_dicts.1"),
+    ({"state_dict": dict(STATE, **{"ema." + key: value for key, value in AVERAGED.items()})}, "state_dict", "state_dict.ema"),
+    ({"epoch": 3, "weights": STATE, "best": {"swa": {"weights": OTHER}}}, "weights", "best.swa.weights"),
+    ([STATE, {"teacher": OTHER}], "0", "1.teacher")])
+def test_which_of_several_state_dicts_is_taken(tmp_path, content, taken, other):
+    path, note = saved(tmp_path / "c.pth", content), "took the state dict %s; it also has: %s (--state-dict NAME takes another)"
+    state, notes = read(path)
+    assert same(state) and notes == [note % (taken, other)]
+    state, notes = read(path, other)
+    assert same(state, OTHER) and notes == [note % (other, taken)]
+    assert "has no state dict momentum; it has: " in refusal(path, "momentum")
+
+
+def test_a_second_state_dict_inside_the_first(tmp_path):
+    path = saved(tmp_path / "c.pth", dict(STATE, ema=OTHER))
+    state, notes = read(path)
+    assert same(state) and notes == ["took the state dict (top level); it also has: ema (--state-dict NAME takes another)",
+                                     "left out what does not belong to the network: ema"]
+    assert same(read(path, "ema")[0], OTHER)
+
+
+def test_a_state_dict_is_found_by_the_beginning_of_its_name(tmp_path):
+    path = saved(tmp_path / "c.pth", {"model": STATE, "ema": {"module": OTHER}})
+    assert same(read(path, "ema")[0], OTHER)
+    path = saved(tmp_path / "c.pth", {"model": STATE, "ema": {"fast": OTHER, "slow": OTHER.copy()}})
+    assert "has more than one state dict ema; it has: model, ema.fast, ema.slow" in refusal(path, "ema")
+
+
+def test_ambiguous_state_dicts_are_refused(tmp_path):
+    flat = {"fast." + key: value for key, value in STATE.items()}
+    flat.update(("slow." + key, value) for key, value in OTHER.items())
+    for content, names in (({"student": STATE, "teacher": OTHER}, "student, teacher"), (flat, "fast, slow"),
+                           ({"nets": [STATE, OTHER]}, "nets.0, nets.1")):
+        assert "has several state dicts: %s; choose one with --state-dict NAME" % names in refusal(
+            saved(tmp_path / "c.pth", content))
+
+
+@pytest.mark.parametrize("where", DeepMAR.MAIN + ["anything", "ema.module"])
+@pytest.mark.parametrize("kind", [dict, OrderedDict, Config, defaultdict])
+def test_the_only_state_dict_is_found_anywhere(tmp_path, where, kind):
+    content = kind()
+    content.update(STATE)
+    for part in reversed(where.split(".")):
+        inner, content = content, kind()
+        content.update({part: inner, "epoch": 3, "optimizer": OPTIMIZER, "train": {"classifier.weight": 0.1}})
+    state, notes = read(saved(tmp_path / "c.pth", content))
+    assert same(state)
+    assert notes == ([] if where not in ("anything", "ema.module") else ["took its only state dict, " + where])
+
+
+def test_named_optimizer_state_is_not_a_state_dict(tmp_path):
+    by_name = {"state": {"classifier.weight": {"exp_avg": torch.ones(2, 3)}, "classifier.bias": {"exp_avg": torch.ones(2)}}}
+    state, notes = read(saved(tmp_path / "c.pth", {"optim": by_name, "net": STATE}))
+    assert same(state) and notes == []
+
+
+@both_formats
+def test_a_file_without_a_state_dict_says_what_it_has(tmp_path, zipped):
+    linear = torch.nn.Linear(1, 1)  # a whole pickled model
+    for content, message in (
+            ({"epoch": 3, "model": linear, "best": {}, "a": None}, "holds no state dict with classifier.weight; save "
+             "model.state_dict(). It has: epoch (int), model (torch.nn.modules.linear.Linear), best (dict), a (NoneType)"),
+            (linear, "holds an object of torch.nn.modules.linear.Linear, not a state dict; save model.state_dict()"),
+            ({"fc.weight": torch.ones(1)}, "It has: fc.weight (a tensor)"), ({"state_dicts": []}, "no state dict"),
+            ({"key%d" % i: i for i in range(30)}, "and 18 more"), ([1], "not a state dict"), ({}, "not a state dict")):
+        assert message in refusal(saved(tmp_path / "c.pth", content, zipped))
+
+
+# What is inside a state dict and not a plain tensor -> what the error says after the key
+NO_TENSORS = {
+    "a number": (lambda: 3, "int"), "numpy": (lambda: np.ones(2), np.ones(2).__reduce__()[0].__module__ + "._reconstruct"),
+    "text": (lambda: "x", "str"), "nothing": (lambda: None, "NoneType"),
+    "a path": (lambda: pathlib.PurePosixPath("a"), pathlib.PurePosixPath.__module__ + ".PurePosixPath"),
+    "quantised": (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "torch._utils._rebuild_qtensor"),
+    "sparse": (lambda: torch.ones(2).to_sparse(), "torch._utils._rebuild_sparse_tensor"),
+    "sharded": (lambda: Rebuilt(Point, 1, 2), "test_deepmar.Point"),
+    # torch 2 can write -x as x and a mark.
+    "negated": (lambda: Rebuilt(torch._utils._rebuild_tensor_v2, *(parts(torch.ones(2)) + ({"neg": True},))),
+                "torch._utils._rebuild_tensor_v2"),
+    "conjugate": (lambda: Rebuilt(torch._utils._rebuild_tensor_v2, *(parts(torch.ones(2)) + ({"conj": True},))),
+                  "torch._utils._rebuild_tensor_v2"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", sorted(NO_TENSORS))
+def test_what_is_not_a_plain_tensor_is_named(tmp_path, what):
+    make, name_ = NO_TENSORS[what]
+    path = saved(tmp_path / "c.pth", {"state_dict": dict(STATE, **{"classifier.bias": make()})})
+    assert "c.pth: classifier.bias is %s, not a plain tensor; save" % name_ in refusal(path)
+
+
+@pytest.mark.parametrize("mark", [{"npu_format_/FRACTAL_Z": True}, {}])
+def test_a_mark_of_a_format_is_ignored(tmp_path, mark):
+    """Ascend marks a format that the values in the file do not have."""
+    tensor = Rebuilt(torch._utils._rebuild_tensor_v2, *(parts(torch.ones(2)) + (mark,)))
+    assert load_checkpoint(saved(tmp_path / "c.pth", {"classifier.weight": tensor}))["classifier.weight"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("kind, name_", [(torch.float16, "float16"), (torch.bfloat16, "bfloat16"), (torch.float64, "float64")])
+@both_formats
+def test_weights_of_other_precisions_become_float32(tmp_path, kind, name_, zipped):
+    values = torch.tensor([1, -2.5, 3e-3, 0, 6e4])
+    state, notes = read(saved(tmp_path / "c.pth", {"classifier.weight": values.to(kind), "base.count": torch.tensor(7)}, zipped))
+    assert state["classifier.weight"].dtype == torch.float32 and state["base.count"].dtype == torch.int64
+    assert torch.equal(state["classifier.weight"], values.to(kind).float()) and state["base.count"] == 7
+    assert notes == ["converted the weights from %s to float32" % name_]
+    for bad in [float("inf"), float("nan")] + ([1e300] if kind == torch.float64 else []):
+        assert "classifier.weight holds NaN or infinite values" in refusal(
+            saved(tmp_path / "c.pth", {"classifier.weight": torch.tensor([1, bad], dtype=kind)}, zipped))
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool])
+def test_whole_numbers_keep_their_values(tmp_path, kind):
+    for values in (torch.tensor([[0, 1]], dtype=kind), torch.tensor(1, dtype=kind), torch.zeros(2, 0, dtype=kind)):
+        state = load_checkpoint(saved(tmp_path / "c.pth", {"classifier.weight": torch.ones(1), "base.x": values}))
+        assert state["base.x"].tolist() == values.tolist()
+
+
+def test_complex_weights_are_refused(tmp_path):
+    path = saved(tmp_path / "c.pth", {"classifier.weight": torch.ones(2, dtype=torch.complex64)})
+    assert "classifier.weight has values of the type ComplexFloat" in refusal(path)
+
+
+@both_formats
+def test_shared_expanded_and_turned_tensors(tmp_path, zipped):
+    whole = torch.arange(24.).view(2, 3, 4)
+    expected = {"classifier.weight": whole.permute(2, 0, 1), "classifier.bias": whole[1, :, 1], "base.a": whole,
+                "base.b": torch.ones(1, 3).expand(4, 3), "base.c": torch.tensor(2.5)}
+    assert same(load_checkpoint(saved(tmp_path / "c.pth", expected, zipped)), expected)
+
+
+# --- other containers --------------------------------------------------------------------------------------------------
+
+def repacked(source, path, compression=zipfile.ZIP_STORED, root="archive/", folders=False, **members):
+    """Packs a file of torch.save again, as zip -0 -r does. members: changes of their content, by name."""
+    with zipfile.ZipFile(str(source)) as archive, zipfile.ZipFile(str(path), "w", compression) as changed:
+        if folders:
+            for folder in (root, root + "data/"):
+                changed.writestr(folder, b"")
+        content = {member.filename.split("/", 1)[1]: archive.read(member) for member in archive.infolist()}
+        for member, data in dict(content, **members).items():
+            changed.writestr(root + member, data)
+    return str(path)
+
+
+def test_an_unpacked_checkpoint_can_be_packed_again(tmp_path):
+    """A browser may have unpacked it. The error's command packs it."""
+    source = saved(tmp_path / "c.pth", {"state_dict": STATE})
+    with zipfile.ZipFile(source) as archive:
+        archive.extractall(str(tmp_path / "un packed"))
+    folder = [tmp_path / "un packed" / name_ for name_ in os.listdir(str(tmp_path / "un packed"))][0]
+    for given in (folder, tmp_path / "un packed"):
+        message = refusal(given)
+        assert "is an unpacked checkpoint; pack its folder again: " in message
+    assert message.split("again: ")[1] == "(cd '%s' && zip -0 -r %s.pth %s)" % (tmp_path / "un packed", folder.name, folder.name)
+    for root, folders in (("", False), (folder.name + "/", True), ("a/b/c/", True)):  # what zip makes of it
+        assert same(load_checkpoint(repacked(source, tmp_path / "again.pth", root=root, folders=folders)))
+    assert "zip -0 -r" in refusal(repacked(source, tmp_path / "small.pth", zipfile.ZIP_DEFLATED))
+    assert "is a folder, not a checkpoint file" in refusal(tmp_path)
+
+
+def test_a_zip_file_without_checksums(tmp_path):
+    """torch 2.5 and later can leave them out (set_crc32_options). They are 0 then."""
+    path = saved(tmp_path / "c.pth", STATE)
+    with zipfile.ZipFile(path) as archive:
+        checksums = {struct.pack("<I", member.CRC) for member in archive.infolist()}
+    with open(path, "rb") as f:
+        data = f.read()
+    for checksum in checksums:
+        data = data.replace(checksum, bytes(4))
+    (tmp_path / "none.pth").write_bytes(data)
+    with zipfile.ZipFile(str(tmp_path / "none.pth")) as archive:
+        assert archive.testzip() and not any(member.CRC for member in archive.infolist())
+    assert same(load_checkpoint(tmp_path / "none.pth"))
+
+
+def test_files_of_a_big_endian_machine_are_refused(tmp_path):
+    assert "big-endian" in refusal(repacked(saved(tmp_path / "c.pth", STATE), tmp_path / "big.pth", byteorder=b"big"))
+    with open(saved(tmp_path / "c.pth", STATE, zipped=False), "rb") as f:
+        data = f.read()
+    assert data.count(b"little_endian") == 1
+    at = data.index(b"\x88", data.index(b"little_endian"))
+    (tmp_path / "old.pth").write_bytes(data[:at] + b"\x89" + data[at + 1:])
+    assert "big-endian" in refusal(tmp_path / "old.pth")
+
+
+def write_safetensors(path, tensors):
+    """The format: the length of a JSON header, the header, the values. tensors: {key: (type, shape, values)}."""
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for key, (kind, shape, values) in tensors.items():
+        header[key] = {"dtype": kind, "shape": shape, "data_offsets": [len(data), len(data) + len(values)]}
+        data += values
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+    return path
+
+
+def test_safetensors(tmp_path):
+    """With the real package, which tests/requirements.txt has."""
+    six = np.arange(6)
+    upper = (six.astype("<f4").view("<u4") >> 16).astype("<u2")
+    for kind, values, names in (("F32", six.astype("<f4"), []), ("F16", six.astype("<f2"), ["float16"]),
+                                ("BF16", upper, ["bfloat16"]), ("F64", six.astype("<f8"), ["float64"])):
+        for file in ("model.safetensors", "renamed.pth"):
+            path = write_safetensors(tmp_path / file, {
+                "model.classifier.bias": ("F32", [2], np.ones(2, "<f4").tobytes()),
+                "model.classifier.weight": (kind, [2, 3], values.tobytes()), "model.base.count": ("I64", [], struct.pack("<q", 7))})
+            state, notes = read(path)
+            assert same(state, dict(STATE, **{"base.count": torch.tensor(7)}))
+            assert notes == ["converted the weights from %s to float32" % name_ for name_ in names]
+    whole = path.read_bytes()
+    for cut in (4, 9, 40, len(whole) - 10):
+        (tmp_path / "cut.safetensors").write_bytes(whole[:cut])
+        assert "cut.safetensors: is damaged or cut off" in refusal(tmp_path / "cut.safetensors")
+    path = write_safetensors(tmp_path / "f8.safetensors", {"classifier.weight": ("F8_E4M3", [2], b"ab")})
+    assert "classifier.weight has values of the type F8_E4M3" in refusal(path)
+
+
+def test_safetensors_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    message = refusal(write_safetensors(tmp_path / "m.safetensors", {"classifier.weight": ("F32", [1], bytes(4))}))
+    assert "is a safetensors file, and the package that reads it is missing " in message
+    assert message.endswith("install it: python3 -m pip install --prefer-binary safetensors")
+    assert same(load_checkpoint(saved(tmp_path / "c.pth", STATE)))  # needs no package
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_files_of_other_kinds_are_named(tmp_path):
+    path = tmp_path / "file"
+    for mode in ("w", "w:gz"):
+        with tarfile.open(str(path), mode) as archive:
+            archive.add(saved(tmp_path / "c.pth", STATE), "c.pth")
+        assert "is a tar archive, not a checkpoint; unpack it with tar -xf" in refusal(path)
+    torch.jit.save(torch.jit.script(torch.nn.ReLU()), str(path))
+    assert "is a TorchScript archive, not a checkpoint; save model.state_dict()" in refusal(
+        repacked(path, tmp_path / "script.pth"))  # torch 1.6 compresses it
+    for data, message in ((pickle.dumps({"classifier.weight": np.ones(2)}), "is a pickle, but not from torch.save"),
+                          (b"", "is not a PyTorch checkpoint"), (b"<!DOCTYPE html><html>", "is not a PyTorch checkpoint"),
+                          (b"\x89PNG\r\n", "is not a PyTorch checkpoint"), (b"PK\x03\x04" + bytes(50), "is damaged or cut off")):
+        path.write_bytes(data)
+        assert message in refusal(path)
+    with zipfile.ZipFile(str(path), "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10 ** 7))
+    assert "has compressed or oversized members" in refusal(path)
+    with pytest.raises(OSError, match="nowhere: no such file"):
+        load_checkpoint(tmp_path / "nowhere")
+
+
+def test_names_that_would_break_a_message_are_escaped(tmp_path):
+    for wild in ["a\nerror: all is well", "\x1b[2J", "x" * 10 ** 5, "\ud800"]:
+        for content, given in (({wild: STATE, "b": OTHER}, None), ({"state_dict": STATE, wild: OTHER}, None),
+                               ({wild: 1}, None), ({"state_dict": STATE}, wild),
+                               (dict(STATE, **{"module." + wild: torch.ones(1)}), None),
+                               ({"classifier.weight": STATE["classifier.weight"], wild: 3}, None)):
+            lines = []
+            try:
+                load_checkpoint(saved(tmp_path / "c.pth", content), given, lines.append)
+            except ValueError as error:
+                lines.append(str(error))
+            assert all(line.isprintable() and len(line) < 1000 for line in lines), lines
+
+
+# --- damage --------------------------------------------------------------------------------------------------------
+
+@both_formats
+def test_a_damaged_file_is_refused_or_harmless(tmp_path, zipped):
+    """It is cut off anywhere, or one bit is another one."""
+    path, refused = tmp_path / "c.pth", 0
+    with_payload(path, zipped, b"N")
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at])
+        refusal(path)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1:])
+        try:
+            assert all(isinstance(value, torch.Tensor) for value in load_checkpoint(path).values())
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith("%s: " % path) and "\n" not in str(error), at
+    assert refused > len(whole) / 8
+
+
+@pytest.mark.parametrize("claimed", [5, 10 ** 3, 10 ** 6, 10 ** 10, 2 ** 62, -1])
+def test_a_storage_that_claims_more_than_it_holds_is_refused(tmp_path, claimed):
+    """Other memory must not become weights."""
+    source = saved(tmp_path / "c.pth", {"classifier.weight": torch.zeros(4)})
+    with zipfile.ZipFile(source) as archive:
+        data = archive.read([member for member in archive.namelist() if member.endswith("data.pkl")][0])
+    assert data.count(b"K\x04") == 2  # the storage's size, and the tensor's
+    data = data.replace(b"K\x04", b"\x8a\x08" + struct.pack("<q", claimed))
+    message = refusal(repacked(source, tmp_path / "claim.pth", ballast=bytes(5 * 10 ** 6), **{"data.pkl": data}))
+    assert any("classifier.weight " + part in message for part in (
+        "reaches beyond its 4 values", "and the tensors before", "is not a tensor"))
+
+
+@both_formats
+@pytest.mark.parametrize("offset, size, stride", [
+    (0, (2,), (2 ** 62,)), (0, (3,), (2 ** 61,)), (0, (2, 3), (2 ** 62, 2 ** 62)), (0, (2 ** 32, 2 ** 32), (1, 0)),
+    (100, (1,), (1,)), (-50, (2,), (1,)), (0, (5,), (1,)), (0, (10 ** 4,) * 3, (0,) * 3)])
+def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path, zipped, offset, size, stride):
+    tensor = Rebuilt(torch._utils._rebuild_tensor_v2, parts(torch.zeros(4))[0], offset, size, stride, False, OrderedDict())
+    assert "classifier.weight " in refusal(saved(tmp_path / "strides.pth", {"classifier.weight": tensor}, zipped))

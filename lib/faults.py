@@ -1,10 +1,12 @@
 """Finds causes for tools/compare.py --rehearsal: the shift by float16, the first layer that differs, and known faults.
 
-Throughout this file, values are the logits to judge, exact those of the float32 model, and half those of its float16 twin
-(tools/rehearse.py). All are arrays [images, attributes] over the same images.
+Arguments named candidate, float32 and float16 belong to the results under test, to the exact model, and to its float16 twin
+(tools/rehearse.py). They are logits [images, attributes] over the same images, or where a function says so, paths of the models.
 """
 import functools
+import os
 
+from lib.bins import kind
 from lib.images import MEAN, STD
 from lib.machine import cores
 from lib.models import load
@@ -16,12 +18,12 @@ with importing():
     import numpy as np
 
 FACTOR = 2       # this many times the twin's own shift is allowed, because the card's order of accumulation and kernels differ
-LARGEST = 65504  # the largest float16
-IMAGES = 8       # this many images are examined
+FLOAT16_MAX = 65504
+MAX_IMAGES = 8   # this many images are examined
 MEANS, STDS = (np.array(values).reshape(3, 1, 1) for values in (MEAN, STD))
 
 # Likely mistakes in the input. Each function makes the wrong input from the pixels, float64 [3,height,width] from 0 to 255.
-INPUTS = {
+WRONG_INPUTS = {
     "BGR instead of RGB (stage 4's channels, or rbuv_swap_switch in aipp.cfg)": lambda x: (x[::-1] / 255 - MEANS) / STDS,
     "without the mean subtracted (min_chn in aipp.cfg)": lambda x: x / 255 / STDS,
     "without the division by the standard deviation (var_reci_chn in aipp.cfg)": lambda x: x / 255 - MEANS,
@@ -30,12 +32,12 @@ INPUTS = {
     "in the order [height,width,3]": lambda x: ((x / 255 - MEANS) / STDS).transpose(1, 2, 0).reshape(x.shape)}
 
 
-def judge(values, exact, half):
+def judge(candidate, float32, float16):
     """Returns how far logits are off, how far float16 alone shifts them, and whether they are off by at most FACTOR times that."""
-    def sizes(array):
-        array = np.abs(array.astype(np.float64) - exact)
-        return float(array.max()), float(np.sqrt((array ** 2).mean()))
-    (largest, typical), (shift, typical_shift) = sizes(values), sizes(half)
+    def sizes(logits):
+        difference = np.abs(logits.astype(np.float64) - float32)
+        return float(difference.max()), float(np.sqrt((difference ** 2).mean()))
+    (largest, typical), (shift, typical_shift) = sizes(candidate), sizes(float16)
     return {"largest": largest, "typical": typical, "shift": shift, "typical_shift": typical_shift,
             "allowed": FACTOR * shift, "within": largest <= FACTOR * shift and typical <= FACTOR * typical_shift}
 
@@ -59,18 +61,18 @@ def tensors(path, names, bins):
         yield dict(zip(names, session.run(names, {session.get_inputs()[0].name: batch})))
 
 
-def layers(exact, others, bins):
+def layers(float32, others, bins):
     """Compares the tensors that several models, given as paths, have in common, over some bins.
 
-    Returns [{"node", "op", "tensor", "largest": the largest absolute value in the exact model, "reach": the same for each other
+    Returns [{"node", "op", "tensor", "largest": the largest absolute value in the float32 model, "reach": the same for each other
     model, "error": the relative error of each other model}], in the order of the graph.
     """
     made = [{name for node in load(path).graph.node for name in node.output} for path in others]
     rows = [{"node": node.name or name, "op": node.op_type, "tensor": name, "inputs": list(node.input), "largest": 0.0,
              "reach": [0.0] * len(others), "error": [0.0] * len(others), "size": 0.0}
-            for node in load(exact).graph.node for name in node.output if all(name in names for names in made)]
+            for node in load(float32).graph.node for name in node.output if all(name in names for names in made)]
     names = [row["tensor"] for row in rows]
-    for values in zip(*[tensors(path, names, bins) for path in [exact] + others]):
+    for values in zip(*[tensors(path, names, bins) for path in [float32] + others]):
         for row in rows:
             array, *rest = [value[row["tensor"]].astype(np.float64) for value in values]
             row["largest"] = max(row["largest"], float(np.abs(array).max()))
@@ -86,47 +88,48 @@ def layers(exact, others, bins):
     return rows
 
 
-def told(function):
+def error_as_text(function):
     """Makes a function return the text of its ValueError, so that the error does not suppress the other messages."""
     @functools.wraps(function)
-    def telling(*arguments):
+    def wrapper(*arguments):
         try:
             return function(*arguments)
         except ValueError as error:
             return str(error)
-    return telling
+    return wrapper
 
 
-@told
-def overflow(exact, others, bins):
-    """Returns a text about the first node whose values exceed float16's range, or None."""
-    for row in layers(exact, others, bins):
-        beyond = [value for value in [row["largest"]] + row["reach"] if not value <= LARGEST]  # NaN counts as too large
+@error_as_text
+def overflow(float32, others, bins):
+    """Returns a text about the first node whose values exceed float16's range, or None. float32 and others are models' paths."""
+    for row in layers(float32, others, bins):
+        beyond = [value for value in [row["largest"]] + row["reach"] if not value <= FLOAT16_MAX]  # NaN counts as too large
         if beyond:
-            return "overflow in %s (%s): its values reach %.3g, but float16 ends at %d" % (row["node"], row["op"], beyond[0], LARGEST)
+            return "overflow in %s (%s): its values reach %.3g, but float16 ends at %d" % (
+                row["node"], row["op"], beyond[0], FLOAT16_MAX)
     return None
 
 
-def channel_fault(exact, half, other):
+def channel_fault(candidate, float32, float16):
     """Returns a text about what is wrong with a tensor [1,channels,...]."""
-    exact, half, other = (array.reshape(array.shape[1], -1) for array in (exact, half, other))
-    allowed = FACTOR * np.abs(half - exact).max()
-    off = np.flatnonzero(~(np.abs(other - exact).max(axis=1) <= allowed))
-    order = np.array([np.abs(exact - other[i]).max(axis=1).argmin() for i in off], int)
-    if len(off) > 1 and sorted(order) == sorted(off) and (np.abs(exact[order] - other[off]).max(axis=1) <= allowed).all():
+    candidate, float32, float16 = (array.reshape(array.shape[1], -1) for array in (candidate, float32, float16))
+    allowed = FACTOR * np.abs(float16 - float32).max()
+    off = np.flatnonzero(~(np.abs(candidate - float32).max(axis=1) <= allowed))
+    order = np.array([np.abs(float32 - candidate[i]).max(axis=1).argmin() for i in off], int)
+    if len(off) > 1 and sorted(order) == sorted(off) and (np.abs(float32[order] - candidate[off]).max(axis=1) <= allowed).all():
         return "its channels are in another order: %s" % some("%d has the values of %d" % pair for pair in zip(off, order))
-    if 0 < len(off) < len(exact):
+    if 0 < len(off) < len(float32):
         return "only %d of its %d channels are off (%s), so one of their weights or biases is wrong" % (
-            len(off), len(exact), some(map(str, off)))
+            len(off), len(float32), some(map(str, off)))
     return "all of its channels are off" if len(off) else "each channel is off by only a little"
 
 
-@told
-def first_fault(exact, half, other, bins):
-    """Returns a text about the first layer in which a model differs by more than float16 explains."""
-    for row in layers(exact, [half, other], bins):
+@error_as_text
+def first_fault(candidate, float32, float16, bins):
+    """Returns a text about the first layer in which a model differs by more than float16 explains. All three are models' paths."""
+    for row in layers(float32, [float16, candidate], bins):
         if not row["error"][1] <= FACTOR * row["error"][0] + 1e-6:
-            arrays = [next(tensors(path, [row["tensor"]], bins[:1]))[row["tensor"]] for path in (exact, half, other)]
+            arrays = [next(tensors(path, [row["tensor"]], bins[:1]))[row["tensor"]] for path in (candidate, float32, float16)]
             return "the first layer to differ is %s (%s): its relative error is %.3g, from float16 alone %.3g; %s" % (
                 row["node"], row["op"], row["error"][1], row["error"][0], channel_fault(*arrays))
     return "no layer that both models have differs by more than float16 explains"
@@ -153,73 +156,75 @@ def run(session, arrays):
     return as_logits(outputs, "a model")
 
 
-def pixels(path, uint8, height, width):
+def read_pixels(path, uint8, height, width):
     """Returns the pixels of a bin, float64 [3,height,width] from 0 to 255."""
     if uint8:
         return np.fromfile(path, np.uint8).reshape(height, width, 3).transpose(2, 0, 1).astype(np.float64)
     return (np.fromfile(path, "<f4").reshape(3, height, width) * STDS + MEANS) * 255
 
 
-def wrong_inputs(values, exact, half, uint8, bins):
-    """Yields texts about the wrong inputs that would give these results. exact and half are the models' paths."""
-    exact, half = network(exact), network(half)
-    _, height, width = input_size(exact)
-    images = [pixels(path, uint8, height, width) for path in bins]
-    for text, change in INPUTS.items():
+def wrong_inputs(candidate, float32, float16, bins):
+    """Yields texts about the wrong inputs that would give the candidate's logits. float32 and float16 are the models' paths."""
+    float32, float16 = network(float32), network(float16)
+    _, height, width = input_size(float32)
+    uint8 = os.path.getsize(bins[0]) == kind(height, width, True)[1]
+    images = [read_pixels(path, uint8, height, width) for path in bins]
+    for text, change in WRONG_INPUTS.items():
         arrays = [change(image).astype(np.float16 if uint8 else np.float32).astype(np.float32) for image in images]
         with np.errstate(invalid="ignore"):  # logits may be infinite
-            if judge(values, run(exact, arrays), run(half, arrays))["within"]:
+            if judge(candidate, run(float32, arrays), run(float16, arrays))["within"]:
                 yield "these are the results for an input %s" % text
 
 
-def wrong_order(values, half, near, worst, names, attributes):
+def wrong_order(candidate, float16, near, worst, images, attributes):
     """Yields texts about results in another order than the twin's. near: equal results may differ by this much."""
-    columns = np.array([np.abs(half - values[:, i:i + 1]).max(axis=0) for i in range(values.shape[1])])
+    columns = np.array([np.abs(float16 - candidate[:, i:i + 1]).max(axis=0) for i in range(candidate.shape[1])])
     order = columns.argmin(axis=1)
     if (columns.min(axis=1) <= near).all() and len(set(order)) == len(order) and (order != np.arange(len(order))).any():
         yield "the attributes are in another order: %s" % some(
             "%s has the values of %s" % (attributes[i], attributes[j]) for i, j in enumerate(order) if i != j)
-    rows = np.array([np.abs(half - values[i]).max(axis=1) for i in worst])
+    rows = np.array([np.abs(float16 - candidate[i]).max(axis=1) for i in worst])
     order = rows.argmin(axis=1)
     if (rows.min(axis=1) <= near).all() and (order != worst).any():
         yield "the images are in another order: %s" % some(
-            "%s has the results of %s" % (names[i], names[j]) for i, j in zip(worst, order) if i != j)
+            "%s has the results of %s" % (images[i], images[j]) for i, j in zip(worst, order) if i != j)
 
 
-def apart(difference, allowed, axis):
+def outliers(difference, allowed, axis):
     """Returns the indexes of the few attributes or images that are off by far more than the others, and so alone are wrong."""
     off, size = (difference > allowed).any(axis=axis), np.sqrt((difference ** 2).mean(axis=axis))
     alone = 0 < off.sum() <= len(off) / 2 and size[off].min() > 5 * size[~off].max()
     return np.flatnonzero(off) if alone else []
 
 
-def few(values, exact, half, allowed, names, attributes):
+def wrong_few(candidate, float32, float16, allowed, images, attributes):
     """Yields a text if only some attributes or only some images are off."""
-    difference = np.abs(values.astype(np.float64) - exact)
-    columns, rows = (apart(difference, allowed, axis) for axis in (0, 1))
+    difference = np.abs(candidate.astype(np.float64) - float32)
+    columns, rows = (outliers(difference, allowed, axis) for axis in (0, 1))
     if len(columns):
         parts = []
         for i in columns:
-            shift = (values - half)[:, i]
+            shift = (candidate - float16)[:, i]
             constant = len(shift) > 2 and shift.max() - shift.min() <= allowed
             parts.append("%s (%s)" % (attributes[i], "by %+.3g in all images: its bias" % shift.mean() if constant else
                                       "by at most %.3g: its weights" % np.abs(shift).max()))
         yield "only %d of %d attributes are off, so look at the last layer: %s" % (len(columns), len(attributes), some(parts))
     elif len(rows):
-        yield "only %d of %d images are off: %s" % (len(rows), len(names), some(names[i] for i in rows))
+        yield "only %d of %d images are off: %s" % (len(rows), len(images), some(images[i] for i in rows))
 
 
-def explain(values, exact, half, models, uint8, names, bins, attributes):
+def explain(candidate, float32, float16, models, bins, attributes):
     """Returns texts about possible causes of results that exceed the bound. The list is empty if only a layer can be at fault.
 
-    models: the paths of the float32 model, of its twin, and of the model that gave the values, or None. uint8: whether the
-    models take uint8 bins. bins: {name: path}.
+    models: the paths of the model that gave the candidate, or None, of the float32 model, and of its twin. bins: {image: path},
+    in the order of the logits' rows.
     """
-    judged = judge(values, exact, half)
-    worst = np.argsort(-np.abs(values - exact).max(axis=1), kind="stable")[:IMAGES]
-    paths = [bins[names[i]] for i in worst]
-    texts = list(wrong_order(values, half, judged["allowed"] + judged["shift"], worst, names, attributes))
-    texts += wrong_inputs(values[worst], models[0], models[1], uint8, paths)
-    if models[2] is not None:
-        texts.append(first_fault(models[0], models[1], models[2], paths))
-    return texts or list(few(values, exact, half, judged["allowed"], names, attributes))
+    judged = judge(candidate, float32, float16)
+    worst = np.argsort(-np.abs(candidate - float32).max(axis=1), kind="stable")[:MAX_IMAGES]
+    images = list(bins)
+    paths = [bins[images[i]] for i in worst]
+    texts = list(wrong_order(candidate, float16, judged["allowed"] + judged["shift"], worst, images, attributes))
+    texts += wrong_inputs(candidate[worst], models[1], models[2], paths)
+    if models[0] is not None:
+        texts.append(first_fault(*models, paths))
+    return texts or list(wrong_few(candidate, float32, float16, judged["allowed"], images, attributes))

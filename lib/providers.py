@@ -9,28 +9,28 @@ from lib.script import importing, one_line
 CPU, OPENVINO = "CPUExecutionProvider", "OpenVINOExecutionProvider"
 PROVIDERS = ["CANNExecutionProvider", "CUDAExecutionProvider", CPU]  # the default order, the best first
 REMEDIES = {"CANNExecutionProvider": "source CANN's set_env.sh, and see that npu-smi info lists the card",
-         "CUDAExecutionProvider": "it needs a GPU with its driver, CUDA and cuDNN"}
-SHARED = (CPU, OPENVINO)  # these compute in the machine's own memory and can run several calls at a time; others run one
+            "CUDAExecutionProvider": "it needs a GPU with its driver, CUDA and cuDNN"}
+HOST_PROVIDERS = (CPU, OPENVINO)  # these compute in the machine's own memory and can run several calls at a time; others run one
 # These have numbered devices. The others do not have the option device_id.
-WITH_DEVICES = PROVIDERS[:2] + ["TensorrtExecutionProvider", "ROCMExecutionProvider", "MIGraphXExecutionProvider"]
+DEVICE_PROVIDERS = PROVIDERS[:2] + ["TensorrtExecutionProvider", "ROCMExecutionProvider", "MIGraphXExecutionProvider"]
 
 
 def import_onnxruntime():
     """Returns the module onnxruntime. Raises ImportError, with the remedy if it was built for NumPy 1 but finds NumPy 2."""
-    said = io.StringIO()
+    messages = io.StringIO()
     try:
-        with importing(ends=False), contextlib.redirect_stderr(said):
+        with importing(ends=False), contextlib.redirect_stderr(messages):
             import onnxruntime
         return onnxruntime
     except ImportError:
-        if "compiled using NumPy 1" in said.getvalue():  # NumPy prints a page about it, with a traceback
+        if "compiled using NumPy 1" in messages.getvalue():  # NumPy prints a page about it, with a traceback
             import numpy
-            said = io.StringIO()
+            messages = io.StringIO()
             raise ImportError("the installed ONNX Runtime was built for NumPy 1 and cannot be imported with NumPy %s; run: "
                               "%s -m pip install 'numpy<2'" % (numpy.__version__, sys.executable))
         raise
     finally:
-        sys.stderr.write(said.getvalue())
+        sys.stderr.write(messages.getvalue())
 
 
 def default(device_id=0):
@@ -58,8 +58,9 @@ def available():
             try:
                 onnxruntime.register_execution_provider_library(OPENVINO, onnxruntime_ep_openvino.get_library_path())
             except Exception as error:  # ONNX Runtime's exceptions have no common class
-                raise ValueError("onnxruntime-ep-openvino does not fit ONNX Runtime %s: %s"
-                                 % (onnxruntime.__version__, one_line(error)))
+                if "already registered" not in str(error):  # on some CPUs it offers no device, so that it is never listed
+                    raise ValueError("onnxruntime-ep-openvino does not fit ONNX Runtime %s: %s"
+                                     % (onnxruntime.__version__, one_line(error)))
             names = onnxruntime.get_available_providers()
     return [name for name in names if not name.startswith("Azure") and "." not in name]
 
@@ -75,7 +76,7 @@ def add(options, name, device_id, threads, calls, exact):
     if name == CPU:
         return [CPU]
     if name != OPENVINO:
-        return [(name, {"device_id": str(device_id)} if name in WITH_DEVICES else {}), CPU]
+        return [(name, {"device_id": str(device_id)} if name in DEVICE_PROVIDERS else {}), CPU]
     # The provider options for streams and threads (num_streams, num_of_threads) have no effect. This configuration works.
     configuration = {"NUM_STREAMS": str(calls), "INFERENCE_NUM_THREADS": str(threads)}
     if exact:  # otherwise it computes in bfloat16 if the CPU can

@@ -82,8 +82,8 @@ def summary(seconds, throughput, copies):
     is then unknown.
     """
     times = [1000 * value for value in seconds]
-    apart = None if copies else dict(dict.fromkeys(("min", "max", "mean", "median", "percentile(99%)"), 0.0), count=0)
-    return {"NPU_compute_time": statistics_of(times), "H2D_latency": apart, "D2H_latency": apart, "throughput": throughput,
+    copying = None if copies else dict(dict.fromkeys(("min", "max", "mean", "median", "percentile(99%)"), 0.0), count=0)
+    return {"NPU_compute_time": statistics_of(times), "H2D_latency": copying, "D2H_latency": copying, "throughput": throughput,
             "npu_compute_time_list": times, "pid": os.getpid()}
 
 
@@ -130,8 +130,10 @@ def latency_lines(seconds, batch_size):
     times = [1000 * value for value in seconds]
     size = -(-len(times) // PARTS)
     medians = [percentile(times[i:i + size], 50) for i in range(0, len(times), size)]
-    lines = []
-    for what, count in [("a call", 1)] + [("an image", batch_size)] * (batch_size > 1):
+    units, lines = [("a call", 1)], []
+    if batch_size > 1:
+        units.append(("an image", batch_size))
+    for what, count in units:
         figures = ["p%d %.4g" % (percent, percentile(times, percent) / count) for percent in PERCENTILES]
         lines.append("[INFO] latency of %s in ms: %s, min %.4g, max %.4g" % (
             what, ", ".join(figures), min(times) / count, max(times) / count))

@@ -22,7 +22,7 @@ CALLS_MB = 2048  # all concurrent calls together may use this much memory, in MB
 ACTIVATIONS = 14.3
 TOLERANCE = 1e-3  # a provider's logits may differ from the CPU's by this fraction of the largest logit (the default)
 PREFETCH = 2     # this many batches are read ahead of inference
-WRITE = 32       # this many results are written at once, because each wake-up of the writer disturbs inference on busy cores
+RESULTS_PER_WRITE = 32  # because each wake-up of the writer disturbs inference on busy cores
 
 
 # --- opening a model --------------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def calls_at_once(threads, images, batch_size, height=SIZE, width=SIZE):
     """Returns how many calls of session.run() should run at the same time on the CPU.
 
     Threads that share a call wait for each other at each layer. If one of them loses its core to another process, all wait.
-    So each thread gets its own call, within two limits. All calls together may use about CALLS_MB of memory. No thread may
+    So each thread gets its own call, with two exceptions. All calls together may use about CALLS_MB of memory. No thread may
     idle for more than a tenth of the run, as one of two threads would with three batches.
     """
     megabytes = batch_size * 3 * height * width * 4 * ACTIVATIONS / 1e6
@@ -172,7 +172,7 @@ def run_batches(session, items, fill, calls=1, call=None, size=None, runner=None
         return why
 
     def infer(buffer, filling):
-        reasons = [row.result() for row in filling]
+        reasons = [future.result() for future in filling]
         buffer[len(reasons):] = 0
         return reasons, call(buffer)[:len(reasons)]
 
@@ -186,17 +186,19 @@ def run_batches(session, items, fill, calls=1, call=None, size=None, runner=None
                 if batch:
                     buffer = free.pop()
                     filling = [reader.submit(read, item, row) for item, row in zip(batch, buffer)]
-                    running.append((batch, buffer, runner.submit(infer, buffer, filling)))
+                    running.append((batch, buffer, filling, runner.submit(infer, buffer, filling)))
                 elif running:
-                    batch, buffer, result = running.popleft()
+                    batch, buffer, _, result = running[0]
                     reasons, logits = result.result()
                     free.append(buffer)
+                    running.popleft()
                     yield batch, reasons, logits
                 else:
                     return
         finally:
-            for _, _, result in running:
-                result.cancel()
+            for _, _, filling, result in running:  # after an error, nobody needs the batches that were read ahead
+                for future in filling + [result]:
+                    future.cancel()
 
 
 def read_bin(path, row):
@@ -292,7 +294,7 @@ def run(session, bins, size, folder, report, calls=1):
             results, writing = [], None
             for batch, _, logits in run_batches(session, bins, fill, calls, call, size, runner):
                 results += [(image, row) for (image, _), row in zip(batch, logits)]
-                if len(results) >= WRITE:
+                if len(results) >= RESULTS_PER_WRITE:
                     if writing:
                         writing.result()
                     writing, results = writer.submit(write, results), []

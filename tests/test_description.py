@@ -170,5 +170,5 @@ def test_damaged_metadata(tmp_path, entries, message):
 def test_no_model(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"<html>")
     (tmp_path / "m.json").write_text("<html>")
-    for name, message in (("m.onnx", "m.onnx: is not an ONNX model"), ("m.json", "m.json: is not JSON"), ("m.om", "m.json: is not")):
+    for name, message in (("m.onnx", "m.onnx: is not a valid ONNX model"), ("m.json", "m.json: is not JSON"), ("m.om", "m.json: is not")):
         check_error(script("tools/describe.py", name, cwd=tmp_path), message)

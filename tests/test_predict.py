@@ -1,42 +1,47 @@
-"""tools/predict.py on a tiny model: its logits are those of the pipeline, on the screen, in JSON and in CSV; the pictures it draws."""
+"""tools/predict.py on tiny models: it prints and writes what the pipeline's files hold, draws pictures, and names bad images."""
 import csv
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
+from lib.images import ORIENTATION
 from lib.labels import ASSUMED, PETA
+from lib.results import probabilities
 import predict
 from helpers import check_error, parse_predictions, run_stage_6, script, write_bins, write_images, write_model
-from lib.images import ORIENTATION
 
+TOOL = "tools/predict.py"
+
+
+# --- images, on the screen --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("batch_size, size", [(1, (224, 224)), (8, (256, 128))])
-def test_says_what_the_pipeline_says(tmp_path, batch_size, size):
+def test_logits_are_the_pipelines(tmp_path, batch_size, size):
     names = write_images(tmp_path / "images", 11)
     model = write_model(tmp_path / "m.onnx", batch_size, size=size)
     write_bins(tmp_path, names, *size)
     result = run_stage_6(tmp_path, model, batch_size, 0, *size)
     paths = ["images/" + name for name in names]
-    done = script("tools/predict.py", *(paths + ["--onnx", model]), cwd=tmp_path)
+    done = script(TOOL, *paths, "--onnx", model, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "note: %s\n" % ASSUMED, done.stderr
-    said = parse_predictions(done.stdout)
-    assert [key for key in said if not key.endswith(" found")] == paths
+    printed = parse_predictions(done.stdout)
+    assert [key for key in printed if not key.endswith(" found")] == paths
     for name, path in zip(names, paths):
         logits = np.fromfile(str(result / (name[:-4] + "_1.bin")), "<f4")
-        rows = said[path]
-        assert {row[2]: row[3] for row in rows} == dict(zip(PETA, logits))
-        assert [row[3] for row in rows] == sorted(logits, reverse=True)
-        assert said[path + " found"] == (logits >= 0).sum()
-        for marked, percent, _, logit in rows:
+        assert {row[2]: row[3] for row in printed[path]} == dict(zip(PETA, logits))
+        assert [row[3] for row in printed[path]] == sorted(logits, reverse=True)
+        assert printed[path + " found"] == (logits >= 0).sum()
+        for marked, percent, _, logit in printed[path]:
             assert marked == (logit >= 0)
             assert percent == pytest.approx(100 / (1 + np.exp(-float(logit))), abs=0.00501)
 
 
-def test_a_photograph_that_a_camera_held_sideways_took(tmp_path):
-    """It gives the logits of the same picture, saved upright."""
+def test_photographs_are_turned_upright(tmp_path):
+    """A photograph with an EXIF orientation gives the logits and the picture of the same photograph, saved upright."""
     names = write_images(tmp_path / "images", 1)
     model = write_model(tmp_path / "m.onnx", 8)
     upright = tmp_path / "images" / names[0]
@@ -49,55 +54,69 @@ def test_a_photograph_that_a_camera_held_sideways_took(tmp_path):
         paths.append(tmp_path / ("%d.png" % orientation))
         with Image.open(str(upright)) as image:
             image.transpose(getattr(Image, undo)).save(str(paths[-1]), exif=exif.tobytes())
-    done = script("tools/predict.py", *(paths + ["--onnx", model]))
+    done = script(TOOL, *paths, "--onnx", model)
     assert done.returncode == 0, done.stderr
-    said = parse_predictions(done.stdout)
-    assert all(said[str(path)] == said[str(upright)] for path in paths) and len(paths) == 8
-    lying = script("tools/predict.py", paths[4], "--onnx", model)
-    assert parse_predictions(lying.stdout)[str(paths[4])] == said[str(upright)]
+    printed = parse_predictions(done.stdout)
+    assert all(printed[str(path)] == printed[str(upright)] for path in paths) and len(paths) == 8
     font = predict.open_font("ab")
     pictures = [np.asarray(predict.draw(str(path), np.float32([1, -1]), ["a", "b"], font)) for path in (paths[4], upright)]
     assert np.array_equal(*pictures)
 
 
-def test_a_model_of_probabilities(tmp_path):
+def test_probabilities_are_converted_to_logits(tmp_path):
     names = write_images(tmp_path / "images", 3)
     paths = ["images/" + name for name in names]
-    logits, chances = (parse_predictions(script("tools/predict.py", *(paths + ["--onnx", write_model(tmp_path / "m.onnx", 2, **end)]),
-                                    cwd=tmp_path).stdout) for end in ({}, {"sigmoid": True}))
+    plain = script(TOOL, *paths, "--onnx", write_model(tmp_path / "plain.onnx", 2), cwd=tmp_path)
+    sigmoid = script(TOOL, *paths, "--onnx", write_model(tmp_path / "m.onnx", 2, sigmoid=True), cwd=tmp_path)
+    assert "note: m.onnx: all values lie between 0 and 1: they look like probabilities" in sigmoid.stderr.replace(str(tmp_path) + "/", "")
+    expected, converted = parse_predictions(plain.stdout), parse_predictions(sigmoid.stdout)
     for path in paths:
-        assert [row[:3] for row in chances[path]] == [row[:3] for row in logits[path]]
-        close = [(ours[3], theirs[3]) for ours, theirs in zip(chances[path], logits[path]) if abs(theirs[3]) < 9]
-        assert len(close) > 20 and all(a == pytest.approx(b, abs=0.01) for a, b in close)  # float32's steps grow beside 1
-    done = script("tools/predict.py", paths[0], "--onnx", "m.onnx", cwd=tmp_path)
-    assert "note: m.onnx: all values lie between 0 and 1: they look like probabilities" in done.stderr
+        assert [row[:3] for row in converted[path]] == [row[:3] for row in expected[path]]
+        close = [(ours[3], theirs[3]) for ours, theirs in zip(converted[path], expected[path]) if abs(theirs[3]) < 9]
+        assert len(close) > 20 and all(a == pytest.approx(b, abs=0.01) for a, b in close)  # float32's steps grow near 1
 
 
-def test_symbolic_batch_and_names(tmp_path):
+def test_probabilities_do_not_overflow():
+    logits = np.array([-3e38, -100, -1, 0, 1, 100, 3e38], np.float32)
+    with np.errstate(all="raise"):
+        chances = probabilities(logits)
+    assert chances == pytest.approx([0, 0, 1 / (1 + np.e), 0.5, np.e / (1 + np.e), 1, 1], abs=1e-15)
+
+
+def test_symbolic_batch_size_and_names_from_a_file(tmp_path):
     names = write_images(tmp_path / "images", 2)
     model = write_model(tmp_path / "m.onnx", "N", attributes=3)
-    file = tmp_path / "names.txt"
-    file.write_text("tall\nin a hurry\nr\u00e4tselhaft\n", encoding="utf-8")
-    paths = ["images/" + name for name in names]
-    rows = parse_predictions(script("tools/predict.py", *(paths + ["--onnx", model]), cwd=tmp_path).stdout)[paths[1]]
+    (tmp_path / "names.txt").write_text("tall\nin a hurry\nr\u00e4tselhaft\n", encoding="utf-8")
+    command = [TOOL] + ["images/" + name for name in names] + ["--onnx", model]
+    rows = parse_predictions(script(*command, cwd=tmp_path).stdout)["images/" + names[1]]
     assert sorted(row[2] for row in rows) == ["attribute0", "attribute1", "attribute2"]
-    done = script("tools/predict.py", *(paths + ["--onnx", model, "--attributes", file, "--save", "out"]), cwd=tmp_path)
+    done = script(*command, "--attributes=names.txt", cwd=tmp_path)
     assert done.returncode == 0 and "in a hurry" in done.stdout, done.stderr
-    file.write_text("tall\n")
-    check_error(script("tools/predict.py", *(paths + ["--onnx", model, "--attributes", file]), cwd=tmp_path),
-                "names.txt: holds 1 names, but there are 3")
 
 
-def test_pictures(tmp_path):
-    names = write_images(tmp_path / "images", 2)
-    model = write_model(tmp_path / "m.onnx", 8)
-    done = script("tools/predict.py", *(["images/" + name for name in names] + ["--onnx", model, "--save", "a/b"]),
-                  cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == ["im0_attributes.png", "im1_attributes.png"]
-    with Image.open(str(tmp_path / "a" / "b" / "im1_attributes.png")) as picture:
+def test_bad_images_do_not_hide_the_others(tmp_path):
+    names = write_images(tmp_path / "images", 3)
+    model = write_model(tmp_path / "m.onnx", 2)
+    (tmp_path / "images" / "im1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    paths = ["images/" + name for name in names]
+    done = script(TOOL, *paths, "--onnx", model, "--save", "a/b", cwd=tmp_path)
+    check_error(done, "1 of 3 images cannot be read: images/im1.png")
+    assert [key for key in parse_predictions(done.stdout) if not key.endswith(" found")] == [paths[0], paths[2]]
+    assert sorted(os.listdir(str(tmp_path / "a" / "b"))) == ["im0_attributes.png", "im2_attributes.png"]
+    with Image.open(str(tmp_path / "a" / "b" / "im2_attributes.png")) as picture:
         assert picture.mode == "RGB" and picture.format == "PNG"
+    done = script(TOOL, paths[1], "--onnx", model, "--save", "none", cwd=tmp_path)
+    check_error(done, "1 of 1 images cannot be read")
+    assert done.stdout == "" and not (tmp_path / "none").exists()
 
+
+def test_nan_logits_are_an_error(tmp_path):
+    names = write_images(tmp_path / "images", 1)
+    model = write_model(tmp_path / "m.onnx", bias=float("nan"))
+    check_error(script(TOOL, tmp_path / "images" / names[0], "--onnx", model), "m.onnx: gives NaN", "im0.png")
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
 
 def bars(picture):
     """The lengths of the blue (RGB) and of the pale bars of a picture, from the first row to the last."""
@@ -110,7 +129,7 @@ def bars(picture):
 
 
 @pytest.mark.parametrize("font", ["the system's", "Pillow's"])
-def test_drawing(tmp_path, monkeypatch, font):
+def test_picture_shows_the_photograph_names_and_bars(tmp_path, monkeypatch, font):
     if font == "Pillow's":
         real = ImageFont.truetype
 
@@ -124,14 +143,14 @@ def test_drawing(tmp_path, monkeypatch, font):
     logits = np.full(35, -40, np.float32)
     logits[[4, 9, 20]] = [40, 0, -1]
     names = ["attribute %d" % i for i in range(34)] + ["\u5e74\u9f84"]
-    picture = predict.draw(str(path), logits, names, predict.open_font("".join(names)))
+    picture = predict.draw(str(path), logits, names, predict.open_font("".join(names) + "0123456789. %"))
     height = predict.ROW * 35
     pixels = np.asarray(picture)
     assert picture.height == height + 2 * predict.MARGIN
     photo = (pixels == (0, 200, 0)).all(axis=2)
     assert photo.sum() == height * round(height * 30 / 80) and photo[predict.MARGIN, predict.MARGIN]
     found = bars(picture)
-    # Beside the pale frame and the grey line at 50 %: full; half; 27 % of 150 pixels; nothing.
+    # In addition to the pale frame and the grey line at 50 %: full; half; 27 % of 150 pixels; nothing.
     assert [blue for blue, _ in found[:3]] == pytest.approx([150, 75, 0], abs=2)
     assert [pale for _, pale in found[2:4]] == pytest.approx([41 + 1, 2], abs=2)
     assert all(blue == 0 for blue, _ in found[2:])
@@ -143,7 +162,7 @@ def test_drawing(tmp_path, monkeypatch, font):
 
 
 @pytest.mark.parametrize("size", [(1, 900), (900, 1), (3000, 100)])
-def test_drawing_odd_sizes(tmp_path, size):
+def test_pictures_of_odd_sizes(tmp_path, size):
     Image.new("L", size, 10).save(str(tmp_path / "odd.png"))
     picture = predict.draw(str(tmp_path / "odd.png"), np.array([1, -1], np.float32), ["a", "b"], predict.open_font("ab"))
     assert picture.width < 1000 and picture.height < 1000
@@ -151,7 +170,7 @@ def test_drawing_odd_sizes(tmp_path, size):
 
 
 def write_font(path, letters):
-    """Writes a font in which each of these letters, and no other, is a triangle of its own."""
+    """Writes a font in which each of these letters, and no other, is a different triangle."""
     from fontTools.fontBuilder import FontBuilder
     from fontTools.pens.ttGlyphPen import TTGlyphPen
     builder, glyphs = FontBuilder(1000, isTTF=True), {}
@@ -211,54 +230,11 @@ def test_letters_that_the_font_lacks_are_drawn_as_boxes_and_named(tmp_path, monk
         check_error(script(*(command + ["--font", file]), cwd=tmp_path), file + ": is not a font that Pillow can read")
 
 
-def test_probabilities():
-    logits = np.array([-3e38, -100, -1, 0, 1, 100, 3e38], np.float32)
-    with np.errstate(all="raise"):
-        chances = predict.probabilities(logits)
-    assert chances == pytest.approx([0, 0, 1 / (1 + np.e), 0.5, np.e / (1 + np.e), 1, 1], abs=1e-15)
+# --- folders, JSON and CSV --------------------------------------------------------------------------------------------
 
-
-def test_errors_before_work(tmp_path):
-    names = write_images(tmp_path / "images", 1)
-    model = write_model(tmp_path / "m.onnx")
-    image = tmp_path / "images" / names[0]
-    command = ["tools/predict.py", image]
-    copy = tmp_path / "im0.jpg"
-    copy.write_bytes(image.read_bytes())
-    check_error(script(*(command + [copy, "--onnx", tmp_path / "absent.onnx", "--save", tmp_path / "out"])),
-                "im0.png and ", "im0.jpg would both be drawn as im0_attributes.png")
-    drawn = tmp_path / "im0_attributes.png"
-    drawn.write_bytes(image.read_bytes())
-    check_error(script(*(command + [drawn, "--onnx", model, "--save", tmp_path])), "would be overwritten")
-    assert drawn.read_bytes() == image.read_bytes() and not (tmp_path / "out").exists()
-    check_error(script(*(command + [tmp_path / "absent.png", "--onnx", model])), "no such image file", "absent.png")
-    check_error(script(*(command + ["--onnx", tmp_path / "absent.onnx"])), "absent.onnx: no such file")
-    (tmp_path / "cut.onnx").write_bytes(model.read_bytes()[:100])
-    check_error(script(*(command + ["--onnx", tmp_path / "cut.onnx"])), "cut.onnx: is not a valid ONNX model")
-    check_error(script(*command), "--onnx", code=2)
-
-
-def test_bad_images_do_not_hide_the_others(tmp_path):
-    names = write_images(tmp_path / "images", 3)
-    model = write_model(tmp_path / "m.onnx", 2)
-    (tmp_path / "images" / "im1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    paths = ["images/" + name for name in names]
-    done = script("tools/predict.py", *(paths + ["--onnx", model, "--save", "out"]), cwd=tmp_path)
-    check_error(done, "1 of 3 images cannot be read: images/im1.png")
-    assert [key for key in parse_predictions(done.stdout) if not key.endswith(" found")] == [paths[0], paths[2]]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["im0_attributes.png", "im2_attributes.png"]
-    done = script("tools/predict.py", paths[1], "--onnx", model, "--save", "none", cwd=tmp_path)
-    check_error(done, "1 of 1 images cannot be read")
-    assert done.stdout == "" and not (tmp_path / "none").exists()
-
-
-def test_logits_that_are_not_finite(tmp_path):
-    names = write_images(tmp_path / "images", 1)
-    model = write_model(tmp_path / "m.onnx", bias=float("nan"))
-    check_error(script("tools/predict.py", tmp_path / "images" / names[0], "--onnx", model), "m.onnx: gives NaN", "im0.png")
-
-
-TRAITS = ["hat", "bag, red", "coat"]
+NAMES = ["hat", "bag, red", "coat"]
+GOOD = ["crops/" + name for name in ("IM3.PNG", "im0.png", "im1.png", "im2.png", "b/im0.png", "b/im1.png")]
+BAD = ["crops/a/cut.jpg", "crops/b/empty.png"]
 
 
 @pytest.fixture
@@ -274,54 +250,49 @@ def folder(tmp_path):
     (crops / "b" / "label.json").write_text("{}")
     (crops / ".im0.png").write_bytes(b"of some editor")
     write_model(tmp_path / "m.onnx", 4, attributes=3)
-    (tmp_path / "names.txt").write_text("\n".join(TRAITS))
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
     return tmp_path
 
 
-def predict_in(folder, *options):
-    return script("tools/predict.py", *(("--onnx", "m.onnx", "--attributes", "names.txt") + options), cwd=folder)
+def run(folder, *options):
+    return script(TOOL, "--onnx", "m.onnx", "--attributes", "names.txt", *options, cwd=folder)
 
 
-READ = ["crops/" + name for name in ("IM3.PNG", "im0.png", "im1.png", "im2.png", "b/im0.png", "b/im1.png")]
-BAD = ["crops/a/cut.jpg", "crops/b/empty.png"]
-
-
-def test_a_folder_gives_the_same_as_its_files(folder):
-    """The same as with each file by its name, in the files and on the screen."""
-    one_by_one = parse_predictions(predict_in(folder, *READ).stdout)
-    done = predict_in(folder, "crops", "--json", "out.json", "--csv", "out.csv")
+def test_folder_gives_the_same_as_its_files_by_name(folder):
+    one_by_one = parse_predictions(run(folder, *GOOD).stdout)
+    done = run(folder, "crops", "--json", "out.json", "--csv", "out.csv")
     check_error(done, "2 of 8 images cannot be read: ", "crops/a/cut.jpg (", "crops/b/empty.png (")
     assert "note: crops: 2 files are left out, because their names do not end" in done.stderr
     assert done.stdout == "".join("out.%s: 6 images, 2 could not be read\n" % kind for kind in ("json", "csv"))
     content = json.loads((folder / "out.json").read_text())
-    assert content["attributes"] == TRAITS and content["thresholds"] == [0, 0, 0] and content["names_assumed"] is False
-    assert [row["image"] for row in content["images"]] == READ and [row["image"] for row in content["errors"]] == BAD
+    assert content["attributes"] == NAMES and content["thresholds"] == [0, 0, 0] and content["names_assumed"] is False
+    assert [row["image"] for row in content["images"]] == GOOD and [row["image"] for row in content["errors"]] == BAD
     assert all(row["error"] for row in content["errors"])
     for row in content["images"]:
-        said = {name: (has, logit) for has, _, name, logit in one_by_one[row["image"]]}
-        assert {name: np.float32(logit) for name, logit in zip(TRAITS, row["logits"])} == {
-            name: logit for name, (_, logit) in said.items()}
-        assert row["has"] == [name for name in TRAITS if said[name][0]]
+        printed = {name: (has, logit) for has, _, name, logit in one_by_one[row["image"]]}
+        assert {name: np.float32(logit) for name, logit in zip(NAMES, row["logits"])} == {
+            name: logit for name, (_, logit) in printed.items()}
+        assert row["has"] == [name for name in NAMES if printed[name][0]]
     with open(str(folder / "out.csv"), encoding="utf-8", newline="") as f:
         rows = list(csv.reader(f))
-    assert rows[0] == ["image", "error"] + TRAITS
-    assert [row[0] for row in rows[1:]] == READ[:4] + BAD + READ[4:]  # in order of their names
+    assert rows[0] == ["image", "error"] + NAMES
+    assert [row[0] for row in rows[1:]] == GOOD[:4] + BAD + GOOD[4:]  # in order of their names
     by_name = {row["image"]: row["logits"] for row in content["images"]}
     for row in rows[1:]:
         assert (row[1] != "") == (row[0] in BAD) and [float(text) for text in row[2:]] == by_name.get(row[0], [])
-    on_screen = predict_in(folder, "crops", "crops/im1.png")  # once, though it is named twice
+    on_screen = run(folder, "crops", "crops/im1.png")  # once, though it is named twice
     check_error(on_screen, "2 of 8 images cannot be read")
     assert parse_predictions(on_screen.stdout) == one_by_one
 
 
-def test_names_that_are_not_utf_8_are_written(folder):
+def test_file_names_that_are_not_utf8(folder):
     for path in BAD:
         (folder / path).unlink()
     try:
         os.rename(bytes(folder / "crops" / "im0.png"), bytes(folder / "crops") + b"/\xff,\n.png")
     except OSError:
         pytest.skip("this file system takes no such names")
-    done = predict_in(folder, "crops", "--json", "out.json", "--csv", "out.csv")
+    done = run(folder, "crops", "--json", "out.json", "--csv", "out.csv")
     assert done.returncode == 0, done.stderr
     names = [row["image"] for row in json.loads((folder / "out.json").read_text())["images"]]
     assert "crops/\udcff,\n.png" in names
@@ -329,20 +300,30 @@ def test_names_that_are_not_utf_8_are_written(folder):
         assert [row[0] for row in csv.reader(f)][1:] == [name.replace("\udcff", "\\udcff") for name in names]
 
 
-def test_files_are_written_if_nothing_can_be_read(folder):
-    check_error(predict_in(folder, "crops/a", "--json", "out.json", "--csv", "out.csv"), "1 of 1 images cannot be read")
+def test_files_are_written_even_if_no_image_can_be_read(folder):
+    check_error(run(folder, "crops/a", "--json", "out.json", "--csv", "out.csv"), "1 of 1 images cannot be read")
     content = json.loads((folder / "out.json").read_text())
     assert content["images"] == [] and len(content["errors"]) == 1
     assert (folder / "out.csv").read_text().startswith('image,error,hat,"bag, red",coat\ncrops/a/cut.jpg,')
 
 
-def test_errors_of_folders_before_work(folder):
+def test_errors_before_work(folder):
+    def refused(*options, text, code=0):
+        check_error(run(folder, *options), text, code=code or 1)
+
     (folder / "crops" / "a" / "cut.jpg").unlink()
-    check_error(predict_in(folder, "crops/a"), "crops/a: holds no image file (.bmp ")
-    check_error(predict_in(folder, "crops", "nowhere"), "no such image file or folder: nowhere")
-    check_error(predict_in(folder, "crops", "--json", "nowhere/out.json"), "nowhere/out.json: cannot be written: its folder does not exist")
-    check_error(predict_in(folder, "crops", "--csv", "out.csv", "--save", "pictures"),
-                "crops/im0.png and crops/b/im0.png would both be drawn as im0_attributes.png")
+    refused("crops/a", text="crops/a: holds no image file (.bmp ")
+    refused("crops", "nowhere", text="no such image file or folder: nowhere")
+    refused("crops", "--json", "nowhere/out.json", text="nowhere/out.json: cannot be written: its folder does not exist")
+    refused("crops", "--csv", "out.csv", "--save", "pictures",
+            text="crops/im0.png and crops/b/im0.png would both be drawn as im0_attributes.png")
+    shutil.copy(str(folder / "crops" / "im0.png"), str(folder / "x_attributes.png"))
+    shutil.copy(str(folder / "crops" / "im0.png"), str(folder / "x.png"))
+    refused("x.png", "x_attributes.png", "--save", ".", text="x_attributes.png: would be overwritten by a picture")
+    refused("crops", "--onnx", "absent.onnx", text="absent.onnx: no such file")
+    (folder / "cut.onnx").write_bytes((folder / "m.onnx").read_bytes()[:100])
+    refused("crops", "--onnx", "cut.onnx", text="cut.onnx: is not a valid ONNX model")
     (folder / "names.txt").write_text("hat\n")
-    check_error(predict_in(folder, "crops", "--json", "out.json"), "names.txt: holds 1 names, but there are 3")
+    refused("crops", "--json", "out.json", text="names.txt: holds 1 names, but there are 3")
     assert not [name for name in os.listdir(str(folder)) if name.startswith("out")] and not (folder / "pictures").exists()
+    check_error(script(TOOL, "crops", cwd=folder), "--onnx", code=2)

@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.bins import read_info
 from lib.files import replaced_folder, write_text
 from lib.machine import cores
-from lib.providers import PROVIDERS, REMEDIES, SHARED, import_onnxruntime, provider_note
+from lib.providers import HOST_PROVIDERS, PROVIDERS, REMEDIES, import_onnxruntime, provider_note
 from lib.rates import latency_lines, perf_lines, pure_line, summary
 from lib.script import command, importing, number, pixels, progress
 from lib.session import (CALLS_MB, TOLERANCE, Clock, callers, calls_at_once, check_precision, check_shape, empty_batch,
@@ -66,7 +66,7 @@ def pure_inference(session, batch, calls, args):
 
 
 def write_summary(path, session, seconds, throughput):
-    copies = session.get_providers()[0] not in SHARED
+    copies = session.get_providers()[0] not in HOST_PROVIDERS
     write_text(path, json.dumps(summary(seconds, throughput, copies)))
 
 
@@ -147,7 +147,7 @@ def main(argv=None):
             raise ValueError("%s; %s" % (note, remedy))
         print("[WARN] %s, so the CPU runs the model; %s" % (note, remedy))
     print("[INFO] ONNX Runtime %s, %s%s, %s" % (onnxruntime.__version__, provider, " (%s)" % note if note else "", args.om_path))
-    if provider not in SHARED:
+    if provider not in HOST_PROVIDERS:
         calls = 1
     else:
         print("[INFO] threads: %d, calls at a time: %d" % (threads, calls))

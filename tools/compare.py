@@ -22,6 +22,7 @@ attributes or images, values beyond 65504 and a wrong last layer. To find a faul
 which the OM was made as A. --layers ranks the layers by their loss of precision in float16.
 """
 import argparse
+import collections
 import json
 import os
 import re
@@ -30,7 +31,7 @@ import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.bins import list_bins
-from lib.faults import FACTOR, IMAGES, explain, judge, layers, overflow
+from lib.faults import FACTOR, MAX_IMAGES, explain, judge, layers, overflow
 from lib.files import write_text
 from lib.labels import ASSUMED, PETA, attribute_names, labels_of
 from lib.metrics import effect
@@ -44,8 +45,11 @@ with importing():
 
 MAX_DIFFERENCE = 0.1
 MAX_FLIP_SHARE = 0.001
-WORST = 5    # the report names this many images
-RANKED = 10  # --layers names this many layers
+WORST_IMAGES = 5    # the report names this many
+WORST_LAYERS = 10   # --layers names this many
+
+# The logits of A, of B, and of TWIN or None, float32 [images, attributes] each; the images' names; {image: path of its bin} or {}.
+Sides = collections.namedtuple("Sides", "a b twin images bins")
 
 
 def same_images(a, b, results, others):
@@ -74,7 +78,7 @@ def compare(a, b, images, attributes):
     difference = np.abs(a - b)
     flips = has_a != has_b
     similarity = cosine(a, b)
-    order = np.argsort(-difference.max(axis=1), kind="stable")[:WORST]
+    order = np.argsort(-difference.max(axis=1), kind="stable")[:WORST_IMAGES]
     return {"images": len(images), "attributes": len(attributes),
             "max_difference": float(difference.max()), "mean_difference": float(difference.mean()),
             "cosine_similarity": float(cosine(a.ravel(), b.ravel())),
@@ -171,56 +175,57 @@ def check_twin(session, path, model):
 
 
 def read_sides(args):
-    """Returns ([logits of A, of B and, with --rehearsal, of TWIN], the images' names, their bins {name: path} or {}, whether
-    the models take uint8). Raises OSError or ValueError. With --rehearsal, logits may be NaN or infinite."""
+    """Reads or computes the logits of all sides. Raises OSError or ValueError. With --rehearsal, logits may be NaN or infinite."""
     sessions = {path: open_session(path) for path in (args.a_model, args.onnx, args.rehearsal) if path}
     if args.rehearsal:
         check_twin(sessions[args.rehearsal], args.rehearsal, args.onnx)
-    bins, found = {}, {}
-    for path, session in sessions.items():
-        found[path] = bins = bins_of(args.bins, session)
-    for path in (args.a, args.b):
-        if path is not None and path not in sessions:
-            found[path] = list_results([path])
-    sides = [args.a, args.b or args.onnx] + [args.rehearsal] * bool(args.rehearsal)
-    same_images(args.a, args.b or args.bins, found[sides[0]], found[sides[1]])
-    names, logits = sorted(found[args.a]), []
-    for side in sides:
-        if side in sessions:
-            values = compute(sessions[side], [(name, bins[name]) for name in names], not args.rehearsal)
+    bins = {}
+    for session in sessions.values():  # all models must take these bins
+        bins = bins_of(args.bins, session)
+    paths = [args.a, args.b or args.onnx]
+    files = [bins if path in sessions else list_results([path]) for path in paths]
+    same_images(args.a, args.b or args.bins, *files)
+    if args.rehearsal:
+        paths.append(args.rehearsal)
+        files.append(bins)
+    images, logits = sorted(files[0]), []
+    for path, found in zip(paths, files):
+        inputs = [found[image] for image in images]
+        if path in sessions:
+            values = compute(sessions[path], list(zip(images, inputs)), not args.rehearsal)
         else:
-            width = logits[0].shape[1] if logits else attributes_in(found[side][names[0]])
-            values = read_logits([found[side][name] for name in names], width, not args.rehearsal)
+            values = read_logits(inputs, logits[0].shape[1] if logits else attributes_in(inputs[0]), not args.rehearsal)
         if logits and values.shape != logits[0].shape:
             raise ValueError("%s: gives %d attributes, but the results in %s have %d"
-                             % (side, values.shape[1], args.a, logits[0].shape[1]))
-        logits.append(as_logits(values, side))
-    return logits, names, bins, any(map(takes_uint8, sessions.values()))
+                             % (path, values.shape[1], args.a, logits[0].shape[1]))
+        logits.append(as_logits(values, path))
+    return Sides(logits[0], logits[1], logits[2] if args.rehearsal else None, images, bins)
 
 
-def check_overflow(logits, names, bins, args):
+def check_overflow(sides, args):
     """Raises ValueError if a side's logits are NaN or infinite. The error names the layer that overflows in float16."""
+    logits, names = sides[:3], np.array(sides.images)
     bad = ~np.isfinite(logits).all(axis=(0, 2))
     if bad.any():
-        side = next(side for side, values in zip((args.a, args.onnx, args.rehearsal), logits) if not np.isfinite(values).all())
+        path = next(path for path, values in zip((args.a, args.onnx, args.rehearsal), logits) if not np.isfinite(values).all())
         models = [path for path in (args.rehearsal, args.a_model) if path]
-        why = overflow(args.onnx, models, [bins[name] for name in np.array(names)[bad][:IMAGES]])
+        why = overflow(args.onnx, models, [sides.bins[name] for name in names[bad][:MAX_IMAGES]])
         raise ValueError("%s: NaN or infinite logits for %d of %d images (%s): %s" % (
-            side, bad.sum(), len(names), some(np.array(names)[bad]),
+            path, bad.sum(), len(names), some(names[bad]),
             why or "they overflow although no value of %s is beyond float16, so the model or the input is another one" % args.onnx))
 
 
-def rank(args, names, bins):
+def rank(args, images, bins):
     """Yields the lines of a ranking of the layers of A, if it is a model, or of TWIN, over images spread over the folder."""
-    chosen = sorted({round(i * (len(names) - 1) / (IMAGES - 1)) for i in range(IMAGES)})
-    rows = layers(args.onnx, [args.a_model or args.rehearsal], [bins[names[i]] for i in chosen])
+    chosen = sorted({round(i * (len(images) - 1) / (MAX_IMAGES - 1)) for i in range(MAX_IMAGES)})
+    rows = layers(args.onnx, [args.a_model or args.rehearsal], [bins[images[i]] for i in chosen])
     error = {row["tensor"]: row["error"][0] for row in rows}
     yield "relative error of each layer's result, the largest first, and its ratio to the error of the layer's input:"
-    for row in sorted((row for row in rows if row["op"] != "Relu"), key=lambda row: -row["error"][0])[:RANKED]:
+    for row in sorted((row for row in rows if row["op"] != "Relu"), key=lambda row: -row["error"][0])[:WORST_LAYERS]:
         before = max([error[name] for name in row["inputs"] if name in error] or [0])
         times = "x %.2f" % (row["error"][0] / before) if before else "-"
         yield "  %.3g %8s  %s (%s), values up to %.3g" % (row["error"][0], times, row["node"], row["op"], row["largest"])
-    yield "the same layers on the card: %s" % vendors_command(args, bins[names[0]])
+    yield "the same layers on the card: %s" % vendors_command(args, bins[images[0]])
 
 
 def vendors_command(args, path):
@@ -230,69 +235,74 @@ def vendors_command(args, path):
         onnx, re.sub(r"(_nopad)?(\.onnx)?$", "", onnx) + ".om", path)
 
 
-def judge_fixed(report, args):
-    """Adds to a report whether its runs are within the tolerances. Returns a list of texts about what exceeds them."""
-    if args.max_difference is None:
-        args.max_difference = MAX_DIFFERENCE
-    max_flips = int(MAX_FLIP_SHARE * report["decisions"]) if args.max_flips is None else args.max_flips
-    beyond = []
-    if report["max_difference"] > args.max_difference:
-        beyond.append("the largest difference %.6g is more than %.6g (--max-difference)"
-                      % (report["max_difference"], args.max_difference))
+def judge_fixed(report, max_difference, max_flips):
+    """Judges a report by fixed tolerances, None for the default. Returns (entries for the report, texts about what exceeds them)."""
+    if max_difference is None:
+        max_difference = MAX_DIFFERENCE
+    if max_flips is None:
+        max_flips = int(MAX_FLIP_SHARE * report["decisions"])
+    problems = []
+    if report["max_difference"] > max_difference:
+        problems.append("the largest difference %.6g is more than %.6g (--max-difference)" % (report["max_difference"], max_difference))
     if report["flips"] > max_flips:
-        beyond.append("%d flips are more than %d (--max-flips)" % (report["flips"], max_flips))
-    report.update(allowed_difference=args.max_difference, allowed_flips=max_flips, within_tolerances=not beyond)
-    return beyond
+        problems.append("%d flips are more than %d (--max-flips)" % (report["flips"], max_flips))
+    return {"allowed_difference": max_difference, "allowed_flips": max_flips, "within_tolerances": not problems}, problems
 
 
-def judge_by_twin(report, logits, attributes, args):
-    """Adds to a report whether float16 explains A's differences. Returns a list of texts about what it does not explain."""
-    judged = judge(*logits)
-    shifts, flips = np.abs(logits[2] - logits[1]).max(axis=0), (logits[2] >= 0) != (logits[1] >= 0)
-    report.update(allowed_difference=judged["allowed"], allowed_flips=int((np.abs(logits[1]) <= judged["allowed"]).sum()),
-                  within_tolerances=judged.pop("within"))
-    report["rehearsal"] = dict(judged, twin=args.rehearsal, flips=int(flips.sum()), attributes=[
+def judge_by_twin(sides, attributes, twin):
+    """Judges A by the twin's logits. Returns (entries for the report, texts about what float16 does not explain)."""
+    judged = judge(*sides[:3])
+    within, allowed = judged.pop("within"), judged["allowed"]
+    shifts, flips = np.abs(sides.twin - sides.b).max(axis=0), (sides.twin >= 0) != (sides.b >= 0)
+    rehearsal = dict(judged, twin=twin, flips=int(flips.sum()), attributes=[
         {"name": name, "shift": float(shift), "flips": int(count)}
         for name, shift, count in zip(attributes, shifts, flips.sum(axis=0))])
-    return ["the %s %.6g is %s times float16's own %.6g" % (name, off, "%.1f" % (off / shift) if shift else "infinitely many", shift)
-            for name, off, shift in (("largest difference", judged["largest"], judged["shift"]),
-                                     ("root mean square", judged["typical"], judged["typical_shift"])) if off > FACTOR * shift]
+    problems = ["%s %.6g; float16 alone: %.6g" % (name, off, shift)
+                for name, off, shift in (("largest difference", judged["largest"], judged["shift"]),
+                                         ("root mean square", judged["typical"], judged["typical_shift"])) if off > FACTOR * shift]
+    return {"allowed_difference": allowed, "allowed_flips": int((np.abs(sides.b) <= allowed).sum()), "within_tolerances": within,
+            "rehearsal": rehearsal}, problems
 
 
-def refusal(report, beyond, args, logits, names, bins, uint8, attributes):
-    """Returns the error message for runs that differ too much."""
-    text, causes = "", ["look at the worst images above"]
-    if args.rehearsal:
-        text = " by more than float16 explains, which is up to %d times its own shift" % FACTOR
-        causes = explain(*logits, (args.onnx, args.rehearsal, args.a_model), uint8, names, bins, attributes) or [
-            "no wrong input or order explains it, so a layer or its weights are wrong: give the ONNX model from which the OM was "
-            "made in place of %s, or run on the card: %s" % (args.a, vendors_command(args, bins[report["worst_images"][0]["name"]]))]
-    return "%s and %s differ%s: %s; %s" % (report["a"], report["b"], text, " and ".join(beyond), "; ".join(causes))
+def causes_by_twin(sides, attributes, args):
+    """Returns texts about possible causes of a difference that float16 does not explain, and what to do."""
+    bins = {image: sides.bins[image] for image in sides.images}
+    worst = sides.images[np.abs(sides.a - sides.b).max(axis=1).argmax()]
+    return explain(*sides[:3], (args.a_model, args.onnx, args.rehearsal), bins, attributes) or [
+        "no wrong input or order explains it, so a layer or its weights are wrong: give the ONNX model from which the OM was "
+        "made in place of %s, or run on the card: %s" % (args.a, vendors_command(args, bins[worst]))]
 
 
 def main(argv=None):
     args = parse(argv)
-    logits, names, bins, uint8 = read_sides(args)
-    attributes = attribute_names(logits[0].shape[1], args.attributes)
-    labels = None if args.labels is None else labels_of(args.labels, names, logits[0].shape[1])
+    sides = read_sides(args)
+    count = sides.a.shape[1]
+    attributes = attribute_names(count, args.attributes)
+    labels = None if args.labels is None else labels_of(args.labels, sides.images, count)
     if args.rehearsal:
-        check_overflow(logits, names, bins, args)
+        check_overflow(sides, args)
     report = dict({"a": args.a, "b": args.b or "%s on %s" % (args.onnx, args.bins)},
-                  **compare(logits[0], logits[1], names, attributes))
-    report["metrics"] = None if labels is None else effect(logits[0], logits[1], labels)
+                  **compare(sides.a, sides.b, sides.images, attributes))
+    report["metrics"] = None if labels is None else effect(sides.a, sides.b, labels)
     report["names_assumed"] = attributes is PETA
-    beyond = judge_by_twin(report, logits, attributes, args) if args.rehearsal else judge_fixed(report, args)
+    if args.rehearsal:
+        verdict, problems = judge_by_twin(sides, attributes, args.rehearsal)
+        explained, explanation = "what float16 explains", " by more than float16 explains, which is up to %d times its own shift" % FACTOR
+    else:
+        verdict, problems = judge_fixed(report, args.max_difference, args.max_flips)
+        explained, explanation = "the tolerances", ""
+    report.update(verdict)
     for line in lines(report):
         print(line)
     if args.layers:
-        for line in rank(args, names, bins):
+        for line in rank(args, sides.images, sides.bins):
             print(line)
     if args.json is not None:
         write_text(args.json, json.dumps(report, indent=1, allow_nan=False) + "\n")
-    if beyond:
-        raise ValueError(refusal(report, beyond, args, logits, names, bins, uint8, attributes))
-    print("within %s: difference %.6g, flips %d" % ("what float16 explains" if args.rehearsal else "the tolerances",
-                                                    report["allowed_difference"], report["allowed_flips"]))
+    if problems:
+        causes = causes_by_twin(sides, attributes, args) if args.rehearsal else ["look at the worst images above"]
+        raise ValueError("%s and %s differ%s: %s" % (report["a"], report["b"], explanation, "; ".join(problems + causes)))
+    print("within %s: difference %.6g, flips %d" % (explained, report["allowed_difference"], report["allowed_flips"]))
 
 
 if __name__ == "__main__":

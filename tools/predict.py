@@ -15,7 +15,6 @@ The attributes' names come from --attributes, else from the model's metadata, el
 --thresholds, the thresholds of tools/thresholds.py replace 0.
 """
 import argparse
-import collections
 import contextlib
 import csv
 import io
@@ -28,10 +27,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.files import whole_file, write_text
 from lib.images import preprocess, read_image
 from lib.labels import ASSUMED, PETA, attribute_names, read_thresholds
-from lib.names import ENDINGS, stem
-from lib.results import PROBABILITIES, logits_from, look_like_probabilities, probabilities
+from lib.names import images_in, stem
+from lib.results import as_logits, probabilities
 from lib.script import command, importing, note, one_line, progress, some
-from lib.session import empty_batch, input_size, open_session
+from lib.session import empty_batch, input_size, open_session, run_batches
 
 with importing():
     import numpy as np
@@ -42,63 +41,45 @@ WIDTH = 480  # the largest width of the image
 WHITE, BLACK, GREY, PALE, BLUE = "white", "#202020", "#707070", "#d8d8d8", "#2f6fb5"
 
 
-def find_images(paths):
-    """Returns the paths, with each folder replaced by its images in order of their names. Raises OSError or ValueError."""
-    def broken(error):
-        raise error
-
+def image_paths(paths):
+    """Returns the paths, with each folder replaced by its images, and each path only once. Raises OSError or ValueError."""
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         raise FileNotFoundError("no such image file or folder: %s" % some(missing))
     found = []
     for path in paths:
-        if not os.path.isdir(path):
-            found.append(path)
-            continue
-        images, others = [], 0
-        for parent, folders, files in os.walk(path, onerror=broken):
-            folders.sort()
-            chosen = sorted(name for name in files if name.lower().endswith(ENDINGS) and not name.startswith("."))
-            images += [os.path.join(parent, name) for name in chosen]
-            others += len(files) - len(chosen)
-        if not images:
-            raise ValueError("%s: holds no image file (%s)" % (path, " ".join(ENDINGS)))
-        if others:
-            note("%s: %d files are left out, because their names do not end like those of images" % (path, others))
-        found += images
+        found += [os.path.join(parent, name) for parent, name in images_in(path)] if os.path.isdir(path) else [path]
     return list(dict.fromkeys(found))
 
 
-def predict(session, paths, report):
-    """Runs the model over image files in batches, as stages 4 to 6 do. Zeros fill up the last batch.
+def predict(session, paths, source, report):
+    """Runs the model over image files as stages 4 to 6 do, except that images with an EXIF orientation are turned upright.
 
-    Turns images with an EXIF orientation upright. Returns (paths that could be read, their logits float32 [paths, attributes],
-    {path: why it could not be read} for the others). Calls report(images) after every batch.
+    Returns {path: logits float32 [attributes]} and, for images that cannot be read, {path: why}. source: the model's path.
+    Calls report(images) after every batch. Raises ValueError for NaN or infinite logits.
     """
-    import PIL  # noqa: F401 - if it is missing, the images must not get the blame
-    name = session.get_inputs()[0].name
-    read, logits, bad = [], [], {}
-    batch_size, height, width = input_size(session)
-    batch = empty_batch(session, batch_size, height, width)
-    todo = collections.deque(paths)
-    while todo:
-        used = 0
-        while todo and used < batch_size:
-            path = todo.popleft()
-            try:
-                preprocess(path, out=batch[used], upright=True)
-            except Exception as error:  # Pillow raises nearly anything on damaged files
-                bad[path] = one_line(error)
-                report(1)
-                continue
-            read.append(path)
-            used += 1
-        batch[used:] = 0
-        if used:
-            outputs, = session.run(None, {name: batch})
-            logits.append(outputs[:used])
-        report(used)
-    return read, np.concatenate(logits) if logits else None, bad
+    import PIL  # noqa: F401 - import it here, so that a missing package is not reported as a bad image
+
+    def fill(path, row):
+        try:
+            preprocess(path, out=row, upright=True)
+        except Exception as error:  # Pillow raises nearly anything on damaged files
+            return one_line(error)
+
+    predictions, bad = {}, {}
+    for batch, reasons, outputs in run_batches(session, paths, fill):
+        for path, reason, row in zip(batch, reasons, outputs):
+            if reason is None:
+                predictions[path] = row
+            else:
+                bad[path] = reason
+        report(len(batch))
+    wrong = [path for path, row in predictions.items() if not np.isfinite(row).all()]
+    if wrong:
+        raise ValueError("%s: gives NaN or infinite logits for %s" % (source, some(wrong)))
+    if predictions:
+        predictions = dict(zip(predictions, as_logits(np.stack(list(predictions.values())), source)))
+    return predictions, bad
 
 
 def describe(path, logits, names, thresholds):
@@ -250,51 +231,54 @@ def as_csv(paths, names, predictions, bad):
     return text.getvalue().encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def main(argv=None):
-    args = parse(argv)
-    paths = find_images(args.images)
-    pictures = {} if args.save is None else targets(paths, args.save)
-    files = [path for path in (args.json, args.csv) if path is not None]
-    for path in files:  # fail before the work
-        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+def check_targets(args):
+    """Raises OSError or ValueError for files that could not be written, and for a bad font."""
+    for path in (args.json, args.csv):
+        if path is not None and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise FileNotFoundError("%s: cannot be written: its folder does not exist" % path)
     if args.font is not None:
-        open_font("", args.font)  # fail before the work if the font is bad
+        open_font("", args.font)
+
+
+def save_pictures(pictures, predictions, names, thresholds, font_path):
+    """Draws the pictures. pictures: {image path: path of its picture}. predictions: {image path: logits}."""
+    text = "".join(names) + "0123456789. %"
+    font = open_font(text, font_path)
+    missing = lacking(font, text)
+    if missing:
+        note("the font lacks %s: boxes are drawn. Install one that has them (for Chinese: fonts-noto-cjk on Debian and Ubuntu, "
+             "google-noto-sans-cjk-fonts on openEuler, CentOS and Fedora), or give --font FILE" % some(missing))
+    for path, logits in predictions.items():
+        with whole_file(pictures[path]) as temporary:
+            draw(path, logits, names, font, thresholds).save(temporary, format="PNG")
+
+
+def main(argv=None):
+    args = parse(argv)
+    paths = image_paths(args.images)
+    pictures = {} if args.save is None else targets(paths, args.save)
+    check_targets(args)  # before the work
     session = open_session(args.onnx)
     names = attribute_names(attributes_of(session), args.attributes, args.onnx)
     names, thresholds, _ = read_thresholds(args.thresholds, names)
     if names is PETA:
         note(ASSUMED)
     with progress(len(paths), "image") as bar:
-        read, logits, bad = predict(session, paths, bar.update)
-    if read:
-        if not np.isfinite(logits).all():
-            raise ValueError("%s: gives NaN or infinite logits for %s" % (
-                args.onnx, some(path for path, row in zip(read, logits) if not np.isfinite(row).all())))
-        if look_like_probabilities(logits):
-            note("%s: %s; they are converted to logits" % (args.onnx, PROBABILITIES))
-            logits = logits_from(logits)
-    predictions = dict(zip(read, logits)) if read else {}
-    if pictures and read:
-        text = "".join(names) + "0123456789. %"
-        font = open_font(text, args.font)
-        if lacking(font, text):
-            note("the font lacks %s: boxes are drawn. Install one that has them (for Chinese: fonts-noto-cjk on Debian and Ubuntu, "
-                 "google-noto-sans-cjk-fonts on openEuler, CentOS and Fedora), or give --font FILE" % some(lacking(font, text)))
+        predictions, bad = predict(session, paths, args.onnx, bar.update)
+    if pictures and predictions:
         os.makedirs(args.save, exist_ok=True)
-        for path, row in predictions.items():
-            with whole_file(pictures[path]) as temporary:
-                draw(path, row, names, font, thresholds).save(temporary, format="PNG")
-        print("%s: %d pictures" % (args.save, len(read)))
+        save_pictures(pictures, predictions, names, thresholds, args.font)
+        print("%s: %d pictures" % (args.save, len(predictions)))
     if args.json is not None:
         write_text(args.json, as_json(args.onnx, names, thresholds, predictions, bad))
     if args.csv is not None:
         write_text(args.csv, as_csv(paths, names, predictions, bad))
+    files = [path for path in (args.json, args.csv) if path is not None]
     for path in files:
-        print("%s: %d images, %d could not be read" % (path, len(read), len(bad)))
-    for path, row in predictions.items() if not files else ():
-        for line in describe(path, row, names, thresholds):
-            print(line)
+        print("%s: %d images, %d could not be read" % (path, len(predictions), len(bad)))
+    if not files:
+        for path, logits in predictions.items():
+            print("\n".join(describe(path, logits, names, thresholds)))
     if bad:
         raise ValueError("%d of %d images cannot be read: %s"
                          % (len(bad), len(paths), some("%s (%s)" % item for item in bad.items())))

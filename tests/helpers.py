@@ -22,7 +22,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from lib.script import NOTED
+from lib.script import seen_notes
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SIZE = 12  # the number of images in run_all.sh's sample
@@ -87,7 +87,7 @@ def own_state(path, arguments, cwd):
                 warnings.simplefilter("ignore", category)
             for name in networks:
                 del sys.modules[name]
-            NOTED.clear()
+            seen_notes.clear()
             sys.argv = [path] + arguments
             os.chdir(str(cwd or "."))
             yield

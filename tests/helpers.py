@@ -336,6 +336,11 @@ POSTPROCESS = "postprocess_deepmar_pytorch.py"
 INSTANCE = ["instance_acc", "instance_precision", "instance_recall", "instance_F1"]
 
 
+def contents(folder):
+    """Returns {path: bytes} of the files in a folder and in its folders."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def independent(logits, labels):
     """The published definition, one image and one attribute at a time; logits and labels as nested lists."""
     accs, precisions, recalls = [], [], []

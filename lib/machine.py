@@ -109,9 +109,5 @@ def worker_pool(count):
         yield run
     except BrokenProcessPool:
         raise OSError("a worker process was killed; was the memory exhausted?")
-    except BaseException:  # such as Ctrl-C: the processes have more work in their queue
-        for process in multiprocessing.active_children():
-            process.kill()
-        raise
     finally:
         pool.shutdown()

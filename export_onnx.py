@@ -113,7 +113,7 @@ def describe(content, checkpoint, names, size, last_conv_stride):
 def whole_file(path):
     """Yields the name of a new file beside path. Renames it to path if the block succeeds, deletes it if the block fails."""
     for left in glob.glob(glob.escape(path) + ".%s.partial" % ("[0-9a-f]" * 8)):
-        with contextlib.suppress(OSError), open(left, "r+b") as file:  # NFS locks no file that is open only for reading
+        with contextlib.suppress(OSError), open(left) as file:
             if locked(file):  # no process holds the lock, so the file is left from a killed run
                 os.remove(left)
     temporary = "%s.%s.partial" % (path, secrets.token_hex(4))

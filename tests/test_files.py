@@ -1,9 +1,10 @@
-"""lib/files.py: what is written is whole wherever its run stops. export_onnx.py, which is copied alone, has a whole_file() too."""
+"""lib/files.py: what is written is whole wherever its run stops."""
 import ast
 import builtins
 import errno
 import fcntl
 import glob
+import inspect
 import itertools
 import os
 import shutil
@@ -14,10 +15,10 @@ import pytest
 
 import export_onnx
 from helpers import ROOT
+from lib import files
 from lib.files import replaced_folder, whole_file
 
-WRITERS = {"file": whole_file, "export_onnx's file": export_onnx.whole_file, "folder": replaced_folder}
-FILE_WRITERS = pytest.mark.parametrize("writer", [whole_file, export_onnx.whole_file], ids=["lib", "export_onnx"])
+WRITERS = {"file": whole_file, "folder": replaced_folder}
 SUCCESS, NAMED_ERROR, INTERRUPTED, TRACEBACK, KILLED = range(5)  # how a fork ends
 UNSTOPPED = 8  # is added to its exit status if it had fewer operations
 
@@ -25,8 +26,8 @@ UNSTOPPED = 8  # is added to its exit status if it had fewer operations
 def write(kind, path, text):
     """Writes a file, or a folder of two files."""
     with WRITERS[kind](path) as temporary:
-        for name in ("a.bin", "b.bin") if kind == "folder" else ("",):
-            with open(os.path.join(temporary, name) if name else temporary, "w") as f:
+        for name in [temporary] if kind == "file" else [temporary + "/a.bin", temporary + "/b.bin"]:
+            with open(name, "w") as f:
                 f.write(text)
 
 
@@ -122,12 +123,11 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, capsy
     assert ("has no locks" in capsys.readouterr().err) == (kind == "folder")
 
 
-@FILE_WRITERS
-def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path, writer):
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
     """What comes last stays."""
     path = str(tmp_path / "a.onnx")
-    with writer(path) as first:
-        with writer(path) as second:
+    with whole_file(path) as first:
+        with whole_file(path) as second:
             for name in (first, second):
                 with open(name, "w") as f:
                     f.write(name)
@@ -135,8 +135,7 @@ def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path, writer):
     assert read(path) == [first] and os.listdir(str(tmp_path)) == ["a.onnx"]
 
 
-@FILE_WRITERS
-def test_only_the_files_of_dead_runs_are_deleted(tmp_path, monkeypatch, writer):
+def test_only_the_files_of_dead_runs_are_deleted(tmp_path, monkeypatch):
     def flock(file, operation, lock=fcntl.flock):  # NFS cannot lock a file that is open only for reading
         if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
             raise OSError(errno.EBADF, "Bad file descriptor")
@@ -146,7 +145,7 @@ def test_only_the_files_of_dead_runs_are_deleted(tmp_path, monkeypatch, writer):
     others = [path, path + ".partial", path + ".notes.partial", path + ".1234567.partial", path + "x.12345678.partial"]
     for name in others + [path + ".0123abcd.partial"]:
         open(name, "w").close()
-    with writer(path) as temporary:
+    with whole_file(path) as temporary:
         with open(temporary, "w") as f:
             f.write("new")
     assert sorted(os.path.join(str(tmp_path), name) for name in os.listdir(str(tmp_path))) == sorted(others)
@@ -170,6 +169,12 @@ def test_a_folder_that_cannot_be_renamed_stays_whole(tmp_path, monkeypatch, erro
     with pytest.raises((ValueError, OSError), match=text):
         write("folder", path, "new")
     assert read(path) == ["earlier"] * 2 and os.listdir(str(tmp_path)) == ["out"]
+
+
+@pytest.mark.parametrize("function", ["whole_file", "lock"])
+def test_export_onnx_has_the_same_functions(function):
+    """It is copied alone, so it cannot import them."""
+    assert inspect.getsource(getattr(export_onnx, function)) == inspect.getsource(getattr(files, function))
 
 
 # The files of these are written into a folder of replaced_folder(), or are those of another tool's interface.

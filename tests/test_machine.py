@@ -133,7 +133,7 @@ def no_more_processes():
 
 
 def test_one_line_names_the_limit_of_processes(folder):
-    check_refused(folder, finish(start(folder, STAGE_4, preexec_fn=no_more_processes())), "processes cannot be started", "ulimit -u")
+    check_refused(folder, finish(start(folder, STAGE_4, preexec_fn=no_more_processes())), "cannot be started", "ulimit -u")
 
 
 @pytest.mark.parametrize("command", [BENCHMARK, BENCHMARK[:3] + ["-round=2"], PREDICT, QUANTIZE],

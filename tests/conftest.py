@@ -14,7 +14,7 @@ import pytest
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.join(os.path.dirname(TESTS), folder) for folder in ("", "tools", "tools/run", "tests")]
-pytest.register_assert_rewrite("helpers", "small_network", "stages")
+pytest.register_assert_rewrite("helpers", "small_network")
 from helpers import SIZE, run_all, script
 
 VERSION = "%d.%d" % sys.version_info[:2]

@@ -1,5 +1,7 @@
 """What test files share: how a script is run and its error checked, toy models, images, results, the card's stand-ins."""
+import contextlib
 import ctypes
+import gc
 import io
 import json
 import os
@@ -11,6 +13,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -19,8 +22,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from lib.script import seen_notes
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-OWN = [os.path.join(ROOT, folder).rstrip("/") for folder in ("", "lib", "lib/gallery", "tools", "tools/run", "tests")]  # of our own modules
 SIZE = 12  # the number of images in run_all.sh's sample
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
@@ -28,61 +32,83 @@ FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 # --- scripts ----------------------------------------------------------------------------------------------------------
 
 def script(name, *arguments, cwd=None):
-    """Runs ROOT/name in a fork of this process. Returns the finished process, with its output as text.
+    """Runs ROOT/name in this process. Returns a finished process, with its output as text, as started() does.
 
-    The result is the same as that of started(), but libraries that the test file has imported are not imported again. For torch,
-    that saves seconds. The project's own modules are imported anew.
+    Libraries are not imported again, which saves seconds. What a script changes in its process is undone.
     """
     path, arguments = os.path.join(ROOT, str(name)), [str(argument) for argument in arguments]
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        process = os.fork()
-        if not process:
-            run_forked(path, arguments, cwd, output, errors)
-        _, status = os.waitpid(process, 0)
+        with redirected("stdout", output), redirected("stderr", errors), own_state(path, arguments, cwd):
+            try:
+                runpy.run_path(path, run_name="__main__")
+                code = 0
+            except SystemExit as stop:
+                code = stop.code
+            except Exception:
+                traceback.print_exc()
+                code = 1
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
         texts = []
         for file in (output, errors):
             file.seek(0)
-            texts.append(io.TextIOWrapper(file).read())
-    code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
-    return subprocess.CompletedProcess([path] + arguments, code, *texts)
+            texts.append(io.TextIOWrapper(file, "utf-8").read())
+    return subprocess.CompletedProcess([path] + arguments, 1 if isinstance(code, str) else code or 0, *texts)
 
 
-def run_forked(path, arguments, cwd, output, errors):
-    """Runs a script in this process, a child of pytest, and ends it, as a new Python would."""
-    status = 1
+@contextlib.contextmanager
+def redirected(name, file):
+    """Redirects sys.stdout or sys.stderr to an open file, with what libraries in C and child processes write."""
+    stream, number = getattr(sys, name), {"stdout": 1, "stderr": 2}[name]
+    copy = os.dup(number)
+    os.dup2(file.fileno(), number)
+    setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))
     try:
-        for number, name, file in ((1, "stdout", output), (2, "stderr", errors)):
-            os.dup2(file.fileno(), number)
-            usual = getattr(sys, "__%s__" % name)
-            setattr(sys, name, open(number, "w", encoding=usual.encoding, errors=usual.errors, closefd=False))
-        warnings.resetwarnings()  # pytest would collect the warnings
-        warnings.showwarning = lambda *warning: sys.stderr.write(warnings.formatwarning(*warning[:4]))
-        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
-            warnings.simplefilter("ignore", category)
-        for module, value in list(sys.modules.items()):
-            if os.path.dirname(getattr(value, "__file__", None) or "") in OWN and module != "providers":  # which registers once
-                del sys.modules[module]
-        sys.dont_write_bytecode = True  # a test may change a module within the same second
-        sys.argv, sys.path = [path] + arguments, [os.path.dirname(path)] + [folder for folder in sys.path if folder not in OWN]
-        os.chdir(str(cwd or "."))
-        runpy.run_path(path, run_name="__main__")
-        status = 0
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        if status and not isinstance(stop.code, int):
-            print(stop.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
+        yield
     finally:
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(status)
+        with contextlib.suppress(OSError):
+            getattr(sys, name).flush()
+        setattr(sys, name, stream)
+        os.dup2(copy, number)
+        os.close(copy)
+
+
+@contextlib.contextmanager
+def own_state(path, arguments, cwd):
+    """Gives a script the state that a new Python would have, as far as scripts notice it; restores this process's state."""
+    folder, paths, argv, collects = os.getcwd(), sys.path[:], sys.argv, gc.isenabled()
+    # A copy of export_onnx.py in another checkout imports that one's network, which a test may change within a second.
+    networks = {} if path.startswith(ROOT) else {name: module for name, module in sys.modules.items() if is_network(name)}
+    try:
+        with warnings.catch_warnings(), mock.patch.dict(os.environ), mock.patch.object(sys, "dont_write_bytecode", True):
+            warnings.resetwarnings()  # pytest would collect the warnings
+            warnings.showwarning = lambda *warning: sys.stderr.write(warnings.formatwarning(*warning[:4]))
+            for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+                warnings.simplefilter("ignore", category)
+            for name in networks:
+                del sys.modules[name]
+            seen_notes.clear()
+            sys.argv = [path] + arguments
+            os.chdir(str(cwd or "."))
+            yield
+    finally:
+        os.chdir(folder)
+        sys.path[:], sys.argv = paths, argv
+        if collects:
+            gc.enable()
+        if not path.startswith(ROOT):
+            for name in list(filter(is_network, sys.modules)):
+                del sys.modules[name]
+            sys.modules.update(networks)
+
+
+def is_network(module):
+    """Whether a module is DeepMAR, or one of the open-source repository's packages."""
+    return module == "DeepMAR" or module.partition(".")[0] == "baseline"
 
 
 def started(name, *arguments, cwd=None):
-    """Runs ROOT/name with a new Python. Returns the same as script(). It shows what a fork cannot, such as a failed import."""
+    """Runs ROOT/name with a new Python. Returns the same as script(). It shows what script() cannot, such as a failed import."""
     return subprocess.run([sys.executable, os.path.join(ROOT, name)] + [str(argument) for argument in arguments],
                           cwd=str(cwd) if cwd else None, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           universal_newlines=True)
@@ -308,6 +334,11 @@ def parse_predictions(text):
 
 POSTPROCESS = "postprocess_deepmar_pytorch.py"
 INSTANCE = ["instance_acc", "instance_precision", "instance_recall", "instance_F1"]
+
+
+def contents(folder):
+    """Returns {path: bytes} of the files in a folder and in its folders."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def independent(logits, labels):

@@ -1,48 +1,65 @@
-"""Machines that are not like ours: a full disk, no locks, no threads, overlays, quotas ...: it works, or one line says why."""
+"""Machines that are not like ours: a full disk, no locks, no threads, quotas ...: a script works, or one line says why.
+
+Stage 4 stands for all scripts: it reads and writes many files in several processes. Of what a script writes: tests/test_files.py.
+"""
+import contextlib
 import ctypes
 import errno
 import glob
+import json
 import os
-import re
+import random
 import resource
+import signal
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from lib.machine import cores
-import common
+from helpers import NETWORK, POSTPROCESS, ROOT, check_error, contents, namespaces, refused, write_images, write_model
+from lib import machine
 from lib.files import replaced_folder
-from lib.machine import cgroup_cores
-from helpers import ROOT, check_error, namespaces, refused, script
 from lib.labels import ASSUMED
-from lib.results import list_results
-from stages import STAGES, contents, output, prepare, put_earlier, run, start
 
-# Where each script says it cannot write, if not under the name of its first output.
-SAYS = {"sample": "sample", "predict": "pictures/im0_attributes.png"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("machine")
-    prepare(path)
-    return path
+STAGE_4 = ["preprocess_deepmar_pytorch.py", "images", "input_bin", "image.txt"]
+GET_INFO = ["get_info.py", "input_bin", "deepmar.info", "224", "224"]
+BENCHMARK = ["tools/benchmark.py", "-batch_size=4", "-om_path=model.onnx", "-input_text_path=deepmar.info"]
+PREDICT = ["tools/predict.py", "images/im0.png", "images/im1.png", "--onnx=model.onnx", "--json=predictions.json"]
+QUANTIZE = ["tools/quantize.py", "model.onnx", "input_bin", "int8.onnx"]
+EARLIER = {"earlier.bin": b"earlier"}
+NAMES = ["im%d.png" % i for i in range(8)]
 
 
-def full_disk(size):
-    """No file can have more bytes: the errors of a full disk, without one."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+@pytest.fixture
+def folder(tmp_path):
+    """Images and their list; in input_bin, what an earlier run left."""
+    write_images(tmp_path / "images", len(NAMES))
+    (tmp_path / "image.txt").write_text("\n".join(NAMES))
+    (tmp_path / "input_bin").mkdir()
+    for name, content in EARLIER.items():
+        (tmp_path / "input_bin" / name).write_bytes(content)
+    return tmp_path
 
 
-def no_privilege():
-    """Takes root's right to write where the permissions forbid it; who is not root has none."""
-    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH of linux/capability.h
-        ctypes.CDLL(None).prctl(24, capability)  # PR_CAPBSET_DROP of linux/prctl.h; in force after exec
+@pytest.fixture
+def bins_folder(tmp_path):
+    """Images, their bins and a model, for the scripts that run it."""
+    write_images(tmp_path / "images", len(NAMES))
+    write_model(tmp_path / "model.onnx", 4)
+    (tmp_path / "input_bin").mkdir()
+    for i, name in enumerate(NAMES):
+        (tmp_path / "input_bin" / name.replace("png", "bin")).write_bytes(np.full(3 * 224 * 224, i, "<f4").tobytes())
+    (tmp_path / "deepmar.info").write_text("".join("%d ./input_bin/im%d.bin 224 224\n" % (i, i) for i in range(len(NAMES))))
+    return tmp_path
 
 
-def few_files():
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+def start(folder, command, prefix=(), **settings):
+    """Starts a script in a new Python and a new process group. prefix: goes before the whole command."""
+    return subprocess.Popen(list(prefix) + [sys.executable, "-B", os.path.join(ROOT, command[0])] + command[1:], cwd=str(folder),
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, start_new_session=True, **settings)
 
 
 def finish(process):
@@ -50,190 +67,196 @@ def finish(process):
     return process
 
 
-EXPECTED = {}
+def check_complete(folder, process):
+    assert process.returncode == 0 and "Traceback" not in process.stderr, process.stderr
+    assert sorted(contents(folder / "input_bin")) == [name.replace("png", "bin") for name in NAMES]
 
 
-def undisturbed(folder, stage):
-    """What a stage writes; leaves its earlier output in place."""
-    if stage not in EXPECTED:
-        put_earlier(folder, stage)
-        run(folder, stage)
-        EXPECTED[stage] = output(folder, stage)
-    put_earlier(folder, stage)
-    return EXPECTED[stage]
+def check_refused(folder, process, *texts):
+    """One line says why, and all is as it was."""
+    check_error(process, *texts)
+    assert contents(folder / "input_bin") == EARLIER and sorted(os.listdir(str(folder))) == ["image.txt", "images", "input_bin"]
 
 
-def check_refused(folder, stage, preexec_fn):
-    """A script that cannot write says so, names the file and leaves all as it was."""
-    earlier = put_earlier(folder, stage)
-    before = set(contents(folder))
-    process = finish(start(folder, stage, preexec_fn=preexec_fn))
-    check_error(process, SAYS.get(stage, os.path.basename(STAGES[stage][1][0])))
-    assert output(folder, stage) == earlier and set(contents(folder)) == before
-    return process.stderr
+# --- disks ----------------------------------------------------------------------------------------------------------
+
+def test_a_full_disk_is_named(folder):
+    """No file can have more bytes: the errors of a full disk, without one."""
+    process = finish(start(folder, STAGE_4, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))))
+    check_refused(folder, process, "input_bin", "File too large")
 
 
-@pytest.mark.parametrize("stage", list(STAGES))
-def test_a_full_disk(folder, stage):
-    size = 200000 if stage == "sample" else 100  # its images fit, its checkpoint does not
-    assert "File too large" in check_refused(folder, stage, lambda: full_disk(size))
-
-
-@pytest.mark.parametrize("stage", sorted(set(STAGES) - {"sample"}))
-def test_a_folder_that_cannot_be_written(folder, stage):
-    put_earlier(folder, stage)
-    folders = [str(folder)] + [str(folder / name) for name in ("result", "lists", "pictures")]
-    modes = {name: 0o555 for name in folders if os.path.isdir(name)}
+def test_a_folder_without_the_right_to_write_is_named(folder):
+    def no_privilege():
+        """Takes root's right to write where the permissions forbid it; who is not root has none."""
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH of linux/capability.h
+            ctypes.CDLL(None).prctl(24, capability)  # PR_CAPBSET_DROP of linux/prctl.h; in force after exec
+    folder.chmod(0o555)
     try:
-        for name in modes:
-            os.chmod(name, 0o555)
-        probe = finish(start(folder, stage, ["-c", "open('probe', 'w')"], preexec_fn=no_privilege))
-        assert "PermissionError" in probe.stderr, "the test itself cannot take the right to write"
-        earlier = output(folder, stage)
-        process = finish(start(folder, stage, preexec_fn=no_privilege))
+        assert subprocess.call(["touch", "probe"], cwd=str(folder), preexec_fn=no_privilege, stderr=subprocess.DEVNULL), \
+            "the test itself cannot take the right to write"
+        process = finish(start(folder, STAGE_4, preexec_fn=no_privilege))
     finally:
-        for name in modes:
-            os.chmod(name, 0o755)
-    check_error(process, "ermission denied", SAYS.get(stage, os.path.basename(STAGES[stage][1][0])))
-    assert output(folder, stage) == earlier
+        folder.chmod(0o755)
+    check_refused(folder, process, "input_bin", "ermission denied")
 
 
-@pytest.mark.parametrize("stage", sorted(set(STAGES) - {"sample"}))
-def test_few_files_and_no_temporary_folder_do_not_matter_and_nothing_is_written_at_home(folder, tmp_path, stage):
+def test_a_mounted_folder_is_named(folder):
+    alone = namespaces("--mount")
+    (folder / "images" / "other").mkdir()
+    for mount in ("-t tmpfs tmpfs input_bin", "--bind images/other input_bin"):  # the second is of the same device
+        process = finish(start(folder, STAGE_4, alone + ["sh", "-c", "mount %s && exec \"$@\"" % mount, "sh"]))
+        check_refused(folder, process, "input_bin: something is mounted there", "give a folder inside it")
+
+
+@pytest.mark.parametrize("command", [BENCHMARK, PREDICT], ids=["benchmark", "predict"])
+def test_few_files_and_no_temporary_folder_do_not_matter_and_nothing_is_written_at_home(bins_folder, tmp_path_factory, command):
     """Official builds of ONNX Runtime >= 1.29 keep what they report in ~/.cache, except where a variable says it is CI."""
-    kept = ("PATH", "LANG", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
-    expected = undisturbed(folder, stage)
-    environment = {name: os.environ[name] for name in kept if name in os.environ}
-    process = finish(start(folder, stage, preexec_fn=few_files, env=dict(environment, HOME=str(tmp_path), TMPDIR="/nowhere")))
-    assert process.returncode == 0 and re.fullmatch("(note: PETA's names .*\n)?", process.stderr), process.stderr
-    assert output(folder, stage) == expected and list(tmp_path.iterdir()) == []
+    home = tmp_path_factory.mktemp("home")
+    environment = {name: os.environ[name] for name in ("PATH", "LANG", "LD_LIBRARY_PATH") if name in os.environ}
+    process = finish(start(bins_folder, command, env=dict(environment, HOME=str(home), TMPDIR="/nowhere", OMP_NUM_THREADS="1"),
+                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))))
+    assert process.returncode == 0 and process.stderr in ("", "note: %s\n" % ASSUMED), process.stderr
+    assert list(home.iterdir()) == []
 
 
 # --- no locks, no threads and processes, no shared memory -----------------------------------------------------------
 
-@pytest.mark.parametrize("stage, error", [("preprocess", errno.ENOSYS), ("benchmark", errno.ENOLCK),
-                                          ("get_info", errno.ENOTSUP), ("predict", errno.ENOLCK)])
-def test_a_file_system_without_locks(folder, stage, error):
-    expected = undisturbed(folder, stage)
-    process = finish(start(folder, stage, preexec_fn=refused(error, "flock")))
-    assert process.returncode == 0, process.stderr
-    assert ("note: this file system has no locks (%s)" % os.strerror(error) in process.stderr) == \
-        (stage in ("preprocess", "benchmark")), process.stderr
-    assert output(folder, stage) == expected
+def test_a_file_system_without_locks_is_noted(folder):
+    process = finish(start(folder, STAGE_4, preexec_fn=refused(errno.ENOLCK, "flock")))
+    check_complete(folder, process)
+    assert "has no locks" in process.stderr
 
 
-def test_another_error_of_a_lock_is_one(folder):
-    put_earlier(folder, "preprocess")
-    check_error(finish(start(folder, "preprocess", preexec_fn=refused(errno.EIO, "flock"))), "Input/output error")
+def no_more_processes():
+    return refused(errno.EAGAIN, "clone", "clone3", "fork", "vfork")
 
 
-@pytest.mark.parametrize("stage", sorted(set(STAGES) - {"export_onnx", "sample"}))
-def test_no_threads_and_processes_can_be_started(folder, stage):
-    expected = undisturbed(folder, stage)
-    process = finish(start(folder, stage, preexec_fn=refused(errno.EAGAIN, "clone", "clone3", "fork", "vfork")))
-    assert process.returncode == 0 and "Traceback" not in process.stderr, process.stderr
-    said = {"preprocess": "note: only 0 of ", "lists": "note: no process can be started (Resource temporarily unavailable)",
-            "benchmark": "ulimit -u", "predict": "ulimit -u"}
-    assert said.get(stage, "") in process.stderr
-    assert output(folder, stage) == expected
+def test_one_line_names_the_limit_of_processes(folder):
+    check_refused(folder, finish(start(folder, STAGE_4, preexec_fn=no_more_processes())), "cannot be started", "ulimit -u")
 
 
-def test_no_threads_for_the_report_and_the_quantizer(folder, tmp_path):
-    run(folder, "postprocess")
-    run(folder, "benchmark")
-    for command, said in (
-            (["report.py", "--images", "images", "--results", "logits", "--output", str(tmp_path / "r.html"),
-              "--perf", "result/perf_vision_batchsize_4_device_0.txt"], ""),
-            (["quantize.py", "model.onnx", "input_bin", str(tmp_path / "int8.onnx")], "needs a thread for each core"),
-            (["benchmark.py", "-batch_size=4", "-om_path=model.onnx", "-round=2"], "one thread does all the work")):
-        process = subprocess.Popen([sys.executable, os.path.join(ROOT, "tools", command[0])] + command[1:], cwd=str(folder),
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
-                                   preexec_fn=refused(errno.EAGAIN, "clone", "clone3", "fork", "vfork"))
-        finish(process)
-        assert said in process.stderr, process.stderr
-        if process.returncode:
-            check_error(process, "(ulimit -u and -v, a container's pids limit)")
-    assert not [name for name in os.listdir(str(tmp_path)) if ".partial" in name or name == "int8.onnx"]
+@pytest.mark.parametrize("command", [BENCHMARK, BENCHMARK[:3] + ["-round=2"], PREDICT, QUANTIZE],
+                         ids=["benchmark", "pure inference", "predict", "quantize"])
+def test_one_line_names_the_limit_of_threads(bins_folder, command):
+    """And ONNX Runtime does not wait for ever for a thread that did not start."""
+    before = sorted(os.listdir(str(bins_folder)))
+    process = start(bins_folder, command, preexec_fn=no_more_processes())
+    process.stdout, process.stderr = process.communicate(timeout=60)
+    check_error(process, "threads", "ulimit -u")
+    assert sorted(os.listdir(str(bins_folder))) == before
 
 
-@pytest.mark.parametrize("stage", ["preprocess", "benchmark", "lists"])
-@pytest.mark.parametrize("mount", ["-o ro", "-o size=4k"])
-def test_no_shared_memory(folder, stage, mount):
+def test_no_shared_memory(folder):
+    """It works without, or one line says why."""
     alone = namespaces("--mount")
-    expected = undisturbed(folder, stage)
-    in_it = ["sh", "-c", "mount -t tmpfs %s tmpfs /dev/shm && { head -c 9999 /dev/zero >/dev/shm/full; exec \"$@\"; }" % mount,
-             "sh"]
-    process = finish(start(folder, stage, prefix=alone + in_it))
-    assert process.returncode == 0 and ("Read-only" in process.stderr or "No space" in process.stderr), process.stderr
-    assert output(folder, stage) == expected
+    process = finish(start(folder, STAGE_4, alone + ["sh", "-c", "mount -t tmpfs -o ro tmpfs /dev/shm && exec \"$@\"", "sh"]))
+    if process.returncode:
+        check_refused(folder, process, "Read-only")
+    else:
+        check_complete(folder, process)
 
 
-# --- folders that cannot be renamed ---------------------------------------------------------------------------------
+# --- stopped runs, and two at the same time --------------------------------------------------------------------------
 
-OVERLAY = """
-set -e
-mount -t tmpfs tmpfs "$1"
-mkdir "$1/upper" "$1/work" "$1/merged"
-mount -t overlay overlay -o lowerdir="$2",upperdir="$1/upper",workdir="$1/work",redirect_dir=off "$1/merged"
-cd "$1/merged"
-out=$3
-shift 3
-"$1" -c 'import os; os.rename("bins", "elsewhere")' 2>&1 | grep -q "Invalid cross-device link"
-"$@"
-ls -d bins*
-cp -r bins "$out"
-"""
+def living(group):
+    """Whether a process group has a process that is no zombie."""
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open("/proc/%s/stat" % process) as f:  # it may just have gone
+            state, _, its_group = f.read().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                return True
+    return False
 
 
-def test_the_lower_layer_of_an_overlay(folder, tmp_path):
-    """As where an earlier output is a part of a container's image."""
-    alone = namespaces("--mount")
-    expected = undisturbed(folder, "preprocess")
-    (tmp_path / "layers").mkdir()
-    process = finish(start(folder, "preprocess",
-                           prefix=alone + ["sh", "-c", OVERLAY, "sh", tmp_path / "layers", folder, tmp_path / "bins"]))
-    assert process.returncode == 0 and process.stdout.endswith("]\nbins\n"), (process.stdout, process.stderr)
-    assert [contents(tmp_path / "bins")] == expected
-    assert output(folder, "preprocess") != expected, "the lower layer has been written to"
+def check_stopped(process):
+    """A process that has been interrupted or killed leaves no process behind."""
+    process.stdout, process.stderr = process.communicate(timeout=60)
+    deadline = time.time() + 10
+    while living(process.pid):
+        assert time.time() < deadline, "left processes behind"
 
 
-def test_what_cannot_be_renamed_and_is_half_deleted_is_no_result(tmp_path, monkeypatch):
-    (tmp_path / "bins").mkdir()
-    for i in range(3):
-        (tmp_path / "bins" / ("%d_1.bin" % i)).write_bytes(bytes(3 * 8 * 8 * 4))
-    rename, remove, deleted = os.rename, os.remove, []
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("part", [0, 0.3, 0.6, 0.9])
+def test_stage_4_stopped_at_any_moment_leaves_whole_bins(folder, number, part):
+    began = time.time()
+    check_complete(folder, finish(start(folder, STAGE_4)))
+    complete, duration = contents(folder / "input_bin"), time.time() - began
+    process = start(folder, STAGE_4)
+    time.sleep(duration * (part + 0.1 * random.random()))
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)  # a terminal interrupts the whole group
+    check_stopped(process)
+    if (folder / "input_bin").exists():  # otherwise it was killed between two renames, of which tests/test_files.py
+        assert contents(folder / "input_bin") == complete
+    check_complete(folder, finish(start(folder, STAGE_4)))
+    assert sorted(os.listdir(str(folder))) == ["image.txt", "images", "input_bin"]
 
-    def rename_none(source, target):
-        if source == str(tmp_path / "bins"):
-            raise OSError(errno.EXDEV, "Invalid cross-device link")
-        rename(source, target)
 
-    def remove_one(path):
-        if deleted:
+@pytest.mark.parametrize("part", [0.2, 0.7])
+def test_the_export_interrupted_at_any_moment_leaves_a_whole_model(tmp_path, part):
+    """Most of its time goes into imports, in which torch turns an interrupt into other errors."""
+    (tmp_path / "baseline" / "model").mkdir(parents=True)
+    (tmp_path / "baseline" / "model" / "DeepMAR.py").write_text(NETWORK % "x")
+    with open(os.path.join(ROOT, "export_onnx.py")) as f:
+        (tmp_path / "export_onnx.py").write_text(f.read())
+    (tmp_path / "any.pth").write_bytes(b"")
+    command = [str(tmp_path / "export_onnx.py"), "any.pth", "out.onnx", "2"]
+    began = time.time()
+    assert finish(start(tmp_path, command)).returncode == 0
+    complete, duration = (tmp_path / "out.onnx").read_bytes(), time.time() - began
+    process = start(tmp_path, command)
+    time.sleep(duration * (part + 0.1 * random.random()))
+    os.killpg(process.pid, signal.SIGINT)
+    check_stopped(process)
+    assert (tmp_path / "out.onnx").read_bytes() == complete and not list(tmp_path.glob("*.partial"))
+
+
+def test_slow_images_do_not_hold_up_ctrl_c(tmp_path):
+    """Reading one of these takes a good part of a second, and each worker is handed many at a time."""
+    (tmp_path / "slow").mkdir()
+    Image.new("L", (7900, 7900)).save(str(tmp_path / "slow" / "0.png"))
+    for i in range(1, 100):
+        os.link(str(tmp_path / "slow" / "0.png"), str(tmp_path / "slow" / ("%d.png" % i)))
+    (tmp_path / "slow.txt").write_text("".join("%d.png\n" % i for i in range(100)))
+    process = start(tmp_path, STAGE_4[:1] + ["slow", "bins", "slow.txt"])
+    while not (tmp_path / "bins.partial").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(1)
+    began = time.time()
+    os.killpg(process.pid, signal.SIGINT)
+    check_stopped(process)
+    assert time.time() - began < 10  # all of the images would take far longer
+    assert process.stderr == "preprocess_deepmar_pytorch.py: interrupted; no file is half written\n"
+    assert not (tmp_path / "bins.partial").exists()
+
+
+def test_a_second_run_for_the_same_folder_stops(folder):
+    with pytest.raises(KeyboardInterrupt):
+        with replaced_folder(str(folder / "input_bin")) as partial:
+            with open(os.path.join(partial, "a.bin"), "w") as f:
+                f.write("of the first run")
+            check_error(finish(start(folder, STAGE_4)), str(folder / "input_bin"), "another run is writing this folder")
+            assert os.listdir(partial) == ["a.bin"] and contents(folder / "input_bin") == EARLIER
             raise KeyboardInterrupt
-        deleted.append(path)
-        remove(path)
-
-    monkeypatch.setattr(os, "rename", rename_none)
-    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
-        with replaced_folder(str(tmp_path / "bins")):
-            stopped.setattr(os, "remove", remove_one)
-    assert len(os.listdir(str(tmp_path / "bins"))) == 3 and not (tmp_path / "bins.partial").exists()
-    check_error(script("get_info.py", "bins", "i.info", 8, 8, cwd=tmp_path), "unfinished.bin (0 bytes)")
-    with pytest.raises(ValueError, match="unfinished.bin: is not a result file"):
-        list_results([str(tmp_path / "bins")])
-    with replaced_folder(str(tmp_path / "bins")) as partial:
-        open(os.path.join(partial, "new.bin"), "w").close()
-    assert os.listdir(str(tmp_path)) == ["bins"] and os.listdir(str(tmp_path / "bins")) == ["new.bin"]
+    assert contents(folder / "input_bin") == EARLIER
 
 
-def test_a_mounted_folder(folder):
-    alone = namespaces("--mount")
-    for mount in ("-t tmpfs tmpfs bins", "--bind input_bin bins"):  # the second is of the same device
-        earlier = put_earlier(folder, "preprocess")
-        process = finish(start(folder, "preprocess", prefix=alone + ["sh", "-c", "mount %s && exec \"$@\"" % mount, "sh"]))
-        check_error(process, "bins: something is mounted there", "give a folder inside it")
-        assert output(folder, "preprocess") == earlier and not (folder / "bins.partial").exists()
+def test_runs_that_write_the_same_file_all_succeed(bins_folder):
+    expected, before = (bins_folder / "deepmar.info").read_text(), sorted(os.listdir(str(bins_folder)))
+    for process in [start(bins_folder, GET_INFO) for _ in range(3)]:
+        assert finish(process).returncode == 0, process.stderr
+    assert (bins_folder / "deepmar.info").read_text().split() == expected.replace("./", "").split()
+    assert sorted(os.listdir(str(bins_folder))) == before
+
+
+def test_devices_run_at_the_same_time(bins_folder):
+    processes = [start(bins_folder, BENCHMARK + ["-device_id=%d" % device]) for device in range(3)]
+    for process in processes:
+        assert finish(process).returncode == 0, process.stderr
+    results = [contents(bins_folder / "result" / ("dumpOutput_device%d" % device)) for device in range(3)]
+    assert results[0] == results[1] == results[2] and len(results[0]) == len(NAMES)
 
 
 # --- fewer cores than one sees ---------------------------------------------------------------------------------------
@@ -261,91 +284,65 @@ def test_quotas_of_processor_time(tmp_path, table, quotas, cores):
     for name, text in quotas.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert cgroup_cores(str(tmp_path), str(tmp_path / "table")) == cores
+    assert machine.cgroup_cores(str(tmp_path), str(tmp_path / "table")) == cores
 
 
 def test_no_more_cores_than_the_quota(monkeypatch):
-    monkeypatch.setattr(common, "cgroup_cores", lambda: 1)
-    assert cores() == 1
-    monkeypatch.setattr(common, "cgroup_cores", lambda: None)
-    assert cores() == len(os.sched_getaffinity(0))
+    monkeypatch.setattr(machine, "cgroup_cores", lambda: 1)
+    assert machine.cores() == 1
+    monkeypatch.setattr(machine, "cgroup_cores", lambda: None)
+    assert machine.cores() == len(os.sched_getaffinity(0))
 
 
 # --- the terminal, and who reads the output --------------------------------------------------------------------------
 
-@pytest.mark.parametrize("stage", sorted(set(STAGES) - {"export_onnx", "sample"}))
-def test_a_link_to_a_script_and_a_locale_without_utf8(folder, stage):
-    """By a relative path, where Python may not look for modules beside the script, and file names would be ASCII."""
-    expected = undisturbed(folder, stage)
-    (folder / "links").mkdir(exist_ok=True)
-    link = folder / "links" / (stage + "_link")
-    if not link.exists():
-        link.symlink_to(STAGES[stage][0][0])
-    process = finish(start(folder, stage, script=os.path.join("links", link.name), env=dict(
-        os.environ, PYTHONSAFEPATH="1", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")))
-    assert process.returncode == 0 and "Traceback" not in process.stderr, process.stderr
-    assert output(folder, stage) == expected
+def test_a_locale_without_utf8(folder):
+    """Where Python would take the names of files to be ASCII."""
+    check_complete(folder, finish(start(folder, STAGE_4, env=dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"))))
 
 
-def shell(command, cwd):
-    """Runs a line of bash with $PYTHON and $ROOT; returns (exit status of its first command, output, errors)."""
-    process = subprocess.Popen(["bash", "-c", command + "\nexit ${PIPESTATUS[0]}"], cwd=str(cwd), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, universal_newlines=True,
-                               env=dict(os.environ, PYTHON=sys.executable, ROOT=ROOT))
-    output, errors = process.communicate()
-    return process.returncode, output, errors
+def test_scripts_are_found_through_links(tmp_path):
+    """Where Python may not look for modules in the script's folder."""
+    for path in glob.glob(ROOT + "/*.py") + glob.glob(ROOT + "/tools/**/*.py", recursive=True):
+        with open(path, encoding="utf-8") as f:
+            if "__main__" not in f.read():
+                continue
+        link = tmp_path / ("a_" + os.path.basename(path))
+        link.symlink_to(path)
+        process = finish(start(tmp_path, [str(link), "--help"], env=dict(os.environ, PYTHONSAFEPATH="1")))
+        assert process.returncode == 0 and process.stdout.startswith("usage: ") and not process.stderr, (path, process.stderr)
 
 
-def test_a_link_to_any_script(tmp_path):
-    for path in glob.glob(ROOT + "/*.py") + glob.glob(ROOT + "/tools/*.py"):
-        if "__main__" in open(path, encoding="utf-8").read():
-            link = tmp_path / ("a_" + os.path.basename(path))
-            link.symlink_to(path)
-            process = subprocess.Popen([sys.executable, link.name, "--help"], cwd=str(tmp_path), stdout=subprocess.PIPE,
-                                       stderr=subprocess.PIPE, env=dict(os.environ, PYTHONSAFEPATH="1"))
-            output, errors = process.communicate()
-            assert process.returncode == 0 and output.startswith(b"usage: ") and errors == b"", (path, errors)
-
-
-@pytest.mark.parametrize("package, stage", [("numpy", "postprocess"), ("numpy", "predict"), ("PIL", "preprocess"),
-                                            ("onnx", "remove_pad"), ("onnxruntime", "benchmark"), ("scipy", "lists")])
-def test_a_missing_package(folder, tmp_path, package, stage):
-    (tmp_path / (package + ".py")).write_text("raise ImportError('No module named %s')" % package)
-    earlier = put_earlier(folder, stage)
-    process = finish(start(folder, stage, env=dict(os.environ, PYTHONPATH=str(tmp_path))))
+@pytest.mark.parametrize("package, command", [
+    ("numpy", [POSTPROCESS, "logits", "label.json"]), ("PIL", STAGE_4), ("onnx", ["remove_pad.py", "model.onnx", "out.onnx"]),
+    ("onnxruntime", BENCHMARK), ("scipy", ["tools/lists.py", "peta", "PETA.mat"])])
+def test_a_missing_package_is_named(bins_folder, tmp_path_factory, package, command):
+    broken = tmp_path_factory.mktemp("package")
+    (broken / (package + ".py")).write_text("raise ImportError('No module named %s')" % package)
+    for name in ("image.txt", "PETA.mat"):
+        (bins_folder / name).write_text("im0.png\n")
+    (bins_folder / "label.json").write_text(json.dumps({"im0.png": [1] * 35}))
+    (bins_folder / "logits").mkdir()
+    (bins_folder / "logits" / "im0_1.bin").write_bytes(bytes(140))
+    process = finish(start(bins_folder, command, env=dict(os.environ, PYTHONPATH=str(broken))))
     check_error(process, "error: No module named %s; install the packages in requirements.txt" % package)
-    assert output(folder, stage) == earlier
 
 
-@pytest.mark.parametrize("stage", ["predict", "get_info"])  # more than a buffer holds, and less
-def test_a_reader_that_leaves(folder, stage):
+@pytest.mark.parametrize("command", [PREDICT[:1] + ["images/" + name for name in NAMES] + ["--onnx=model.onnx"], GET_INFO],
+                         ids=["more than a buffer holds", "less"])
+def test_a_reader_that_leaves_is_no_error(bins_folder, command):
     reader, writer = os.pipe()
     os.close(reader)
-    command = {"predict": [ROOT + "/tools/predict.py"] + ["images/im%d.png" % i for i in range(20)] + ["--onnx=model.onnx"],
-               "get_info": STAGES["get_info"][0]}[stage]
-    process = subprocess.Popen([sys.executable] + command, cwd=str(folder), stdout=writer, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, command[0])] + command[1:], cwd=str(bins_folder), stdout=writer,
+                               stderr=subprocess.PIPE)
     os.close(writer)
     _, errors = process.communicate()
     assert process.returncode == 141 and errors in (b"", b"note: %s\n" % ASSUMED.encode()), errors
 
 
-def test_output_that_is_closed_or_full(folder):
-    for redirection, status in ((">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), (">/dev/full", 1)):
-        (folder / "new.info").write_text("")
-        done = shell("$PYTHON $ROOT/get_info.py input_bin new.info 224 224 " + redirection, folder)
-        assert done[0] == status and "Traceback" not in done[2] and (folder / "new.info").read_text(), done
-    assert "No space left on device" in done[2] and done[2].count("\n") == 1
-
-
-def test_a_checkout_on_windows_keeps_the_line_ends(tmp_path):
-    names = [".gitattributes", "run_all.sh", "get_info.py", "README.md", "tools/report_template.html"]
-    (tmp_path / "tools").mkdir()
-    for name in names:
-        (tmp_path / name).write_bytes(open(os.path.join(ROOT, name), "rb").read())
-    for command in (["init", "-q"], ["config", "core.autocrlf", "true"], ["add", "."], ["rm", "-q", "-r", "--cached", "."],
-                    ["add", "."]):
-        subprocess.check_call(["git"] + command, cwd=str(tmp_path), stderr=subprocess.DEVNULL)
-    for name in names:
-        os.remove(str(tmp_path / name))
-    subprocess.check_call(["git", "checkout", "-q", "--", "."], cwd=str(tmp_path))
-    assert not any(b"\r" in (tmp_path / name).read_bytes() for name in names)
+@pytest.mark.parametrize("redirection, status", [(">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), (">/dev/full", 1)])
+def test_an_output_that_is_closed_or_full_costs_no_result(bins_folder, redirection, status):
+    (bins_folder / "deepmar.info").write_text("")
+    process = finish(start(bins_folder, GET_INFO, ["bash", "-c", '"$@" ' + redirection, "bash"]))
+    assert process.returncode == status and (bins_folder / "deepmar.info").read_text(), process.stderr
+    assert status == 0 or "No space left on device" in process.stderr and process.stderr.count("\n") == 1, process.stderr

@@ -4,10 +4,11 @@ import os
 
 import numpy as np
 
-from helpers import check_error, script
+import DeepMAR
+import sample
+from helpers import check_error, contents, script
 from lib.labels import PETA
 from sample import pedestrians
-from stages import SMALL_SAMPLE, contents
 
 
 def test_same_seed_same_drawings():
@@ -31,11 +32,14 @@ def test_sizes_and_labels():
     assert not (column["accessoryNothing"] & column["accessoryHat"]).any()
 
 
-def test_files(tmp_path):
+def test_files(tmp_path, monkeypatch, capsys):
     """Of a small network; the real one's are those of run_all.sh's tests."""
-    (tmp_path / "small_sample.py").write_text(SMALL_SAMPLE)
-    process = script(tmp_path / "small_sample.py", cwd=tmp_path)
-    assert process.returncode == 0 and process.stdout.startswith("sample: 2 drawn pedestrians with labels, "), process.stderr
+    monkeypatch.chdir(str(tmp_path))
+    monkeypatch.setattr(DeepMAR, "BLOCKS", [1, 1, 1, 1])
+    monkeypatch.setattr(sample, "TRAIN", 6)
+    monkeypatch.setattr(sample, "STATISTICS", 2)
+    sample.main(["sample", "--images=2"])
+    assert capsys.readouterr().out.startswith("sample: 2 drawn pedestrians with labels, ")
     names = (tmp_path / "sample" / "image.txt").read_text().splitlines()
     assert names == ["00001.png", "00002.png"] == sorted(os.listdir(str(tmp_path / "sample" / "images")))
     labels = json.loads((tmp_path / "sample" / "label.json").read_text())

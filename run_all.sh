@@ -136,7 +136,7 @@ if begin 6 "inference on backend $backend, device $device_id"; then
             ais_bench_files give ../input_bin ../$model
             tool ais_bench_bs$batch "$requested" -m ais_bench --model $model --input input_bin --output result \
                 --output_dirname $ais_bench_folder --outfmt BIN --batchsize $batch --device ${device_id// /,} $divide_input
-            ais_bench_files collect ../input_bin "$work_dir/logs/ais_bench_bs$batch.log" $batch $device_id
+            ais_bench_files collect ../input_bin ../$model $batch "$work_dir/logs/ais_bench_bs$batch.log" $device_id
         else
             ln -s ../input_bin ../deepmar.info ../$model .
             for device in $device_id; do # several devices share the images and run at the same time

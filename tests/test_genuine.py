@@ -25,7 +25,6 @@ from lib.images import preprocess
 from lib.metrics import evaluate
 from lib.rates import read_summary
 from lib.results import list_results
-import rates
 
 SIZES = (1, 4, 8)
 PLAIN = ["im%d.png" % i for i in range(13)]
@@ -308,7 +307,7 @@ def test_its_errors_come_first(front, place, lay, tmp_path):
         link(folder / "m.om")
         process = front.run(folder)
         assert process.returncode == 2
-        (tmp_path / "logs" / "log").write_text(process.stdout)
+        (tmp_path / "logs" / "log.log").write_text(process.stdout)
         shown = subprocess.run(["bash", "-c", 'set -euo pipefail; here=. python=false work_dir=$1; fail() { echo "$*"; }; '
                                 '. tools/run/backend.sh; broken "It ended" log', "bash", str(tmp_path)], cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True).stdout.splitlines()
@@ -368,10 +367,12 @@ def test_a_failing_run(place, tmp_path):
     front, work = FRONT_ENDS[2], tmp_path / "work"
     assert place.run(front, work).returncode == 0
     for fail, text in (("ais_bench", "ais_bench ended with status 1"),
-                       ("ais_bench leaves fewer", "ais_bench wrote 12 results for 13 images"),
-                       ("ais_bench reports an error", "ais_bench reports an error")):
+                       ("ais_bench leaves fewer", "ais_bench wrote 12 results for 13 images")):
         process = place.run(front, work, "--stage", 6, FAIL=fail)
         check_stopped(process, text, "stage 6 failed")
+    process = place.run(front, work, "--stage", 6, FAIL="ais_bench reports an error")
+    assert process.returncode == 1 and "ais_bench reports an error: [ERROR] aclmdlExecute failed" in process.stderr, process.stderr
+    assert "see %s" % (work / "logs" / "ais_bench_bs1.log") in process.stderr
     assert len(os.listdir(str(work / "result" / "dumpOutput_device0"))) == 13
     assert place.run(front, work, "--stage", 7).returncode == 0
 

@@ -7,7 +7,7 @@
         prints the option with which ais_bench shares the images among several devices. It fails if ais_bench does not start
     python3 tools/run/ais_bench_files.py give BINS MODEL
         puts input_bin/, the model and result/ into the current folder, in a form that ais_bench accepts
-    python3 tools/run/ais_bench_files.py collect BINS LOG BATCH_SIZE DEVICE [DEVICE ...]
+    python3 tools/run/ais_bench_files.py collect BINS MODEL BATCH_SIZE LOG DEVICE [DEVICE ...]
         checks ais_bench's log, moves its output to result/dumpOutput_device<D> and ..._summary.json, and names the results by
         the images
 
@@ -75,7 +75,7 @@ def options():
         print("--divide_input 1")
 
 
-def check_log(log, batch_size):
+def check_log(model, batch_size, log):
     """Raises ValueError if ais_bench reports an error in its log, or took another batch size than --batchsize.
 
     It does not compare these itself, but computes its throughput from --batchsize.
@@ -87,8 +87,8 @@ def check_log(log, batch_size):
         raise ValueError("ais_bench reports an error: %s; see %s" % (errors[0], log))
     taken = set(re.findall(r"filesperbatch:(\d+) ", text)) - {batch_size}
     if taken:
-        raise ValueError("the OM takes %s images at a time, not %s; put the right OM there, or run stage 3; see %s"
-                         % (taken.pop(), batch_size, log))
+        raise ValueError("%s takes %s images at a time, not %s; put the right OM there, or run stage 3; see %s"
+                         % (os.path.basename(model), taken.pop(), batch_size, log))
 
 
 def staged_names(bins):
@@ -119,8 +119,8 @@ def give(bins, model):
     give_file(model, os.path.basename(model))
 
 
-def collect(bins, log, batch_size, *devices):
-    check_log(log, batch_size)
+def collect(bins, model, batch_size, log, *devices):
+    check_log(model, batch_size, log)
     numbers = {name[:8]: own.split(".")[0] for name, own in staged_names(bins).items() if name != own}
 
     def own(path):

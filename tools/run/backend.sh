@@ -96,7 +96,7 @@ tool() {
 # broken WHAT LOG: stops. Prints a tool's [ERROR] lines and its last lines, which alone may only be its usage text
 broken() {
     local log=$work_dir/logs/$2.log last=10 why
-    why=$(doctor explain "$log" "$chip_name") || why=
+    why=$(doctor explain "$log" "${chip_name-}") || why=
     if tr '\r' '\n' <"$log" | grep -F '[ERROR]' | sed -n '1,10s/^/    /p' >&2; then last=3; fi
     tr '\r' '\n' <"$log" | tail -n "$last" | grep -vF '[ERROR]' | sed 's/^/    /' >&2 || :
     fail "$1${why:+: $why}; above are the errors and the last lines of $log"

@@ -298,8 +298,10 @@ def start(folder, *arguments, tool=os.path.join(ROOT, TOOL), environment=None):
 def first(folder):
     """The output of a run over the folder of images, and the process.
 
-    The script is started through a symbolic link and from another folder than the checkout.
+    The script is started through a symbolic link, from a folder with another package named lib.
     """
+    (folder / "lib").mkdir()
+    (folder / "lib" / "__init__.py").write_text("raise ImportError('this is another lib')\n")
     os.symlink(os.path.join(ROOT, TOOL), str(folder / "link.py"))
     done = run(folder, "images", "--output", "out", "--shard-size", 5, tool=str(folder / "link.py"))
     assert done.returncode == 0, (done.stdout, done.stderr)

@@ -396,6 +396,8 @@ def cluster(address):
                # Workers import lib from the checkout. Ray replaces ${PYTHONPATH} by that of the worker's node.
                "runtime_env": {"env_vars": {"PYTHONPATH": CHECKOUT + ":${PYTHONPATH}"}}}
     with tempfile.TemporaryDirectory(prefix="gallery", ignore_cleanup_errors=True) as folder:
+        before = os.getcwd()
+        os.chdir(CHECKOUT)  # Ray puts the current folder before PYTHONPATH, and that folder might hold another package named lib
         try:
             if address:
                 ray.init(address=address if ":" in address or address == "auto" else address + ":6379", **options)
@@ -404,6 +406,8 @@ def cluster(address):
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
             raise ValueError("no Ray cluster %s: %s" % (
                 "at %s" % address if address else "can be started", str(error).strip().split("\n")[-1]))
+        finally:
+            os.chdir(before)
         try:
             yield
         finally:

@@ -164,4 +164,6 @@ def test_qdq(folder):
     if os.uname().machine == "x86_64":
         process = script("tools/benchmark.py", "-batch_size=8", "-om_path=qdq.onnx", "-input_text_path=deepmar.info",
                          "-provider=OpenVINOExecutionProvider", "-tolerance=0.1", cwd=folder)
+        if "has no provider OpenVINOExecutionProvider" in process.stderr:
+            pytest.skip("NOT RUN: OpenVINO's plug-in offers no device on this CPU")
         assert process.returncode == 0 and "OpenVINOExecutionProvider, qdq.onnx" in process.stdout, process.stderr

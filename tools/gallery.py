@@ -30,7 +30,6 @@ import sys
 import tempfile
 import time
 
-HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.gallery.shards import absolute, find_input, open_binary
 from lib.gallery.worker import REMOTE_READERS, Worker, filesystem, is_local, part_name, versions, whole
@@ -39,21 +38,22 @@ from lib.machine import cores
 from lib.models import load
 from lib.providers import CPU, PROVIDERS
 from lib.results import ends_in_sigmoid
-from lib.script import Silent, command, importing, note, one_line, progress, some
+from lib.script import Silent, command, importing, note, number, one_line, progress, some
 from lib.session import calls_at_once, input_size, open_session, takes_uint8
 
-PYTHON = (3, 10)  # the oldest Python that Ray supports
-NEEDS = "%s -m pip install -r %s" % (sys.executable, os.path.join(HERE, "requirements-gallery.txt"))
-GROW = 2          # seconds between two looks for new nodes
-MINUTE = 60       # seconds between two lines of progress if there is no terminal
-SHARD_SIZE = 1000  # images in a part
-SHARING = 8       # cores of a worker, at most, if none are given. They share one copy of the model, which is 7 % faster
-AT_ONCE = 2       # shards that a worker has: it gets the next one early, so that it never waits
-ASKED = 100       # at each look, the driver asks this many workers how far they are
-TRIES = 5         # tries of a shard whose worker is lost, or that cannot be read or written through no fault of an image
+CHECKOUT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+OLDEST_PYTHON = (3, 10)  # the oldest one that Ray supports
+INSTALL_COMMAND = "%s -m pip install -r %s" % (sys.executable, os.path.join(CHECKOUT, "tools", "requirements-gallery.txt"))
+POLL_SECONDS = 2       # between two looks for new nodes
+PROGRESS_SECONDS = 60  # between two lines of progress if there is no terminal
+SHARD_SIZE = 1000      # images in a part
+MAX_CORES_PER_WORKER = 8  # if no number is given. Its cores share one copy of the model, which is 7 % faster
+SHARDS_PER_WORKER = 2  # a worker gets the next shard early, so that it never waits
+MAX_ASKED = 100        # at each look, the driver asks this many workers how far they are
+MAX_TRIES = 5          # of a shard whose worker is lost, or that cannot be read or written through no fault of an image
 START, COUNT = -1, -2  # used in place of a shard's number, for a call to start a worker or to ask how far it is
 MANIFEST, LIST = "_manifest.json", "_list.txt"
-RECORDED = ("ray", "pyarrow", "python")  # these versions may change between two runs, because no logit depends on them
+UNCHECKED_VERSIONS = ("ray", "pyarrow", "python")  # they may change between two runs, because no logit depends on them
 
 
 # --- the output folder ---------------------------------------------------------------------------------------------------
@@ -62,13 +62,13 @@ def flat(value, name=""):
     """Returns a manifest's values as a flat dict, such as {"model.sha256": "..."}."""
     if not isinstance(value, dict):
         return {name: value}
-    return {key: item for part in value for key, item in flat(value[part], name + "." * bool(name) + part).items()}
+    return {key: item for part in value for key, item in flat(value[part], name + "." + part if name else part).items()}
 
 
 def differences(theirs, ours):
     """Returns the differences that show that two manifests belong to different runs, as texts for the user."""
     theirs, ours = (collections.OrderedDict((name, value) for name, value in flat(manifest).items()
-                                            if name.rpartition(".")[2] not in RECORDED) for manifest in (theirs, ours))
+                                            if name.rpartition(".")[2] not in UNCHECKED_VERSIONS) for manifest in (theirs, ours))
     return ["%s: %s there, %s now" % (name, theirs.get(name), ours.get(name))
             for name in list(ours) + [name for name in theirs if name not in ours] if theirs.get(name) != ours.get(name)]
 
@@ -137,15 +137,15 @@ class Pool(object):
         self.needs = {"CPU": args.cpus, "GPU": args.gpus, "NPU": args.npus}
         self.actor = ray.remote(Worker).options(
             num_cpus=args.cpus, num_gpus=args.gpus, resources={"NPU": args.npus} if args.npus else None, max_restarts=0,
-            max_concurrency=AT_ONCE + 1)  # the extra call answers how far the worker is
+            max_concurrency=SHARDS_PER_WORKER + 1)  # the extra call answers how far the worker is
         self.model = ray.put(model)
         self.events = queue.SimpleQueue()  # (worker, shard's number or START or COUNT, future)
         self.workers, self.idle = set(), []  # idle: lists a worker once for each shard that it could take
         self.counts = {}  # for each worker: how many images of its unfinished shards it has computed, by its last answer
         self.asked = collections.deque()  # the workers that can be asked; the first one has waited longest
         self.nodes = set()
-        self.unfit = self.lost = self.stillborn = 0
-        self.looked = -GROW
+        self.unfit = self.lost = self.failed_starts = 0
+        self.looked = -POLL_SECONDS
 
     def room(self):
         """Returns how many workers fit on the live nodes."""
@@ -158,8 +158,8 @@ class Pool(object):
         return room
 
     def grow(self):
-        """Starts missing workers, if GROW seconds have passed since the last look."""
-        if time.monotonic() < self.looked + GROW:
+        """Starts missing workers, if POLL_SECONDS have passed since the last look."""
+        if time.monotonic() < self.looked + POLL_SECONDS:
             return
         self.looked = time.monotonic()
         room = self.room()
@@ -167,7 +167,7 @@ class Pool(object):
             worker = self.actor.remote(self.job)
             self.workers.add(worker)
             self.call(worker, START, worker.start.remote(self.model))
-        for _ in range(min(ASKED, len(self.asked))):
+        for _ in range(min(MAX_ASKED, len(self.asked))):
             worker = self.asked.popleft()
             self.call(worker, COUNT, worker.count.remote())
 
@@ -184,10 +184,10 @@ class Pool(object):
         return sum(self.counts.values())
 
     def next(self):
-        """Waits for a shard. Returns (its number, the result of Worker.work(), the error or None), or None after GROW seconds."""
+        """Waits for a shard. Returns (its number, the result of Worker.work(), the error or None), or None after POLL_SECONDS."""
         self.grow()
         try:
-            worker, number, future = self.events.get(timeout=GROW)
+            worker, number, future = self.events.get(timeout=POLL_SECONDS)
         except queue.Empty:
             return None
         error = future.exception()
@@ -199,11 +199,13 @@ class Pool(object):
             elif error and (number == START or isinstance(error, self.ray.exceptions.RayActorError)):
                 self.drop(worker, number, error)
             else:
-                self.stillborn = 0
+                self.failed_starts = 0
                 self.counts[worker] = 0
-                self.idle += [worker] * (AT_ONCE if number == START else 1)
                 if number == START:
+                    self.idle += [worker] * SHARDS_PER_WORKER
                     self.asked.append(worker)
+                else:
+                    self.idle.append(worker)
         return None if number in (START, COUNT) else (number, None if error else future.result(), error)
 
     def drop(self, worker, number, error):
@@ -216,10 +218,10 @@ class Pool(object):
             self.lost += 1
             return
         if isinstance(error, self.ray.exceptions.RayActorError):
-            self.stillborn += 1
+            self.failed_starts += 1
         else:
             self.unfit += 1
-        if not self.workers and self.unfit or self.stillborn > TRIES * (len(self.workers) + 1):
+        if not self.workers and self.unfit or self.failed_starts > MAX_TRIES * (len(self.workers) + 1):
             raise ValueError("no worker can start: %s" % why(error))
         note("a worker cannot start: %s" % why(error))
 
@@ -256,7 +258,7 @@ def compute(pool, found, output, done, report):
             report.add(*result)
         else:
             tries[number] += 1
-            if tries[number] < TRIES:
+            if tries[number] < MAX_TRIES:
                 again.append(number)
                 report.repeated += 1
                 continue
@@ -264,7 +266,7 @@ def compute(pool, found, output, done, report):
         left -= 1
     if failed:
         raise ValueError("%d of %d parts cannot be computed, each tried %d times; the others are written: %s" % (
-            len(failed), found.count, TRIES, some("%s (%s)" % (part_name(output, n), text) for n, text in failed.items())))
+            len(failed), found.count, MAX_TRIES, some("%s (%s)" % (part_name(output, n), text) for n, text in failed.items())))
 
 
 class Report(object):
@@ -275,7 +277,7 @@ class Report(object):
         self.images = self.errors = self.repeated = 0
         self.bar = progress(total, "image")
         self.start = None  # the time when the first worker was ready
-        self.told = time.monotonic()
+        self.printed = time.monotonic()
 
     def add(self, images, errors, example):
         self.images, self.errors = self.images + images, self.errors + errors
@@ -295,8 +297,8 @@ class Report(object):
         if not isinstance(self.bar, Silent):
             self.bar.set_postfix(errors=self.errors, refresh=False)
             self.bar.update(images - self.bar.n)
-        elif time.monotonic() >= self.told + MINUTE:
-            self.told = time.monotonic()
+        elif time.monotonic() >= self.printed + PROGRESS_SECONDS:
+            self.printed = time.monotonic()
             rate = images / self.seconds()
             rest = "" if not self.total or not images else ", %d min left" % -(-(self.total - images) / rate // 60)
             print("%d%s images, %d errors, %.1f images/s%s" % (
@@ -306,13 +308,6 @@ class Report(object):
 # --- the command line -----------------------------------------------------------------------------------------------------
 
 def parse(argv):
-    def whole_number(least):
-        def convert(text):
-            if int(text) < least:
-                raise ValueError
-            return int(text)
-        return convert
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("input", nargs="+", metavar="INPUT", help="a folder, a list file, tars, or Parquet files; a pattern in quotes")
     parser.add_argument("--onnx", metavar="MODEL", required=True, help="the model, of any batch size")
@@ -323,21 +318,21 @@ def parse(argv):
     parser.add_argument("--attributes", metavar="FILE",
                         help="a file with the attributes' names, one per line (default: the model's, else PETA's if 35)")
     parser.add_argument("--probabilities", action="store_true", help="write the sigmoid of the logits")
-    parser.add_argument("--max-errors", type=whole_number(0), metavar="N",
+    parser.add_argument("--max-errors", type=number(int, 0), metavar="N",
                         help="stop if more than N images cannot be read (default: record them and go on)")
-    parser.add_argument("--shard-size", type=whole_number(1), metavar="N",
+    parser.add_argument("--shard-size", type=number(int, 1), metavar="N",
                         help="images per part, for a folder or list (default: %d, rounded up to whole batches); each tar "
                              "or row group is one part" % SHARD_SIZE)
     parser.add_argument("--address", metavar="HOST", help="a Ray cluster's head, or auto for the cluster of this machine "
                                                           "(default: this machine alone)")
-    parser.add_argument("--actors", type=whole_number(1), metavar="N", help="number of workers (default: as many as fit)")
-    parser.add_argument("--cpus", type=whole_number(1), metavar="N",
-                        help="cores per worker (default: 1 on a cluster or with devices, else up to %d)" % SHARING)
-    parser.add_argument("--gpus", type=float, default=0, metavar="N", help="GPUs per worker; may be a fraction")
-    parser.add_argument("--npus", type=float, default=0, metavar="N", help="Ascend NPUs per worker; may be a fraction")
+    parser.add_argument("--actors", type=number(int, 1), metavar="N", help="number of workers (default: as many as fit)")
+    parser.add_argument("--cpus", type=number(int, 1), metavar="N",
+                        help="cores per worker (default: 1 on a cluster or with devices, else up to %d)" % MAX_CORES_PER_WORKER)
+    parser.add_argument("--gpus", type=number(float, 0), default=0, metavar="N", help="GPUs per worker; may be a fraction")
+    parser.add_argument("--npus", type=number(float, 0), default=0, metavar="N", help="Ascend NPUs per worker; may be a fraction")
     args = parser.parse_args(argv)
-    if args.gpus < 0 or args.npus < 0 or args.gpus and args.npus:
-        parser.error("give either --gpus or --npus, above 0")
+    if args.gpus and args.npus:
+        parser.error("give either --gpus or --npus")
     if args.onnx.endswith(".om"):
         parser.error("--onnx: %s is an OM, which only the card runs; give the ONNX model" % args.onnx)
     args.cpus = args.cpus or default_cpus(args)
@@ -348,15 +343,15 @@ def default_cpus(args):
     if args.address or args.gpus or args.npus:
         return 1
     if args.actors:
-        return max(1, min(SHARING, cores() // args.actors))
-    return max(count for count in range(1, SHARING + 1) if cores() % count == 0)  # no core is left over
+        return max(1, min(MAX_CORES_PER_WORKER, cores() // args.actors))
+    return max(count for count in range(1, MAX_CORES_PER_WORKER + 1) if cores() % count == 0)  # no core is left over
 
 
 def import_libraries():
     """Imports the libraries that only this script needs. Raises ValueError with the command that installs them."""
-    if sys.version_info < PYTHON:
+    if sys.version_info < OLDEST_PYTHON:
         raise ValueError("Ray needs Python %d.%d or later, but this is %d.%d; the rest of the project does not need Ray"
-                         % (PYTHON + sys.version_info[:2]))
+                         % (OLDEST_PYTHON + sys.version_info[:2]))
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray must not report to its makers
     os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "."  # silences Ray's messages about lost workers
     try:
@@ -366,7 +361,7 @@ def import_libraries():
             import ray
             import ray.exceptions
     except ImportError as error:
-        raise ValueError("%s; run: %s" % (one_line(error), NEEDS))
+        raise ValueError("%s; run: %s" % (one_line(error), INSTALL_COMMAND))
     return {"ray": ray.__version__, "pyarrow": pyarrow.__version__, "python": "%d.%d.%d" % sys.version_info[:3]}
 
 
@@ -397,16 +392,22 @@ def examine(args):
 def cluster(address):
     """Connects to a Ray cluster, or starts one on this machine that ends with the block."""
     import ray
-    quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": None if address else False}
+    options = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": None if address else False,
+               # Workers import lib from the checkout. Ray replaces ${PYTHONPATH} by that of the worker's node.
+               "runtime_env": {"env_vars": {"PYTHONPATH": CHECKOUT + ":${PYTHONPATH}"}}}
     with tempfile.TemporaryDirectory(prefix="gallery", ignore_cleanup_errors=True) as folder:
+        before = os.getcwd()
+        os.chdir(CHECKOUT)  # Ray puts the current folder before PYTHONPATH, and that folder might hold another package named lib
         try:
             if address:
-                ray.init(address=address if ":" in address or address == "auto" else address + ":6379", **quiet)
+                ray.init(address=address if ":" in address or address == "auto" else address + ":6379", **options)
             else:
-                ray.init(address="local", num_cpus=cores(), object_store_memory=2 ** 30, _temp_dir=folder, **quiet)
+                ray.init(address="local", num_cpus=cores(), object_store_memory=2 ** 30, _temp_dir=folder, **options)
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
             raise ValueError("no Ray cluster %s: %s" % (
                 "at %s" % address if address else "can be started", str(error).strip().split("\n")[-1]))
+        finally:
+            os.chdir(before)
         try:
             yield
         finally:

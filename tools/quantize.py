@@ -9,6 +9,8 @@ the float32 model. With --labels, both models are scored on all bins, and nothin
 1 % (percentage points). An INT8 ONNX model is only for ONNX Runtime: atc takes the float32 model.
 """
 import argparse
+import contextlib
+import logging
 import os
 import shutil
 import sys
@@ -22,19 +24,20 @@ from lib.machine import check_threads
 from lib.metrics import MAX_DROP, effect
 from lib.models import load
 from lib.names import composed
-from lib.script import command, importing, one_line
+from lib.providers import CPU
+from lib.script import command, importing, number, one_line
 from lib.session import compute, empty_batch, input_size, open_session, takes_uint8
 
 with importing():
     import numpy as np
 
-IMAGES = 64  # calibration images; the drop was nearly twice as large with 32, and the same with 128
+CALIBRATION_IMAGES = 64  # the drop was nearly twice as large with 32, and the same with 128
 
 
 def batches(paths, count, empty):
     """Yields count bins, evenly spread, as batches in the form of the empty one. The first bins fill up the last batch.
 
-    Raises ValueError for a bin that holds NaN or infinite values, because these would become the limits of a range.
+    Raises ValueError for a bin that holds NaN or infinite values, because these would become the ends of a range.
     """
     chosen = np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int)
     size = len(empty)
@@ -53,10 +56,61 @@ def quantize(path, feeds, folder, qdq=False):
     feeds: [{input name: array}] for calibration. qdq: write QuantizeLinear and DequantizeLinear nodes at opset 13, in place of
     ONNX Runtime's own INT8 operators. Raises ValueError if ONNX Runtime cannot quantize the model.
     """
-    import logging
     import onnx
     import onnxruntime
     check_threads(os.cpu_count())  # the quantizer starts one for each core
+    folded, result = os.path.join(folder, "folded.onnx"), os.path.join(folder, "int8.onnx")
+    path = os.path.abspath(path)
+    try:
+        with quiet_in(folder):
+            fold(path, folded)
+            if qdq:
+                raise_opset(folded)
+            calibrate(folded, result, feeds, qdq)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # the quantizer's errors have no common class, and some have many lines
+        raise ValueError("%s: ONNX Runtime %s cannot quantize it: %s: %s"
+                         % (path, onnxruntime.__version__, type(error).__name__, one_line(error)))
+    model = onnx.load(result)
+    onnx.helper.set_model_props(model, {entry.key: entry.value for entry in load(path).metadata_props})
+    onnx.save(model, result)
+    return result
+
+
+@contextlib.contextmanager
+def quiet_in(folder):
+    """Silences the quantizer, and makes folder the current one, because ONNX Runtime 1.10 writes an extra file there."""
+    import onnxruntime
+    before = os.getcwd()
+    logging.disable(logging.WARNING)  # the quantizer would suggest the folding that was just done
+    onnxruntime.set_default_logger_severity(3)
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def fold(path, folded):
+    """Writes the model at path with BatchNormalization folded into the convolutions. It still has only standard operators."""
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = folded
+    options.log_severity_level = 3  # log only errors
+    onnxruntime.InferenceSession(path, options, providers=[CPU])
+
+
+def raise_opset(path):
+    """Converts the model at path to opset 13, which QDQ's weights per channel need. QOperator's need only 11."""
+    import onnx
+    from onnx import version_converter
+    onnx.save(version_converter.convert_version(onnx.load(path), 13), path)
+
+
+def calibrate(folded, result, feeds, qdq):
+    """Writes the INT8 model of a folded one."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
@@ -65,37 +119,9 @@ def quantize(path, feeds, folder, qdq=False):
         def get_next(self):
             return self.rest.pop() if self.rest else None
 
-    folded, result = os.path.join(folder, "folded.onnx"), os.path.join(folder, "int8.onnx")
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC  # this level uses only standard operators
-    options.optimized_model_filepath = folded
-    options.log_severity_level = 3  # log only errors
-    here = os.getcwd()
-    path = os.path.abspath(path)
-    logging.disable(logging.WARNING)  # the quantizer would suggest the folding that was just done
-    onnxruntime.set_default_logger_severity(3)
-    os.chdir(folder)  # ONNX Runtime 1.10 writes an extra file into the current folder
-    try:
-        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        # QOperator is the default, because its per-channel weights need only opset 11. QDQ's need 13.
-        if qdq:
-            from onnx import version_converter
-            onnx.save(version_converter.convert_version(onnx.load(folded), 13), folded)
-        # AIPP's table is not quantized: ONNX Runtime 1.10 would convert it to int8, which its convolution does not accept.
-        quantize_static(folded, result, Reader(), quant_format=QuantFormat.QDQ if qdq else QuantFormat.QOperator, per_channel=True,
-                        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-                        nodes_to_exclude=["aipp_gather", "aipp_transpose"])
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # the quantizer's errors have no common class, and some have many lines
-        raise ValueError("%s: ONNX Runtime %s cannot quantize it: %s: %s"
-                         % (path, onnxruntime.__version__, type(error).__name__, one_line(error)))
-    finally:
-        os.chdir(here)
-    model = onnx.load(result)
-    onnx.helper.set_model_props(model, {entry.key: entry.value for entry in load(path).metadata_props})
-    onnx.save(model, result)
-    return result
+    # AIPP's table is not quantized: ONNX Runtime 1.10 would convert it to int8, which its convolution does not accept.
+    quantize_static(folded, result, Reader(), quant_format=QuantFormat.QDQ if qdq else QuantFormat.QOperator, per_channel=True,
+                    activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=["aipp_gather", "aipp_transpose"])
 
 
 def parse(argv):
@@ -104,7 +130,7 @@ def parse(argv):
     parser.add_argument("model", metavar="MODEL", help="the float32 model that stage 2 wrote")
     parser.add_argument("bins", metavar="BIN_DIR", help="the bins that stage 4 wrote")
     parser.add_argument("output", metavar="OUTPUT", help="the INT8 model to write")
-    parser.add_argument("--images", type=int, default=IMAGES, metavar="N",
+    parser.add_argument("--images", type=number(int, 1), default=CALIBRATION_IMAGES, metavar="N",
                         help="number of bins for calibration (default: %(default)s)")
     parser.add_argument("--labels", metavar="LABEL", help="label.json: score both models on all bins")
     parser.add_argument("--qdq", action="store_true",
@@ -112,8 +138,6 @@ def parse(argv):
                              "ONNX")
     parser.add_argument("--allow-drop", action="store_true", help="write the model even if the accuracy drops by more")
     args = parser.parse_args(argv)
-    if args.images < 1:
-        parser.error("--images must be positive")
     if args.qdq and sys.version_info < (3, 8):
         parser.error("--qdq needs a current ONNX and ONNX Runtime; the guide's versions lack weights per channel in opset 13")
     if os.path.realpath(args.output) == os.path.realpath(args.model):
@@ -153,9 +177,8 @@ def main(argv=None):
     accuracy = "FLOAT32_ACCURACY"
     with whole_file(args.output) as temporary:
         with tempfile.TemporaryDirectory() as folder:
-            feeds = [{session.get_inputs()[0].name: batch}
-                     for batch in batches([path for _, path in bins], args.images,
-                                          empty_batch(session, batch_size, height, width))]
+            empty = empty_batch(session, batch_size, height, width)
+            feeds = [{session.get_inputs()[0].name: batch} for batch in batches([path for _, path in bins], args.images, empty)]
             shutil.copyfile(quantize(args.model, feeds, folder, args.qdq), temporary)
         if labels is not None:
             accuracy, drop = score(open_session(temporary), session, bins, labels)

@@ -20,18 +20,18 @@ import zlib
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.files import whole_file, write_text
 from lib.images import MEAN, SIZE, STD
-from lib.models import PREFIX, load, nested
-from lib.script import command, importing, note, one_line, pixels
+from lib.models import PREFIX, check, load, nested
+from lib.script import command, importing, note, pixels
 
 with importing():
     import numpy as np
 
 MIN = [255 * mean for mean in MEAN]          # AIPP's min_chn and var_reci_chn. AIPP computes (pixel - min) * var_reci
 VAR_RECI = [1 / (255 * std) for std in STD]
-LARGEST = 65504                              # the largest float16
+FLOAT16_MAX = 65504
 
-# These operators only select or move values, and the values are already rounded.
-MOVES = {"Relu", "MaxPool", "Flatten", "Reshape", "Transpose", "Identity", "Gather", "Squeeze", "Unsqueeze"}
+# The results of these operators are not rounded: they only select or move values, which are already rounded.
+SELECTING_OPERATORS = {"Relu", "MaxPool", "Flatten", "Reshape", "Transpose", "Identity", "Gather", "Squeeze", "Unsqueeze"}
 
 
 def aipp_cfg(height, width):
@@ -102,7 +102,7 @@ def round_weights(graph):
         with np.errstate(over="ignore"):
             rounded = values.astype(np.float16).astype(np.float32)
         if not np.isfinite(rounded).all():
-            note("%s: %d weights are larger than float16's maximum, %d" % (tensor.name, (~np.isfinite(rounded)).sum(), LARGEST))
+            note("%s: %d weights are larger than float16's maximum, %d" % (tensor.name, (~np.isfinite(rounded)).sum(), FLOAT16_MAX))
         tensor.CopyFrom(numpy_helper.from_array(rounded, tensor.name))
     return len(weights)
 
@@ -156,7 +156,7 @@ def round_results(model, path):
         for i, name in enumerate(node.output):
             if name and not types.get(name):
                 raise ValueError("%s: the type of %s, from a node %s, is unknown" % (path, name, node.op_type))
-            if name and types[name].elem_type == TensorProto.FLOAT and node.op_type not in MOVES:
+            if name and types[name].elem_type == TensorProto.FLOAT and node.op_type not in SELECTING_OPERATORS:
                 node.output[i] = name + "/unrounded"
                 add_rounding(node.output[i], name, name)
     del graph.node[:]
@@ -168,11 +168,7 @@ def round_results(model, path):
 
 def save(model, path):
     """Checks a model and writes it, whole or not at all."""
-    import onnx
-    try:
-        onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as error:
-        raise ValueError("%s: is not a valid ONNX model: %s" % (path, one_line(error)))
+    check(model, path)
     with whole_file(path) as temporary, open(temporary, "wb") as f:
         f.write(model.SerializeToString())
 

@@ -31,8 +31,8 @@ MAX_BYTES = 256 * 1000 * 1000  # larger image files in a tar or object store are
 PARQUET_ROWS = 64  # this many rows are read at a time
 REMOTE_READERS = 16  # threads that read from an object store, which takes tens of milliseconds to answer
 # An OSError with one of these numbers is the image's own fault. After any other, such as a network error, the shard is retried.
-OWN_FAULTS = {None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
-LISTING = threading.Lock()
+IMAGE_ERRORS = {None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+LISTING_LOCK = threading.Lock()
 
 
 # --- files here and elsewhere ------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def put(name, fs, path):
 
 def own_fault(error):
     """Returns whether an image, tar or Parquet file itself is at fault, so that another try would fail in the same way."""
-    return not isinstance(error, OSError) or error.errno in OWN_FAULTS
+    return not isinstance(error, OSError) or error.errno in IMAGE_ERRORS
 
 
 def text(name):
@@ -119,7 +119,7 @@ def local_path(root, name, listings):
     if not os.path.lexists(path) and not name.isascii():
         path = root
         for part in name.split("/"):
-            with LISTING:
+            with LISTING_LOCK:
                 path = os.path.join(path, another_form(path, part, listings))
     if not os.path.lexists(path):
         raise FileNotFoundError("no such file")

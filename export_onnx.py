@@ -90,7 +90,7 @@ def read_names(path):
 def describe(content, checkpoint, names, size, last_conv_stride):
     """Adds what a user must know to an ONNX file's metadata, which no tool computes with. Returns the file's new bytes.
 
-    checkpoint: its path. names: the attributes' names, or None. size: (height, width). lib/script.py reads the metadata.
+    checkpoint: its path. names: the attributes' names, or None. size: (height, width). lib/models.py reads the metadata.
     """
     import onnx
     sha256 = hashlib.sha256()
@@ -109,17 +109,20 @@ def describe(content, checkpoint, names, size, last_conv_stride):
     return model.SerializeToString()
 
 
+# The same whole_file() and lock() as in lib/files.py, because this file is also copied alone.
+
 @contextlib.contextmanager
 def whole_file(path):
-    """Yields the name of a new file beside path. Renames it to path if the block succeeds, deletes it if the block fails."""
+    """Yields the name of a new file next to path. Renames it to path if the block succeeds, deletes it if the block fails."""
+    # A file that no process locks is left from a killed run.
     for left in glob.glob(glob.escape(path) + ".%s.partial" % ("[0-9a-f]" * 8)):
-        with contextlib.suppress(OSError), open(left) as file:
-            if locked(file):  # no process holds the lock, so the file is left from a killed run
+        with contextlib.suppress(OSError), open(left, "r+b") as file:  # NFS cannot lock a file that is open only for reading
+            if lock(file):
                 os.remove(left)
     temporary = "%s.%s.partial" % (path, secrets.token_hex(4))
     try:
-        with open(temporary, "xb") as file:
-            locked(file)
+        with open(temporary, "x+b") as file:
+            lock(file)
             yield temporary
             os.replace(temporary, path)
     except OSError as error:
@@ -129,13 +132,18 @@ def whole_file(path):
             os.remove(temporary)
 
 
-def locked(file):
-    """Tries to lock an open file against other processes. Returns whether that worked."""
+def lock(file):
+    """Locks an open file or folder. Returns True, or False if another process holds the lock, or None if there are no locks.
+
+    Some file systems have none: Lustre without -o flock, some NFS and FUSE mounts.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
 
 
 def parse(argv):

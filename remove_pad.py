@@ -14,18 +14,17 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 from lib.files import whole_file
 from lib.models import check, load, nested, subgraphs
-from lib.script import command, importing, in_order_or_by_name, note, one_line
+from lib.script import command, in_order_or_by_name, note, one_line
+from lib.session import cpu_session
 
 RANDOM_OPERATORS = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 
 
-def constant(name, scopes, model):
-    """Returns a tensor's value as an ndarray if it depends on constants alone, else None.
+def chain_of(name, scopes):
+    """Returns (the nodes that compute a tensor, in order; the initializers that they need), or None if it is not constant.
 
     scopes: the graphs whose tensors are visible, the innermost last.
     """
-    import numpy as np
-    from onnx import TensorProto, helper, numpy_helper
     initializers = {tensor.name: tensor for graph in scopes for tensor in graph.initializer}
     nodes = [node for graph in scopes for node in graph.node]
     producer = {output: i for i, node in enumerate(nodes) for output in node.output}
@@ -42,41 +41,44 @@ def constant(name, scopes, model):
                 return None
             chain.add(producer[needed])
             todo += [input_ for input_ in node.input if input_]
-    chain = [nodes[i] for i in sorted(chain)]
-    try:
-        if not chain:
-            return numpy_helper.to_array(tensors[name])
-        if len(chain) == 1 and chain[0].op_type == "Constant":
-            attribute = chain[0].attribute[0]
-            if attribute.name == "value":
-                return numpy_helper.to_array(attribute.t)
-            if attribute.name == "value_ints":  # ONNX Runtime 1.10 cannot read it
-                return np.array(attribute.ints)
-        # ONNX Runtime computes longer chains, because it knows every operator.
-        with importing():
-            import onnxruntime
-        output = helper.make_tensor_value_info(name, TensorProto.INT64, None)
-        part = helper.make_model(helper.make_graph(chain, "constant", [], [output], list(tensors.values())),
-                                 opset_imports=model.opset_import)
-        part.ir_version = model.ir_version
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # the exception already reports an error
-        options.intra_op_num_threads = 1  # one is enough, and starting more can fail at a limit of threads
-        session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        return session.run([name], {})[0]
-    except ImportError:
-        raise
-    except Exception as error:  # onnxruntime has many kinds of errors without a common class
-        raise ValueError("the constant %s cannot be computed: %s" % (name, one_line(error)))
+    return [nodes[i] for i in sorted(chain)], list(tensors.values())
+
+
+def value_of(name, chain, tensors, model):
+    """Returns the value of a tensor, an ndarray. chain, tensors: from chain_of(). Raises the errors of onnx and ONNX Runtime."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+    if not chain:
+        return numpy_helper.to_array(tensors[0])
+    if len(chain) == 1 and chain[0].op_type == "Constant":
+        attribute = chain[0].attribute[0]
+        if attribute.name == "value":
+            return numpy_helper.to_array(attribute.t)
+        if attribute.name == "value_ints":  # ONNX Runtime 1.10 cannot read it
+            return np.array(attribute.ints)
+    # ONNX Runtime computes longer chains, because it knows every operator.
+    output = helper.make_tensor_value_info(name, TensorProto.INT64, None)
+    part = helper.make_model(helper.make_graph(chain, "constant", [], [output], tensors), opset_imports=model.opset_import)
+    part.ir_version = model.ir_version
+    return cpu_session(part.SerializeToString()).run([name], {})[0]
 
 
 def pads_of(node, scopes, model):
-    """Returns a Pad's pads as a list of int, or None if they are known only at run time."""
+    """Returns a Pad's pads as a list of int, or None if they are known only at run time. Raises ValueError if a constant cannot
+    be computed. scopes: the graphs around the Pad, the innermost last."""
     for attribute in node.attribute:
         if attribute.name in ("pads", "paddings"):  # the name in opset 2 to 10, and in opset 1
             return list(attribute.ints)
-    value = constant(node.input[1], scopes, model)
-    return None if value is None else value.ravel().tolist()
+    name = node.input[1]
+    found = chain_of(name, scopes)
+    if found is None:
+        return None
+    try:
+        return value_of(name, *found, model).ravel().tolist()
+    except ImportError:
+        raise
+    except Exception as error:  # ONNX Runtime's exceptions have no common class
+        raise ValueError("the constant %s cannot be computed: %s" % (name, one_line(error)))
 
 
 def rename(graph, old, new):

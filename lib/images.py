@@ -1,6 +1,5 @@
 """An image file -> the network's input."""
 import contextlib
-import functools
 import os
 
 from lib.machine import cores, worker_pool
@@ -105,12 +104,12 @@ def convert(images, bins, size, uint8):
     return reasons, turned
 
 
-def chunks(images, workers):
-    """Yields the images in ever smaller parts, so that all workers end together."""
+def parts(count, workers):
+    """Yields slices of a list of count images, ever smaller ones, so that all workers end together."""
     start = 0
-    while start < len(images):
-        end = start + min(CHUNK, -(-(len(images) - start) // (2 * workers)))
-        yield images[start:end]
+    while start < count:
+        end = start + min(CHUNK, -(-(count - start) // (2 * workers)))
+        yield slice(start, end)
         start = end
 
 
@@ -118,5 +117,6 @@ def convert_all(images, bins, size, uint8):
     """Runs convert() on all cores and yields its results. Raises OSError if a bin cannot be written."""
     from PIL import Image  # noqa: F401 - imported once, for all processes
     workers = min(cores(), len(images))
-    with worker_pool(workers) as run:  # processes, because threads hold each other back in Pillow
-        yield from run(functools.partial(convert, bins=bins, size=size, uint8=uint8), chunks(images, workers))
+    # The workers are processes, because threads hold each other back in Pillow.
+    with worker_pool(workers, lambda part: convert(images[part], bins, size, uint8)) as run:
+        yield from run(parts(len(images), workers))

@@ -66,6 +66,43 @@ def check_threads(count):
             time.sleep(0.001)
 
 
+# --- worker processes -------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def worker_pool(count, function):
+    """Yields a function that takes items and returns an iterator of function(item), in order. The calls run in count processes.
+
+    The processes ignore Ctrl-C, and they end if this process is killed. They have ended when the block ends. If the block
+    fails, they are killed. Raises OSError or ValueError if they cannot be started, and OSError if one of them is killed.
+    """
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    check_threads(count + 2)  # the pool also starts two threads; without one of them, it would wait for ever
+    # The forked processes inherit the function with all that it refers to. Only items and results go through pipes, and items
+    # should be small: if a process is killed, some Pythons wait for ever until their pipe has taken all waiting items.
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), start_worker, (os.getpid(), function))
+
+    def run(items):
+        try:
+            with uninterrupted():  # the processes start here
+                futures = [pool.submit(call_function, item) for item in items]
+        except OSError as error:
+            raise OSError("%d processes cannot be started (%s): %s" % (count, error.strerror, THREAD_LIMIT))
+        return (future.result() for future in futures)  # pool.map() would cancel futures, which disturbs the end of a killed pool
+
+    try:
+        yield run
+    except BaseException as error:
+        for process in multiprocessing.active_children():
+            process.kill()
+        if isinstance(error, BrokenProcessPool):
+            raise OSError("a worker process was killed; was the memory exhausted?")
+        raise
+    finally:
+        pool.shutdown()
+
+
 @contextlib.contextmanager
 def uninterrupted():
     """Delays Ctrl-C until the block ends. Processes that start in the block never see it, because they ignore it first."""
@@ -76,38 +113,16 @@ def uninterrupted():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
-def start_worker(parent):
+def start_worker(parent, function):
     """Makes a worker process ignore Ctrl-C, end when its parent is killed, and hide Pillow's warnings."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
     if os.getppid() != parent:  # the parent was killed before that call
         os._exit(1)
     warnings.simplefilter("ignore")
+    call_function.function = function
 
 
-@contextlib.contextmanager
-def worker_pool(count):
-    """Yields a function like map() that uses this many processes. They ignore Ctrl-C, and they end if this process is killed.
-
-    The block ends only when the processes have ended. Raises OSError if they cannot be started, or if one of them is killed.
-    """
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), start_worker, (os.getpid(),))
-
-    def run(function, *arguments):
-        try:
-            with uninterrupted():  # the processes start here
-                return pool.map(function, *arguments)
-        except OSError as error:
-            for process in multiprocessing.active_children():
-                process.kill()
-            raise OSError("%d processes cannot be started (%s): %s" % (count, error.strerror, THREAD_LIMIT))
-
-    try:
-        yield run
-    except BrokenProcessPool:
-        raise OSError("a worker process was killed; was the memory exhausted?")
-    finally:
-        pool.shutdown()
+def call_function(item):
+    """Calls the pool's function in a worker process."""
+    return call_function.function(item)

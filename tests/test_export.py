@@ -1,4 +1,4 @@
-"""Stage 1: the exported model's interface, its own proof of it, and what it refuses."""
+"""Stage 1: the exported model's interface, the check against PyTorch, and what the script refuses."""
 import os
 import re
 import shutil
@@ -25,8 +25,8 @@ def interface(value):
     return value.name, value.type.tensor_type.elem_type, [size.dim_value for size in value.type.tensor_type.shape.dim]
 
 
-def test_export(first_run, tmp_path):
-    """The real network, by run_all.sh's first run."""
+def test_the_exported_model_computes_the_networks_logits(first_run):
+    """The real network, in run_all.sh's first run."""
     work, process = first_run
     assert process.returncode == 0, process.stderr
     assert re.search(r"\ndeepmar_bs1.onnx: batch size 1, images of 224 x 224 \(height x width\), last_conv_stride 2, 35 attributes, "
@@ -73,8 +73,7 @@ def small(tmp_path, monkeypatch):
     return tmp_path, states
 
 
-def test_a_mismatch_is_an_error_and_leaves_no_file(small, monkeypatch):
-    """Another network's graph in the file: the earlier output stays."""
+def test_another_networks_graph_is_an_error_and_keeps_the_earlier_output(small, monkeypatch):
     folder, _ = small
     real = export_onnx.export
 
@@ -94,12 +93,12 @@ def test_a_mismatch_is_an_error_and_leaves_no_file(small, monkeypatch):
     (["--size", "128", "64", "--last_conv_stride=1", "c.pth", "o.onnx", "2"], 1, (128, 64), 0),
     (["--input_file=c.pth", "--output_file=o.onnx", "--batch_size=2", "--size", "100", "60", "--state-dict=ema", "--num-att=4"],
      2, (100, 60), 1)])
-def test_stride_size_and_state_dict(small, capsys, options, stride, size, which):
+def test_stride_size_and_state_dict_are_those_of_the_options(small, capsys, options, stride, size, which):
     _, states = small
     export_onnx.main(options)
-    told, summary = capsys.readouterr().out.splitlines()
+    note, summary = capsys.readouterr().out.splitlines()
     names = ["state_dict", "ema.module"]
-    assert told == "c.pth: took the state dict %s; it also has: %s (--state-dict NAME takes another)" % (
+    assert note == "c.pth: took the state dict %s; it also has: %s (--state-dict NAME takes another)" % (
         names[which], names[1 - which])
     assert "o.onnx: batch size 2, images of %d x %d (height x width), last_conv_stride %d, 4 attributes, " % (
         size + (stride,)) in summary
@@ -118,7 +117,7 @@ def test_stride_size_and_state_dict(small, capsys, options, stride, size, which)
     assert np.abs(logits - expected[3 - stride]).max() > 1e-2 * np.abs(expected[stride]).max()  # a wrong one is not noticed
 
 
-def test_another_number_of_attributes_than_asked_for_stops_before_the_export(small, monkeypatch):
+def test_a_wrong_number_of_attributes_or_state_dict_is_an_error_before_the_export(small, monkeypatch):
     monkeypatch.setattr(export_onnx, "export", None)
     with pytest.raises(ValueError, match="c.pth: was trained for 4 attributes, but --num-att asks for 35"):
         export_onnx.main(["c.pth", "o.onnx", "1", "--num-att", "35"])
@@ -127,31 +126,26 @@ def test_another_number_of_attributes_than_asked_for_stops_before_the_export(sma
     assert os.listdir(".") == ["c.pth"]
 
 
-def test_help_says_that_a_checkpoint_does_not_tell_stride_and_size():
-    process = script("export_onnx.py", "--help")
-    assert "A checkpoint does not record their values" in process.stdout
-
-
 @pytest.mark.parametrize("wrong", [
-    ["--last-conv-stride", "3"], ["--last-conv-stride", "x"], ["--size", "224"], ["--size", "224", "0"], ["--size", "-1", "2"],
-    ["--size", "2.5", "2"], ["--num-att", "0"], ["--num-att", "x"], ["--num-att"], ["--state-dict"], ["--size", "\u0661", "2"]])
-def test_usage_of_the_options(capsys, wrong):
-    with pytest.raises(SystemExit) as exit_:
-        export_onnx.main(["c.pth", "o.onnx", "1"] + wrong)
-    assert exit_.value.code == 2 and "export_onnx.py: error: " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("wrong", [
-    [], ["c"], ["c", "o"], ["c", "o", "0"], ["c", "o", "-1"], ["c", "o", "x"], ["c", "o", "1.5"], ["c", "o", ""],
-    ["c", "o", "1", "2"], ["c", "o", "--batch_size=1"], ["--input_file=c"], ["--input_file=c", "--output_file=o",
-                                                                            "--batch_size=0"], ["--bs=1"]])
-def test_usage(capsys, wrong):
+    [], ["c"], ["c", "o"], ["c", "o", "1", "2"], ["c", "o", "--batch_size=1"], ["--input_file=c"], ["--bs=1"],
+    ["c", "o", "1", "--last-conv-stride", "3"], ["c", "o", "1", "--size", "224"], ["c", "o", "1", "--size", "224", "0"],
+    ["c", "o", "1", "--size", "2.5", "2"], ["c", "o", "1", "--size", "\u0661", "2"], ["c", "o", "1", "--num-att", "0"],
+    ["c", "o", "1", "--num-att"], ["c", "o", "1", "--state-dict"]])
+def test_wrong_arguments_are_usage_errors(capsys, wrong):
     with pytest.raises(SystemExit) as exit_:
         export_onnx.main(wrong)
     assert exit_.value.code == 2 and "export_onnx.py: error: " in capsys.readouterr().err
 
 
-def test_errors(tmp_path, monkeypatch):
+@pytest.mark.parametrize("batch_size", ["0", "-1", "1.5", "x", "", " 1", "0x1", "1e3", "\u0661", "1" * 5000])
+def test_the_batch_size_must_be_a_positive_number(capsys, batch_size):
+    for arguments in (["--", "c", "o", batch_size], ["--input_file=c", "--output_file=o", "--batch_size=" + batch_size]):
+        with pytest.raises(SystemExit) as exit_:
+            export_onnx.main(arguments)
+        assert exit_.value.code == 2 and "BATCH_SIZE must be a positive whole number" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_checkpoint_is_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "page.pth").write_text("<!DOCTYPE html>")
     check_error(script("export_onnx.py", "page.pth", "o.onnx", 1, cwd=tmp_path), "export_onnx.py: error: page.pth: is not a PyTorch")
@@ -181,8 +175,8 @@ def places(small):
     return folder
 
 
-def test_finds_its_network(places):
-    """From another folder and with PYTHONSAFEPATH (Python 3.11). The reader of the output has left, as head does."""
+def test_a_copy_finds_its_network_from_any_folder(places):
+    """With PYTHONSAFEPATH (Python 3.11). The program that reads the output has ended, as head does."""
     process = subprocess.run(
         '"%s" ../repository/export_onnx.py ../c.pth o.onnx 1 --size 64 64 | true; echo ${PIPESTATUS[0]}' % sys.executable,
         shell=True, executable="/bin/bash", env=dict(os.environ, PYTHONSAFEPATH="1"), cwd=str(places / "elsewhere"), stdout=subprocess.PIPE,
@@ -191,8 +185,8 @@ def test_finds_its_network(places):
     assert os.listdir(str(places / "elsewhere")) == ["o.onnx"]
 
 
-def test_names_that_the_terminal_cannot_show(places):
-    """A file name that is not UTF-8, and a state dict with a Chinese name, where only ASCII can be shown. By a link."""
+def test_names_that_the_terminal_cannot_show_are_escaped(places):
+    """A file name that is not UTF-8, and a state dict with a Chinese name, on an ASCII terminal. By a link."""
     torch.save({"\u6a21\u578b": DeepMAR_ResNet50(num_att=4).state_dict()}, "c.pth")
     name = os.fsdecode(b"\xff\xe9.pth")
     os.rename("c.pth", name)

@@ -2,19 +2,16 @@
 
 Most run in a copy of the open-source repository's layout, where baseline/model/DeepMAR.py is a small network of ours.
 """
-import errno
+import inspect
 import os
 import shutil
 
-import numpy as np
-import onnxruntime
 import pytest
-import torch
+
+import export_onnx
+import lib.files
 from helpers import NETWORK, ROOT, check_error, script, started
 
-import DeepMAR
-import export_onnx
-from DeepMAR import DeepMAR_ResNet50
 
 @pytest.fixture
 def checkout(tmp_path):
@@ -39,30 +36,10 @@ def test_the_small_network_exports(checkout, tmp_path):
     assert checkout.new == {"out.onnx"} and "last_conv_stride 2, 35 attributes, opset 11" in process.stdout
 
 
-def test_only_the_temporary_files_of_dead_runs_go(tmp_path):
-    """Two containers can give two processes one number: a run is alive as long as it holds its file's lock."""
-    path = str(tmp_path / "a[1].onnx")  # a name that means something to glob
-    for name in (path + ".partial", path + ".my notes.partial", path + ".1234abcd.partial", path):
-        open(name, "w").close()
-    with export_onnx.whole_file(path) as first:
-        with export_onnx.whole_file(path) as second:
-            for name, content in ((first, "first"), (second, "second")):
-                with open(name, "w") as f:
-                    f.write(content)
-    assert sorted(os.listdir(str(tmp_path))) == ["a[1].onnx", "a[1].onnx.my notes.partial", "a[1].onnx.partial"]
-    with open(path) as f:
-        assert f.read() == "first"
-
-
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    def flock(*_):
-        raise OSError(errno.ENOSYS, "no locks")
-    monkeypatch.setattr(export_onnx.fcntl, "flock", flock)
-    for number in range(2):
-        with export_onnx.whole_file(str(tmp_path / "a.onnx")) as temporary:
-            with open(temporary, "w") as f:
-                f.write(str(number))
-        assert os.listdir(str(tmp_path)) == ["a.onnx"] and (tmp_path / "a.onnx").read_text() == str(number)
+def test_it_has_the_same_whole_file_as_lib():
+    """It is also copied alone. lib's is tested in test_concurrency.py and test_machine.py."""
+    for name in ("whole_file", "lock"):
+        assert inspect.getsource(getattr(export_onnx, name)) == inspect.getsource(getattr(lib.files, name))
 
 
 FAILURES = {
@@ -79,19 +56,19 @@ FAILURES = {
 
 @pytest.mark.parametrize("failure", sorted(FAILURES))
 def test_a_failure_is_one_line_and_keeps_the_earlier_output(checkout, tmp_path, failure):
-    returned, said = FAILURES[failure]
+    returned, message = FAILURES[failure]
     (tmp_path / "out.onnx").write_bytes(b"of yesterday")
-    check_error(checkout(NETWORK % returned), "export_onnx.py: error: ", said)
+    check_error(checkout(NETWORK % returned), "export_onnx.py: error: ", message)
     assert checkout.new == set() and (tmp_path / "out.onnx").read_bytes() == b"of yesterday"
 
 
-def test_a_batch_that_does_not_fit_into_memory(checkout):
+def test_a_batch_larger_than_the_memory_is_an_error(checkout):
     check_error(checkout(NETWORK % "x", batch_size=999999999), "out.onnx: was not exported: ")
     assert checkout.new == set()
 
 
-def test_an_output_that_cannot_be_written(checkout, tmp_path):
-    """Said before the work is done: the network would fail."""
+def test_an_output_that_cannot_be_written_is_an_error_before_the_work(checkout, tmp_path):
+    """The export of this network would fail."""
     for output in ("nowhere/out.onnx", "export_onnx.py/out.onnx", "/proc/out.onnx"):
         check_error(checkout(NETWORK % "torch.erfinv(x)", output), "export_onnx.py: error: ", output)
         assert checkout.new == set()
@@ -100,12 +77,12 @@ def test_an_output_that_cannot_be_written(checkout, tmp_path):
     assert checkout.new == set()
 
 
-def test_no_model_beside_it(checkout):
+def test_a_missing_network_is_an_error(checkout):
     check_error(checkout(None), "export_onnx.py: error: ", "DeepMAR")
     check_error(checkout("import torch"), "export_onnx.py: error: ", "load_model")  # the repository's own DeepMAR.py
 
 
-def test_a_mismatch_within_the_tolerance_is_told(checkout):
+def test_a_mismatch_within_the_tolerance_is_printed(checkout):
     process = checkout(NETWORK % "x + 5e-5 if torch.onnx.is_in_onnx_export() else x")
     assert process.returncode == 0 and "differ by at most 5e-05 (" in process.stdout, process
     check_error(checkout(NETWORK % "x + 2e-4 if torch.onnx.is_in_onnx_export() else x"), "by 0.0002 (")
@@ -118,32 +95,3 @@ def test_help_and_usage_need_no_torch(tmp_path, monkeypatch):
     process = started("export_onnx.py", "--help")
     assert process.returncode == 0 and "--batch_size" in process.stdout, process.stderr
     check_error(started("export_onnx.py", "in.pth", "out.onnx", "eight"), "'eight'", code=2)
-
-
-@pytest.mark.parametrize("batch_size", ["0", "-1", "1.5", "x", "", " 1", "0x1", "1e3", "\u0661", "1" * 5000])
-@pytest.mark.parametrize("named", [False, True])
-def test_a_batch_size_must_be_a_positive_number(capsys, batch_size, named):
-    arguments = ["in.pth", "out.onnx", batch_size]
-    if named:
-        arguments = ["--input_file=in.pth", "--output_file=out.onnx", "--batch_size=" + batch_size]
-    elif batch_size == "-1":
-        arguments.insert(0, "--")
-    with pytest.raises(SystemExit) as exit_:
-        export_onnx.main(arguments)
-    assert exit_.value.code == 2 and "BATCH_SIZE must be a positive whole number" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("attributes", [26, 51])
-def test_another_number_of_attributes_needs_no_option(tmp_path, capsys, monkeypatch, attributes):
-    monkeypatch.setattr(DeepMAR, "BLOCKS", [1, 1, 1, 1])
-    torch.manual_seed(0)
-    model = DeepMAR_ResNet50(num_att=attributes).eval()
-    torch.save(model.state_dict(), str(tmp_path / "model.pth"))
-    export_onnx.main([str(tmp_path / "model.pth"), str(tmp_path / "out.onnx"), "1"])
-    assert "%d attributes" % attributes in capsys.readouterr().out
-    x = np.random.RandomState(1).standard_normal((1, 3, 224, 224)).astype(np.float32)
-    session = onnxruntime.InferenceSession(str(tmp_path / "out.onnx"), providers=["CPUExecutionProvider"])
-    logits, = session.run(["output1"], {"actual_input_1": x})
-    with torch.no_grad():
-        expected = model(torch.from_numpy(x)).numpy()
-    assert logits.shape == (1, attributes) and np.abs(logits - expected).max() < 1e-4 * max(1, np.abs(expected).max())

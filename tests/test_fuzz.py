@@ -1,6 +1,6 @@
-"""Random and damaged input for every parser: a clean error that names the file, or the right answer; never a crash.
+"""Random and damaged input for every parser: it gives the right answer or an error that names the file, and never crashes.
 
-DEEPMAR_TEST_CAMPAIGN=50 tries 50 times as many examples, other ones each time.
+DEEPMAR_TEST_CAMPAIGN=50 tries 50 times as many examples, and different ones each time.
 """
 import io
 import json
@@ -13,22 +13,22 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from helpers import ZEROS, between, constant, model_of, node, outputs_of
 
+from DeepMAR import load_checkpoint
+from helpers import ZEROS, between, constant, model_of, node, outputs_of
 from lib.bins import read_info
 from lib.labels import read_labels
 from lib.models import load
 from lib.names import read_list, stem
 from lib.results import check_images
-import benchmark
-import remove_pad
-from DeepMAR import load_checkpoint
+from lib.session import open_session
+from remove_pad import remove_pads
 
 CAMPAIGN = int(os.environ.get("DEEPMAR_TEST_CAMPAIGN", "0"))
 
 
 def fuzz(examples, *strategies):
-    """@given, the same examples each time unless in a campaign."""
+    """Like hypothesis's given(), with the same examples each time, except in a campaign."""
     def decorate(test):
         return settings(max_examples=examples * (CAMPAIGN or 1), derandomize=not CAMPAIGN, deadline=None, database=None,
                         suppress_health_check=list(HealthCheck))(given(*strategies)(test))
@@ -37,7 +37,7 @@ def fuzz(examples, *strategies):
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """Returns a function that writes bytes to a file, and its path."""
+    """Returns a function that writes bytes to a file and returns its path."""
     path = tmp_path_factory.mktemp("fuzz") / "file"
 
     def write(data):
@@ -47,18 +47,18 @@ def file(tmp_path_factory):
 
 
 def refused(function, path, *arguments):
-    """What a parser returns, or None if it refuses the file as it should."""
+    """Returns what a parser returns, or None if it refuses the file with a proper error."""
     try:
         return function(path, *arguments)
     except (ValueError, OSError) as error:
         message = str(error)
         assert message.startswith(path + ": ") and "\n" not in message and len(message) < 3000, message
-        assert type(error) in (ValueError, OSError), repr(error)  # and not UnicodeDecodeError, say
+        assert type(error) in (ValueError, OSError), repr(error)  # not a subclass such as UnicodeDecodeError
 
 
 @st.composite
 def damaged(draw, whole):
-    """One of the whole contents with some bytes changed, cut out, doubled or put in."""
+    """Returns one of the whole contents with some bytes changed, cut out, doubled or put in."""
     data = bytearray(draw(st.sampled_from(whole)))
     for _ in range(draw(st.integers(0, 4))):
         at = draw(st.integers(0, max(0, len(data) - 1)))
@@ -81,7 +81,7 @@ LISTS = ["00001.png\n00002.png\r\n\n sub/3.b.png", "\ufeffa.png\nü x.jpg\n", "a
 
 
 @fuzz(150, st.one_of(damaged([text.encode("utf-8") for text in LISTS]), st.binary(max_size=60)))
-def test_lists(file, data):
+def test_damaged_lists_are_read_or_refused(file, data):
     path = file(data)
     names = refused(read_list, path)
     if names is not None:
@@ -97,16 +97,16 @@ INFO = "".join("%d ./bins/%05d.bin 224 224\n" % (i, i) for i in range(3)).encode
 
 
 @fuzz(150, st.one_of(damaged([INFO]), st.binary(max_size=60)))
-def test_info(file, data):
+def test_damaged_info_files_are_refused(file, data):
     bins = refused(read_info, file(data), 224, 224)
-    assert bins is None, "none of the bins is there"
+    assert bins is None, "none of the bins exists"
 
 
 LABELS = [b'{"a.png": [0, 1, 1], "b.png": [1, 0, 0]}', '\ufeff{"x/ü.png": [0.0, 1e0], "b": [true, 0]}'.encode("utf-8")]
 
 
 @fuzz(200, st.one_of(damaged(LABELS), st.binary(max_size=60)))
-def test_labels(file, data):
+def test_damaged_labels_are_read_or_refused(file, data):
     found = refused(read_labels, file(data))
     if found is not None:
         rows, labels = found
@@ -129,7 +129,7 @@ CHECKPOINTS = [checkpoint(zipped, content) for zipped in (True, False) for conte
 
 
 def zipped(pickle):
-    """The first checkpoint with another pickle, its checksum right."""
+    """Returns the first checkpoint with another pickle and the right checksum."""
     data = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(CHECKPOINTS[0])) as archive, zipfile.ZipFile(data, "w") as changed:
         for member in archive.infolist():
@@ -141,7 +141,7 @@ PICKLES = [zipfile.ZipFile(io.BytesIO(data)).read("archive/data.pkl") for data i
 
 
 def in_a_child(function, *arguments):
-    """Calls a function in a forked process, as a crash of C++ code would end this one; it must not fail either."""
+    """Calls a function in a forked process, because a crash of C++ code would end this one. The function must not fail."""
     child = os.fork()
     if not child:
         try:
@@ -155,14 +155,14 @@ def in_a_child(function, *arguments):
 
 
 @fuzz(40, st.one_of(damaged(CHECKPOINTS), damaged(PICKLES).map(zipped)))
-def test_checkpoints(file, data):
-    def load(path):
+def test_damaged_checkpoints_are_read_or_refused(file, data):
+    def check(path):
         state = refused(load_checkpoint, path)
         assert state is None or all(isinstance(value, torch.Tensor) and value.numel() <= len(data)
                                     and torch.isfinite(value.float()).all() for value in state.values())
         if data in CHECKPOINTS:
             assert all(torch.equal(state[key], STATE[key].float()) for key in STATE) and len(state) == 2
-    in_a_child(load, file(data))
+    in_a_child(check, file(data))
 
 
 MODELS = [model_of(between(node("Pad", "r c", "p")), [("c", ZEROS)]),
@@ -172,20 +172,17 @@ MODELS = [model_of(between(node("Pad", "r c", "p")), [("c", ZEROS)]),
 
 
 @fuzz(40, damaged([model.SerializeToString() for model in MODELS]))
-def test_damaged_models(file, data):
-    """The Pads go, and the model is still one, if it was."""
-    def load(path):
+def test_damaged_models_are_refused_or_keep_their_outputs(file, data):
+    def check(path):
         model = refused(load, path)
         if model is None:
             return
+        refused(open_session, path)
         try:
-            outputs_of(model)
-        except Exception:  # ONNX Runtime's have no base class: what it refuses before, it may refuse after
-            model = None
-        refused(benchmark.open_session, path)
-        if model is not None:
             before = outputs_of(model)
-            removed = remove_pad.remove_pads(model)[0]
-            onnx.checker.check_model(model)
-            assert not removed or all(a.tobytes() == b.tobytes() for a, b in zip(before, outputs_of(model)))
-    in_a_child(load, file(data))
+        except Exception:  # ONNX Runtime's exceptions have no common class. It may refuse the model afterwards too
+            return
+        removed = remove_pads(model)[0]
+        onnx.checker.check_model(model)
+        assert not removed or all(a.tobytes() == b.tobytes() for a, b in zip(before, outputs_of(model)))
+    in_a_child(check, file(data))

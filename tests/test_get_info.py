@@ -15,7 +15,7 @@ def bins(tmp_path):
     return tmp_path
 
 
-def test_the_guides_command(bins):
+def test_the_info_file_lists_the_bins_in_natural_order(bins):
     for arguments in (["./input_bin"], ["bin", "./input_bin"]):
         process = script("get_info.py", *(arguments + ["deepmar.info", "224", "224"]), cwd=bins)
         assert process.returncode == 0 and process.stderr == "", process.stderr
@@ -25,7 +25,7 @@ def test_the_guides_command(bins):
     assert sorted(os.listdir(str(bins))) == ["deepmar.info", "input_bin"]
 
 
-def test_other_files_do_not_count(bins):
+def test_other_files_are_not_listed(bins):
     (bins / "input_bin" / "notes.txt").write_text("x")
     (bins / "input_bin" / "folder.bin").mkdir()
     assert script("get_info.py", "input_bin/", "deepmar.info", 224, 224, cwd=bins).returncode == 0
@@ -36,7 +36,7 @@ def test_other_files_do_not_count(bins):
 @pytest.mark.parametrize("wrong", [[], ["input_bin"], ["jpg", "input_bin", "i", "224", "224"],
                                    ["input_bin", "i", "224", "0"], ["input_bin", "i", "x", "224"],
                                    ["input_bin", "i", "224", "-224"]])
-def test_usage(bins, wrong):
+def test_wrong_arguments_are_usage_errors(bins, wrong):
     check_error(script("get_info.py", *wrong, cwd=bins), code=2)
 
 

@@ -1,49 +1,15 @@
-"""Stage 7: the metrics against an independent computation, the label and result files, and what is written."""
+"""Stage 7: what it prints and writes, and the label and result files that it refuses."""
 import json
 
 import numpy as np
 import pytest
 
-from lib.labels import ASSUMED, PETA, attribute_names, read_labels
-from lib.metrics import evaluate
-from lib.results import probabilities
 from helpers import INSTANCE, POSTPROCESS, check_error, independent, random_case, script, write_case
+from lib.labels import ASSUMED, PETA, attribute_names, read_labels
+from lib.results import probabilities
 
 
-@pytest.mark.parametrize("attributes, seed", [(35, 0), (26, 1), (51, 2), (1, 3)])
-def test_metrics_equal_an_independent_computation(attributes, seed):
-    logits, labels = random_case(attributes=attributes, seed=seed)
-    metrics, figures = evaluate(logits, labels)
-    instance, per_attribute, mean = independent(logits.tolist(), labels.tolist())
-    assert [metrics[name] for name in INSTANCE] == pytest.approx(instance, rel=0, abs=1e-12)
-    assert metrics["mA"] == pytest.approx(mean, rel=0, abs=1e-12)
-    positive, negative = np.array(per_attribute, float).T  # None becomes NaN
-    for name, expected in (("label_pos_acc", positive), ("label_neg_acc", negative),
-                           ("label_acc", (positive + negative) / 2)):
-        np.testing.assert_allclose(figures[name], expected, rtol=0, atol=1e-12)
-    assert (figures["positives"] == labels.sum(axis=0)).all()
-    assert (figures["negatives"] == (1 - labels).sum(axis=0)).all()
-
-
-def test_metrics_by_hand():
-    # One of two true found and one false; nothing true (left out); nothing predicted (precision 0); all of one right.
-    labels = [[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 1, 0]]
-    logits = [[2, -2, 1], [5, 5, 5], [-1, -1, -1], [-1, 0, -1]]
-    metrics, figures = evaluate(logits, labels)
-    assert metrics["instance_acc"] == pytest.approx((1 / 3 + 0 + 1) / 3, abs=1e-15)
-    assert metrics["instance_precision"] == pytest.approx((1 / 2 + 0 + 1) / 3, abs=1e-15)
-    assert metrics["instance_recall"] == pytest.approx((1 / 2 + 0 + 1) / 3, abs=1e-15)
-    assert metrics["mA"] == pytest.approx(((1 / 2 + 1 / 2) / 2 + (1 / 2 + 1 / 2) / 2) / 2, abs=1e-15)
-    assert np.isnan(figures["label_acc"][2]) and np.isnan(figures["label_pos_acc"][2])
-    assert figures["label_neg_acc"][2] == 0.5
-
-
-def test_nothing_right_has_f1_zero():
-    metrics, _ = evaluate([[1, -1]], [[0, 1]])
-    assert [metrics[name] for name in INSTANCE] == [0, 0, 0, 0] and metrics["mA"] is None
-
-
-def test_screen_and_file(tmp_path):
+def test_the_screen_and_the_file_show_the_metrics(tmp_path):
     logits, labels = random_case()
     labels[:, 3], labels[:, 7] = 0, 1
     result, label = write_case(tmp_path, logits[:280], labels)
@@ -85,13 +51,12 @@ def test_both_interfaces_give_the_same(tmp_path):
     check_error(script(POSTPROCESS, result, label, "--label_file", label, cwd=tmp_path), "not both", code=2)
 
 
-@pytest.mark.parametrize("labels_for, images, drop", [(1.0, 5, 0.0), (0.79, 4, 0.01), (0.795, 4, 0.015)])
-def test_published(tmp_path, labels_for, images, drop):
-    # Five images of 100 attributes, all true; so many of each predicted.
-    hits = int(round(100 * (labels_for - drop)))
+@pytest.mark.parametrize("published, images, drop", [(1.0, 5, 0.0), (0.79, 4, 0.01), (0.795, 4, 0.015)])
+def test_a_drop_of_more_than_1_percent_is_an_error(tmp_path, published, images, drop):
+    hits = int(round(100 * (published - drop)))  # each image has 100 attributes, of which the model finds this many
     logits = np.where(np.arange(100) < hits, 2, -1)[None].repeat(images, axis=0)
     result, label = write_case(tmp_path, logits, np.ones((images, 100), int))
-    done = script(POSTPROCESS, result, label, "--published", labels_for, cwd=tmp_path)
+    done = script(POSTPROCESS, result, label, "--published", published, cwd=tmp_path)
     assert json.loads((tmp_path / "fusion_result.json").read_text())["drop"] == pytest.approx(drop, abs=1e-12)
     assert ("drop %.2f %%" % (100 * drop)) in done.stdout
     if drop > 0.011:
@@ -100,7 +65,7 @@ def test_published(tmp_path, labels_for, images, drop):
         assert done.returncode == 0, done.stderr
 
 
-def test_probabilities(tmp_path):
+def test_probabilities_must_be_declared(tmp_path):
     logits, labels = random_case()
     result, label = write_case(tmp_path, logits, labels)
     assert script(POSTPROCESS, result, label, cwd=tmp_path).returncode == 0
@@ -111,16 +76,16 @@ def test_probabilities(tmp_path):
     assert json.loads((tmp_path / "fusion_result.json").read_text()) == expected
     done = script(POSTPROCESS, result, label, "--values", "probabilities", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    said = json.loads((tmp_path / "fusion_result.json").read_text())
-    assert said == dict(expected, values="probabilities") and expected["values"] == "logits"
+    report = json.loads((tmp_path / "fusion_result.json").read_text())
+    assert report == dict(expected, values="probabilities") and expected["values"] == "logits"
     assert script(POSTPROCESS, result, label, "--values=logits", cwd=tmp_path).returncode == 0
-    said = json.loads((tmp_path / "fusion_result.json").read_text())
-    assert said["instance_recall"] == 1 and said["values"] == "logits"  # all attributes of all images are said
+    report = json.loads((tmp_path / "fusion_result.json").read_text())
+    assert report["instance_recall"] == 1 and report["values"] == "logits"  # every image is predicted to have every attribute
 
 
 @pytest.mark.parametrize("attributes, extension, output, prefix",
                          [(35, ".jpg", 1, ""), (26, ".png", 0, ""), (51, ".a.jpeg", 1, "train/seq1/")])
-def test_other_datasets(tmp_path, attributes, extension, output, prefix):
+def test_data_sets_with_other_attributes_and_names_are_scored(tmp_path, attributes, extension, output, prefix):
     logits, labels = random_case(attributes=attributes)
     result, label = write_case(tmp_path, logits, labels, extension, output, prefix)
     names = tmp_path / "names.txt"
@@ -133,7 +98,7 @@ def test_other_datasets(tmp_path, attributes, extension, output, prefix):
     assert report["instance_acc"] == pytest.approx(independent(logits.tolist(), labels.tolist())[0][0], abs=1e-12)
 
 
-def test_attribute_names(tmp_path):
+def test_the_names_of_attributes_are_checked(tmp_path):
     assert attribute_names(35) == PETA and attribute_names(2) == ["attribute0", "attribute1"]
     names = tmp_path / "names.txt"
     names.write_text("a\nb\n")
@@ -151,7 +116,7 @@ def test_attribute_names(tmp_path):
 
 @pytest.mark.parametrize("text", ['{"a.png": [0, 1], "b.png": [1, 1]}', '\ufeff{"a.png": [0, 1], "b.png": [1, 1]}',
                                   '{"a.png": [0.0, 1], "b.png": [1.0, 1e0]}'])
-def test_right_labels(tmp_path, text):
+def test_labels_are_read(tmp_path, text):
     path = tmp_path / "label.json"
     path.write_bytes(text.encode("utf-8"))
     rows, labels = read_labels(str(path))
@@ -160,32 +125,25 @@ def test_right_labels(tmp_path, text):
 
 @pytest.mark.parametrize("text, message", [
     ('{"a.png": [0, 1], "b.png": [0, 2]}', "'b.png': its label is not a list of 0 and 1"),
-    ('{"a.png": [0, 1], "b.png": [0, -1]}', "'b.png'"),
     ('{"a.png": [0, 1], "b.png": [0, 0.5]}', "'b.png'"),
     ('{"a.png": [0, 1], "b.png": [0, 1%s]}' % ("0" * 400), "'b.png'"),
     ('{"a.png": [0, 1], "b.png": [0, NaN]}', "'b.png'"),
-    ('{"a.png": [0, 1], "b.png": [0, Infinity]}', "'b.png'"),
     ('{"a.png": [0, 1], "b.png": ["0", "1"]}', "'b.png'"),
-    ('{"a.png": [0, 1], "b.png": [[0], 1]}', "'b.png'"),
     ('{"a.png": [0, 1], "b.png": {"0": 1}}', "'b.png'"),
     ('{"a.png": [0, 1], "b.png": 2}', "'b.png'"),
-    ('{"a.png": [0, 1], "b.png": "01"}', "'b.png'"),
-    ('{"a.png": null}', "'a.png'"),
     ('{"a.png": []}', "'a.png'"),
     ('{"a.png": [0, 1], "b.png": [0, 1, 1]}', "'b.png' has 3 values, but the rows before it have 2"),
     ('{"a.png": [0, 1], "b.png": [1, 1], "a.png": [0, 1]}', "'a.png' and 'a.png' are the same image"),
     ('{"a.png": [0, 1], "x/a.jpg": [0, 1]}', "'a.png' and 'x/a.jpg' are the same image"),
     ('{}', "is not {image file name"),
     ('[[0, 1]]', "is not {image file name"),
-    ('[]', "is not {image file name"),
     ('3', "is not {image file name"),
-    ('"a"', "is not {image file name"),
     ('', "is not JSON"),
     ('{"a.png": [0, 1]', "is not JSON"),
     ('{"a.png": ' + "[" * 100000, "is not JSON"),
     ("[" * 100000 + "]" * 100000, "label.json"),
 ])
-def test_wrong_labels(tmp_path, text, message):
+def test_wrong_labels_are_refused(tmp_path, text, message):
     path = tmp_path / "label.json"
     path.write_text(text)
     with pytest.raises(ValueError) as error:
@@ -193,7 +151,7 @@ def test_wrong_labels(tmp_path, text, message):
     assert str(error.value).startswith(str(path)) and message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_label_file_errors_on_the_screen(tmp_path):
+def test_errors_of_the_label_file_are_one_line(tmp_path):
     result, label = write_case(tmp_path, [[2, 2]], [[0, 1]])
     check_error(script(POSTPROCESS, result, tmp_path / "absent.json", cwd=tmp_path), "absent.json: no such file")
     (tmp_path / "label.json").write_bytes(b'{"a\xff": [0]}')
@@ -218,7 +176,7 @@ def test_several_folders_are_one_set(tmp_path):
                 "00003_0.bin")
 
 
-def test_result_errors(tmp_path):
+def test_wrong_results_are_refused(tmp_path):
     logits, labels = random_case(images=8)
     result, label = write_case(tmp_path, logits, labels[:6])
     check_error(script(POSTPROCESS, result, label, cwd=tmp_path), "2 of 8 results have no label", "00006_1.bin", "00007_1.bin")

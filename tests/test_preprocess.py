@@ -1,4 +1,4 @@
-"""Stage 4: bins equal the guide's arithmetic to the bit; a bad list or image is named and nothing is written."""
+"""Stage 4: bins equal the guide's arithmetic to the bit. An error names the bad list or images, and nothing is written."""
 import os
 import pathlib
 import signal
@@ -41,16 +41,16 @@ def images(tmp_path):
     return tmp_path
 
 
-def test_every_value_of_every_channel_is_the_guides(tmp_path):
+def test_every_value_of_every_channel_is_normalised_as_in_the_guide(tmp_path):
     ramp = np.arange(SIZE * SIZE).reshape(SIZE, SIZE) % 256
-    pixels = np.stack([ramp, ramp[::-1], 255 - ramp], axis=2).astype(np.uint8)  # of the network's size: not resized
+    pixels = np.stack([ramp, ramp[::-1], 255 - ramp], axis=2).astype(np.uint8)  # it has the network's size, so it is not resized
     Image.fromarray(pixels).save(str(tmp_path / "ramp.png"))
     assert all(len(np.unique(pixels[:, :, channel])) == 256 for channel in range(3))
     result, expected = preprocess(str(tmp_path / "ramp.png")), guide(str(tmp_path / "ramp.png"))
     assert result.dtype == expected.dtype == np.float32 and np.array_equal(result, expected)
 
 
-def test_bins_are_the_guides_to_the_bit(images):
+def test_bins_equal_the_guides_to_the_bit(images):
     process = script(NAME, "images", "input_bin", "image.txt", cwd=images)
     assert process.returncode == 0 and process.stderr == "", process.stderr
     names = read_list(str(images / "image.txt"))
@@ -60,7 +60,7 @@ def test_bins_are_the_guides_to_the_bit(images):
         assert len(data) == 602112 and data == guide(images / "images" / name).astype("<f4").tobytes(), name
 
 
-def test_another_size(images):
+def test_bins_of_another_size_equal_the_guides(images):
     for form in (["images", "input_bin", "image.txt", "--size", "256", "128"],
                  ["--size", 256, 128, "--file_path=images", "--bin_path=input_bin", "--image_info=image.txt"]):
         process = script(NAME, *form, cwd=images)
@@ -72,7 +72,7 @@ def test_another_size(images):
     assert process.returncode == 0 and "0 input_bin/00000.bin 128 256\n" in (images / "deepmar.info").read_text()
 
 
-def test_photographs_with_an_orientation_are_read_as_the_guide_reads_them_and_counted(images):
+def test_the_exif_orientation_is_ignored_and_counted(images):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     with Image.open(str(images / "images" / "photo.jpg")) as photo:
@@ -86,7 +86,7 @@ def test_photographs_with_an_orientation_are_read_as_the_guide_reads_them_and_co
         assert (images / "input_bin" / (name[:-3] + "bin")).read_bytes() == guide(images / "images" / name).tobytes()
 
 
-def test_both_interfaces_and_no_mixture(images):
+def test_arguments_are_given_in_order_or_by_name_and_not_mixed(images):
     assert script(NAME, "--file_path=images", "--bin_path=a", "--image_info=image.txt", cwd=images).returncode == 0
     assert len(os.listdir(str(images / "a"))) == 47
     for wrong in (["images", "b", "image.txt", "--size", "0", "9"], ["images", "b", "image.txt", "--size", "9"],
@@ -106,17 +106,16 @@ def test_a_second_run_leaves_nothing_stale(images):
     assert sorted(os.listdir(str(images))) == ["few.txt", "image.txt", "images", "input_bin"]
 
 
-def test_list_forms(tmp_path):
+def test_a_list_may_have_blank_lines_and_crlf(tmp_path):
     path = tmp_path / "image.txt"
     path.write_bytes(b"\xef\xbb\xbfa.png\r\n\r\n  \nb.c.png  \nsub/d e.png")
     assert read_list(str(path)) == ["a.png", "b.c.png", "sub/d e.png"]
 
 
 @pytest.mark.parametrize("content, text", [
-    (b"", "names no image"), (b"\n \r\n", "names no image"), (b"../x.png", "line 1"), (b"a.png\na/../../x.png", "line 2"),
-    (b"/etc/passwd", "line 1"), (b"a\0b.png", "line 1"), (b"\xff\xfe", "UTF-8"), (b".png", "line 1"),
-    (b"a.png\nb.png\na.jpg", "lines 1 and 3"), (b"x/a.png\ny/a.png", "lines 1 and 2")])
-def test_bad_lists(images, content, text):
+    (b"\n \r\n", "names no image"), (b"a.png\na/../../x.png", "line 2"), (b"/etc/passwd", "line 1"), (b"a\0b.png", "line 1"),
+    (b"\xff\xfe", "UTF-8"), (b".png", "line 1"), (b"a.png\nb.png\na.jpg", "lines 1 and 3"), (b"x/a.png\ny/a.png", "lines 1 and 2")])
+def test_bad_lists_are_refused(images, content, text):
     (images / "bad.txt").write_bytes(content)
     check_error(script(NAME, "images", "input_bin", "bad.txt", cwd=images), "bad.txt", text)
     assert not (images / "input_bin").exists()
@@ -151,21 +150,12 @@ def test_bad_images_are_named_and_the_earlier_bins_stay(images):
     assert not (images / "input_bin.partial").exists()
 
 
-def test_a_folder_with_other_files_is_never_replaced(images):
+def test_a_folder_with_other_files_is_not_replaced(images):
     check_error(script(NAME, "images", ".", "image.txt", cwd=images), "only .bin files")
     (images / "full").mkdir()
     (images / "full" / "thesis.doc").write_text("mine")
     check_error(script(NAME, "images", "full", "image.txt", cwd=images), "thesis.doc")
     assert (images / "full" / "thesis.doc").read_text() == "mine"
-
-
-def test_two_runs_at_once_do_not_mix(tmp_path):
-    with replaced_folder(str(tmp_path / "bins")) as partial:
-        with pytest.raises(ValueError, match="another run"):
-            with replaced_folder(str(tmp_path / "bins")):
-                raise AssertionError
-        assert os.path.isdir(partial)
-    assert os.listdir(str(tmp_path)) == ["bins"]
 
 
 def test_a_run_killed_between_the_renames_loses_nothing(tmp_path):
@@ -177,8 +167,8 @@ def test_a_run_killed_between_the_renames_loses_nothing(tmp_path):
     assert os.listdir(str(tmp_path)) == ["bins"] and (tmp_path / "bins" / "a.bin").read_text() == "earlier"
 
 
-def in_the_middle(images):
-    """Returns the process of a run over 2000 images, which has written some, in place of an earlier run over 47."""
+def start_long_run(images):
+    """Starts a run over 2000 images, in place of an earlier run over 47. Returns its process when some bins are written."""
     assert script(NAME, "images", "input_bin", "image.txt", cwd=images).returncode == 0
     for i in range(2000):
         os.link(str(images / "images" / "00001.png"), str(images / "images" / ("n%d.png" % i)))
@@ -192,8 +182,8 @@ def in_the_middle(images):
 
 
 def test_a_killed_worker_is_an_error(images):
-    """As the kernel kills one where the memory is exhausted; its images must not be missing."""
-    process = in_the_middle(images)
+    """The kernel kills one if the memory is exhausted."""
+    process = start_long_run(images)
     workers = (pathlib.Path("/proc") / str(process.pid) / "task" / str(process.pid) / "children").read_text().split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     process.stdout, process.stderr = process.communicate(timeout=30)
@@ -202,27 +192,21 @@ def test_a_killed_worker_is_an_error(images):
     assert not any(os.path.exists("/proc/" + worker) for worker in workers)
 
 
-def test_killed_run_leaves_the_earlier_bins_and_no_workers(images):
-    """SIGKILL in the middle; the worker processes end with their parent, and the next run is undisturbed."""
-    process = in_the_middle(images)
+def test_a_killed_run_leaves_the_earlier_bins_and_no_workers(images):
+    process = start_long_run(images)
     process.kill()
-    process.wait()  # not for its pipe's end, which the workers hold open as long as they live
+    process.wait()  # communicate() would also wait for the workers, which hold the pipe open
     process.stderr.close()
     assert len(os.listdir(str(images / "input_bin"))) == 47
     time.sleep(0.5)
     count = len(os.listdir(str(images / "input_bin.partial")))
     time.sleep(0.5)
-    assert 0 < count == len(os.listdir(str(images / "input_bin.partial"))) < 2000, "workers went on, or it was too late"
+    assert 0 < count == len(os.listdir(str(images / "input_bin.partial"))) < 2000, "workers went on, or the run had ended"
     assert script(NAME, "images", "input_bin", "image.txt", cwd=images).returncode == 0
     assert not (images / "input_bin.partial").exists()
 
 
-def test_function_gives_what_the_file_holds(images):
-    assert preprocess(str(images / "images" / "photo.jpg")).tobytes() == guide(images / "images" / "photo.jpg").tobytes()
-
-
-def test_help_needs_numpy_and_pillow_only(tmp_path):
-    """--help must not import torch, onnx or onnxruntime; nor may the whole run."""
+def test_it_imports_only_numpy_and_pillow(tmp_path):
     for name in ("torch", "onnx", "onnxruntime", "tqdm", "scipy"):
         (tmp_path / (name + ".py")).write_text("raise ImportError('imported %s')" % name)
     Image.new("RGB", (5, 9)).save(str(tmp_path / "a.png"))

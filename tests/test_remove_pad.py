@@ -1,4 +1,4 @@
-"""Stage 2: every Pad that pads nothing goes, wherever its pads come from; nothing else changes."""
+"""Stage 2: it removes every Pad that pads nothing, wherever its pads come from, and changes nothing else."""
 import os
 
 import numpy as np
@@ -16,7 +16,7 @@ SHAPE = [1, 2, 4, 4]
 
 
 def clean(model, removed, kept=0):
-    """Removes the Pads and checks what must always hold; returns the new model."""
+    """Removes the Pads, checks what must always hold, and returns the new model."""
     before = outputs_of(model)
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -37,41 +37,36 @@ def names(model):
     return {tensor.name for tensor in model.graph.initializer}
 
 
-@pytest.mark.parametrize("opset", [7, 9, 10])
-def test_attribute(opset):
-    model = clean(model_of(between(node("Pad", "r", "p", pads=[0] * 8)), opset=opset), 1)
-    assert types(model) == ["Relu", "AveragePool"]
+LISTED = helper.make_tensor_value_info("c", INT64, [8])
 
 
-def test_initializer():
-    model = clean(model_of(between(node("Pad", "r pads", "p")), [("pads", ZEROS)]), 1)
+@pytest.mark.parametrize("middle, initializers, more", [
+    ([node("Pad", "r", "p", pads=[0] * 8)], [], {"opset": 7}),
+    ([node("Pad", "r", "p", pads=[0] * 8)], [], {"opset": 10}),
+    ([node("Pad", "r c", "p")], [("c", ZEROS)], {}),
+    ([node("Pad", "r c", "p")], [("c", ZEROS)], {"inputs": [LISTED]}),  # as older exporters write it
+    ([constant("c", ZEROS), node("Pad", "r c", "p", mode="constant")], [], {}),
+    ([constant("c", ZEROS), constant("v", np.array(3, np.float32)), node("Pad", "r c v", "p")], [], {}),
+    ([node("Pad", "r c", "p")], [("c", ZEROS)],
+     {"value_info": [helper.make_tensor_value_info(name, FLOAT, SHAPE) for name in ("r", "p")]})],
+    ids=["attribute, opset 7", "attribute, opset 10", "initializer", "initializer listed as an input", "Constant",
+         "Constant with a value to pad with", "shapes"])
+def test_a_pad_that_pads_nothing_is_removed(middle, initializers, more):
+    model = clean(model_of(between(*middle), initializers, **more), 1)
     assert types(model) == ["Relu", "AveragePool"] and not names(model)
+    assert [value.name for value in model.graph.input] == ["x"] and "p" not in [value.name for value in model.graph.value_info]
 
 
-def test_initializer_that_is_listed_as_an_input():
-    listed = [helper.make_tensor_value_info("pads", INT64, [8])]
-    model = clean(model_of(between(node("Pad", "r pads", "p")), [("pads", ZEROS)], inputs=listed), 1)
-    assert [value.name for value in model.graph.input] == ["x"] and not names(model)
-
-
-def test_constant_node_with_a_value_and_an_empty_optional_input():
-    middle = [constant("c", ZEROS), node("Pad", "r c", "p", mode="constant")]
-    assert types(clean(model_of(between(*middle)), 1)) == ["Relu", "AveragePool"]
-    middle = [constant("c", ZEROS), constant("v", np.array(3, np.float32)), node("Pad", "r c v", "p")]
-    assert types(clean(model_of(between(*middle)), 1)) == ["Relu", "AveragePool"]
-
-
-def test_constant_node_with_value_ints():
-    """Opset 12's short form. ONNX Runtime 1.10 runs no Pad with it, so the result is compared with plain pooling."""
-    middle = [helper.make_node("Constant", [], ["c"], value_ints=[0] * 8), node("Pad", "r c", "p")]
-    model = model_of(between(*middle), opset=12)
+def test_a_pad_with_value_ints_is_removed():
+    """Opset 12's short form of a Constant. ONNX Runtime 1.10 runs no Pad with it, so the result is compared with plain pooling."""
+    model = model_of(between(helper.make_node("Constant", [], ["c"], value_ints=[0] * 8), node("Pad", "r c", "p")), opset=12)
     assert remove_pads(model) == (["Pad_p"], 1, [])
     plain = model_of([node("Relu", "x", "r"), node("AveragePool", "r", "y", **POOL)], opset=12)
     assert types(model) == types(plain) and outputs_of(model)[0].tobytes() == outputs_of(plain)[0].tobytes()
 
 
 def chain(values):
-    """What torch 1.8 to 1.12 made of F.pad's list: zeros appended, reversed by a Slice, transposed, cast."""
+    """Returns what torch 1.8 to 1.12 made of F.pad's list: zeros appended, reversed by a Slice, transposed, cast."""
     return [constant("given", np.array(values, np.int64)), constant("four", np.array([4])),
             helper.make_node("ConstantOfShape", ["four"], ["zeros"],
                              value=numpy_helper.from_array(np.zeros(1, np.int64))),
@@ -82,32 +77,23 @@ def chain(values):
             constant("flat", np.array([-1])), node("Reshape", "t flat", "list"), node("Cast", "list", "pads", to=INT64)]
 
 
-def test_chain_of_constants():
+def test_pads_computed_from_constants_are_known():
     model = clean(model_of(between(*(chain([0, 0, 0, 0]) + [node("Pad", "r pads", "p")]))), 1)
     assert types(model) == ["Relu", "AveragePool"]
     model = clean(model_of(between(*(chain([1, 1, 1, 1]) + [node("Pad", "r pads", "p")]))), 0, 1)
     assert "Pad" in types(model) and "ConstantOfShape" in types(model)
 
 
-def test_a_pad_that_pads_stays_and_one_beside_it_goes():
+def test_pads_that_pad_crop_or_are_known_at_run_time_stay():
     nodes = [node("Pad", "x real", "a"), node("Pad", "a none", "b"), node("Relu", "b", "y")]
     model = clean(model_of(nodes, [("real", PADS), ("none", ZEROS)]), 1, 1)
     assert types(model) == ["Pad", "Relu"] and names(model) == {"real"}
+    clean(model_of(between(node("Pad", "r c", "p")), [("c", np.array([0, 0, -1, 0, 0, 0, 0, 1]))]), 0, 1)
+    clean(model_of(between(node("Shape", "r", "s"), node("Sub", "s s", "d"), node("Concat", "d d", "c", axis=0),
+                           node("Pad", "r c", "p"))), 0, 1)
 
 
-def test_negative_pads_stay():
-    crop = np.array([0, 0, -1, 0, 0, 0, 0, 1])
-    assert types(clean(model_of(between(node("Pad", "r c", "p")), [("c", crop)]), 0, 1)) == types(model_of(
-        between(node("Pad", "r c", "p")), [("c", crop)]))
-
-
-def test_pads_known_at_run_time_stay():
-    middle = [node("Shape", "r", "s"), node("Sub", "s s", "d"), node("Concat", "d d", "c", axis=0),
-              node("Pad", "r c", "p")]
-    clean(model_of(between(*middle)), 0, 1)
-
-
-def test_several_share_one_constant_which_another_node_needs_too():
+def test_a_constant_that_another_node_needs_stays():
     nodes = [constant("c", ZEROS), node("Pad", "x c", "a"), node("Pad", "a c", "b"), node("Relu", "b", "r"),
              node("Pad", "r c", "d"), node("Cast", "c", "f", to=FLOAT), node("ReduceSum", "f", "s"),
              node("Add", "d s", "y")]
@@ -116,16 +102,16 @@ def test_several_share_one_constant_which_another_node_needs_too():
     assert types(clean(model_of(nodes[:5] + [node("Identity", "d", "y")]), 3)) == ["Relu", "Identity"]
 
 
-def test_two_consumers():
+def test_all_readers_of_a_pad_read_its_input():
     nodes = [node("Relu", "x", "r"), node("Pad", "r c", "p"), node("Sigmoid", "p", "a"), node("Tanh", "p", "b"),
              node("Add", "a b", "y")]
     assert types(clean(model_of(nodes, [("c", ZEROS)]), 1)) == ["Relu", "Sigmoid", "Tanh", "Add"]
 
 
-def test_the_graphs_output():
+def test_the_graphs_outputs_keep_their_names():
     zeros = [("c", ZEROS)]
     assert types(clean(model_of([node("Relu", "x", "r"), node("Pad", "r c", "y")], zeros), 1)) == ["Relu"]
-    # between the graph's input and its output, and where its input is an output too: the name stays, so must a node
+    # Between the graph's input and an output, or between two outputs, both names must stay, and so a node must.
     assert types(clean(model_of([node("Pad", "x c", "y")], zeros), 1)) == ["Identity"]
     nodes = [node("Relu", "x", "r"), node("Pad", "r c", "y")]
     assert types(clean(model_of(nodes, zeros, outputs=("r", "y")), 1)) == ["Relu", "Identity"]
@@ -133,13 +119,7 @@ def test_the_graphs_output():
     assert types(clean(model_of(nodes, zeros, outputs=("y", "z", "t")), 2)) == ["Relu", "Identity", "Tanh"]
 
 
-def test_stale_shape_information_goes():
-    info = [helper.make_tensor_value_info(name, FLOAT, SHAPE) for name in ("r", "p")]
-    model = clean(model_of(between(node("Pad", "r c", "p")), [("c", ZEROS)], value_info=info), 1)
-    assert [value.name for value in model.graph.value_info] == ["r"]
-
-
-def test_in_the_branches_of_an_if():
+def test_pads_in_the_branches_of_an_if_are_removed():
     def branch(name, *nodes):
         return helper.make_graph(list(nodes), name, [], [helper.make_tensor_value_info("o", FLOAT, list("nchw"))])
     then = branch("then", node("Pad", "q outer", "i"), node("Relu", "i", "o"))
@@ -152,8 +132,8 @@ def test_in_the_branches_of_an_if():
 
 @st.composite
 def graphs(draw):
-    """A random graph: Pads (padding or not, from every source), Identity, Relu, Add; several outputs."""
-    nodes, initializers, tensors = [], [("c0", ZEROS), ("c1", PADS)], {"x": 0}  # tensor -> how much it has grown
+    """Returns (a random graph of Pads, Identity, Relu and Add; how many Pads pad nothing; how many Pads it has)."""
+    nodes, initializers, tensors = [], [("c0", ZEROS), ("c1", PADS)], {"x": 0}  # {tensor: how many Pads have enlarged it}
     for i in range(draw(st.integers(1, 12))):
         kind = draw(st.sampled_from(["Pad", "Pad", "Pad", "Identity", "Relu", "Add", "Constant"]))
         source = draw(st.sampled_from(sorted(tensors)))
@@ -188,8 +168,8 @@ def graphs(draw):
             tensors[name] = tensors[source]
     made = sorted(set(tensors) - {"x"})
     outputs = draw(st.lists(st.sampled_from(made), min_size=1, max_size=4, unique=True))
-    zero = {name for name, array in initializers if not array.any()}
-    for item in nodes:  # which tensors are zeros
+    zero = {name for name, array in initializers if not array.any()}  # the tensors that are 0
+    for item in nodes:
         if item.op_type == "Constant" and not numpy_helper.to_array(item.attribute[0].t).any() \
                 or item.op_type in ("Identity", "Mul") and item.input[0] in zero:
             zero.add(item.output[0])
@@ -199,7 +179,7 @@ def graphs(draw):
 
 @settings(max_examples=150, deadline=None, database=None)
 @given(graphs())
-def test_random_graphs(case):
+def test_pads_of_random_graphs_are_removed(case):
     model, removable, pads = case
     result = clean(model, removable, pads - removable)
     assert types(result).count("Pad") == pads - removable
@@ -207,8 +187,7 @@ def test_random_graphs(case):
 
 @settings(max_examples=60, deadline=None, database=None)
 @given(graphs(), st.booleans())
-def test_random_graphs_in_the_branches_of_an_if(case, constants_outside):
-    """Pads in a branch, of constants in the branch or around it."""
+def test_pads_of_random_graphs_in_an_if_are_removed(case, constants_outside):
     model, removable, pads = case
     branch = model.graph
     outside = []
@@ -230,7 +209,7 @@ def test_random_graphs_in_the_branches_of_an_if(case, constants_outside):
     assert [item.op_type for item in branches["then_branch"].node].count("Pad") == pads - removable
 
 
-def test_script(tmp_path):
+def test_the_script_writes_the_model_and_names_the_pads(tmp_path):
     onnx.save(model_of(between(node("Pad", "r c", "p")), [("c", ZEROS)]), str(tmp_path / "a.onnx"))
     onnx.save(model_of(between(node("Pad", "r c", "p")), [("c", PADS)]), str(tmp_path / "pads.onnx"))
     onnx.save(model_of([node("Relu", "x", "y")]), str(tmp_path / "none.onnx"))
@@ -249,7 +228,7 @@ def test_script(tmp_path):
     assert not [name for name in os.listdir(str(tmp_path)) if "partial" in name]
 
 
-def test_errors(tmp_path):
+def test_bad_models_and_arguments_are_errors(tmp_path):
     good = model_of(between(node("Pad", "r c", "p")), [("c", ZEROS)])
     data = good.SerializeToString()
     outside = onnx.ModelProto()

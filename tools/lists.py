@@ -34,7 +34,7 @@ import zlib
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.files import read_lines, write_text
 from lib.labels import PETA, label_row
-from lib.machine import start_worker, uninterrupted
+from lib.machine import worker_pool
 from lib.names import composed, find_listed, inside, stem
 from lib.pickles import Named, Pickle, Unpickler
 from lib.script import command, importing, note, one_line, some
@@ -47,7 +47,8 @@ RAP_USED = 51   # RAP's benchmark uses the first 51 of 92 attributes, which are 
 UNCLEAR = 2     # RAP's label if the annotators could not decide
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp")  # the endings in PETA's folders
 BITS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
-SECONDS = 300   # limit of processor time for reading a file; the largest file takes 3, but a hostile pickle could take for ever
+SECONDS = 300   # the most processor time for reading a file. The largest file takes 3, but a hostile one could take for ever
+LISTS = ["image.txt", "label.json", "attributes.txt"]
 
 # The content of a file. names: of the images. labels: integers [images, columns]. attributes: the columns' names. used: the
 # indexes of the benchmark's attributes. partitions: for each, {"train", "val", "test": rows}, or "trainval" for the first two.
@@ -351,40 +352,21 @@ def read(data_set, path, labels_path=None, wanted=None):
 
 def read_apart(data_set, path, *more):
     """Runs read() in another process, because some damaged files crash scipy's reader or keep it busy for ever."""
-    import multiprocessing
+    from concurrent.futures.process import BrokenProcessPool
     if SETS[data_set][1].endswith(".mat"):
-        import scipy.io  # noqa: F401 - if it is missing, the file must not get the blame
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=send, daemon=True, args=(os.getpid(), theirs, data_set, path) + more)
-    try:
-        with uninterrupted():
-            process.start()
-    except OSError as error:  # the limit of processes is reached
-        note("no process can be started (%s), so a damaged file may crash this one" % error.strerror)
-        return read(data_set, path, *more)
-    finally:
-        theirs.close()
-    try:
-        result = ours.recv()
-    except EOFError:
-        raise ValueError("%s: is damaged, and the library that reads it crashes; download it again" % path)
-    finally:
-        process.kill()
-        process.join()
-    if isinstance(result, Exception):
-        raise result
+        import scipy.io  # noqa: F401 - import it here, so that a missing package is not reported as a bad file
+    with worker_pool(1, read_in_worker) as run:
+        try:
+            result, = run([(data_set, path) + more])
+        except BrokenProcessPool:
+            raise ValueError("%s: is damaged, and the library that reads it crashes; download it again" % path)
     return result
 
 
-def send(parent, pipe, *arguments):
-    """Runs in the reader's process: sends the result of read(), or its exception."""
-    start_worker(parent)
+def read_in_worker(arguments):
+    """Runs read() in the worker process. The kernel kills the process if read() takes too long."""
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    try:
-        pipe.send(read(*arguments))
-    except Exception as error:  # whatever it is, the parent raises it
-        pipe.send(error)
+    return read(*arguments)
 
 
 def flat_names(names):
@@ -463,8 +445,8 @@ def parse(argv):
     return args
 
 
-def main(argv=None):
-    args = parse(argv)
+def read_split(args):
+    """Returns (names, labels, attributes) of the chosen split, as read() does. Raises OSError or ValueError."""
     form = SETS[args.set][1]
     if not os.path.exists(args.file) or os.path.isdir(args.file) != (form == "folder"):
         raise FileNotFoundError("%s: no such %s; lists.py %s takes the data set's %s"
@@ -474,18 +456,38 @@ def main(argv=None):
     if args.split:
         rows = rows_of_split(args.file, partitions, args.partition, args.split)
         names, labels = [names[row] for row in rows], labels[rows]
-
-    files = {"image.txt": names, "label.json": labels, "attributes.txt": attributes}
-    files = [os.path.join(args.output, name) for name, content in files.items() if content is not None]
     inputs = {os.path.realpath(path) for path in (args.file, args.labels) if path}
-    over = [path for path in files if os.path.realpath(path) in inputs]
-    if over:
-        raise ValueError("%s: would be overwritten; give --output another folder" % over[0])
-    if args.images is not None:
-        paths = find_listed(args.images, names, args.file)
-        others = [path for path in paths if not os.path.isfile(path)]
-        if others:
-            raise ValueError("%d of the %d images are not files: %s" % (len(others), len(names), some(others)))
+    for path in (os.path.join(args.output, name) for name in LISTS):
+        if os.path.realpath(path) in inputs:
+            raise ValueError("%s: would be overwritten; give --output another folder" % path)
+    return names, labels, attributes
+
+
+def find_images(folder, names, path):
+    """Returns the paths of the images in a folder. path: the file that names them. Raises OSError or ValueError."""
+    paths = find_listed(folder, names, path)
+    others = [path for path in paths if not os.path.isfile(path)]
+    if others:
+        raise ValueError("%d of the %d images are not files: %s" % (len(others), len(names), some(others)))
+    return paths
+
+
+def write_lists(folder, names, labels, attributes):
+    """Writes the lists, without those of labels or attributes that are None. Returns the files' names."""
+    texts = ["".join(name + "\n" for name in names),
+             None if labels is None else json.dumps(dict(zip(names, labels.tolist()))),
+             None if attributes is None else "".join(name + "\n" for name in attributes)]
+    os.makedirs(folder, exist_ok=True)
+    written = [(name, text) for name, text in zip(LISTS, texts) if text is not None]
+    for name, text in written:
+        write_text(os.path.join(folder, name), text)
+    return [name for name, _ in written]
+
+
+def main(argv=None):
+    args = parse(argv)
+    names, labels, attributes = read_split(args)
+    paths = None if args.images is None else find_images(args.images, names, args.file)
     if args.flatten is not None:
         names = flat_names(names)
     check_stems(args.file, names)
@@ -493,14 +495,9 @@ def main(argv=None):
     if args.flatten is not None:
         link(args.flatten, names, paths)
         print("%s: links to %d images" % (args.flatten, len(names)))
-    os.makedirs(args.output, exist_ok=True)
-    for path in files:
-        if path.endswith(".json"):
-            write_text(path, json.dumps(dict(zip(names, labels.tolist()))))
-        else:
-            write_text(path, "".join(line + "\n" for line in (names if path.endswith("image.txt") else attributes)))
+    files = write_lists(args.output, names, labels, attributes)
     print("%s: %s of %d images%s%s" % (
-        args.output, ", ".join(map(os.path.basename, files)), len(names),
+        args.output, ", ".join(files), len(names),
         " (partition %d, %s)" % (args.partition, args.split) if args.split else "",
         "" if labels is None else " and %d attributes" % labels.shape[1]))
 

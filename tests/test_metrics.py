@@ -1,19 +1,56 @@
-"""The 95 % intervals: how often they hold the truth, what they are made of, and where stage 7 and compare.py show them."""
+"""The metrics against an independent computation; their 95 % intervals: how often they hold the truth, and where they are shown."""
 import json
 
 import numpy as np
 import pytest
 
+from helpers import INSTANCE, POSTPROCESS, independent, random_case, script, write_case
 from lib.metrics import SEED, change_intervals, drawn, evaluate, interval, label_acc_interval, metric_intervals, wilson
-from helpers import INSTANCE, POSTPROCESS, random_case, script, write_case
 
 METRICS = INSTANCE + ["mA"]
 
 
-def population(attributes, size=20000):
-    """The truth of many images, and what two models say of them: bool [images, attributes] each.
+# --- metrics ----------------------------------------------------------------------------------------------------------
 
-    An image is as easy for one model as for the other, and for all of its attributes.
+@pytest.mark.parametrize("attributes, seed", [(35, 0), (26, 1), (51, 2), (1, 3)])
+def test_metrics_equal_an_independent_computation(attributes, seed):
+    logits, labels = random_case(attributes=attributes, seed=seed)
+    metrics, figures = evaluate(logits, labels)
+    instance, per_attribute, mean = independent(logits.tolist(), labels.tolist())
+    assert [metrics[name] for name in INSTANCE] == pytest.approx(instance, rel=0, abs=1e-12)
+    assert metrics["mA"] == pytest.approx(mean, rel=0, abs=1e-12)
+    positive, negative = np.array(per_attribute, float).T  # None becomes NaN
+    for name, expected in (("label_pos_acc", positive), ("label_neg_acc", negative),
+                           ("label_acc", (positive + negative) / 2)):
+        np.testing.assert_allclose(figures[name], expected, rtol=0, atol=1e-12)
+    assert (figures["positives"] == labels.sum(axis=0)).all()
+    assert (figures["negatives"] == (1 - labels).sum(axis=0)).all()
+
+
+def test_metrics_equal_those_by_hand():
+    # One true positive of two and a false one; no true attribute (left out); nothing predicted (precision 0); all right.
+    labels = [[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 1, 0]]
+    logits = [[2, -2, 1], [5, 5, 5], [-1, -1, -1], [-1, 0, -1]]
+    metrics, figures = evaluate(logits, labels)
+    assert metrics["instance_acc"] == pytest.approx((1 / 3 + 0 + 1) / 3, abs=1e-15)
+    assert metrics["instance_precision"] == pytest.approx((1 / 2 + 0 + 1) / 3, abs=1e-15)
+    assert metrics["instance_recall"] == pytest.approx((1 / 2 + 0 + 1) / 3, abs=1e-15)
+    assert metrics["mA"] == pytest.approx(((1 / 2 + 1 / 2) / 2 + (1 / 2 + 1 / 2) / 2) / 2, abs=1e-15)
+    assert np.isnan(figures["label_acc"][2]) and np.isnan(figures["label_pos_acc"][2])
+    assert figures["label_neg_acc"][2] == 0.5
+
+
+def test_f1_is_0_if_nothing_is_right():
+    metrics, _ = evaluate([[1, -1]], [[0, 1]])
+    assert [metrics[name] for name in INSTANCE] == [0, 0, 0, 0] and metrics["mA"] is None
+
+
+# --- intervals --------------------------------------------------------------------------------------------------------
+
+def population(attributes, size=20000):
+    """Returns the truth of many images and the predictions of two models, bool [images, attributes] each.
+
+    An image is as easy for one model as for the other, and its attributes are all as easy.
     """
     random = np.random.RandomState(1)
     true = random.random_sample((size, attributes)) < np.resize([0.05, 0.1, 0.3, 0.5], attributes)
@@ -22,19 +59,16 @@ def population(attributes, size=20000):
     return true, [sure + 0.3 * random.standard_normal(true.shape) >= 0, sure + 0.4 * random.standard_normal(true.shape) >= 0]
 
 
-def test_coverage():
-    """Of runs over 300 images, about 95 in 100 intervals hold the figure of all images.
-
-    300 runs tell that to 1.3 in 100; of so few images, it is 93 to 95.
-    """
+def test_95_percent_of_the_intervals_hold_the_truth():
+    """In runs over 300 images, 93 to 95 % of the intervals hold the figure of all images. 300 runs measure that to 1.3 %."""
     true, sides = population(attributes=8)
-    (of_a, per_attribute), (of_b, _) = (evaluate(said * 2 - 1, true) for said in sides)
+    (of_a, per_attribute), (of_b, _) = (evaluate(predicted * 2 - 1, true) for predicted in sides)
     runs, held, held_half, held_change, held_label = 300, [], [], [], []
     random = np.random.RandomState(2)
     for _ in range(runs):
         images = random.randint(len(true), size=300)
-        said, truth = [side[images] for side in sides], true[images]
-        a, b = drawn(said, truth, draws=300)
+        predicted, truth = [side[images] for side in sides], true[images]
+        a, b = drawn(predicted, truth, draws=300)
         bounds = np.array([interval(a[name]) for name in METRICS]).T
         truths = np.array([of_a[name] for name in METRICS])
         held.append((bounds[0] <= truths) & (truths <= bounds[1]))
@@ -42,7 +76,7 @@ def test_coverage():
         low, high = np.array([interval(a[name] - b[name]) for name in METRICS]).T
         change = np.array([of_a[name] - of_b[name] for name in METRICS])
         held_change.append((low <= change) & (change <= high))
-        figures = evaluate(said[0] * 2 - 1, truth)[1]
+        figures = evaluate(predicted[0] * 2 - 1, truth)[1]
         low, high = np.array([label_acc_interval({key: value[i] for key, value in figures.items()})
                               for i in range(8)]).T
         held_label.append((low <= per_attribute["label_acc"]) & (per_attribute["label_acc"] <= high))
@@ -52,22 +86,22 @@ def test_coverage():
     assert (np.mean(held_half, axis=0) < 0.8).all()  # half as wide, they would not hold it
 
 
-def test_coverage_of_a_rare_attribute():
-    """Why label_acc has Wilson's interval: where ten or so images have an attribute, the bootstrap's holds far less."""
+def test_wilsons_interval_holds_the_truth_of_a_rare_attribute():
+    """The bootstrap's does so far less often if only about ten images have the attribute."""
     random, held = np.random.RandomState(3), []
     for _ in range(200):
         true = random.random_sample((400, 1)) < 0.025
-        said = random.random_sample(true.shape) < np.where(true, 0.9, 0.02)
-        figures = evaluate(said * 2 - 1, true)[1]
+        predicted = random.random_sample(true.shape) < np.where(true, 0.9, 0.02)
+        figures = evaluate(predicted * 2 - 1, true)[1]
         low, high = label_acc_interval({key: value[0] for key, value in figures.items()})
-        of_draws = interval(drawn([said], true, draws=200)[0]["mA"])  # of one attribute: its label_acc
+        of_draws = interval(drawn([predicted], true, draws=200)[0]["mA"])  # the label_acc of the only attribute
         held.append((low <= 0.94 <= high, of_draws[0] <= 0.94 <= of_draws[1]))
     wilson, bootstrap = np.mean(held, axis=0)
     print("coverage: Wilson %.3f, bootstrap %.3f" % (wilson, bootstrap))
     assert 0.92 < wilson < 0.99 and bootstrap < 0.85
 
 
-def test_wilson_as_published():
+def test_wilsons_intervals_are_as_published():
     # Newcombe (1998), Statistics in Medicine 17, 857-872, table I, method 3
     for hits, count, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611),
                                    (1, 29, 0.0061, 0.1718)):
@@ -76,17 +110,17 @@ def test_wilson_as_published():
 
 def test_a_draw_is_a_run_over_its_images():
     logits, labels = random_case()
-    said, true = logits >= 0, labels == 1
-    a, b = drawn([said, ~said], true, draws=20)
+    predicted, true = logits >= 0, labels == 1
+    a, b = drawn([predicted, ~predicted], true, draws=20)
     chosen = np.random.RandomState(SEED).randint(len(true), size=(20, len(true)))
     for i, images in enumerate(chosen):
-        for of, values in ((a, logits), (b, np.where(said, -1, 1))):
+        for of, values in ((a, logits), (b, np.where(predicted, -1, 1))):
             metrics, _ = evaluate(values[images], labels[images])
             assert [of[name][i] for name in METRICS] == pytest.approx([metrics[name] for name in METRICS], rel=0, abs=1e-12)
 
 
-def test_paired():
-    """The interval of a change is far narrower than those of the two sides, and of no change it is 0."""
+def test_intervals_of_changes_are_paired():
+    """They are far narrower than those of the two sides, and 0 if nothing changes."""
     true, (a, _) = population(10, size=1000)
     b = a.copy()
     b[:5] = ~b[:5]
@@ -95,7 +129,7 @@ def test_paired():
     assert change_intervals(a, a, true, METRICS) == {name: [0, 0] for name in METRICS}
 
 
-def test_where_there_is_none():
+def test_undefined_metrics_and_few_images_have_no_interval():
     true = np.array([[True, False]] * 9)
     assert metric_intervals(true, true, METRICS) == dict.fromkeys(METRICS)  # too few images
     of = metric_intervals(np.repeat(true, 2, axis=0), np.repeat(true, 2, axis=0), METRICS)
@@ -103,8 +137,7 @@ def test_where_there_is_none():
     assert label_acc_interval({"label_pos_acc": None, "positives": 0, "label_neg_acc": 1, "negatives": 9}) is None
 
 
-def test_stage_7(tmp_path):
-    """The other lines, to the last digit, and the file's other figures are those without --intervals."""
+def test_stage_7_adds_the_intervals_and_changes_nothing_else(tmp_path):
     result, label = write_case(tmp_path, *random_case())
     plain = script(POSTPROCESS, result, label, "--per-attribute", cwd=tmp_path).stdout.split("\n")
     figures = json.loads((tmp_path / "fusion_result.json").read_text())
@@ -132,7 +165,7 @@ def test_stage_7(tmp_path):
     assert (tmp_path / "fusion_result.json").read_text() == text  # the same draws each time
 
 
-def test_compare(tmp_path):
+def test_compare_prints_the_intervals_of_the_changes(tmp_path):
     logits, labels = random_case()
     a, label = write_case(tmp_path, logits, labels)
     (tmp_path / "b").mkdir()

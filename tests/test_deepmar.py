@@ -102,11 +102,9 @@ def train():
     batch = torch.randn(2, 3, 64, 48)
     assert model.base(batch).shape == (2, 2048, 4, 3)  # stride 16 instead of 32
     assert DeepMAR_ResNet50().base(batch).shape == (2, 2048, 2, 2)
-    model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
     before = [parameter.clone() for parameter in model.parameters()]
-    torch.nn.functional.binary_cross_entropy_with_logits(model(batch), torch.ones(2, 4)).backward()
-    optimizer.step()
+    torch.nn.functional.binary_cross_entropy_with_logits(model.train()(batch), torch.ones(2, 4)).backward()
+    torch.optim.SGD(model.parameters(), lr=1e-5).step()
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
     model.eval()
     assert torch.equal(model(batch), model(batch))
@@ -137,18 +135,15 @@ OPTIMIZER = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [
 
 
 @both_formats
-@pytest.mark.parametrize("form", ["state_dict", "state_dicts", "bare", "old", "extras"])
+@pytest.mark.parametrize("form", [
+    lambda state: {"epoch": 3, "arch": "DeepMAR", "state_dict": {"module." + key: state[key] for key in state}, "best": 0.7},
+    lambda state: {"state_dicts": [state, OPTIMIZER], "ep": 150, "scores": 0},
+    lambda state: {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")},  # torch < 0.4.1
+], ids=["ascend", "open source", "old"])
 def test_every_form_gives_the_same_network(tmp_path, small, form, zipped):
-    content = {
-        "state_dict": {"epoch": 3, "arch": "DeepMAR", "state_dict": {"module." + key: small[key] for key in small}, "best": 0.7},
-        "state_dicts": {"state_dicts": [small, OPTIMIZER], "ep": 150, "scores": 0},
-        "bare": small,
-        "old": {key: value for key, value in small.items() if not key.endswith("num_batches_tracked")},
-        "extras": {"state_dict": small, "best": np.float64(0.5), "args": argparse.Namespace(lr=1), "all": np.ones(3)},
-    }[form]
-    model = load_model(tmp_path / os.path.basename(saved(tmp_path / "c.pth", content, zipped)))
+    saved(tmp_path / "c.pth", form(small), zipped)
+    model, expected = load_model(tmp_path / "c.pth"), DeepMAR_ResNet50()
     assert not model.training and model.num_att == 35
-    expected = DeepMAR_ResNet50()
     expected.load_state_dict(small)
     assert np.array_equal(*[DeepMAR_ResNet50_ExtractFeature(network)(images()) for network in (model, expected)])
 
@@ -355,14 +350,11 @@ def test_the_script_says_so_in_one_line(guarded):
 LEVELS = 3 * 10 ** 4
 BOMBS = {
     "nested calls": b"ca\nb\n" * LEVELS + b"N" + b"\x85R" * LEVELS, "a list in itself": b"]q\x01h\x01a",
-    "a key of nested tuples": b"})" + b"\x85" * 10 * LEVELS + b"K\x01s", "a key of 2 ** 100 tuples": b"})" + b"2\x86" * 100 + b"K\x01s",
-    "a set of 2 ** 100 tuples": b"\x8f()" + b"2\x86" * 100 + b"\x90", "marks": b"(" * 20 * LEVELS + b"N",
-    "a number of a million digits": b"I" + b"9" * 10 ** 6 + b"\n",
-    "a number of a million digits in a frame": b"\x95" + struct.pack("<Q", 10 ** 6 + 2) + b"I" + b"9" * 10 ** 6 + b"\n",
+    "a key of nested tuples": b"})" + b"\x85" * 10 * LEVELS + b"K\x01s", "marks": b"(" * 20 * LEVELS + b"N",
+    "keys of 2 ** 100 tuples": b"})" + b"2\x86" * 100 + b"q\x01K\x01s\x8f(h\x01\x90(h\x01\x91",
+    "a number of a million digits": b"\x95" + struct.pack("<Q", 10 ** 6 + 2) + b"I" + b"9" * 10 ** 6 + b"\n",
     "a place in the memo": b"Nr\xff\xff\xff\x7f", "bytearray of 2 ** 40": b"\x96" + struct.pack("<q", 2 ** 40),
-    "text of 2 GB": b"X\xff\xff\xff\x7f" + b"x",
     "calls with one tuple": b"ca\nb\nq\x01(" + b"N" * LEVELS + b"tq\x02(" + b"h\x01h\x02R" * LEVELS + b"t",
-    "range": call("builtins", "list", call("builtins", "range", b"\x8a\x06" + struct.pack("<q", 10 ** 12)[:6])),
 }
 
 
@@ -598,7 +590,10 @@ def test_tensors_of_an_npu(tmp_path, monkeypatch, zipped):
 
 @both_formats
 def test_calls_around_a_tensor(tmp_path, monkeypatch, zipped):
-    """Parameters and attributes as this torch and later ones write them, a tensor of an XLA device, one call in another."""
+    """Parameters and attributes as this torch and later ones write them, a tensor of an XLA device, one call in another.
+
+    Ascend marks a format that the values in the file do not have.
+    """
     plain = Rebuilt(torch._utils._rebuild_tensor_v2, *parts(torch.ones(2, 3)))
     noted, attributes = torch.nn.Parameter(torch.ones(2, 3)), {"note": torch.device("cpu")}
     noted.note = {"optim": "sgd", "device": torch.device("cpu")}
@@ -608,7 +603,8 @@ def test_calls_around_a_tensor(tmp_path, monkeypatch, zipped):
              Rebuilt(torch._utils._rebuild_parameter, torch.nn.Parameter(torch.ones(2, 3)), True, OrderedDict()),
              Rebuilt(from_type, plain.function, torch.Tensor, plain.arguments, attributes),
              Rebuilt(from_type, parameter.function, torch.Tensor, parameter.arguments, None),
-             Rebuilt(foreign(monkeypatch, "torch._utils", "_rebuild_device_tensor_from_cpu_tensor"), plain, torch.float32, "xla:0")]
+             Rebuilt(foreign(monkeypatch, "torch._utils", "_rebuild_device_tensor_from_cpu_tensor"), plain, torch.float32, "xla:0"),
+             Rebuilt(plain.function, *(plain.arguments + ({"npu_format_/FRACTAL_Z": True},)))]
     paths = [saved(tmp_path / str(number), {"classifier.weight": value}, zipped) for number, value in enumerate(calls)]
     monkeypatch.undo()
     for path in paths + [saved(tmp_path / "noted", {"classifier.weight": noted}, zipped)]:
@@ -623,14 +619,9 @@ def test_prefixes_are_removed(tmp_path, prefix):
     assert same(state)
     assert notes == (["took its only state dict, state_dict.%s" % prefix.split("model.")[-1].strip(".")] if prefix in (
         "model.backbone.", "classifier.", "base.") else [])
-
-
-@pytest.mark.parametrize("names", [
-    ("classifier.module.weight", "classifier._orig_mod.bias"), ("classifier.weight", "module.classifier.bias"),
-    ("module.classifier.weight", "classifier.bias")])
-def test_prefixes_inside_a_key_and_of_some_keys_are_removed(tmp_path, names):
-    state, notes = read(saved(tmp_path / "c.pth", dict(zip(names, STATE.values()))))
-    assert same(state) and notes == []
+    for keys in (("classifier.%sweight" % prefix, "classifier.bias"), ("classifier.weight", prefix + "classifier.bias")):
+        if prefix.split(".")[0] in DeepMAR.WRAPPERS and "backbone" not in prefix:  # inside a key, and only in some keys
+            assert same(load_checkpoint(saved(tmp_path / "c.pth", dict(zip(keys, STATE.values())))))
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.module."])
@@ -733,35 +724,29 @@ def test_a_file_without_a_state_dict_says_what_it_has(tmp_path, zipped):
         assert message in refusal(saved(tmp_path / "c.pth", content, zipped))
 
 
-# What is inside a state dict and not a plain tensor -> what the error says after the key
+# What is inside a state dict and not a plain tensor of real numbers -> what the error says of it
 NO_TENSORS = {
-    "a number": (lambda: 3, "int"), "numpy": (lambda: np.ones(2), np.ones(2).__reduce__()[0].__module__ + "._reconstruct"),
-    "text": (lambda: "x", "str"), "nothing": (lambda: None, "NoneType"),
-    "a path": (lambda: pathlib.PurePosixPath("a"), pathlib.PurePosixPath.__module__ + ".PurePosixPath"),
-    "quantised": (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "torch._utils._rebuild_qtensor"),
-    "sparse": (lambda: torch.ones(2).to_sparse(), "torch._utils._rebuild_sparse_tensor"),
-    "sharded": (lambda: Rebuilt(Point, 1, 2), "test_deepmar.Point"),
+    "a number": (lambda: 3, "is int,"), "text": (lambda: "x", "is str,"), "nothing": (lambda: None, "is NoneType,"),
+    "numpy": (lambda: np.ones(2), "is %s._reconstruct," % np.ones(2).__reduce__()[0].__module__),
+    "a path": (lambda: pathlib.PurePosixPath("a"), "is %s.PurePosixPath," % pathlib.PurePosixPath.__module__),
+    "quantised": (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "is torch._utils._rebuild_qtensor,"),
+    "sparse": (lambda: torch.ones(2).to_sparse(), "is torch._utils._rebuild_sparse_tensor,"),
+    "sharded": (lambda: Rebuilt(Point, 1, 2), "is test_deepmar.Point,"),
+    "complex": (lambda: torch.ones(2, dtype=torch.complex64), "has values of the type ComplexFloat;"),
     # torch 2 can write -x as x and a mark.
     "negated": (lambda: Rebuilt(torch._utils._rebuild_tensor_v2, *(parts(torch.ones(2)) + ({"neg": True},))),
-                "torch._utils._rebuild_tensor_v2"),
+                "is torch._utils._rebuild_tensor_v2,"),
     "conjugate": (lambda: Rebuilt(torch._utils._rebuild_tensor_v2, *(parts(torch.ones(2)) + ({"conj": True},))),
-                  "torch._utils._rebuild_tensor_v2"),
+                  "is torch._utils._rebuild_tensor_v2,"),
 }
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("what", sorted(NO_TENSORS))
 def test_what_is_not_a_plain_tensor_is_named(tmp_path, what):
-    make, name_ = NO_TENSORS[what]
+    make, message = NO_TENSORS[what]
     path = saved(tmp_path / "c.pth", {"state_dict": dict(STATE, **{"classifier.bias": make()})})
-    assert "c.pth: classifier.bias is %s, not a plain tensor; save" % name_ in refusal(path)
-
-
-@pytest.mark.parametrize("mark", [{"npu_format_/FRACTAL_Z": True}, {}])
-def test_a_mark_of_a_format_is_ignored(tmp_path, mark):
-    """Ascend marks a format that the values in the file do not have."""
-    tensor = Rebuilt(torch._utils._rebuild_tensor_v2, *(parts(torch.ones(2)) + (mark,)))
-    assert load_checkpoint(saved(tmp_path / "c.pth", {"classifier.weight": tensor}))["classifier.weight"].tolist() == [1, 1]
+    assert "c.pth: classifier.bias " + message in refusal(path)
 
 
 @pytest.mark.parametrize("kind, name_", [(torch.float16, "float16"), (torch.bfloat16, "bfloat16"), (torch.float64, "float64")])
@@ -782,11 +767,6 @@ def test_whole_numbers_keep_their_values(tmp_path, kind):
     for values in (torch.tensor([[0, 1]], dtype=kind), torch.tensor(1, dtype=kind), torch.zeros(2, 0, dtype=kind)):
         state = load_checkpoint(saved(tmp_path / "c.pth", {"classifier.weight": torch.ones(1), "base.x": values}))
         assert state["base.x"].tolist() == values.tolist()
-
-
-def test_complex_weights_are_refused(tmp_path):
-    path = saved(tmp_path / "c.pth", {"classifier.weight": torch.ones(2, dtype=torch.complex64)})
-    assert "classifier.weight has values of the type ComplexFloat" in refusal(path)
 
 
 @both_formats
@@ -949,17 +929,17 @@ def test_a_damaged_file_is_refused_or_harmless(tmp_path, zipped):
     assert refused > len(whole) / 8
 
 
-@pytest.mark.parametrize("claimed", [5, 10 ** 3, 10 ** 6, 10 ** 10, 2 ** 62, -1])
-def test_a_storage_that_claims_more_than_it_holds_is_refused(tmp_path, claimed):
+def test_a_storage_that_claims_more_than_it_holds_is_refused(tmp_path):
     """Other memory must not become weights."""
     source = saved(tmp_path / "c.pth", {"classifier.weight": torch.zeros(4)})
     with zipfile.ZipFile(source) as archive:
         data = archive.read([member for member in archive.namelist() if member.endswith("data.pkl")][0])
     assert data.count(b"K\x04") == 2  # the storage's size, and the tensor's
-    data = data.replace(b"K\x04", b"\x8a\x08" + struct.pack("<q", claimed))
-    message = refusal(repacked(source, tmp_path / "claim.pth", ballast=bytes(5 * 10 ** 6), **{"data.pkl": data}))
-    assert any("classifier.weight " + part in message for part in (
-        "reaches beyond its 4 values", "and the tensors before", "is not a tensor"))
+    for claimed, message in ((5, "reaches beyond its 4 values"), (10 ** 6, "reaches beyond its 4 values"),
+                             (10 ** 10, "and the tensors before"), (2 ** 62, "is not a tensor"), (-1, "is not a tensor")):
+        changed = data.replace(b"K\x04", b"\x8a\x08" + struct.pack("<q", claimed))
+        path = repacked(source, tmp_path / "claim.pth", ballast=bytes(5 * 10 ** 6), **{"data.pkl": changed})
+        assert "classifier.weight " + message in refusal(path)
 
 
 @both_formats

@@ -2,7 +2,6 @@
 
 Most run in a copy of the open-source repository's layout, where baseline/model/DeepMAR.py is a small network of ours.
 """
-import errno
 import os
 import shutil
 
@@ -37,32 +36,6 @@ def test_the_small_network_exports(checkout, tmp_path):
     process = checkout(NETWORK % "x")
     assert process.returncode == 0, process.stderr
     assert checkout.new == {"out.onnx"} and "last_conv_stride 2, 35 attributes, opset 11" in process.stdout
-
-
-def test_only_the_temporary_files_of_dead_runs_go(tmp_path):
-    """Two containers can give two processes one number: a run is alive as long as it holds its file's lock."""
-    path = str(tmp_path / "a[1].onnx")  # a name that means something to glob
-    for name in (path + ".partial", path + ".my notes.partial", path + ".1234abcd.partial", path):
-        open(name, "w").close()
-    with export_onnx.whole_file(path) as first:
-        with export_onnx.whole_file(path) as second:
-            for name, content in ((first, "first"), (second, "second")):
-                with open(name, "w") as f:
-                    f.write(content)
-    assert sorted(os.listdir(str(tmp_path))) == ["a[1].onnx", "a[1].onnx.my notes.partial", "a[1].onnx.partial"]
-    with open(path) as f:
-        assert f.read() == "first"
-
-
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    def flock(*_):
-        raise OSError(errno.ENOSYS, "no locks")
-    monkeypatch.setattr(export_onnx.fcntl, "flock", flock)
-    for number in range(2):
-        with export_onnx.whole_file(str(tmp_path / "a.onnx")) as temporary:
-            with open(temporary, "w") as f:
-                f.write(str(number))
-        assert os.listdir(str(tmp_path)) == ["a.onnx"] and (tmp_path / "a.onnx").read_text() == str(number)
 
 
 FAILURES = {

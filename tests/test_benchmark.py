@@ -121,7 +121,7 @@ class Half(object):
         return [output.astype(np.float16).astype(np.float32) for output in self.exact.run(*arguments)]
 
 
-def test_provider_of_lower_precision_needs_tolerance(folder, monkeypatch, capsys):
+def test_provider_of_other_precision_needs_tolerance(folder, monkeypatch, capsys):
     monkeypatch.chdir(str(folder))
     monkeypatch.setattr(benchmark, "open_session", lambda path, *_, **__: Half(path))
     command = ["-batch_size=8", "-om_path=bs8.onnx", "-input_text_path=deepmar.info", "-device_id=9", "-provider=FastExecutionProvider"]
@@ -131,6 +131,9 @@ def test_provider_of_lower_precision_needs_tolerance(folder, monkeypatch, capsys
     assert not os.path.exists("result/dumpOutput_device9")
     benchmark.main(command + ["-tolerance=0.01"])
     assert "FastExecutionProvider, bs8.onnx" in capsys.readouterr().out and results(folder, 9).shape == (COUNT, 35)
+    monkeypatch.setattr(Half, "run", lambda *_: [np.full((8, 35), np.nan, np.float32)])
+    with pytest.raises(ValueError, match="differ from the CPU's by up to nan"):
+        benchmark.main(command + ["-tolerance=1"])
 
 
 def test_missing_provider_is_refused(folder):

@@ -2,14 +2,11 @@
 
 Most run in a copy of the open-source repository's layout, where baseline/model/DeepMAR.py is a small network of ours.
 """
-import inspect
 import os
 import shutil
 
 import pytest
 
-import export_onnx
-import lib.files
 from helpers import NETWORK, ROOT, check_error, script, started
 
 
@@ -34,12 +31,6 @@ def test_the_small_network_exports(checkout, tmp_path):
     process = checkout(NETWORK % "x")
     assert process.returncode == 0, process.stderr
     assert checkout.new == {"out.onnx"} and "last_conv_stride 2, 35 attributes, opset 11" in process.stdout
-
-
-def test_it_has_the_same_whole_file_as_lib():
-    """It is also copied alone. lib's is tested in test_concurrency.py and test_machine.py."""
-    for name in ("whole_file", "lock"):
-        assert inspect.getsource(getattr(export_onnx, name)) == inspect.getsource(getattr(lib.files, name))
 
 
 FAILURES = {

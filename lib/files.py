@@ -11,7 +11,7 @@ import shutil
 from lib.script import note
 
 NUMBER = (int, float)  # the types of a number in a JSON file, for fits()
-MOUNTED = "%s: something is mounted there, so it cannot be replaced as a whole; give a folder inside it"
+MOUNT_ERROR = "%s: something is mounted there, so it cannot be replaced as a whole; give a folder inside it"
 
 
 # --- files and folders that appear whole or not at all ---------------------------------------------------------------
@@ -67,7 +67,7 @@ def replaced_folder(path, ending=".bin"):
     """
     path = os.path.realpath(path)
     if os.path.ismount(path):
-        raise ValueError(MOUNTED % path)
+        raise ValueError(MOUNT_ERROR % path)
     if os.path.exists(path):
         others = sorted(name for name in os.listdir(path) if not name.endswith(ending))
         if others:
@@ -114,7 +114,7 @@ def put_away(path, old):
         os.rename(path, old)
     except OSError as error:
         if error.errno == errno.EBUSY:
-            raise ValueError(MOUNTED % path)
+            raise ValueError(MOUNT_ERROR % path)
         if error.errno == errno.EXDEV:  # a folder in the lower layer of an overlay
             raise ValueError("%s: cannot be renamed, because it is part of a container's image; delete it, then start again" % path)
         raise

@@ -81,7 +81,10 @@ def worker_pool(count, function):
     check_threads(count + 2)  # the pool also starts two threads; without one of them, it would wait for ever
     # The forked processes inherit the function with all that it refers to. Only items and results go through pipes, and items
     # should be small: if a process is killed, some Pythons wait for ever until their pipe has taken all waiting items.
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), start_worker, (os.getpid(), function))
+    try:
+        pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), start_worker, (os.getpid(), function))
+    except OSError as error:
+        raise OSError("processes cannot be started, because /dev/shm cannot be written: %s" % error.strerror)
 
     def run(items):
         try:

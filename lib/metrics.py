@@ -7,7 +7,7 @@ replacement. The interval holds the middle 95 % of the draws' metrics. Two model
 that an image that is easy or hard for both does not widen the interval of their difference.
 
 An attribute's label_acc gets Wilson's interval. The bootstrap's would be far too narrow if few images have the attribute or
-if all are right (tests/test_intervals.py). The seed is fixed, so the same results have the same intervals.
+if all are right (tests/test_metrics.py). The seed is fixed, so the same results have the same intervals.
 """
 from lib.script import importing
 
@@ -15,7 +15,7 @@ with importing():
     import numpy as np
 
 MAX_DROP = 0.01  # a converted model may be this far below the published accuracy: the guide's 1 % (percentage points)
-DRAWS = 2000
+DRAWS = 2000     # this many times the bootstrap draws as many images as there are
 SEED = 0
 MIN_IMAGES = 10  # with fewer images than this, there is no interval
 BLOCK = 10 ** 6  # this many draws x images are in memory at a time

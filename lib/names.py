@@ -85,7 +85,7 @@ def find_listed(folder, names, list_path):
             paths[i] = os.path.join(paths[i], another_form(paths[i], part, listings))
     missing = [names[i] for i in lost if not os.path.lexists(paths[i])]
     if missing:
-        other = list(filter(undecodable, os.listdir(folder)))
+        other = list(filter(undecodable, os.listdir(folder))) if sys.getfilesystemencoding() == "utf-8" else []
         raise FileNotFoundError("%d of the %d images in %s are not in %s: %s%s" % (
             len(missing), len(names), list_path, folder, joined(missing), "; the folder has file names that are not "
             "UTF-8, such as %s: rename them, convmv -f GBK -t UTF-8" % ascii(other[0]) if other else ""))

@@ -14,7 +14,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")   # numpy's threads are not n
 MAX_LISTED = 1000    # an error lists at most this many items
 READER_ENDED = 141   # exit status if the program that reads the output has ended, as head does: 128 + SIGPIPE, as in a shell
 THREAD_LIMIT = "the limit of processes, threads or memory is reached (ulimit -u and -v, a container's pids limit)"
-seen_notes = set()
+seen_notes = set()   # the notes that have been printed
 
 
 # --- start and end ----------------------------------------------------------------------------------------------------
@@ -40,6 +40,7 @@ def importing(ends=True):
 
 
 def script_name():
+    """Returns the name of the script that runs, for its messages."""
     return os.path.basename(os.path.realpath(sys.argv[0]))
 
 

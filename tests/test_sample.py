@@ -1,4 +1,4 @@
-"""The drawings: the same for the same seed, of PETA's sizes, with labels that contradict nothing."""
+"""tools/sample.py: the drawings, their labels and the files."""
 import json
 import os
 
@@ -11,7 +11,7 @@ from lib.labels import PETA
 from sample import pedestrians
 
 
-def test_same_seed_same_drawings():
+def test_the_same_seed_gives_the_same_drawings():
     images, labels = pedestrians(20, 5)
     again, same = pedestrians(20, 5)
     other, _ = pedestrians(20, 6)
@@ -19,12 +19,12 @@ def test_same_seed_same_drawings():
     assert all(a.tobytes() != b.tobytes() for a, b in zip(images, other))
 
 
-def test_sizes_and_labels():
+def test_drawings_have_petas_sizes_and_consistent_labels():
     images, labels = pedestrians(300, 0)
     assert all(40 <= image.width <= 110 and image.height > 2 * image.width and image.mode == "RGB" for image in images)
     assert set(np.unique(labels)) == {0, 1} and labels.shape == (300, 35)
     column = {name: labels[:, i] for i, name in enumerate(PETA)}
-    assert all(0 < values.sum() < 300 for values in column.values()), "an attribute that is never or always there"
+    assert all(0 < values.sum() < 300 for values in column.values()), "no image has the attribute, or all have it"
     for group in (["personalLess30", "personalLess45", "personalLess60", "personalLarger60"],
                   ["upperBodyFormal", "upperBodyCasual"],
                   ["footwearLeatherShoes", "footwearSandals", "footwearShoes", "footwearSneaker"]):
@@ -32,7 +32,7 @@ def test_sizes_and_labels():
     assert not (column["accessoryNothing"] & column["accessoryHat"]).any()
 
 
-def test_files(tmp_path, monkeypatch, capsys):
+def test_the_files_of_a_sample_are_complete(tmp_path, monkeypatch, capsys):
     """Of a small network; the real one's are those of run_all.sh's tests."""
     monkeypatch.chdir(str(tmp_path))
     monkeypatch.setattr(DeepMAR, "BLOCKS", [1, 1, 1, 1])
@@ -52,7 +52,7 @@ def test_files(tmp_path, monkeypatch, capsys):
     assert process.stdout == "sample: kept, because it already has 2 images\n" and contents(tmp_path / "sample") == before
 
 
-def test_errors(tmp_path):
+def test_a_folder_of_other_files_is_not_replaced(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.doc").write_text("x")
     check_error(script("tools/sample.py", "mine", cwd=tmp_path), "mine")

@@ -216,7 +216,7 @@ def test_images_that_thresholds_were_tuned_on_are_not_scored(tmp_path, tuned):
     # run_all.sh checks this before any work.
     (tmp_path / "image.txt").write_text("".join("%05d.png\n" % i for i in range(300)))
     with pytest.raises(ValueError, match=message % (300, 300)):
-        run(inputs.main, tmp_path, ["check", "--image-list", "image.txt", "--label-file", val[1]] + list(options[2:]))
+        run(inputs.main, tmp_path, ["lists", "--image-list", "image.txt", "--label-file", val[1]] + list(options[2:]))
 
 
 def test_predict_marks_attributes_by_the_thresholds(tmp_path):

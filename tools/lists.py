@@ -35,19 +35,19 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.files import read_lines, write_text
 from lib.labels import PETA, label_row
 from lib.machine import worker_pool
-from lib.names import composed, find_listed, inside, stem
+from lib.names import composed, find_listed, inside, stem, undecodable
 from lib.pickles import Named, Pickle, Unpickler
 from lib.script import command, importing, note, one_line, some
 
 with importing():
     import numpy as np
 
-PETA_FIRST = 4  # the first attribute's column in PETA's data; the image's number and three others come before it
-RAP_USED = 51   # RAP's benchmark uses the first 51 of 92 attributes, which are frequent enough
-UNCLEAR = 2     # RAP's label if the annotators could not decide
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp")  # the endings in PETA's folders
+PETA_COLUMN = 4  # the first attribute's column in PETA's data; the image's number and three others come before it
+RAP_COUNT = 51   # RAP's benchmark uses the first 51 of 92 attributes, which are frequent enough
+UNCLEAR = 2      # RAP's label if the annotators could not decide
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp")  # the endings in PETA's folders
 BITS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
-SECONDS = 300   # the most processor time for reading a file. The largest file takes 3, but a hostile one could take for ever
+SECONDS = 300    # the most processor time for reading a file. The largest file takes 3, but a hostile one could take for ever
 LISTS = ["image.txt", "label.json", "attributes.txt"]
 
 # The content of a file. names: of the images. labels: integers [images, columns]. attributes: the columns' names. used: the
@@ -115,7 +115,7 @@ def rows_of(numbers, rows, what):
     return [rows[number] for number in numbers]
 
 
-def counted(first, count):
+def rows_by_number(first, count):
     """Returns {image number: row} for count images that are numbered from first on."""
     return dict(zip(range(first, first + count), range(count)))
 
@@ -123,11 +123,11 @@ def counted(first, count):
 def read_peta(path):
     data, attributes, selected, partitions = fields(load_mat(path, "peta")["peta"], "peta", 4)[:4]
     data, selected = integers(data, "data"), integers(selected, "selected_attribute")
-    if data.ndim != 2 or data.shape[1] < PETA_FIRST:
+    if data.ndim != 2 or data.shape[1] < PETA_COLUMN:
         raise ValueError("data has the shape %s" % list(data.shape))
     numbers = data[:, 0].tolist()
-    return Annotations(["%05d.png" % number for number in numbers], data[:, PETA_FIRST:], texts(attributes, "attribute"),
-                       selected.ravel() - 1 - PETA_FIRST,
+    return Annotations(["%05d.png" % number for number in numbers], data[:, PETA_COLUMN:], texts(attributes, "attribute"),
+                       selected.ravel() - 1 - PETA_COLUMN,
                        read_partitions(partitions, ["train", "val", "test"], dict(zip(numbers, range(len(numbers))))))
 
 
@@ -135,8 +135,8 @@ def read_rap(path):
     partitions, labels, _, _, _, names, attributes = fields(load_mat(path, "RAP_annotation")["RAP_annotation"],
                                                             "RAP_annotation", 7)[:7]
     names, attributes = texts(names, "field 6"), texts(attributes, "field 7")
-    return Annotations(names, integers(labels, "field 2")[:, :len(attributes)], attributes, np.arange(RAP_USED),
-                       read_partitions(partitions, ["trainval", "test"], counted(1, len(names))))
+    return Annotations(names, integers(labels, "field 2")[:, :len(attributes)], attributes, np.arange(RAP_COUNT),
+                       read_partitions(partitions, ["trainval", "test"], rows_by_number(1, len(names))))
 
 
 def read_rap2(path):
@@ -145,7 +145,7 @@ def read_rap2(path):
     names = texts(names, "name")
     return Annotations(names, integers(labels, "data"), texts(attributes, "attribute"),
                        integers(selected, "selected_attribute").ravel() - 1,
-                       read_partitions(partitions, ["train", "val", "test"], counted(1, len(names))))
+                       read_partitions(partitions, ["train", "val", "test"], rows_by_number(1, len(names))))
 
 
 def read_pa100k(path):
@@ -208,7 +208,7 @@ def read_pkl(path):
     arrays = [splits[part] for part in parts]  # each is an array, or a list with one array per partition
     partitions = list(zip(*arrays)) if isinstance(arrays[0], list) else [arrays]
     return Annotations(names, integers(array_of(content["label"]), "label"), attributes, integers(np.array(used), "eval"), [
-        {part: rows_of(integers(array_of(array), part), counted(0, len(names)), part) for part, array in zip(parts, partition)}
+        {part: rows_of(integers(array_of(array), part), rows_by_number(0, len(names)), part) for part, array in zip(parts, partition)}
         for partition in partitions])
 
 
@@ -228,7 +228,7 @@ def read_folders(path):
         lines = [line.split() for line in read_lines(os.path.join(archive, "Label.txt"))]
         # PETA.mat calls this attribute footwearSneaker.
         words = {line[0]: {word.replace("footwearSneakers", "footwearSneaker") for word in line[1:]} for line in lines if line}
-        for file in sorted(file for file in os.listdir(archive) if file.lower().endswith(IMAGES)):
+        for file in sorted(file for file in os.listdir(archive) if file.lower().endswith(ENDINGS)):
             root = os.path.splitext(file)[0]
             found = [words[key] for key in (file, root, root.split("_")[0]) if key in words]
             names.append("%s/archive/%s" % (folder, file))
@@ -274,13 +274,13 @@ def read_own(labels_path, path):
     return Annotations(names, np.array(labels), None, None, [])
 
 
-FOUR = ["train", "val", "trainval", "test"]
+SPLITS = ["train", "val", "trainval", "test"]
 # set: (its reader, what it reads, its splits, its partitions)
-SETS = {"peta": (read_peta, "PETA.mat", FOUR, 5),
+SETS = {"peta": (read_peta, "PETA.mat", SPLITS, 5),
         "rap": (read_rap, "RAP_annotation.mat", ["trainval", "test"], 5),
-        "rap2": (read_rap2, "RAP_annotation.mat", FOUR, 5),
-        "pa100k": (read_pa100k, "annotation.mat", FOUR, 1),
-        "pkl": (read_pkl, "pickle", FOUR, 5),
+        "rap2": (read_rap2, "RAP_annotation.mat", SPLITS, 5),
+        "pa100k": (read_pa100k, "annotation.mat", SPLITS, 1),
+        "pkl": (read_pkl, "pickle", SPLITS, 5),
         "peta-folders": (read_folders, "folder", [], 0),
         "csv": (read_csv, "table", [], 0),
         "list": (read_own, "list", [], 0)}
@@ -288,7 +288,7 @@ SETS = {"peta": (read_peta, "PETA.mat", FOUR, 5),
 
 # --- for all data sets ------------------------------------------------------------------------------------------------
 
-def chosen(annotations, wanted):
+def select_attributes(annotations, wanted):
     """Returns (labels 0 and 1 as uint8 [images, attributes], names) of the wanted attributes (default: the benchmark's)."""
     names, labels, attributes, used, _ = annotations
     if labels is None:
@@ -319,7 +319,7 @@ def check(names, attributes, partitions):
     if not names:
         raise ValueError("it has no image")
     for name in names:
-        if not inside(name) or name != name.strip() or not stem(name) or re.search("[\ud800-\udfff]", name):
+        if not inside(name) or name != name.strip() or not stem(name) or undecodable(name):
             raise ValueError("%r is not a file name that a list can hold" % name[:200])
     if any(name != name.strip() or not name.isprintable() or not name for name in attributes or ()):
         raise ValueError("an attribute's name is empty or not a printable line: %r" % some(attributes))
@@ -331,14 +331,14 @@ def check(names, attributes, partitions):
 
 
 def read(data_set, path, labels_path=None, wanted=None):
-    """Returns (names, labels, attributes, partitions) of a file or folder. chosen() returns the labels and attributes.
+    """Returns (names, labels, attributes, partitions) of a file or folder. select_attributes() returns the labels and attributes.
 
     labels_path: the label.json for a list. Raises OSError or ValueError.
     """
     reader, form = SETS[data_set][:2]
     try:
         annotations = reader(labels_path, path) if reader is read_own else reader(path)
-        labels, attributes = chosen(annotations, wanted)
+        labels, attributes = select_attributes(annotations, wanted)
         check(annotations.names, attributes, annotations.partitions)
     except (OSError, ImportError):
         raise

@@ -117,16 +117,16 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def main(argv=None):
-    args = parse(argv)
-    images, logits, labels, _ = read_scored(args.folders, args.label_file, declared=args.values)
+def content_of(args, images, logits, labels):
+    """Returns the content of the file to write. Raises OSError or ValueError."""
     true, names = labels == 1, attribute_names(labels.shape[1], args.attributes, args.model)
     target = {"precision": args.target_precision, "recall": args.target_recall}
     goal = "maximal F1"
     for name, value in target.items():
         if value is not None:
             goal = "%s >= %g" % (name, value)
-    tunable = np.minimum(true.sum(axis=0), (~true).sum(axis=0)) >= MIN_IMAGES
+    positives = true.sum(axis=0)
+    tunable = np.minimum(positives, len(true) - positives) >= MIN_IMAGES
     if not tunable.any():
         raise ValueError("%s: has no attribute that at least %d images have and as many do not have; tune on more images"
                          % (args.label_file, MIN_IMAGES))
@@ -136,22 +136,37 @@ def main(argv=None):
     lines = "".join("%s %s\n" % item for item in sorted(tuned_on.items()))
     rows = [{"name": name, "threshold": float(threshold), "tuned": tuned, "positives": int(count), "at_0": old,
              "cross_validated": new}
-            for name, threshold, tuned, count, old, new in zip(names, thresholds, reached, true.sum(axis=0), figures(at_0, true),
+            for name, threshold, tuned, count, old, new in zip(names, thresholds, reached, positives, figures(at_0, true),
                                                            figures(predicted, true))]
-    content = {"goal": goal, "images": len(images), "checksum": hashlib.sha256(lines.encode("utf-8")).hexdigest(),
-               "names_assumed": assumed(names), "attributes": rows, "gain": gain(predicted, at_0, true), "tuned_on": tuned_on}
-    write_text(args.output, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    for line in table(rows):
-        print(line)
-    print("%s: %s, %d of %d attributes tuned on %d images" % (args.output, goal, sum(reached), len(names), len(images)))
-    for wanted, text in ((tunable, "target not reached"), (~tunable, "fewer than %d images have it, or do not have it" % MIN_IMAGES)):
-        at = [name for name, tuned, kind in zip(names, reached, wanted) if kind and not tuned]
-        if at:
-            print("stay at 0 (%s): %s" % (text, ", ".join(at)))
-    print("gain on images that the thresholds were not found on (%d-fold cross-validation; 95 %% intervals):" % FOLDS)
+    return {"goal": goal, "images": len(images), "checksum": hashlib.sha256(lines.encode("utf-8")).hexdigest(),
+            "names_assumed": assumed(names), "attributes": rows, "gain": gain(predicted, at_0, true), "tuned_on": tuned_on}
+
+
+def lines_of(content, path):
+    """Yields the lines to print about the content of the file at path."""
+    rows, images = content["attributes"], content["images"]
+    yield from table(rows)
+    yield "%s: %s, %d of %d attributes tuned on %d images" % (
+        path, content["goal"], sum(row["tuned"] for row in rows), len(rows), images)
+    few = [row["name"] for row in rows if min(row["positives"], images - row["positives"]) < MIN_IMAGES]
+    missed = [row["name"] for row in rows if not row["tuned"] and row["name"] not in few]
+    if missed:
+        yield "stay at 0 (target not reached): %s" % ", ".join(missed)
+    if few:
+        yield "stay at 0 (fewer than %d images have it, or do not have it): %s" % (MIN_IMAGES, ", ".join(few))
+    yield "gain on images that the thresholds were not found on (%d-fold cross-validation; 95 %% intervals):" % FOLDS
     for name, values in content["gain"].items():
-        print("  %-18s %.4f -> %.4f  %+.4f%s" % (name, values["at_0"], values["tuned"], values["gain"],
-                                                " (%+.4f to %+.4f)" % tuple(values["interval"]) if values["interval"] else ""))
+        line = "  %-18s %.4f -> %.4f  %+.4f" % (name, values["at_0"], values["tuned"], values["gain"])
+        yield line + " (%+.4f to %+.4f)" % tuple(values["interval"]) if values["interval"] else line
+
+
+def main(argv=None):
+    args = parse(argv)
+    images, logits, labels, _ = read_scored(args.folders, args.label_file, declared=args.values)
+    content = content_of(args, images, logits, labels)
+    write_text(args.output, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    for line in lines_of(content, args.output):
+        print(line)
 
 
 if __name__ == "__main__":

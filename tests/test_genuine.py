@@ -3,7 +3,7 @@
     AIS_BENCH=FOLDER[:FOLDER] bash tests/run.sh -k genuine
 
 A FOLDER holds the package ais_bench, as `ais-bench_workload/tool/ais_bench` of the tool's repository does. The front ends
-run over tests/standins/aclruntime in user_data of a card. What the stand-in refuses is what they refuse: the same tests say so.
+run over tests/standins/aclruntime in place of a card. What the stand-in refuses is what they refuse: the same tests say so.
 """
 import concurrent.futures
 import csv

@@ -129,10 +129,10 @@ on_device() {
 }
 # all_devices: waits for the commands in the background
 all_devices() {
-    local log failed=''
-    for log in "${!running[@]}"; do wait "${running[$log]}" || failed=$log; done
+    local log failed=()
+    for log in "${!running[@]}"; do wait "${running[$log]}" || failed+=("$log"); done
     running=()
-    [ -z "$failed" ] || broken "$backend failed on device ${failed##*_device}" "$failed"
+    [ ${#failed[@]} = 0 ] || broken "$backend failed on device ${failed[*]##*_device}" "${failed[0]}"
 }
 
 # pure_inference: runs the model without images, on all devices at the same time
@@ -174,7 +174,7 @@ collect() {
     mkdir -p "$1"
     for device in "${devices[@]}"; do made "$1/dumpOutput_device$device" from; done # from nothing yet, in case this is interrupted
     for device in "${devices[@]}"; do
-        rm -rf "$1"/{dumpOutput,pure}_device"$device"{,_summary.json} "$1"/{perf_vision,PureInfer_perf}_*_device_"$device".txt
+        rm -rf "$1"/{{dumpOutput,pure}_device,{perf_vision,PureInfer_perf}_*_device_}"$device"{,.txt,_summary.json}
     done
     rm -f "$1/fusion_result.json"
     find "$scratch_folder/result" -mindepth 1 -maxdepth 1 -exec mv -t "$1" {} +

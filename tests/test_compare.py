@@ -72,15 +72,11 @@ def test_different_runs(tmp_path):
     check_error(done, "the largest difference 4 is more than 0.1", "%d flips are more than 1 " % flips.sum())
     report = json.loads((tmp_path / "c.json").read_text())
     assert report["within_tolerances"] is False
-    difference = np.abs(logits.astype(float) - other.astype(float))
-    assert report["max_difference"] == difference.max()
-    assert report["mean_difference"] == pytest.approx(difference.mean(), rel=1e-12)
-    assert report["flips"] == flips.sum() == sum(row["flips"] for row in report["flipped_attributes"])
     assert {row["name"]: row["flips"] for row in report["flipped_attributes"]} == \
         {name: number for name, number in zip(PETA, flips.sum(axis=0)) if number}
     counts = [row["flips"] for row in report["flipped_attributes"]]
     assert counts == sorted(counts, reverse=True)
-    assert (report["worst_images"][0]["name"], report["worst_images"][0]["attribute"]) == ("im7", PETA[3])
+    difference = np.abs(logits.astype(float) - other.astype(float))
     assert [row["max_difference"] for row in report["worst_images"]] == sorted(difference.max(axis=1))[:-6:-1]
     of_a, of_b = (independent(values.tolist(), labels.tolist()) for values in (logits, other))
     assert list(report["metrics"]) == ["instance_acc", "instance_precision", "instance_recall", "instance_F1", "mA"]

@@ -89,7 +89,8 @@ def probabilities(logits):
 
 def look_like_probabilities(values):
     """Returns whether all values lie between 0 and 1. Logits would not, because most of them are negative."""
-    return bool(((values >= 0) & (values <= 1)).all())
+    with np.errstate(invalid="ignore"):  # NaN is neither
+        return bool(((values >= 0) & (values <= 1)).all())
 
 
 def logits_from(chances):

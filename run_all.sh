@@ -95,7 +95,8 @@ if begin 3 "ONNX -> OM with atc"; then
                 --soc_version="$chip_name" "${aipp_options[@]}"
             keep deepmar_bs$batch.om
             made deepmar_bs$batch.om from deepmar_bs${batch}_nopad.onnx aipp
-        elif [ -n "$make_twin" ]; then # ONNX Runtime runs this model in place of an OM with AIPP
+        fi
+        if [ -n "$make_twin" ]; then # ONNX Runtime runs this model in place of an OM with AIPP
             "$python" "$here/tools/rehearse.py" aipp deepmar_bs${batch}_nopad.onnx deepmar_bs${batch}_aipp.onnx
             made deepmar_bs${batch}_aipp.onnx from deepmar_bs${batch}_nopad.onnx aipp
         fi
@@ -162,7 +163,7 @@ fi
 if begin 7 "accuracy and throughput"; then
     published=$published_acc rows=() all_results=()
     if [ -z "$published" ] && [ -n "$sample" ]; then
-        published=$(cat sample/accuracy.txt)
+        published=$(verify sample/accuracy.txt=0 && cat sample/accuracy.txt)
         say "the sample has no published accuracy, so the results are compared with PyTorch's on the same images"
     fi
     for batch in $batch_size; do
@@ -180,7 +181,7 @@ if begin 7 "accuracy and throughput"; then
         all_results+=("${results[@]}")
     done
     "$python" "$here/tools/run/table.py" throughput "${rows[@]}" --devices $device_id --chips $chips
-    made throughput.csv from "${all_results[@]}"
+    made throughput.csv from batch_size device_id "${all_results[@]}"
     finish
 fi
 

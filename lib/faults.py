@@ -150,10 +150,10 @@ def network(path):
     return cpu_session(model.SerializeToString(), cores())
 
 
-def run(session, arrays):
-    """Returns a session's logits for inputs, arrays [3,height,width]."""
+def run(session, arrays, path):
+    """Returns a session's logits for inputs, arrays [3,height,width]. path: the model's."""
     outputs = np.concatenate([outputs for _, _, outputs in run_batches(session, arrays, lambda array, row: np.copyto(row, array))])
-    return as_logits(outputs, "a model")
+    return as_logits(outputs, path)
 
 
 def read_pixels(path, uint8, height, width):
@@ -165,14 +165,14 @@ def read_pixels(path, uint8, height, width):
 
 def wrong_inputs(candidate, float32, float16, bins):
     """Yields texts about the wrong inputs that would give the candidate's logits. float32 and float16 are the models' paths."""
-    float32, float16 = network(float32), network(float16)
-    _, height, width = input_size(float32)
+    exact, twin = network(float32), network(float16)
+    _, height, width = input_size(exact)
     uint8 = os.path.getsize(bins[0]) == kind(height, width, True)[1]
     images = [read_pixels(path, uint8, height, width) for path in bins]
     for text, change in WRONG_INPUTS.items():
         arrays = [change(image).astype(np.float16 if uint8 else np.float32).astype(np.float32) for image in images]
         with np.errstate(invalid="ignore"):  # logits may be infinite
-            if judge(candidate, run(float32, arrays), run(float16, arrays))["within"]:
+            if judge(candidate, run(exact, arrays, float32), run(twin, arrays, float16))["within"]:
                 yield "these are the results for an input %s" % text
 
 

@@ -26,7 +26,7 @@ class Named(object):
 
 
 class Pickle(io.BytesIO):
-    """The bytes of a pickle. Lines must be short, because Python 3.7 takes hours to parse a number with a million digits."""
+    """The bytes of a pickle. Lines must be short, as Python < 3.7.14 takes hours for a number of a million digits."""
 
     def readline(self):
         return super().readline(5000)

@@ -160,7 +160,7 @@ def run_batches(session, items, fill, calls=1, call=None, size=None, runner=None
     items: an iterable. fill(item, row) writes an item's input into a row of a batch and returns None, or why it cannot; the row
     is then 0. Zeros also fill up the last batch. call(batch) returns the logits, float32 [N,attributes] (default:
     session.run()). calls: how many of these run at the same time. size: (batch size, height, width) (default: the model's).
-    runner, reader: the pools of threads for call() and fill(), if the caller has them.
+    runner, reader: the pools of threads for call() and fill(), if the caller has them. Raises what items, fill and call raise.
     """
     size, name = size or input_size(session), session.get_inputs()[0].name
     call = call or (lambda batch: session.run(None, {name: batch})[0])

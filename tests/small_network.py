@@ -1,4 +1,4 @@
-"""A small network in ONNX and in numpy, and what a card would leave that runs it in float16."""
+"""A small network in ONNX and in numpy, and the results of a card that runs it in float16."""
 import numpy as np
 import onnx
 import pytest
@@ -12,7 +12,7 @@ SIZE, CHANNELS, ATTRIBUTES, IMAGES = 16, 8, 6, 12
 NAMES = ["im%02d" % i for i in range(IMAGES)]
 
 
-def half(array):
+def float16(array):
     """Rounds to float16, as numpy does."""
     with np.errstate(over="ignore"):
         return array.astype(np.float16).astype(np.float64)
@@ -57,7 +57,7 @@ def pool(x, how):
     return how(x.reshape(x.shape[:2] + (x.shape[2] // 4, 4, x.shape[3] // 4, 4)), axis=(3, 5))
 
 
-def compute(values, x, rounded=half, fused=False):
+def compute(values, x, rounded=float16, fused=False):
     """{tensor: value} of the network in numpy. fused: as a card may do it, a convolution is rounded with what follows it."""
     w = {name: rounded(value.astype(np.float64)) for name, value in values.items()}
     inner = (lambda array: array) if fused else rounded
@@ -81,7 +81,7 @@ def write_bins(folder, arrays):
 
 
 def pictures():
-    """Random pictures, uint8 [images,height,width,3], with a colour and a brightness of their own each."""
+    """Random pictures, uint8 [images,height,width,3], each with another colour and brightness."""
     random = np.random.RandomState(2)
     return (random.randint(0, 256, (IMAGES, 1, 1, 3)) + random.randint(-60, 60, (IMAGES, SIZE, SIZE, 3))).clip(0, 255).astype(np.uint8)
 
@@ -98,7 +98,7 @@ def make_twin(path, target, action="float16"):
 
 
 class Scene(object):
-    """A model, its twin and bins; what a card leaves is computed in numpy."""
+    """A model, its twin and bins. The card's results are computed in numpy."""
 
     def __init__(self, folder):
         self.folder, self.values, self.pixels = folder, weights(), pictures()
@@ -107,7 +107,7 @@ class Scene(object):
         self.twin = make_twin(self.model, folder / "t.onnx")
 
     def card(self, values=None, inputs=None):
-        """Writes the results of a card that computes with these weights on these inputs; returns the folder."""
+        """Writes the results of a card that computes with these weights on these inputs. Returns the folder."""
         inputs = normalised(self.pixels) if inputs is None else inputs
         logits = compute(self.values if values is None else values, inputs, fused=True)["output1"]
         self.folder.joinpath("result").mkdir(exist_ok=True)
@@ -116,7 +116,7 @@ class Scene(object):
         return str(self.folder / "result")
 
     def compare(self, side, *more):
-        """What compare's --rehearsal says of a side."""
+        """Runs compare.py --rehearsal on a side."""
         compare.main([side, "--onnx", self.model, "--rehearsal", self.twin, "--bins", self.bins] + list(more))
 
     def refused(self, side):

@@ -60,7 +60,7 @@ def test_uint8_bins_are_the_resized_pixels(tmp_path):
                 "1 of 5 bins are not uint8 [224,224,3] (150528 bytes): im3.bin (602112 bytes); that is the size of float32")
 
 
-def test_bins_of_another_size_are_not_taken_for_the_other_kind(tmp_path):
+def test_bins_of_another_size_do_not_pass_for_the_other_kind(tmp_path):
     """float32 at half the height and width has as many bytes as uint8."""
     names = write_images(tmp_path / "images", 2)
     (tmp_path / "image.txt").write_text("\n".join(names))
@@ -76,10 +76,10 @@ def test_bins_of_another_size_are_not_taken_for_the_other_kind(tmp_path):
     make_twin(model, tmp_path / "a.onnx", "aipp")
     (tmp_path / "info").write_text("0 uint8/im0.bin 16 16\n")
     command = ["tools/benchmark.py", "-batch_size=1", "-input_width=16", "-input_height=16", "-input_text_path=info"]
-    check_error(script(*(command + ["-om_path=m.onnx"]), cwd=tmp_path), "NaN or infinite values, or beyond 10000 in uint8/im0.bin")
+    check_error(script(*command, "-om_path=m.onnx", cwd=tmp_path), "NaN or infinite values, or beyond 10000 in uint8/im0.bin")
     script("preprocess_deepmar_pytorch.py", "images", "quarter", "image.txt", "--size", 8, 8, cwd=tmp_path)
     (tmp_path / "info").write_text("0 quarter/im0.bin 16 16\n")
-    check_error(script(*(command + ["-om_path=a.onnx"]), cwd=tmp_path), "float32 values, not pixels in quarter/im0.bin")
+    check_error(script(*command, "-om_path=a.onnx", cwd=tmp_path), "float32 values, not pixels in quarter/im0.bin")
     assert fault(np.zeros((16, 16, 3), np.uint8)) is None and fault(np.full((16, 16, 3), 255, np.uint8)) is None
 
 
@@ -95,7 +95,7 @@ def settings(path, **options):
         return str(error)
 
 
-def test_the_file_for_atc(tmp_path):
+def test_cfg_is_atcs_file(tmp_path):
     assert script("tools/rehearse.py", "cfg", tmp_path / "aipp.cfg").returncode == 0
     assert (tmp_path / "aipp.cfg").read_text() == CFG
     assert settings(tmp_path / "aipp.cfg", enable_small_channel="1").startswith(b"AIPP{")
@@ -112,7 +112,7 @@ def test_the_file_for_atc(tmp_path):
     ("min_chn_0", "mean_chn_0", 'the value "123.675" of "mean_chn_0"'), ("123.675", "-1", "is not from 0 to 255"),
     ("false", "False", 'the value "False" of "csc_switch"'), ("aipp_op", "aipp", "no aipp_op"),
     ("related_input_rank: 0", "related_input_rank: 1", "the model has one input")])
-def test_what_atc_refuses(tmp_path, before, after, text):
+def test_bad_cfg_is_refused_as_by_atc(tmp_path, before, after, text):
     (tmp_path / "aipp.cfg").write_text(CFG.replace(before, after, 1))
     assert text in settings(tmp_path / "aipp.cfg")
     assert "No such file" in settings(tmp_path / "absent.cfg")
@@ -143,7 +143,7 @@ def aipp_scene(tmp_path_factory):
     return scene
 
 
-def test_the_arithmetic_is_numpys_float16(aipp_scene):
+def test_aipp_arithmetic_is_numpys_float16(aipp_scene):
     bins = [os.path.join(aipp_scene.bins, name + ".bin") for name in NAMES]
     expected = after_aipp(aipp_scene.bins)
     for path in (aipp_scene.model, aipp_scene.twin):
@@ -156,7 +156,7 @@ def test_the_arithmetic_is_numpys_float16(aipp_scene):
     assert np.abs(found - logits).max() < 0.01
 
 
-def test_all_tools_take_it(aipp_scene, tmp_path):
+def test_all_tools_take_a_model_with_aipp(aipp_scene, tmp_path):
     """stage 6, compare, predict and quantize; with float32 bins, each says that they are the other kind."""
     names = write_images(tmp_path / "images", IMAGES)
     (tmp_path / "image.txt").write_text("\n".join(names))
@@ -166,8 +166,8 @@ def test_all_tools_take_it(aipp_scene, tmp_path):
     assert script("get_info.py", "bins", "deepmar.info", SIZE, SIZE, cwd=tmp_path).returncode == 0
     command = ["tools/benchmark.py", "-batch_size=1", "-input_width=%d" % SIZE, "-input_height=%d" % SIZE]
     run = command + ["-input_text_path=deepmar.info"]
-    assert script(*(run + ["-om_path=%s" % aipp_scene.model]), cwd=tmp_path).returncode == 0
-    assert script(*(command + ["-round=2", "-om_path=%s" % aipp_scene.model]), cwd=tmp_path).returncode == 0
+    assert script(*run, "-om_path=%s" % aipp_scene.model, cwd=tmp_path).returncode == 0
+    assert script(*command, "-round=2", "-om_path=%s" % aipp_scene.model, cwd=tmp_path).returncode == 0
     result = tmp_path / "result" / "dumpOutput_device0"
     done = script("tools/compare.py", result, "--onnx", aipp_scene.model, "--bins", tmp_path / "bins", "--max-difference", 1e-6)
     assert done.returncode == 0, done.stderr
@@ -187,9 +187,9 @@ def test_all_tools_take_it(aipp_scene, tmp_path):
     check_error(script("tools/quantize.py", aipp_scene.model, "float_bins", "i.onnx", cwd=tmp_path), wrong, "with --uint8")
     check_error(script("tools/compare.py", result, "--onnx", aipp_scene.float_model, "--bins", "bins", cwd=tmp_path),
                 "bins are not float32 [3,16,16] (3072 bytes)", "without --uint8")
-    check_error(script(*(run + ["-om_path=%s" % aipp_scene.float_model]), cwd=tmp_path), "are not float32 [3,16,16]")
+    check_error(script(*run, "-om_path=%s" % aipp_scene.float_model, cwd=tmp_path), "are not float32 [3,16,16]")
     script("get_info.py", "float_bins", "deepmar.info", SIZE, SIZE, cwd=tmp_path)
-    check_error(script(*(run + ["-om_path=%s" % aipp_scene.model]), cwd=tmp_path), wrong)
+    check_error(script(*run, "-om_path=%s" % aipp_scene.model, cwd=tmp_path), wrong)
     check_error(script("tools/compare.py", aipp_scene.model, "--onnx", aipp_scene.float_model, "--bins", "bins", cwd=tmp_path),
                 "bins are not float32")
 
@@ -198,7 +198,7 @@ def test_all_tools_take_it(aipp_scene, tmp_path):
     ({}, None), ({"rbuv_swap_switch": "true"}, "BGR instead of RGB (stage 4's channels, or rbuv_swap_switch in aipp.cfg)"),
     ({"min_chn_0": 0, "min_chn_1": 0, "min_chn_2": 0}, "without the mean subtracted (min_chn in aipp.cfg)"),
     ({"var_reci_chn_0": 1 / 255, "var_reci_chn_1": 1 / 255, "var_reci_chn_2": 1 / 255}, "without the division by")])
-def test_a_card_with_other_settings_is_found(aipp_scene, capsys, changes, text):
+def test_wrong_aipp_settings_are_recognised(aipp_scene, capsys, changes, text):
     side = aipp_scene.card(inputs=after_aipp(aipp_scene.bins, **changes))
     if text is None:
         aipp_scene.compare(side)
@@ -209,7 +209,7 @@ def test_a_card_with_other_settings_is_found(aipp_scene, capsys, changes, text):
         assert "these are the results for an input " + text in aipp_scene.refused(side)
 
 
-def test_any_batch_size(tmp_path):
+def test_aipp_at_any_batch_size(tmp_path):
     model = write_network(tmp_path / "m.onnx", weights(), 8)
     make_twin(model, tmp_path / "a.onnx", "aipp")
     bins = write_bins(tmp_path / "bins", pictures())
@@ -217,7 +217,7 @@ def test_any_batch_size(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_twin_says_its_own_layout(tmp_path):
+def test_model_with_aipp_describes_its_layout(tmp_path):
     model = onnx.load(str(write_model(tmp_path / "m.onnx", size=(16, 16))))
     onnx.helper.set_model_props(model, {"deepmar.layout": "NCHW RGB", "deepmar.output": "logits"})
     onnx.save(model, str(tmp_path / "m.onnx"))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto
@@ -121,7 +122,7 @@ class Half(object):
         return [output.astype(np.float16).astype(np.float32) for output in self.exact.run(*arguments)]
 
 
-def test_provider_of_lower_precision_needs_tolerance(folder, monkeypatch, capsys):
+def test_provider_of_other_precision_needs_tolerance(folder, monkeypatch, capsys):
     monkeypatch.chdir(str(folder))
     monkeypatch.setattr(benchmark, "open_session", lambda path, *_, **__: Half(path))
     command = ["-batch_size=8", "-om_path=bs8.onnx", "-input_text_path=deepmar.info", "-device_id=9", "-provider=FastExecutionProvider"]
@@ -131,6 +132,9 @@ def test_provider_of_lower_precision_needs_tolerance(folder, monkeypatch, capsys
     assert not os.path.exists("result/dumpOutput_device9")
     benchmark.main(command + ["-tolerance=0.01"])
     assert "FastExecutionProvider, bs8.onnx" in capsys.readouterr().out and results(folder, 9).shape == (COUNT, 35)
+    monkeypatch.setattr(Half, "run", lambda *_: [np.full((8, 35), np.nan, np.float32)])
+    with pytest.raises(ValueError, match="differ from the CPU's by up to nan"):
+        benchmark.main(command + ["-tolerance=1"])
 
 
 def test_missing_provider_is_refused(folder):
@@ -220,3 +224,24 @@ def test_bad_info_and_bins_leave_earlier_results(folder, lines, text):
     check_error(run(folder, "bs8.onnx", 8, input_text_path="bad.info", device_id=7), text)
     assert os.listdir(str(earlier)) == ["a_1.bin"] and (earlier / "a_1.bin").read_bytes() == b"earlier"
     assert not (folder / "result" / "dumpOutput_device7.partial").exists()
+
+
+@pytest.mark.parametrize("line", [b"0 \xff.bin 224 224", b"0 a\0.bin 224 224", b"9" * 5000 + b" a.bin 224 224",
+                                  b"0 a.bin 224 " + b"9" * 5000, b"0 " + b"a" * 5000 + b".bin 224 224", b"\0" * 10000])
+def test_hostile_info_is_refused_in_a_short_line(folder, line):
+    (folder / "hostile.info").write_bytes(line)
+    process = run(folder, "bs1.onnx", 1, input_text_path="hostile.info", device_id=12)
+    check_error(process, "hostile.info: ")
+    assert len(process.stderr) < 6000 and not (folder / "result" / "dumpOutput_device12").exists()
+
+
+def test_a_model_that_would_read_another_file_is_refused(folder):
+    model = onnx.load(str(folder / "bs1.onnx"))
+    weight = model.graph.initializer[0]
+    weight.ClearField("raw_data")
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="/etc/passwd")
+    (folder / "outside.onnx").write_bytes(model.SerializeToString())
+    check_error(run(folder, "outside.onnx", 1), "outside.onnx: keeps its weights in")
+    check_error(script("tools/benchmark.py", "-batch_size=1", "-om_path=outside.onnx", "-round=1", cwd=folder), "keeps its weights in")
+    check_error(script("tools/predict.py", __file__, "--onnx=outside.onnx", cwd=folder), "outside.onnx: keeps its weights in")

@@ -107,7 +107,7 @@ def test_tolerances(tmp_path, step, flips, options, code):
     assert (done.stderr == "") == (code == 0)
 
 
-def test_probabilities_of_the_same_logits(tmp_path):
+def test_probabilities_are_converted_to_logits(tmp_path):
     """As of an OM that ends in a Sigmoid, and an ONNX model that does not."""
     logits = random_logits()
     a, b = write(tmp_path / "a", probabilities(logits)), write(tmp_path / "b", logits)
@@ -117,7 +117,7 @@ def test_probabilities_of_the_same_logits(tmp_path):
     assert "(%s)\n" % ASSUMED in done.stdout and json.loads((tmp_path / "c.json").read_text())["names_assumed"] is True
 
 
-def test_other_attributes(tmp_path):
+def test_attributes_are_named(tmp_path):
     a, b = write(tmp_path / "a", [[2, 1]]), write(tmp_path / "b", [[2, -1]])
     assert "  attribute1: 1 (only A has it: 1, only B: 0)" in script(TOOL, a, b).stdout
     names = tmp_path / "names.txt"
@@ -129,7 +129,7 @@ def test_other_attributes(tmp_path):
     check_error(script(TOOL, a, b, "--attributes", names), "names.txt: holds 1 names, but there are 2")
 
 
-def test_other_images(tmp_path):
+def test_different_images_are_refused(tmp_path):
     a, b = write(tmp_path / "a", random_logits(9)), write(tmp_path / "b", random_logits(2))
     check_error(script(TOOL, a, b), "b: has nothing for 7 images that the other side has: im2, im3", "and 2 more")
     check_error(script(TOOL, b, a), "b: has nothing for 7 images")
@@ -160,13 +160,13 @@ def test_errors(tmp_path):
 
 
 @pytest.mark.parametrize("batch_size, size", [(1, (224, 224)), (4, (256, 128)), ("N", (224, 224))])
-def test_the_other_side_computed(tmp_path, batch_size, size):
+def test_other_side_is_computed_from_bins(tmp_path, batch_size, size):
     names = write_images(tmp_path / "images", 6)
     model = write_model(tmp_path / "m.onnx", batch_size, size=size)
     write_bins(tmp_path, names, *size)
     result = run_stage_6(tmp_path, model, 2 if batch_size == "N" else batch_size, 0, *size)
     command = [TOOL, result, "--onnx", model, "--bins", tmp_path / "input_bin", "--max-flips", 0]
-    done = script(*(command + ["--max-difference", 1e-6]))
+    done = script(*command, "--max-difference", 1e-6)
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     file = result / "im3_1.bin"
     file.write_bytes((np.fromfile(str(file), "<f4") + np.float32(1)).tobytes())
@@ -175,7 +175,7 @@ def test_the_other_side_computed(tmp_path, batch_size, size):
     assert "worst images:\n  im3: 1 (" in done.stdout
 
 
-def test_errors_of_the_other_side(tmp_path):
+def test_errors_of_the_computed_side(tmp_path):
     names = write_images(tmp_path / "images", 2)
     write_bins(tmp_path, names)
     a, bins = write(tmp_path / "a", random_logits(2)), tmp_path / "input_bin"

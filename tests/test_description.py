@@ -1,4 +1,4 @@
-"""What a model says of itself: written by the export, kept by what comes after, read for the attributes' names."""
+"""A model's description: export_onnx.py writes it, later stages keep it, and tools take the attributes' names from it."""
 import hashlib
 import json
 import shutil
@@ -43,7 +43,7 @@ def export(folder, *options):
     return script(folder / "export_onnx.py", "any.pth", "out.onnx", 1, *options, cwd=folder)
 
 
-def test_export(exported):
+def test_export_writes_the_description(exported):
     folder, names = exported
     assert description(str(folder / "out.onnx")) == {
         "attributes": names, "mean": list(MEAN), "std": list(STD), "size": [64, 32], "layout": "NCHW RGB", "output": "logits",
@@ -65,7 +65,7 @@ def test_export(exported):
     (b"one\ntwo\n", "names.txt: holds 2 names, but any.pth has 35 attributes"),
     (b"hat\nbag\nhat\n", "names.txt: holds a name more than once: hat"),
     (b"\xff", "names.txt: is not UTF-8 text"), (None, "names.txt")])
-def test_export_with_wrong_names(exported, tmp_path, text, message):
+def test_export_refuses_wrong_names(exported, tmp_path, text, message):
     folder = exported[0]
     file = tmp_path / "names.txt"
     if text is not None:
@@ -75,7 +75,7 @@ def test_export_with_wrong_names(exported, tmp_path, text, message):
     assert (folder / "out.onnx").read_bytes() == before
 
 
-def test_stages_2_and_int8_keep_it(tmp_path):
+def test_remove_pad_and_quantize_keep_the_description(tmp_path):
     onnx.save(model_of(between(node("Pad", "r c", "p")), [("c", ZEROS)]), str(tmp_path / "pad.onnx"))
     put(tmp_path / "pad.onnx", attributes=json.dumps(NAMES), version="1.0")
     process = script("remove_pad.py", "pad.onnx", "nopad.onnx", cwd=tmp_path)
@@ -90,7 +90,7 @@ def test_stages_2_and_int8_keep_it(tmp_path):
     assert description(str(tmp_path / "int8.onnx")) == {"attributes": NAMES + ["x", "y"], "size": [224, 224]}
 
 
-def test_beside_an_om(exported, tmp_path):
+def test_describe_writes_the_json_of_an_om(exported, tmp_path):
     folder, names = exported
     process = script("tools/describe.py", folder / "out.onnx", tmp_path / "out.json")
     assert process.returncode == 0 and process.stdout == process.stderr == ""
@@ -103,7 +103,7 @@ def test_beside_an_om(exported, tmp_path):
     check_error(script("tools/describe.py", tmp_path / "absent.json"), "absent.json")
 
 
-def test_predict(tmp_path):
+def test_predict_takes_the_models_names(tmp_path):
     """--attributes, then the model's names, then PETA's."""
     image, = write_images(tmp_path / "images", 1)
     model = write_model(tmp_path / "m.onnx", attributes=3)
@@ -120,7 +120,7 @@ def test_predict(tmp_path):
     assert names("--attributes", "names.txt") == {"a", "b", "c"}
 
 
-def test_stage_7_and_the_report(exported, tmp_path):
+def test_stage_7_and_report_take_the_models_names(exported, tmp_path):
     """--attributes, then the model's names, then fusion_result.json's."""
     folder, names = exported
     logits, labels = random_case()
@@ -159,7 +159,7 @@ def test_stage_7_and_the_report(exported, tmp_path):
     ({"attributes": '["hat", "bag", 3]'}, "its attributes are not"), ({"attributes": '{"hat": 1}'}, "its attributes are not"),
     ({"attributes": "hat"}, "its metadata is damaged"), ({"attributes": "[" * 100000}, "its metadata is damaged"),
     ({"size": ""}, "its metadata is damaged")])
-def test_damaged_metadata(tmp_path, entries, message):
+def test_damaged_metadata_is_refused(tmp_path, entries, message):
     from lib.labels import attribute_names
     model = str(put(write_model(tmp_path / "m.onnx", attributes=3), **entries))
     with pytest.raises(ValueError) as error:
@@ -167,7 +167,7 @@ def test_damaged_metadata(tmp_path, entries, message):
     assert str(error.value).startswith(model) and message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_no_model(tmp_path):
+def test_files_that_are_no_models_are_refused(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"<html>")
     (tmp_path / "m.json").write_text("<html>")
     for name, message in (("m.onnx", "m.onnx: is not a valid ONNX model"), ("m.json", "m.json: is not JSON"), ("m.om", "m.json: is not")):

@@ -1,6 +1,7 @@
 """What the doctor makes of npu-smi's tables, of CANN as both layouts install it, of atc's failures, and of a whole machine."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -288,10 +289,10 @@ def test_a_python_without_packages(machine):
     """It looks, and leaves the installation to the first run."""
     bare, checkout = machine / "bare", machine / "checkout"
     subprocess.check_call([sys.executable, "-m", "venv", "--without-pip", str(bare)])
-    for name in ("run_all.sh", "requirements.txt", "get_info.py", "tools/run/backend.sh", "tools/run/driver.sh", "tools/run/doctor.py",
-                 "lib/__init__.py", "lib/script.py", "lib/files.py", "lib/names.py", "tools/run/ais_bench_files.py"):
-        with open(os.path.join(ROOT, name)) as f:
-            write(checkout / name, f.read())
+    shutil.copytree(os.path.join(ROOT, "lib"), str(checkout / "lib"))
+    shutil.copytree(os.path.join(ROOT, "tools", "run"), str(checkout / "tools" / "run"))
+    for name in ("run_all.sh", "requirements.txt"):
+        shutil.copy(os.path.join(ROOT, name), str(checkout))
     process, rows = check(machine, root=checkout, PYTHON=str(bare / "bin" / "python"))
     assert process.returncode == 0 and rows["Python"]["state"] == rows["ONNX Runtime"]["state"] == "note"
     assert "numpy" in rows["Python"]["found"] and " into %s/.venv-" % checkout in rows["Python"]["found"]

@@ -4,7 +4,6 @@ import builtins
 import errno
 import fcntl
 import glob
-import inspect
 import itertools
 import os
 import shutil
@@ -13,9 +12,7 @@ import sys
 
 import pytest
 
-import export_onnx
 from helpers import ROOT
-from lib import files
 from lib.files import replaced_folder, whole_file
 
 WRITERS = {"file": whole_file, "folder": replaced_folder}
@@ -169,12 +166,6 @@ def test_a_folder_that_cannot_be_renamed_stays_whole(tmp_path, monkeypatch, erro
     with pytest.raises((ValueError, OSError), match=text):
         write("folder", path, "new")
     assert read(path) == ["earlier"] * 2 and os.listdir(str(tmp_path)) == ["out"]
-
-
-@pytest.mark.parametrize("function", ["whole_file", "lock"])
-def test_export_onnx_has_the_same_functions(function):
-    """It is copied alone, so it cannot import them."""
-    assert inspect.getsource(getattr(export_onnx, function)) == inspect.getsource(getattr(files, function))
 
 
 # The files of these are written into a folder of replaced_folder(), or are those of another tool's interface.

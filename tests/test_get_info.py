@@ -55,3 +55,10 @@ def test_names_with_spaces_are_noted(bins):
     os.rename(str(bins / "input_bin" / "a.bin"), str(bins / "input_bin" / "a b.bin"))
     process = script("get_info.py", "input_bin", "deepmar.info", 224, 224, cwd=bins)
     assert process.returncode == 0 and "a b.bin" in process.stderr
+
+
+def test_names_that_are_not_utf8_are_refused(bins):
+    with open(os.fsencode(str(bins)) + b"/input_bin/\xff.bin", "wb") as f:
+        f.truncate(602112)
+    check_error(script("get_info.py", "input_bin", "deepmar.info", 224, 224, cwd=bins), "udcff.bin: ", "not valid UTF-8")
+    assert os.listdir(str(bins)) == ["input_bin"]

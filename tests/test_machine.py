@@ -3,10 +3,8 @@
 Stage 4 stands for all scripts: it reads and writes many files in several processes. Of what a script writes: tests/test_files.py.
 """
 import contextlib
-import ctypes
 import errno
 import glob
-import json
 import os
 import random
 import resource
@@ -19,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import NETWORK, POSTPROCESS, ROOT, check_error, contents, namespaces, refused, write_images, write_model
+from helpers import NETWORK, ROOT, check_error, contents, namespaces, refused, write_images, write_model
 from lib import machine
 from lib.files import replaced_folder
 from lib.labels import ASSUMED
@@ -27,7 +25,7 @@ from lib.labels import ASSUMED
 STAGE_4 = ["preprocess_deepmar_pytorch.py", "images", "input_bin", "image.txt"]
 GET_INFO = ["get_info.py", "input_bin", "deepmar.info", "224", "224"]
 BENCHMARK = ["tools/benchmark.py", "-batch_size=4", "-om_path=model.onnx", "-input_text_path=deepmar.info"]
-PREDICT = ["tools/predict.py", "images/im0.png", "images/im1.png", "--onnx=model.onnx", "--json=predictions.json"]
+PREDICT = ["tools/predict.py"] + ["images/im%d.png" % i for i in range(8)] + ["--onnx=model.onnx"]
 QUANTIZE = ["tools/quantize.py", "model.onnx", "input_bin", "int8.onnx"]
 EARLIER = {"earlier.bin": b"earlier"}
 NAMES = ["im%d.png" % i for i in range(8)]
@@ -48,6 +46,7 @@ def folder(tmp_path):
 def bins_folder(tmp_path):
     """Images, their bins and a model, for the scripts that run it."""
     write_images(tmp_path / "images", len(NAMES))
+    (tmp_path / "image.txt").write_text("\n".join(NAMES))
     write_model(tmp_path / "model.onnx", 4)
     (tmp_path / "input_bin").mkdir()
     for i, name in enumerate(NAMES):
@@ -86,21 +85,6 @@ def test_a_full_disk_is_named(folder):
     check_refused(folder, process, "input_bin", "File too large")
 
 
-def test_a_folder_without_the_right_to_write_is_named(folder):
-    def no_privilege():
-        """Takes root's right to write where the permissions forbid it; who is not root has none."""
-        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH of linux/capability.h
-            ctypes.CDLL(None).prctl(24, capability)  # PR_CAPBSET_DROP of linux/prctl.h; in force after exec
-    folder.chmod(0o555)
-    try:
-        assert subprocess.call(["touch", "probe"], cwd=str(folder), preexec_fn=no_privilege, stderr=subprocess.DEVNULL), \
-            "the test itself cannot take the right to write"
-        process = finish(start(folder, STAGE_4, preexec_fn=no_privilege))
-    finally:
-        folder.chmod(0o755)
-    check_refused(folder, process, "input_bin", "ermission denied")
-
-
 def test_a_mounted_folder_is_named(folder):
     alone = namespaces("--mount")
     (folder / "images" / "other").mkdir()
@@ -109,14 +93,13 @@ def test_a_mounted_folder_is_named(folder):
         check_refused(folder, process, "input_bin: something is mounted there", "give a folder inside it")
 
 
-@pytest.mark.parametrize("command", [BENCHMARK, PREDICT], ids=["benchmark", "predict"])
-def test_few_files_and_no_temporary_folder_do_not_matter_and_nothing_is_written_at_home(bins_folder, tmp_path_factory, command):
+def test_few_files_and_no_temporary_folder_do_not_matter_and_nothing_is_written_at_home(bins_folder, tmp_path_factory):
     """Official builds of ONNX Runtime >= 1.29 keep what they report in ~/.cache, except where a variable says it is CI."""
     home = tmp_path_factory.mktemp("home")
     environment = {name: os.environ[name] for name in ("PATH", "LANG", "LD_LIBRARY_PATH") if name in os.environ}
-    process = finish(start(bins_folder, command, env=dict(environment, HOME=str(home), TMPDIR="/nowhere", OMP_NUM_THREADS="1"),
+    process = finish(start(bins_folder, BENCHMARK, env=dict(environment, HOME=str(home), TMPDIR="/nowhere", OMP_NUM_THREADS="1"),
                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))))
-    assert process.returncode == 0 and process.stderr in ("", "note: %s\n" % ASSUMED), process.stderr
+    assert process.returncode == 0 and process.stderr == "", process.stderr
     assert list(home.iterdir()) == []
 
 
@@ -136,8 +119,7 @@ def test_one_line_names_the_limit_of_processes(folder):
     check_refused(folder, finish(start(folder, STAGE_4, preexec_fn=no_more_processes())), "cannot be started", "ulimit -u")
 
 
-@pytest.mark.parametrize("command", [BENCHMARK, BENCHMARK[:3] + ["-round=2"], PREDICT, QUANTIZE],
-                         ids=["benchmark", "pure inference", "predict", "quantize"])
+@pytest.mark.parametrize("command", [BENCHMARK, QUANTIZE], ids=["benchmark", "quantize"])
 def test_one_line_names_the_limit_of_threads(bins_folder, command):
     """And ONNX Runtime does not wait for ever for a thread that did not start."""
     before = sorted(os.listdir(str(bins_folder)))
@@ -193,8 +175,7 @@ def test_stage_4_stopped_at_any_moment_leaves_whole_bins(folder, number, part):
     assert sorted(os.listdir(str(folder))) == ["image.txt", "images", "input_bin"]
 
 
-@pytest.mark.parametrize("part", [0.2, 0.7])
-def test_the_export_interrupted_at_any_moment_leaves_a_whole_model(tmp_path, part):
+def test_the_export_interrupted_at_any_moment_leaves_a_whole_model(tmp_path):
     """Most of its time goes into imports, in which torch turns an interrupt into other errors."""
     (tmp_path / "baseline" / "model").mkdir(parents=True)
     (tmp_path / "baseline" / "model" / "DeepMAR.py").write_text(NETWORK % "x")
@@ -206,7 +187,7 @@ def test_the_export_interrupted_at_any_moment_leaves_a_whole_model(tmp_path, par
     assert finish(start(tmp_path, command)).returncode == 0
     complete, duration = (tmp_path / "out.onnx").read_bytes(), time.time() - began
     process = start(tmp_path, command)
-    time.sleep(duration * (part + 0.1 * random.random()))
+    time.sleep(duration * random.random())
     os.killpg(process.pid, signal.SIGINT)
     check_stopped(process)
     assert (tmp_path / "out.onnx").read_bytes() == complete and not list(tmp_path.glob("*.partial"))
@@ -241,22 +222,6 @@ def test_a_second_run_for_the_same_folder_stops(folder):
             assert os.listdir(partial) == ["a.bin"] and contents(folder / "input_bin") == EARLIER
             raise KeyboardInterrupt
     assert contents(folder / "input_bin") == EARLIER
-
-
-def test_runs_that_write_the_same_file_all_succeed(bins_folder):
-    expected, before = (bins_folder / "deepmar.info").read_text(), sorted(os.listdir(str(bins_folder)))
-    for process in [start(bins_folder, GET_INFO) for _ in range(3)]:
-        assert finish(process).returncode == 0, process.stderr
-    assert (bins_folder / "deepmar.info").read_text().split() == expected.replace("./", "").split()
-    assert sorted(os.listdir(str(bins_folder))) == before
-
-
-def test_devices_run_at_the_same_time(bins_folder):
-    processes = [start(bins_folder, BENCHMARK + ["-device_id=%d" % device]) for device in range(3)]
-    for process in processes:
-        assert finish(process).returncode == 0, process.stderr
-    results = [contents(bins_folder / "result" / ("dumpOutput_device%d" % device)) for device in range(3)]
-    assert results[0] == results[1] == results[2] and len(results[0]) == len(NAMES)
 
 
 # --- fewer cores than one sees ---------------------------------------------------------------------------------------
@@ -313,22 +278,15 @@ def test_scripts_are_found_through_links(tmp_path):
         assert process.returncode == 0 and process.stdout.startswith("usage: ") and not process.stderr, (path, process.stderr)
 
 
-@pytest.mark.parametrize("package, command", [
-    ("numpy", [POSTPROCESS, "logits", "label.json"]), ("PIL", STAGE_4), ("onnx", ["remove_pad.py", "model.onnx", "out.onnx"]),
-    ("onnxruntime", BENCHMARK), ("scipy", ["tools/lists.py", "peta", "PETA.mat"])])
+@pytest.mark.parametrize("package, command", [("PIL", STAGE_4), ("onnxruntime", BENCHMARK), ("numpy", PREDICT)])
 def test_a_missing_package_is_named(bins_folder, tmp_path_factory, package, command):
     broken = tmp_path_factory.mktemp("package")
     (broken / (package + ".py")).write_text("raise ImportError('No module named %s')" % package)
-    for name in ("image.txt", "PETA.mat"):
-        (bins_folder / name).write_text("im0.png\n")
-    (bins_folder / "label.json").write_text(json.dumps({"im0.png": [1] * 35}))
-    (bins_folder / "logits").mkdir()
-    (bins_folder / "logits" / "im0_1.bin").write_bytes(bytes(140))
     process = finish(start(bins_folder, command, env=dict(os.environ, PYTHONPATH=str(broken))))
     check_error(process, "error: No module named %s; install the packages in requirements.txt" % package)
 
 
-@pytest.mark.parametrize("command", [PREDICT[:1] + ["images/" + name for name in NAMES] + ["--onnx=model.onnx"], GET_INFO],
+@pytest.mark.parametrize("command", [PREDICT, GET_INFO],
                          ids=["more than a buffer holds", "less"])
 def test_a_reader_that_leaves_is_no_error(bins_folder, command):
     reader, writer = os.pipe()

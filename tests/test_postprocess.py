@@ -197,3 +197,30 @@ def test_wrong_results_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     check_error(script(POSTPROCESS, tmp_path / "empty", label, cwd=tmp_path), "empty: has no result file")
     check_error(script(POSTPROCESS, tmp_path / "absent", label, cwd=tmp_path), "absent: no such folder")
+
+
+@pytest.fixture
+def eight_results(tmp_path):
+    """Results of 8 images, labels of 20."""
+    write_case(tmp_path, np.full((8, 2), 2), [])
+    (tmp_path / "label.json").write_text(json.dumps({"%05d.png" % i: [0, 1] for i in range(20)}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("content", ["\n".join("%05d.png" % i for i in range(8)),
+                                     "\ufeff" + "".join("sub/%05d.png\r\n\r\n" % i for i in range(8))])
+def test_results_of_the_listed_images_are_scored(eight_results, content):
+    (eight_results / "image.txt").write_bytes(content.encode("utf-8"))
+    process = script(POSTPROCESS, "result", "label.json", "--image_list=image.txt", cwd=eight_results)
+    assert process.returncode == 0 and "scored 8 images" in process.stdout, process.stderr
+
+
+@pytest.mark.parametrize("images, message", [
+    (range(7), "image.txt: 1 of 8 results are of other images (00007); run stages 4 to 6 again"),
+    (range(20), "image.txt: 12 of its 20 images have no result (00008, 00009, 00010, 00011, 00012 and 7 more); run"),
+    (range(3, 9), "1 of its 6 images have no result (00008), and 3 of 8 results are of other images (00000, 00001, 00002); run"),
+    ([], "names no image")])
+def test_results_of_other_images_are_refused(eight_results, images, message):
+    (eight_results / "image.txt").write_text("".join("%05d.png\n" % i for i in images))
+    check_error(script(POSTPROCESS, "result", "label.json", "--image_list", "image.txt", cwd=eight_results), message)
+    assert not (eight_results / "fusion_result.json").exists()

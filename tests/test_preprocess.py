@@ -2,15 +2,18 @@
 import os
 import pathlib
 import signal
+import stat
+import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import ROOT, check_error, guide, script
+from helpers import ROOT, check_error, guide, script, write_images
 from lib.images import ORIENTATION, SIZE, preprocess
 from lib.names import read_list
 
@@ -120,6 +123,33 @@ def test_bad_lists_are_refused(images, content, text):
     assert not (images / "input_bin").exists()
 
 
+def test_a_long_list_takes_linear_time(tmp_path):
+    seconds = []
+    for count in (30000, 300000):
+        path = tmp_path / ("%d.txt" % count)
+        path.write_text("".join("%07d.png\n" % i for i in range(count)))
+        began = time.process_time()
+        assert len(read_list(str(path))) == count
+        seconds.append(time.process_time() - began)
+    assert seconds[1] < 25 * seconds[0], seconds
+
+
+def test_100000_missing_images_are_counted_and_a_thousand_named(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "image.txt").write_text("".join("%06d.png\n" % i for i in range(100000)))
+    process = script(NAME, "images", "input_bin", "image.txt", cwd=tmp_path)
+    check_error(process, "100000 of the 100000 images", "000000.png, 000001.png", "000999.png, ...")
+    assert not (tmp_path / "input_bin").exists()
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2Jb.png", "a\x7f.png", "a\x9bb.png", "x" * 5000, '{"a": ' + "[0, 1], " * 9999])
+def test_names_that_would_break_a_message_are_escaped(tmp_path, name):
+    (tmp_path / "image.txt").write_text("good.png\n%s\n" % name, encoding="utf-8")
+    process = script(NAME, ".", "input_bin", "image.txt", cwd=tmp_path)
+    check_error(process, "image.txt: line 2: ", "is not a file name")
+    assert process.stderr.rstrip("\n").isprintable() and len(process.stderr) < 3000
+
+
 def test_missing_images_are_all_named(images):
     (images / "bad.txt").write_text("00001.png\nx.png\n00002.png\ny.png\n")
     check_error(script(NAME, "images", "input_bin", "bad.txt", cwd=images), "2 of the 4", "x.png, y.png")
@@ -147,6 +177,45 @@ def test_bad_images_are_named_and_the_earlier_bins_stay(images):
     assert len(os.listdir(str(images / "input_bin"))) == 47
     assert (images / "input_bin" / "00001.bin").read_bytes() == before
     assert not (images / "input_bin.partial").exists()
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) & 0xffffffff)
+
+
+def test_images_of_rare_kinds_are_read_as_the_guide_reads_them(tmp_path):
+    frames = [Image.new("RGB", (40, 80), colour) for colour in ("red", "blue", "green")]
+    frames[0].save(str(tmp_path / "animated.gif"), save_all=True, append_images=frames[1:])
+    # 16 bits a channel in colour, which Pillow reads as 8, as it should: the high byte of each
+    pixels = np.random.RandomState(0).randint(0, 65536, (9, 5, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 5, 9, 16, 2, 0, 0, 0))
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows))
+                                        + chunk(b"IEND", b""))
+    for name in ("animated.gif", "deep.png"):
+        assert np.array_equal(preprocess(str(tmp_path / name)), guide(tmp_path / name))
+    assert np.array_equal(np.asarray(Image.open(str(tmp_path / "deep.png")))[0, 0], pixels[0, 0] >> 8)
+
+
+def test_hostile_images_are_named_and_the_others_counted(tmp_path, monkeypatch):
+    write_images(tmp_path / "images", 3)
+    good = (tmp_path / "images" / "im0.png").read_bytes()
+    text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(10 ** 8)))  # 100 kB that become 100 MB
+    (tmp_path / "images" / "text.png").write_bytes(good[:33] + text + good[33:])
+    # Pillow lets Ghostscript run an EPS file; this one stands for it.
+    (tmp_path / "images" / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+                                                  b"showpage\n%%EOF\n")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text("#!/bin/sh\ntouch '%s'\n" % (tmp_path / "canary"))
+    os.chmod(str(tmp_path / "bin" / "gs"), stat.S_IRWXU)
+    monkeypatch.setenv("PATH", "%s:%s" % (tmp_path / "bin", os.environ["PATH"]))
+    (tmp_path / "image.txt").write_text("im0.png\ntext.png\nim1.png\neps.png\nim2.png\n")
+    check_error(script(NAME, "images", "input_bin", "image.txt", cwd=tmp_path), "2 of 5 images", "the other 3 are fine",
+                "eps.png: PostScript is a program", "text.png: ")
+    assert not (tmp_path / "canary").exists() and not (tmp_path / "input_bin").exists()
+    with pytest.raises(Exception):  # noqa: B017 - whatever Pillow raises
+        guide(tmp_path / "images" / "eps.png")
+    assert (tmp_path / "canary").exists(), "the test is none: Pillow did not run it"
 
 
 def test_a_folder_with_other_files_is_not_replaced(images):

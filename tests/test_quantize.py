@@ -1,4 +1,4 @@
-"""The INT8 model: it passes through stages 6 and 7, its drop is told, and nothing is written where it is too large."""
+"""tools/quantize.py: the INT8 model goes through stages 6 and 7, its drop is printed, and with a large drop it is not written."""
 import json
 import os
 import sys
@@ -32,7 +32,7 @@ def write_conv_model(path, batch, offset=0, size=(224, 224)):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Bins of images with a brightness of their own each, a model for batch size 1 and 8, the labels that it gives."""
+    """Bins of images that differ in brightness, a model for batch sizes 1 and 8, and the labels that it gives."""
     (tmp_path / "input_bin").mkdir()
     random = np.random.RandomState(0)
     brightness = np.linspace(-1, 1, COUNT).reshape(-1, 1, 1, 1)  # calibration always takes the first and the last
@@ -62,7 +62,7 @@ def quantize(folder, *arguments):
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_the_int8_model_goes_through_the_stages(folder, batch):
+def test_int8_model_goes_through_the_stages(folder, batch):
     before = set(os.listdir(str(folder)))
     process = quantize(folder, "bs%d.onnx" % batch, "input_bin", "int8.onnx", "--images", 5, "--labels", "label.json",
                        "--allow-drop")
@@ -90,7 +90,7 @@ def test_the_int8_model_goes_through_the_stages(folder, batch):
     assert "scored 12 images" in process.stdout and accuracy > 0.9
 
 
-def test_another_size(folder):
+def test_int8_model_of_another_size(folder):
     write_conv_model(folder / "tall.onnx", 4, size=(256, 128))
     (folder / "bins").mkdir()
     for i in range(6):
@@ -111,7 +111,7 @@ def test_without_labels(folder):
     assert not (folder / "twice.onnx").exists()
 
 
-def test_a_drop_beyond_one_percent_writes_nothing_unless_allowed(folder):
+def test_large_drop_writes_nothing_unless_allowed(folder):
     write_conv_model(folder / "wide.onnx", 1, offset=10000)  # activations that take all of the 8 bits' range for one logit
     images = np.load(str(folder / "images.npy"))
     (folder / "wide.json").write_text(json.dumps({"%05d.png" % i: [int(value >= 0) for value in row]
@@ -127,7 +127,7 @@ def test_a_drop_beyond_one_percent_writes_nothing_unless_allowed(folder):
     onnx.checker.check_model(onnx.load(str(folder / "int8.onnx")))
 
 
-def test_bad_input(folder):
+def test_bad_input_leaves_an_earlier_model(folder):
     (folder / "int8.onnx").write_bytes(b"earlier")
     check_error(quantize(folder, "nowhere.onnx", "input_bin", "int8.onnx"), "nowhere.onnx")
     check_error(quantize(folder, "bs1.onnx", "nowhere", "int8.onnx"), "nowhere")
@@ -146,8 +146,8 @@ def test_bad_input(folder):
     assert not [name for name in os.listdir(str(folder)) if name.endswith(".partial")]
 
 
-def test_qdq(folder):
-    """What OpenVINO reads as well: opset 13, no operator of ONNX Runtime's own, logits as with these."""
+def test_qdq_model(folder):
+    """OpenVINO reads it too: opset 13, only standard operators. Its logits are those of the other kind."""
     process = script("tools/quantize.py", "bs8.onnx", "input_bin", "qdq.onnx", "--qdq", "--labels", "label.json", "--allow-drop",
                      cwd=folder)
     if sys.version_info < (3, 8):

@@ -58,7 +58,7 @@ def test_figures_of_several_devices(folder):
                                      '{"throughput": NaN, "npu_compute_time_list": [1]}',
                                      '{"throughput": 1, "npu_compute_time_list": ["x"]}',
                                      '{"throughput": 1, "npu_compute_time_list": 5}'])
-def test_damaged_summaries(folder, content):
+def test_damaged_summaries_are_refused(folder, content):
     (folder / "dumpOutput_device0_summary.json").write_text(content)
     process = script("tools/run/table.py", "t", "--run", "8", folder, "m.om", "ais_bench", cwd=folder)
     check_error(process, "dumpOutput_device0_summary.json: is not a summary", "run stage 6 again")
@@ -132,13 +132,13 @@ def test_pure_inference_through_run_all(place, backend, devices):
         assert next(csv.DictReader(f))["pure_images_per_s"] == ""
 
 
-def test_no_rate_of_pure_inference(place):
+def test_failed_pure_inference_stops_the_run(place):
     process = run(place, "--stage", 4, "--stop-stage", 6, "--backend", "ais_bench", "--pure", "yes",
                   **FRONT_ENDS[2].variables(FAIL="ais_bench pure"))
     assert process.returncode == 1 and "ais_bench failed on device 0; above are the errors" in process.stderr, process.stderr
 
 
-def test_the_provider_reaches_stage_6(place):
+def test_provider_and_tolerance_reach_stage_6(place):
     process = run(place, "--stage", 4, "--stop-stage", 6, "--backend", "onnxruntime", "--provider", "NoSuchProvider")
     assert process.returncode == 1 and "has no provider NoSuchProvider, only " in process.stderr, process.stderr
     process = run(place, "--stage", 4, "--stop-stage", 6, "--backend", "onnxruntime", "--provider", "CPUExecutionProvider",

@@ -1,4 +1,4 @@
-"""The float16 twin against numpy's float16, and compare --rehearsal: it passes another float16 and names each seeded fault."""
+"""The float16 twin against numpy's float16, and compare --rehearsal: it accepts another float16 and names each seeded fault."""
 import os
 
 import numpy as np
@@ -11,7 +11,7 @@ from lib.faults import layers, tensors
 import rehearse
 from helpers import check_error, make_model, script, tensor_info
 from lib.images import MEAN, STD
-from small_network import (ATTRIBUTES, IMAGES, NAMES, SIZE, Scene, compute, grid, half, make_twin, normalised, weights,
+from small_network import (ATTRIBUTES, IMAGES, NAMES, SIZE, Scene, compute, grid, float16, make_twin, normalised, weights,
                            write_bins, write_network)
 
 # --- the twin ---------------------------------------------------------------------------------------------------------
@@ -23,7 +23,7 @@ def test_every_layer_is_numpys_float16(tmp_path):
     write_bins(tmp_path / "bins", x)
     twin = make_twin(write_network(tmp_path / "m.onnx", values), tmp_path / "t.onnx")
     expected, rounded = compute(values, x), 0
-    exact = compute({name: half(value) for name, value in values.items()}, half(x), rounded=lambda array: array)
+    exact = compute({name: float16(value) for name, value in values.items()}, float16(x), rounded=lambda array: array)
     bins = [str(tmp_path / "bins" / (name + ".bin")) for name in NAMES]
     for i, found in enumerate(tensors(twin, list(expected), bins)):
         for name, value in found.items():
@@ -33,7 +33,7 @@ def test_every_layer_is_numpys_float16(tmp_path):
 
 
 @pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL"])
-def test_no_optimization_takes_the_rounding_out(level):
+def test_optimization_keeps_the_rounding(level):
     """ONNX Runtime 1.10 drops a Cast to float16 and the Cast back, at any level."""
     values = np.float32([1 + 2.0 ** -12, 3.14159265, 1e-8, 70000])
     nodes = []
@@ -47,11 +47,11 @@ def test_no_optimization_takes_the_rounding_out(level):
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     expected = values
     for _ in range(3):
-        expected = half(expected * np.float32(1.001)).astype(np.float32)
+        expected = float16(expected * np.float32(1.001)).astype(np.float32)
     assert np.array_equal(session.run(None, {"y0": values})[0], expected) and np.isinf(expected[3])
 
 
-def test_bad_models(tmp_path):
+def test_bad_models_are_refused(tmp_path):
     model = write_network(tmp_path / "m.onnx", weights())
     (tmp_path / "cut.onnx").write_bytes((tmp_path / "m.onnx").read_bytes()[:100])
     check_error(script("tools/rehearse.py", "float16", tmp_path / "cut.onnx", tmp_path / "t.onnx"), "cut.onnx: is not a valid ONNX model")
@@ -92,7 +92,7 @@ def swap(i, j):
     return change
 
 
-def test_another_float16_is_within(scene, capsys):
+def test_other_float16_arithmetic_is_within_the_bound(scene, capsys):
     scene.compare(scene.card(), "--json", str(scene.folder / "c.json"))
     out = capsys.readouterr().out
     assert "within what float16 explains: difference" in out and "not a simulation of the chip" in out
@@ -120,9 +120,9 @@ INPUTS = {
 
 @pytest.mark.parametrize("name", sorted(INPUTS))
 def test_wrong_inputs_are_named(scene, name):
-    said = scene.refused(scene.card(inputs=INPUTS[name](scene.pixels)))
-    assert "differ by more than float16 explains" in said and said.count("these are the results for an input") == 1
-    assert "these are the results for an input " + name in said
+    message = scene.refused(scene.card(inputs=INPUTS[name](scene.pixels)))
+    assert "differ by more than float16 explains" in message and message.count("these are the results for an input") == 1
+    assert "these are the results for an input " + name in message
 
 
 @pytest.mark.parametrize("changes, text", [
@@ -131,17 +131,17 @@ def test_wrong_inputs_are_named(scene, name):
     ({"classifier_weight": swap(1, 5), "classifier_bias": swap(1, 5)},
      "the attributes are in another order: attribute1 has the values of attribute5, attribute5 has the"),
     ({"conv2_weight": plus((5, 2, 1, 1), 0.5)}, "no wrong input or order explains it, so a layer or its weights are wrong")])
-def test_wrong_weights_are_told_from_the_results(scene, changes, text):
+def test_wrong_weights_are_recognised_from_the_results(scene, changes, text):
     assert text in scene.refused(scene.card(changed(scene.values, **changes)))
 
 
 @pytest.mark.parametrize("size", [0.01, 0.02, 0.04, 0.08])
-def test_a_small_fault_is_not_laid_on_the_last_layer(scene, size):
-    """It moves some attributes beyond the bound and others not."""
+def test_small_fault_is_not_blamed_on_the_last_layer(scene, size):
+    """It moves only some attributes beyond the bound."""
     assert "last layer" not in scene.refused(scene.card(changed(scene.values, conv2_weight=plus((5, 2, 1, 1), size))))
 
 
-def test_other_images_and_one_bad_image(scene):
+def test_wrong_order_and_one_bad_image_are_named(scene):
     inputs = normalised(scene.pixels)
     assert "im00 has the results of im01" in scene.refused(scene.card(inputs=np.roll(inputs, -1, axis=0)))
     inputs[7] = 0
@@ -154,12 +154,12 @@ def test_other_images_and_one_bad_image(scene):
     ({"conv2_weight": swap(1, 6), "conv2_bias": swap(1, 6)}, "its channels are in another order: 1 has the values of 6"),
     ({"conv1_weight": lambda array: array[:, ::-1]}, "the first layer to differ is conv1 (Conv)"),
     ({"conv1_weight": plus(slice(None), 0.01)}, "all of its channels are off")])
-def test_the_layer_is_named_where_the_model_is_at_hand(scene, changes, text):
-    """In place of the card's results, the ONNX model that the OM was made from."""
-    said = scene.refused(write_network(scene.folder / "faulty.onnx", changed(scene.values, **changes)))
-    assert text in said
+def test_faulty_layer_is_named_if_the_model_is_given(scene, changes, text):
+    """The ONNX model from which the OM was made replaces the card's results."""
+    message = scene.refused(write_network(scene.folder / "faulty.onnx", changed(scene.values, **changes)))
+    assert text in message
     if "conv2 (Conv)" in text:
-        assert "only 1 of its 8 channels are off (5)" in said
+        assert "only 1 of its 8 channels are off (5)" in message
 
 
 @pytest.mark.parametrize("given", ["a card that has infinity", "a card that stops at 65504", "the model"])
@@ -176,14 +176,22 @@ def test_overflow_is_named(scene, given, tmp_path):
         for name in NAMES:
             path = tmp_path / "result" / (name + "_1.bin")
             path.write_bytes(np.nan_to_num(np.fromfile(str(path), "<f4")).tobytes())
-    said = other.refused(side)
-    assert "overflow in conv1 (Conv): its values reach" in said and "float16 ends at 65504" in said
+    message = other.refused(side)
+    assert "overflow in conv1 (Conv): its values reach" in message and "float16 ends at 65504" in message
 
 
-def test_an_overflow_of_another_model(scene):
+def test_overflow_that_float16_does_not_explain(scene):
     folder = scene.card()
     (scene.folder / "result" / "im03_1.bin").write_bytes(np.full(ATTRIBUTES, np.inf, "<f4").tobytes())
     assert "result: NaN or infinite logits for 1 of 12 images (im03): they overflow although no value of" in scene.refused(folder)
+
+
+def test_difference_without_a_shift_by_float16():
+    logits = np.zeros((2, 3), np.float32)
+    sides = compare.Sides(logits + np.float32(0.2), logits, logits, ["x", "y"], {})
+    verdict, problems = compare.judge_by_twin(sides, ["a", "b", "c"], "t.onnx")
+    assert problems == ["largest difference 0.2; float16 alone: 0", "root mean square 0.2; float16 alone: 0"]
+    assert not verdict["within_tolerances"]
 
 
 def test_layers_are_ranked(scene, capsys):
@@ -201,7 +209,7 @@ def test_layers_are_ranked(scene, capsys):
     assert [row["node"] for row in rows] == ["conv1", "relu1", "pool1", "conv2", "add2", "relu2", "pool2", "flatten", "classifier"]
 
 
-def test_usage_and_a_twin_of_another_model(scene, tmp_path):
+def test_usage_errors_and_the_twin_of_another_model(scene, tmp_path):
     side = scene.card()
     other = write_network(tmp_path / "other.onnx", changed(scene.values, conv1_bias=plus(0, 1)))
     check_error(script("tools/compare.py", side, "--onnx", other, "--rehearsal", scene.twin, "--bins", scene.bins),
@@ -213,6 +221,6 @@ def test_usage_and_a_twin_of_another_model(scene, tmp_path):
     twin = make_twin(batch, tmp_path / "bs4_t.onnx")
     command = ["tools/compare.py", side, "--onnx", batch, "--rehearsal", twin, "--bins", scene.bins]
     assert script(*command).returncode == 0
-    check_error(script(*(command + ["--layers"])), "bs4.onnx: its batch size is 4", "give models of batch size 1")
+    check_error(script(*command, "--layers"), "bs4.onnx: its batch size is 4", "give models of batch size 1")
     command[1] = write_network(tmp_path / "faulty.onnx", changed(scene.values, conv1_weight=plus(slice(None), 0.01)), 4)
     check_error(script(*command), "by more than float16 explains", "bs4.onnx: its batch size is 4")

@@ -198,7 +198,7 @@ def read_sides(args):
         if logits and values.shape != logits[0].shape:
             raise ValueError("%s: gives %d attributes, but the results in %s have %d"
                              % (path, values.shape[1], args.a, logits[0].shape[1]))
-        logits.append(as_logits(values, path))
+        logits.append(as_logits(values, path) if np.isfinite(values).all() else values)
     return Sides(logits[0], logits[1], logits[2] if args.rehearsal else None, images, bins)
 
 

@@ -1,4 +1,4 @@
-"""Prints or writes a model's description: attributes, size, normalisation, checkpoint. An OM has it in a JSON file beside it.
+"""Prints or writes a model's description: attributes, size, normalisation, checkpoint. An OM has it in a JSON file next to it.
 
     python3 tools/describe.py deepmar_bs1_nopad.onnx
     python3 tools/describe.py deepmar_bs1_nopad.onnx deepmar_bs1.json

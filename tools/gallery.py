@@ -103,10 +103,10 @@ def begin(output, manifest, found):
             json.dump(manifest, f, indent=1, ensure_ascii=False)
             f.write("\n")
     done = bytearray(found.count)
-    for number in parts:
-        if number >= found.count:
-            raise ValueError("%s: is not a part of this run; give another --output" % part_name(output, number))
-        done[number] = 1
+    for part in parts:
+        if part >= found.count:
+            raise ValueError("%s: is not a part of this run; give another --output" % part_name(output, part))
+        done[part] = 1
     return done
 
 

@@ -7,7 +7,7 @@
 The script prints every attribute, the likeliest first: its probability, its logit, and a + if the image has it (the logit is
 >= 0). The logits are exactly those that stages 4 to 6 would write for the image, with one exception: a photograph with an EXIF
 orientation is turned upright here. --save DIR writes DIR/NAME_attributes.png for each image: the picture with a bar for each
-attribute beside it. From a folder and its subfolders, the script takes all files whose names end like those of images. --json
+attribute next to it. From a folder and its subfolders, the script takes all files whose names end like those of images. --json
 and --csv write the logits of all images into a file instead of printing them; the JSON file also lists what each image has.
 Images that cannot be read are named at the end and in these files.
 
@@ -123,7 +123,7 @@ def lacking(font, text):
 
 
 def draw(path, logits, names, font, thresholds=0):
-    """Returns an RGB picture of an image file, with a row for each attribute beside it, the likeliest first."""
+    """Returns an RGB picture of an image file, with a row for each attribute next to it, the likeliest first."""
     from PIL import Image, ImageDraw
     if hasattr(font, "getmetrics"):
         text_height = sum(font.getmetrics())

@@ -58,14 +58,15 @@ def quantize(path, feeds, folder, qdq=False):
     """
     import onnx
     import onnxruntime
+    from onnx import version_converter
     check_threads(os.cpu_count())  # the quantizer starts one for each core
     folded, result = os.path.join(folder, "folded.onnx"), os.path.join(folder, "int8.onnx")
     path = os.path.abspath(path)
     try:
         with quiet_in(folder):
             fold(path, folded)
-            if qdq:
-                raise_opset(folded)
+            if qdq:  # its weights per channel need opset 13, QOperator's only 11
+                onnx.save(version_converter.convert_version(onnx.load(folded), 13), folded)
             calibrate(folded, result, feeds, qdq)
     except (OSError, ValueError):
         raise
@@ -100,13 +101,6 @@ def fold(path, folded):
     options.optimized_model_filepath = folded
     options.log_severity_level = 3  # log only errors
     onnxruntime.InferenceSession(path, options, providers=[CPU])
-
-
-def raise_opset(path):
-    """Converts the model at path to opset 13, which QDQ's weights per channel need. QOperator's need only 11."""
-    import onnx
-    from onnx import version_converter
-    onnx.save(version_converter.convert_version(onnx.load(path), 13), path)
 
 
 def calibrate(folded, result, feeds, qdq):

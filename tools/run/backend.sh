@@ -1,6 +1,6 @@
 # What run_all.sh does with the toolkit's tools: it finds out which ones this machine has, calls them and checks their output.
 # tools/run/driver.sh sources this file, which uses run_all.sh's variables.
-# shellcheck shell=bash disable=SC2034,SC2154,SC2317
+# shellcheck shell=bash disable=SC1090,SC2034,SC2154,SC2317
 
 benchmark=$here/benchmark.$(uname -m)
 make_om='' make_twin=''
@@ -19,7 +19,6 @@ read_set_env() {
     [ -n "$set_env" ] || return 0
     if [ ! -r "$set_env" ] || [ -d "$set_env" ]; then fail "set_env: $set_env: no such file"; fi
     set +eu # set_env.sh fails with these options
-    # shellcheck disable=SC1090
     source "$set_env"
     set -eu
     say "read $set_env"
@@ -95,8 +94,8 @@ tool() {
 }
 # broken WHAT LOG: stops. Prints a tool's [ERROR] lines and its last lines, which alone may only be its usage text
 broken() {
-    local log=$work_dir/logs/$2.log last=10 why
-    why=$(doctor explain "$log" "${chip_name-}") || why=
+    local log=$work_dir/logs/$2.log last=10 why=''
+    [[ $2 != atc_* ]] || why=$(doctor explain "$log" "$chip_name") || why=''
     if tr '\r' '\n' <"$log" | grep -F '[ERROR]' | sed -n '1,10s/^/    /p' >&2; then last=3; fi
     tr '\r' '\n' <"$log" | tail -n "$last" | grep -vF '[ERROR]' | sed 's/^/    /' >&2 || :
     fail "$1${why:+: $why}; above are the errors and the last lines of $log"
@@ -130,10 +129,10 @@ on_device() {
 }
 # all_devices: waits for the commands in the background
 all_devices() {
-    local log failed=''
-    for log in "${!running[@]}"; do wait "${running[$log]}" || failed=$log; done
+    local log failed=()
+    for log in "${!running[@]}"; do wait "${running[$log]}" || failed+=("$log"); done
     running=()
-    [ -z "$failed" ] || broken "$backend failed on device ${failed##*_device}" "$failed"
+    [ ${#failed[@]} = 0 ] || broken "$backend failed on device ${failed[*]##*_device}" "${failed[0]}"
 }
 
 # pure_inference: runs the model without images, on all devices at the same time
@@ -153,7 +152,7 @@ pure_inference() {
     all_devices
     for device in "${devices[@]}"; do
         [ -n "$(find result -name "PureInfer_perf_of_*_in_device_$device.txt" -o -name "pure_device${device}_summary.json")" ] ||
-            broken "$backend wrote no rate of pure inference" "$log"
+            broken "$backend wrote no rate of pure inference" "pure_${backend}_bs${batch}_device$device"
         rm -rf "result/pure_device$device" # the outputs for empty input
     done
 }
@@ -174,7 +173,9 @@ collect() {
     cd "$work_dir"
     mkdir -p "$1"
     for device in "${devices[@]}"; do made "$1/dumpOutput_device$device" from; done # from nothing yet, in case this is interrupted
-    for device in "${devices[@]}"; do rm -rf "$1"/*device{,_}"$device"{,.txt,_summary.json}; done
+    for device in "${devices[@]}"; do
+        rm -rf "$1"/{{dumpOutput,pure}_device,{perf_vision,PureInfer_perf}_*_device_}"$device"{,.txt,_summary.json}
+    done
     rm -f "$1/fusion_result.json"
     find "$scratch_folder/result" -mindepth 1 -maxdepth 1 -exec mv -t "$1" {} +
     for device in "${devices[@]}"; do

@@ -2,6 +2,7 @@
 # each file was made from. run_all.sh sources this file, which uses its variables.
 # shellcheck shell=bash disable=SC2034,SC2046,SC2154
 
+shopt -u patsub_replacement 2>/dev/null || : # with it, ${x/y/$work_dir} does not keep an & in the folder's name
 say() { printf '[run_all] %s\n' "$*"; }
 fail() { printf 'run_all.sh: error: %s\n' "$*" >&2; exit 1; }
 usage() { printf 'run_all.sh: error: %s; --help lists the options\n' "$*" >&2; exit 2; }
@@ -27,9 +28,9 @@ start_run() {
     requested=$python # the tools of a card have their own packages
     python=$(PYTHON=$python "$here/tools/run/python.sh" requirements.txt $(needed_packages)) ||
         fail "there is no Python with the packages; see above"
-    cd "$work_dir" && work_dir=$PWD
+    CDPATH='' cd "$work_dir"
+    work_dir=$PWD
     check_data
-    mkdir -p logs
     trap on_exit EXIT
     trap 'exit 130' INT && trap 'exit 143' TERM
 }
@@ -135,7 +136,7 @@ locked() {
 # A run that makes files locks the folder for itself. Runs that only infer and score (--stage 6) share it on different devices.
 open_work_folder() {
     local device lock mode=-x
-    mkdir -p "$work_dir"
+    mkdir -p "$work_dir/logs"
     exec 8<"$work_dir"
     for device in "${devices[@]}"; do
         exec {lock}>>"$work_dir/.device$device.lock"
@@ -143,10 +144,7 @@ open_work_folder() {
             fail "$work_dir: another run is at work on device $device in this folder; wait, or choose another --work-dir"
     done
     [ "$stage" -lt 6 ] || mode=-s
-    locked -n $mode 8 || {
-        say "waiting for the run on another device in $work_dir"
-        locked $mode 8
-    }
+    locked -n $mode 8 || { say "waiting for the run on another device in $work_dir" && locked $mode 8; }
 }
 
 # needed_packages: prints those that the requested stages need
@@ -199,7 +197,7 @@ on_exit() {
 
 inputs() { # keeps and checks the records of what each file was made from
     "$python" "$here/tools/run/inputs.py" "$@" -- checkpoint="$checkpoint" image_list="$image_list" images="$images" size="$size" \
-        aipp="$aipp" last_conv_stride="$last_conv_stride" state_dict="$state_dict"
+        aipp="$aipp" last_conv_stride="$last_conv_stride" state_dict="$state_dict" batch_size="$batch_size" device_id="$device_id"
 }
 made() { inputs made "$current" "$1" "${@:3}"; } # the second word is "from"
 verify() { inputs verify "$@" || exit 1; }

@@ -156,20 +156,17 @@ def test_a_file_that_is_no_checkpoint_is_an_error(tmp_path, monkeypatch):
 
 @pytest.fixture
 def places(small):
-    """Folders with the two files: copies in the layout of the open-source repository, and a link to a copy of the project."""
+    """A folder with copies of the two files alone, a link to one of them, and copies in the open-source repository's layout."""
     folder, _ = small
-    (folder / "repository" / "baseline" / "model").mkdir(parents=True)
-    for package in ("baseline", "baseline/model"):
-        (folder / "repository" / package / "__init__.py").write_text("")
     with open(os.path.join(ROOT, "DeepMAR.py")) as f:
         source = f.read()
     assert source.count("BLOCKS = [3, 4, 6, 3]") == 1
-    small_source = source.replace("BLOCKS = [3, 4, 6, 3]", "BLOCKS = [1, 1, 1, 1]")
-    (folder / "repository" / "baseline" / "model" / "DeepMAR.py").write_text(small_source)
-    shutil.copy(os.path.join(ROOT, "export_onnx.py"), str(folder / "repository"))
-    (folder / "project").mkdir()
-    (folder / "project" / "DeepMAR.py").write_text(small_source)
-    shutil.copy(os.path.join(ROOT, "export_onnx.py"), str(folder / "project"))
+    for network in ("project/DeepMAR.py", "repository/baseline/model/DeepMAR.py"):
+        (folder / network).parent.mkdir(parents=True)
+        (folder / network).write_text(source.replace("BLOCKS = [3, 4, 6, 3]", "BLOCKS = [1, 1, 1, 1]"))
+        shutil.copy(os.path.join(ROOT, "export_onnx.py"), str(folder / network.partition("/")[0]))
+    for package in ("baseline", "baseline/model"):
+        (folder / "repository" / package / "__init__.py").write_text("")
     (folder / "link.py").symlink_to(folder / "project" / "export_onnx.py")
     (folder / "elsewhere").mkdir()
     return folder

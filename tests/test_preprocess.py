@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 from helpers import ROOT, check_error, guide, script, write_images
-from lib.files import replaced_folder
 from lib.images import ORIENTATION, SIZE, preprocess
 from lib.names import read_list
 
@@ -227,17 +226,8 @@ def test_a_folder_with_other_files_is_not_replaced(images):
     assert (images / "full" / "thesis.doc").read_text() == "mine"
 
 
-def test_a_run_killed_between_the_renames_loses_nothing(tmp_path):
-    (tmp_path / "bins.old").mkdir()
-    (tmp_path / "bins.old" / "a.bin").write_text("earlier")
-    with pytest.raises(KeyboardInterrupt):
-        with replaced_folder(str(tmp_path / "bins")):
-            raise KeyboardInterrupt
-    assert os.listdir(str(tmp_path)) == ["bins"] and (tmp_path / "bins" / "a.bin").read_text() == "earlier"
-
-
-def start_long_run(images):
-    """Starts a run over 2000 images, in place of an earlier run over 47. Returns its process when some bins are written."""
+def test_a_killed_worker_is_an_error_and_keeps_the_earlier_bins(images):
+    """The kernel kills one if the memory is exhausted."""
     assert script(NAME, "images", "input_bin", "image.txt", cwd=images).returncode == 0
     for i in range(2000):
         os.link(str(images / "images" / "00001.png"), str(images / "images" / ("n%d.png" % i)))
@@ -247,32 +237,12 @@ def start_long_run(images):
     deadline = time.time() + 30
     while not (images / "input_bin.partial").exists() or not os.listdir(str(images / "input_bin.partial")):
         assert time.time() < deadline and process.poll() is None
-    return process
-
-
-def test_a_killed_worker_is_an_error(images):
-    """The kernel kills one if the memory is exhausted."""
-    process = start_long_run(images)
     workers = (pathlib.Path("/proc") / str(process.pid) / "task" / str(process.pid) / "children").read_text().split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     process.stdout, process.stderr = process.communicate(timeout=30)
     check_error(process, "a worker process was killed; was the memory exhausted?")
     assert len(os.listdir(str(images / "input_bin"))) == 47 and not (images / "input_bin.partial").exists()
     assert not any(os.path.exists("/proc/" + worker) for worker in workers)
-
-
-def test_a_killed_run_leaves_the_earlier_bins_and_no_workers(images):
-    process = start_long_run(images)
-    process.kill()
-    process.wait()  # communicate() would also wait for the workers, which hold the pipe open
-    process.stderr.close()
-    assert len(os.listdir(str(images / "input_bin"))) == 47
-    time.sleep(0.5)
-    count = len(os.listdir(str(images / "input_bin.partial")))
-    time.sleep(0.5)
-    assert 0 < count == len(os.listdir(str(images / "input_bin.partial"))) < 2000, "workers went on, or the run had ended"
-    assert script(NAME, "images", "input_bin", "image.txt", cwd=images).returncode == 0
-    assert not (images / "input_bin.partial").exists()
 
 
 def test_it_imports_only_numpy_and_pillow(tmp_path):

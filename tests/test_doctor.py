@@ -304,10 +304,7 @@ def test_a_python_without_packages(machine):
 
 
 def test_its_options(machine):
-    for wrong, text in ((["--chips", "0"], "chips"), (["--json", "x"], "--check"), (["--strict=no"], "strict")):
+    for wrong, text in ((["--json", "x"], "--check"), (["--strict=no"], "strict")):
         process = run_all("--work-dir", machine / "work", *wrong)
         assert process.returncode == 2 and text in process.stderr, process.stderr
     check_error(run_all("--check", "--json", machine / "none" / "x"), "%s: cannot be written: No such" % (machine / "none" / "x"))
-    process = run_all("--help")
-    for name in ("--check", "--json", "--chips", "--strict", "--set-env"):
-        assert name in process.stdout

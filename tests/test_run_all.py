@@ -175,9 +175,9 @@ def test_a_failing_stage_stops_the_run(copied_run):
 
 def test_bad_variables(tmp_path):
     for wrong, text in ((["--batch-size", "0"], "batch_size"), (["--batch-size", "x"], "batch_size"),
-                        (["--nonsense", "1"], "nonsense"), (["--stage"], "value"), (["8"], "not an option"),
-                        (["--stage", "9"], "stage"), (["--device-id", "-1"], "device_id"),
-                        (["--chip-name", "a b"], "chip_name"), (["--checkpoint", __file__], "images is not set, and stage 4"),
+                        (["--nonsense", "1"], "nonsense"), (["--stage"], "value"), (["8"], "not an option"), (["--stage", "9"], "stage"),
+                        (["--device-id", "-1"], "device_id"), (["--chip-name", "a b"], "chip_name"), (["--chips", "0"], "chips"),
+                        (["--checkpoint", __file__], "images is not set, and stage 4"),
                         (["--stage", "7", "--label-file", __file__], "image_list is not set, and stage 7 needs it"),
                         (["--published-acc", "78,9"], "published_acc"), (["--published-acc", "780"], "published_acc"),
                         (["--size", "224"], "height and width"), (["--size", "0", "224"], "height and width"),
@@ -190,7 +190,8 @@ def test_bad_variables(tmp_path):
     process = run_all("--work-dir", tmp_path / "work", "--stage", 6)
     assert process.returncode == 1 and "input_bin is missing; run stage 4 first" in process.stderr
     process = run_all("--help")
-    assert process.returncode == 0 and "--batch-size" in process.stdout and "6 inference" in process.stdout
+    assert process.returncode == 0 and "6 inference" in process.stdout
+    assert all(option in process.stdout for option in ("--batch-size", "--check", "--json", "--chips", "--strict", "--set-env"))
 
 
 def check_refused(process, text):

@@ -85,7 +85,7 @@ def test_product_of_a_deleted_product_is_still_verified(work):
 
 
 def test_other_settings_are_named(work):
-    check_error(verify(work, size="256 128"), "was made with size 224 224, not 256 128; run stage 4 again, or give --size 224 224")
+    check_error(verify(work, size="256 128"), "was made with size 224 224, not 256 128; run stage 4 again, or give --size '224 224'")
 
 
 def test_users_own_files_are_accepted(work):

@@ -4,15 +4,15 @@
         runs before any work, in the Python that will run ais_bench. It fails if this Python has no ais_bench.infer or
         aclruntime, or if ais_bench would refuse the work folder's path or the owner of an existing file or folder
     PYTHON tools/run/ais_bench_files.py options
-        prints the option with which ais_bench shares the images among several devices. It fails if ais_bench does not start
+        prints the option that makes ais_bench divide the images among several devices. It fails if ais_bench does not start
     python3 tools/run/ais_bench_files.py give BINS MODEL
         puts input_bin/, the model and result/ into the current folder, in a form that ais_bench accepts
     python3 tools/run/ais_bench_files.py collect BINS MODEL BATCH_SIZE LOG DEVICE [DEVICE ...]
-        checks ais_bench's log, moves its output to result/dumpOutput_device<D> and ..._summary.json, and names the results by
-        the images
+        checks ais_bench's log, moves its output to result/dumpOutput_device<D> and ..._summary.json, and names the results
+        after the images
 
 Versions since 2024 refuse symbolic links, names with characters other than A-Z a-z 0-9 _ - and the dot, files that the group
-or others may write, and files of another user and group.
+or others may write, and files of another user and another group.
 """
 import argparse
 import importlib.util
@@ -34,7 +34,7 @@ def has(module):
     """Returns whether this Python has a module."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ImportError:  # the package's name belongs to a plain module
+    except ImportError:  # a plain module has the package's name
         return False
 
 
@@ -76,23 +76,23 @@ def options():
 
 
 def check_log(model, batch_size, log):
-    """Raises ValueError if ais_bench reports an error in its log, or took another batch size than --batchsize.
+    """Raises ValueError if ais_bench's log reports an error, or a batch size that differs from --batchsize.
 
-    It does not compare these itself, but computes its throughput from --batchsize.
+    ais_bench accepts such a batch size, but computes its throughput from --batchsize.
     """
     with open(log, encoding="utf-8", errors="replace") as f:
         text = f.read()
     errors = re.findall(r"\[ERROR\].*", text)
     if errors:
         raise ValueError("ais_bench reports an error: %s; see %s" % (errors[0], log))
-    taken = set(re.findall(r"filesperbatch:(\d+) ", text)) - {batch_size}
-    if taken:
+    others = set(re.findall(r"filesperbatch:(\d+) ", text)) - {batch_size}
+    if others:
         raise ValueError("%s takes %s images at a time, not %s; put the right OM there, or run stage 3; see %s"
-                         % (os.path.basename(model), taken.pop(), batch_size, log))
+                         % (os.path.basename(model), others.pop(), batch_size, log))
 
 
 def staged_names(bins):
-    """Returns {name for ais_bench: name} of a folder's bins. If one of the names is not safe, ais_bench gets numbers."""
+    """Returns {name for ais_bench: name} of a folder's bins. If one of the names is not safe, all names for ais_bench are numbers."""
     names = sorted((name for name in os.listdir(bins) if name.endswith(".bin")), key=natural)
     safe = all(map(SAFE, names))
     return {name if safe else "%08d.bin" % number: name for number, name in enumerate(names)}
@@ -112,42 +112,42 @@ def give_file(source, target):
 
 
 def give(bins, model):
-    for folder in ("input_bin", "result", "result/devices"):  # devices/ too, because ais_bench's processes may collide in making it
+    for folder in ("input_bin", "result", "result/devices"):  # ais_bench's processes may collide when they make devices/
         os.mkdir(folder, 0o750)
-    for name, own in staged_names(bins).items():
-        give_file(os.path.join(bins, own), os.path.join("input_bin", name))
+    for staged, name in staged_names(bins).items():
+        give_file(os.path.join(bins, name), os.path.join("input_bin", staged))
     give_file(model, os.path.basename(model))
 
 
 def collect(bins, model, batch_size, log, *devices):
     check_log(model, batch_size, log)
-    numbers = {name[:8]: own.split(".")[0] for name, own in staged_names(bins).items() if name != own}
+    stems = {staged[:8]: name.split(".")[0] for staged, name in staged_names(bins).items() if staged != name}
 
-    def own(path):
-        """Returns a numbered file's path with the image's name."""
+    def renamed(path):
+        """Returns the path of a numbered file, with the image's name in place of the number."""
         folder, name = os.path.split(path)
-        return os.path.join(folder, numbers.get(name[:8], name[:8]) + name[8:])
+        return os.path.join(folder, stems.get(name[:8], name[:8]) + name[8:])
 
     for device in devices:
         folder = "result/dumpOutput_device" + device
         if len(devices) > 1:
-            left = [name for name in os.listdir("result/devices") if re.fullmatch("device%s(_[0-9]+)?" % device, name)]
-            if len(left) != 1:
+            found = [name for name in os.listdir("result/devices") if re.fullmatch("device%s(_[0-9]+)?" % device, name)]
+            if len(found) != 1:
                 raise ValueError("ais_bench wrote no results for device %s" % device)
             for ending in ("", "_summary.json"):
-                os.rename("result/devices/" + left[0] + ending, folder + ending)
-        if not numbers:
+                os.rename("result/devices/" + found[0] + ending, folder + ending)
+        if not stems:
             continue
         os.rename(folder, "numbered")
         os.mkdir(folder)
         for name in os.listdir("numbered"):
-            os.rename(os.path.join("numbered", name), own(os.path.join(folder, name)))
+            os.rename(os.path.join("numbered", name), renamed(os.path.join(folder, name)))
         os.rmdir("numbered")
         with open(folder + "_summary.json") as f:
             summary = json.load(f)
         for files in summary.get("filesinfo", {}).values():
             for kind, paths in files.items():
-                files[kind] = [own(path) for path in paths]
+                files[kind] = [renamed(path) for path in paths]
         with open(folder + "_summary.json", "w") as f:
             json.dump(summary, f)
     shutil.rmtree("result/devices")

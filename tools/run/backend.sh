@@ -115,10 +115,10 @@ info_of() {
     echo "deepmar_device$1.info"
 }
 
-# on_device LOG COMMAND ...: runs a command for one device. If there are several devices, it runs in the background
+# on_device LOG COMMAND ...: runs a command for one device. Pure inference and several devices run in the background
 declare -A running=()
 on_device() {
-    if [ ${#devices[@]} -gt 1 ]; then
+    if [ ${#devices[@]} -gt 1 ] || [[ $1 = pure_* ]]; then
         "${@:2}" >"$work_dir/logs/$1.log" 2>&1 &
         running[$1]=$!
     elif [ "$backend" = onnxruntime ]; then

@@ -10,7 +10,7 @@
     tools/run/doctor.py explain LOG CHIP
         prints what to do about the failure in a tool's LOG, if it is a known one
 
-The script needs only Python. No other file reads npu-smi's table and CANN's folders.
+The script needs no packages. No other file reads npu-smi's table and CANN's folders.
 """
 import glob
 import importlib.util
@@ -21,25 +21,30 @@ import shutil
 import subprocess
 import sys
 
-HERE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-MACHINE = os.uname().machine
-INPUTS = {"checkpoint": [1], "images": [4, 8], "image_list": [4, 7], "label_file": [7]}  # input: the stages that need it
-TOOLKIT = "bash ./Ascend-cann-toolkit_VERSION_linux-%s.run --install" % MACHINE
-OTHER_PYTHON = "export PATH=/FOLDER/OF/SUCH/A/PYTHON/bin:$PATH"
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+sys.path.insert(0, ROOT)
+from lib.files import write_text
+from lib.names import read_list
+from lib.script import command
 
-# The beginning of a chip's name, the folder of its operators in CANN, and the word for it in their package's name. The first
-# match counts: 910B is an old name of the 910, but 910B3 is the later 910b.
+MACHINE = os.uname().machine
+INPUT_STAGES = {"checkpoint": [1], "images": [4, 8], "image_list": [4, 7], "label_file": [7]}  # the stages that need an input
+TOOLKIT = "bash ./Ascend-cann-toolkit_VERSION_linux-%s.run --install" % MACHINE
+PYTHON_REMEDY = "export PATH=/FOLDER/OF/SUCH/A/PYTHON/bin:$PATH"
+
+# The beginning of a chip's name, the folder of its operators in CANN, and the word for it in the name of their package. The first
+# match counts: 910B is an old name of the 910, but 910B3 is a chip of the later 910b.
 FAMILIES = [("310P", "ascend310p", "310p"), ("310B", "ascend310b", "310b"), ("310", "ascend310", None),
             ("910_93", "ascend910_93", "A3"), ("910B[1-4]", "ascend910b", "910b"), ("910", "ascend910", "910")]
 # The first CANN version of a range, the last Python 3 that its guide allows, and whether NumPy must be below 2 before Python 3.13
 PYTHONS = [((9, 1), 14, False), ((9, 0), 13, False), ((8, 5), 13, True), ((8, 0), 11, True), ((7, 0), 10, True), ((0,), 9, True)]
-# CANN's guide installs these packages in that Python. Without any of the first five, atc stops.
+# CANN's guide installs these packages in that Python. atc stops if one of the first five is missing.
 PACKAGES = {"attr": "attrs", "decorator": "decorator", "numpy": "numpy", "psutil": "psutil", "scipy": "scipy", "absl": "absl-py",
             "cffi": "cffi", "google.protobuf": "protobuf", "pathlib2": "pathlib2", "requests": "requests", "sympy": "sympy",
             "yaml": "pyyaml"}
 
 # These programs run in other Pythons and print JSON.
-MODULES = """
+MODULES_PROGRAM = """
 import importlib.util, json, sys
 missing = []
 for name in sys.argv[1:]:
@@ -52,7 +57,7 @@ for name in sys.argv[1:]:
 numpy = None if "numpy" in missing else __import__("numpy").__version__
 print(json.dumps([list(sys.version_info[:3]), missing, numpy]))
 """
-PROVIDER = """
+PROVIDER_PROGRAM = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from lib.providers import default, import_onnxruntime, provider_note
@@ -96,7 +101,7 @@ def short(name):
 
 def family(name):
     """Returns (the folder of a chip's operators, the word in their package's name). What is unknown is None."""
-    return next((rest for begin, *rest in FAMILIES if re.match(begin, name)), (None, None))
+    return next((rest for beginning, *rest in FAMILIES if re.match(beginning, name)), (None, None))
 
 
 def read(path):
@@ -179,8 +184,8 @@ def name_of(chips):
 def chips_of(chips, name, device):
     """Returns how many chips the card with this device has, else the first card with such a chip. 0 means that there is none."""
     cards = [card for card, chip, _, _ in chips if chip == name]
-    own = [card for card, chip, _, number in chips if (chip, number) == (name, device)]
-    return cards.count((own or cards)[0]) if cards else 0
+    own_card = [card for card, chip, _, number in chips if (chip, number) == (name, device)]
+    return cards.count((own_card or cards)[0]) if cards else 0
 
 
 def chip(name, count, device, needed):
@@ -242,7 +247,7 @@ class Cann(object):
         self.version = versions[0] if versions else older.group(1) if older else "unknown"
         self.number = tuple(map(int, re.findall(r"\d+", self.version)[:2]))
         opp = os.environ.get("ASCEND_OPP_PATH") or os.path.join(self.home or "", "opp")
-        # the families of chips: the names of the folders that describe operators; the second place is that of CANN before 6.0
+        # Each folder that describes operators is named after a family of chips. CANN before 6.0 has the second of these places.
         self.operators = sorted({os.path.basename(os.path.dirname(path)) for place in ("built-in/op_impl", "op_impl/built-in")
                                  for path in glob.glob(os.path.join(glob.escape(opp), place, "ai_core/tbe/config/*/*.json"))})
 
@@ -268,7 +273,7 @@ class Cann(object):
         """Returns (what is wrong with the Python that atc runs, the command that helps), or (None, None)."""
         last, old_numpy = next(rule[1:] for rule in PYTHONS if (self.number or (99,)) >= rule[0])
         if not (3, 7) <= tuple(version[:2]) <= (3, last):
-            return "CANN %s needs Python 3.7 to 3.%d" % (self.version, last), OTHER_PYTHON
+            return "CANN %s needs Python 3.7 to 3.%d" % (self.version, last), PYTHON_REMEDY
         problems = ["no " + PACKAGES[name] for name in list(PACKAGES)[:5] if name in missing]
         old_numpy = old_numpy and version[1] < 13
         if numpy and old_numpy and int(numpy.split(".")[0]) >= 2:
@@ -284,16 +289,16 @@ def explain(log, name):
     if found:
         if family(name)[0] in cann.operators:
             return "%s has operators for Ascend%s, but none for the model's %s" % (cann, name, found.group(1))
+        others = ", only for " + ", ".join(cann.operators) if cann.operators else ""
         command = cann.operator_package(name)
         return "%s has no operators for Ascend%s%s; %s" % (
-            cann, name, ", only for %s" % ", ".join(cann.operators) if cann.operators else "",
-            "run: " + command if command else "install a CANN that has them")
+            cann, name, others, "run: " + command if command else "install a CANN that has them")
     found = re.search(r"No module named '([\w.]+)'", log)
     if found:
-        package = PACKAGES.get(found.group(1))
-        return "the Python that atc runs, %s, has no %s; %s" % (
-            shutil.which("python3"), package or found.group(1), "run: python3 -m pip install " + package if package else
-            "source CANN's set_env.sh, or put another python3 first on the PATH")
+        package, remedy = PACKAGES.get(found.group(1)), "source CANN's set_env.sh, or put another python3 first on the PATH"
+        if package:
+            remedy = "run: python3 -m pip install " + package
+        return "the Python that atc runs, %s, has no %s; %s" % (shutil.which("python3"), package or found.group(1), remedy)
     if "libascend_hal.so: cannot open" in log:
         return "atc does not find libascend_hal.so, a library of the driver; run: export " + cann.driver_library()
     return None
@@ -304,8 +309,8 @@ def explain(log, name):
 class Check(object):
     """Lists what run_all.sh needs with these values of its variables, as rows of {stage, what, state, found, run}.
 
-    The states: ok; note: something to know; missing: the run needs it; absent: the run does not need it. run is the command
-    that provides it.
+    The states are ok, note (the user should know something), missing (the run needs it) and absent (the run does not need it).
+    run is the command that provides it.
     """
 
     def __init__(self, values):
@@ -326,7 +331,8 @@ class Check(object):
         self.rows.append({"stage": stage, "what": what, "state": state, "found": found, "run": command})
 
     @staticmethod
-    def need(needed):
+    def lack(needed):
+        """Returns the state of a thing that this machine does not have."""
         return "missing" if needed else "absent"
 
     def runs(self, stage):
@@ -343,25 +349,32 @@ class Check(object):
         missing = sorted(module for module in modules if not has(module))
         if missing:
             found += ", without " + ", ".join(missing)
-            folder = os.path.join(HERE, ".venv-%d.%d" % sys.version_info[:2])
+            folder = os.path.join(ROOT, ".venv-%d.%d" % sys.version_info[:2])
             self.python = os.path.join(folder, "bin", "python")
             try:
-                missing = ask(self.python, MODULES, *modules)[1]
+                missing = ask(self.python, MODULES_PROGRAM, *modules)[1]
                 found += "; the run uses " + folder
             except OSError:
                 self.python = None
-        self.row("all", "Python", "note" if missing else "ok",
-                 found + ("; the run installs %s into %s" % (", ".join(missing), folder) if missing else ""))
+        if missing:
+            found += "; the run installs %s into %s" % (", ".join(missing), folder)
+        self.row("all", "Python", "note" if missing else "ok", found)
 
     def inputs(self):
         values = self.values
-        given = [name for name in INPUTS if values[name]]
+        given = [name for name in INPUT_STAGES if values[name]]
         self.images = int(values["sample_size"])
         if not given:
             return self.row("1 4 7", "inputs", "note", "none given; the run uses the sample: %d images, a checkpoint" % self.images)
         problems = ["no " + values[name] for name in given if not os.path.exists(values[name])]
-        problems += ["%s is not set" % name for name in INPUTS if name not in given and any(map(self.runs, INPUTS[name]))]
-        names = [line.strip() for line in read(values["image_list"]).splitlines() if line.strip()]
+        problems += ["%s is not set" % name for name, stages in INPUT_STAGES.items()
+                     if name not in given and any(map(self.runs, stages))]
+        names = []
+        try:
+            if os.path.isfile(values["image_list"]):
+                names = read_list(values["image_list"])
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
         self.images = len(names)
         if self.runs(4) and not problems:
             absent = [name for name in names if not os.path.exists(os.path.join(values["images"], name))]
@@ -377,18 +390,20 @@ class Check(object):
             if not shutil.which("npu-smi"):
                 raise OSError("no npu-smi on the PATH")
             driver, chips = npu_smi()
-            found = "driver %s; " % driver + ", ".join(
-                "card %s: %d x %s" % (card, len(own), own[0][1]) for card, own in
-                ((card, [chip for chip in chips if chip[0] == card]) for card in sorted({chip[0] for chip in chips}, key=int)))
-            found += "".join("; card %s: %s" % (chip[0], chip[2]) for chip in chips if chip[2] != "OK")
+            cards = sorted({chip[0] for chip in chips}, key=int)
+            names = [[chip[1] for chip in chips if chip[0] == card] for card in cards]
+            found = "driver %s; %s" % (driver, ", ".join("card %s: %d x %s" % (card, len(own), own[0]) for card, own in zip(cards, names)))
+            alarms = ["; card %s: %s" % (chip[0], chip[2]) for chip in chips if chip[2] != "OK"]
+            found += "".join(alarms)
             there = [chip[3] for chip in chips if chip[3]]
             wrong = [device for device in devices if there and device not in there]
-            found += "; no device %s among %s" % (wrong[0], " ".join(there)) if wrong else ""
-            self.row("3 6", "driver and card", self.need(self.on_card) if wrong else
-                     "ok" if all(chip[2] == "OK" for chip in chips) else "note", found,
-                     "bash run_all.sh --device-id %s" % there[0] if wrong else None)
+            if wrong:
+                self.row("3 6", "driver and card", self.lack(self.on_card), "%s; no device %s among %s"
+                         % (found, wrong[0], " ".join(there)), "bash run_all.sh --device-id %s" % there[0])
+            else:
+                self.row("3 6", "driver and card", "note" if alarms else "ok", found)
         except (OSError, ValueError) as error:
-            self.row("3 6", "driver and card", self.need(self.on_card), str(error), None if shutil.which("npu-smi") else
+            self.row("3 6", "driver and card", self.lack(self.on_card), str(error), None if shutil.which("npu-smi") else
                      "bash ./Ascend-hdk-CHIP-npu-driver_VERSION_linux-%s.run --full" % MACHINE)
         self.chip = short(self.values["chip_name"])
         try:
@@ -400,13 +415,13 @@ class Check(object):
             self.row("3 7", "chip", "ok", "Ascend%s, %s" % (self.chip, "%s on a card" % count if count else
                                                             "--chips sets how many a card has"))
         else:
-            self.row("3 7", "chip", self.need(self.converts), problem, "bash run_all.sh --chip-name 310P3")
+            self.row("3 7", "chip", self.lack(self.converts), problem, "bash run_all.sh --chip-name 310P3")
 
     def toolkit(self):
         cann = self.cann
         if not cann.atc:
-            return self.row("3", "CANN", self.need(self.converts),
-                            "no atc on the PATH" + ", and no set_env.sh was found" * (not find_set_env()), TOOLKIT)
+            found = "no atc on the PATH" if find_set_env() else "no atc on the PATH, and no set_env.sh was found"
+            return self.row("3", "CANN", self.lack(self.converts), found, TOOLKIT)
         layout = "cann" if os.path.basename(cann.home or "").startswith("cann") else "ascend-toolkit"
         self.row("3", "CANN", "ok", "%s, layout %s, %s" % (cann, layout, cann.atc))
         self.operators()
@@ -421,22 +436,24 @@ class Check(object):
         if not cann.home or not self.chip:
             self.row("3", "operators", "note", "%s; the chip is not known" % found if cann.home else "the CANN is unknown")
         elif family(self.chip)[0] not in cann.operators:
-            self.row("3", "operators", self.need(self.converts), "none for Ascend%s, only: %s" % (self.chip, found),
+            self.row("3", "operators", self.lack(self.converts), "none for Ascend%s, only: %s" % (self.chip, found),
                      cann.operator_package(self.chip))
         else:
             other = set(packages.values()) - {cann.version}
-            self.row("3", "operators", "note" if other else "ok", found + "; CANN itself is %s" % cann.version * bool(other))
+            if other:
+                found += "; CANN itself is %s" % cann.version
+            self.row("3", "operators", "note" if other else "ok", found)
 
     def atc_python(self):
         python = shutil.which("python3") or "python3"
         try:
-            version, missing, numpy = ask(python, MODULES, *PACKAGES)
+            version, missing, numpy = ask(python, MODULES_PROGRAM, *PACKAGES)
         except OSError as error:
-            return self.row("3", "atc's Python", self.need(self.converts), str(error), OTHER_PYTHON)
+            return self.row("3", "atc's Python", self.lack(self.converts), str(error), PYTHON_REMEDY)
         found = "%s, %s" % (".".join(map(str, version)), python)
         problem, command = self.cann.python_problem(version, missing, numpy)
         if problem:
-            self.row("3", "atc's Python", self.need(self.converts), "%s: %s" % (found, problem), command)
+            self.row("3", "atc's Python", self.lack(self.converts), "%s: %s" % (found, problem), command)
         elif missing:
             names = [PACKAGES[name] for name in missing]
             self.row("3", "atc's Python", "note", "%s: no %s" % (found, ", ".join(names)),
@@ -455,44 +472,48 @@ class Check(object):
         if not os.access(place, os.W_OK):
             self.row("all", "disk", "missing", "%s cannot be written" % place, "bash run_all.sh --work-dir /A/FOLDER/OF/YOURS")
         elif free < bins:
-            self.row("4", "disk", self.need(self.runs(4)), found, "bash run_all.sh --work-dir /A/LARGER/DISK")
+            self.row("4", "disk", self.lack(self.runs(4)), found, "bash run_all.sh --work-dir /A/LARGER/DISK")
         else:
             self.row("4", "disk", "ok", found)
 
     def tools(self):
-        binary = os.path.join(HERE, "benchmark." + MACHINE)
+        name = "benchmark." + MACHINE
+        binary = os.path.join(ROOT, name)
         if os.access(binary, os.X_OK):
-            self.row("6", os.path.basename(binary), "ok", binary)
+            self.row("6", name, "ok", binary)
+        elif os.path.exists(binary):
+            self.row("6", name, self.lack(self.uses("benchmark")), binary + " is not executable", "chmod u+x %s" % binary)
         else:
-            there = os.path.exists(binary)
-            self.row("6", os.path.basename(binary), self.need(self.uses("benchmark")),
-                     binary + (" is not executable" if there else " does not exist"),
-                     "chmod u+x %s" % binary if there else "cp %s %s/" % (os.path.basename(binary), HERE))
+            self.row("6", name, self.lack(self.uses("benchmark")), binary + " does not exist", "cp %s %s/" % (name, ROOT))
         found = library("libascendcl.so")
-        self.row("6", "CANN's library", "ok" if found else self.need(self.on_card), found or "no libascendcl.so, to run an OM",
+        self.row("6", "CANN's library", "ok" if found else self.lack(self.on_card), found or "no libascendcl.so, to run an OM",
                  None if found else "source " + find_set_env() if find_set_env() else TOOLKIT)
         paths = [path for path in self.oms + [os.path.join(self.work, "input_bin")] if os.path.exists(path)]
-        status, output = run([sys.executable, "-B", os.path.join(HERE, "tools", "run", "ais_bench_files.py"), "check", self.work] + paths)
+        status, output = run([sys.executable, "-B", os.path.join(ROOT, "tools", "run", "ais_bench_files.py"), "check", self.work] + paths)
         found = re.sub("^ais_bench_files.py: error: (backend ais_bench: )?", "", output.strip().split("\n")[-1])
         found, _, command = found.partition("; run: ")
-        self.row("6", "ais_bench", self.need(self.uses("ais_bench")) if status else "note" if found else "ok",
+        self.row("6", "ais_bench", self.lack(self.uses("ais_bench")) if status else "note" if found else "ok",
                  found or sys.executable, command or None)
         if not self.python or not self.runs(6):
-            return self.row("6", "ONNX Runtime", "note", "comes with the packages" if not self.python else "not tried")
+            return self.row("6", "ONNX Runtime", "note", "not tried" if self.python else "comes with the packages")
         needed = self.uses("onnxruntime")
         try:
-            answer = ask(self.python, PROVIDER, HERE)
+            answer = ask(self.python, PROVIDER_PROGRAM, ROOT)
             if isinstance(answer, str):
                 raise OSError(answer)
-            found, note = "%s, %s" % tuple(answer[:2]), answer[2]
-            self.row("6", "ONNX Runtime", "ok" if not note else "missing" if needed and self.values["strict"] else "note",
-                     found + "; " * bool(note) + note)
+            version, provider, note = answer
+            if note:
+                self.row("6", "ONNX Runtime", "missing" if needed and self.values["strict"] else "note",
+                         "%s, %s; %s" % (version, provider, note))
+            else:
+                self.row("6", "ONNX Runtime", "ok", "%s, %s" % (version, provider))
         except OSError as error:
             found, _, command = str(error).partition("; run: ")
-            self.row("6", "ONNX Runtime", self.need(needed), found, command or None)
+            self.row("6", "ONNX Runtime", self.lack(needed), found, command or None)
 
 
-def main(arguments):
+def main():
+    arguments = sys.argv[1:]
     if arguments[:1] == ["chip"] and len(arguments) == 5:
         print(chip(*arguments[1:]))
     elif arguments == ["set_env"]:
@@ -512,24 +533,12 @@ def main(arguments):
         backend = " with backend %s" % values["backend"] if values["backend"] != "auto" else ""
         print("run_all.sh%s %s" % (backend, "lacks: " + ", ".join(lacking) if lacking else "has all that it needs"))
         if values["json"]:
-            text = json.dumps({"backend": values["backend"], "ok": not lacking, "rows": rows}, indent=1)
-            try:
-                with open(values["json"] + ".partial", "w") as f:
-                    f.write(text + "\n")
-                os.replace(values["json"] + ".partial", values["json"])
-            except OSError as error:
-                raise OSError("%s: cannot be written: %s" % (values["json"], error.strerror))
-        return 1 if lacking else 0
+            write_text(values["json"], json.dumps({"backend": values["backend"], "ok": not lacking, "rows": rows}, indent=1) + "\n")
+        sys.exit(1 if lacking else 0)
     else:
         print("usage: doctor.py check|chip|set_env|explain ARGUMENT ...\n\n" + __doc__, end="")
-        return 0 if arguments in ([], ["-h"], ["--help"]) else 2
-    return 0
+        sys.exit(0 if arguments in ([], ["-h"], ["--help"]) else 2)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (OSError, ValueError) as error:
-        sys.exit("doctor.py: error: %s" % error)
-    except KeyboardInterrupt:
-        sys.exit("doctor.py: interrupted")
+    command(main)

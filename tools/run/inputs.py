@@ -8,21 +8,21 @@
 lists checks the user's lists against each other and stops at the first fault. It prints the number of attributes in the labels.
 
 The other commands run in the work folder. After -- come the run's variables and their values.
-made writes into .made_from/ what a stage has made a product from: variables of the run, files in the work folder, or NAME=VALUE
-for a fact to remember. Without any of these, it records that the product is being replaced.
-verify stops unless each PRODUCT is still what its STAGE made. It also stops if this run's variables or files differ from those
-that the product was made from. It follows these files back to what they were made from in turn.
+made records in .made_from/ what a stage made a product from: variables of the run and files in the work folder. NAME=VALUE
+is a fact to remember. Without inputs and facts, it records that the product is being replaced.
+verify stops unless each PRODUCT is still what its STAGE made. It also stops if a variable or file of this run differs from the
+one that the product was made from. Files that other stages made are verified in the same way.
 get prints facts that made has recorded, on one line.
 
-Names, sizes and checksums identify an input, so a work folder stays valid after it was copied to another machine. A file is not
-read again if its size, times and inode are unchanged since the last look. A product without a record, such as an OM that was
-converted elsewhere, belongs to the user and is accepted. An input that no longer exists, such as a deleted checkpoint, is not
-compared.
+Names, sizes and checksums identify an input, so a copied work folder stays valid on another machine. A file is not read again
+if its size, times and inode are the same as before. A product without a record belongs to the user and is accepted, such as an
+OM that was converted elsewhere. An input that no longer exists is not compared, such as a deleted checkpoint.
 """
 import argparse
 import functools
 import json
 import os
+import shlex
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +34,7 @@ from lib.names import find_listed, read_list, stem
 from lib.script import command, some
 
 RECORDS = ".made_from"
-SEEN = os.path.join(RECORDS, "checksums.json")
+CHECKSUMS = os.path.join(RECORDS, "checksums.json")
 PATHS = ("checkpoint", "image_list", "images")  # these variables of run_all.sh are paths, the others settings
 
 
@@ -53,7 +53,7 @@ def load(path):
 @functools.lru_cache(maxsize=None)
 def checksums():
     """Returns the checksums of earlier checks, {path: [size, mtime, ctime, inode, checksum]}. Reads them only once."""
-    return load(SEEN)
+    return load(CHECKSUMS)
 
 
 def checksum(path):
@@ -68,7 +68,7 @@ def checksum(path):
 
 
 def identities(paths):
-    """Returns 'SIZE CHECKSUM' of each file. Remembers these in the work folder, with the file's times and inode."""
+    """Returns 'SIZE CHECKSUM' of each file. Remembers them in the work folder, with the file's times and inode."""
     seen = checksums()
     keys = [os.path.relpath(path) if os.path.realpath(path).startswith(os.getcwd() + os.sep) else os.path.abspath(path)
             for path in paths]
@@ -80,7 +80,7 @@ def identities(paths):
             for i, value in zip(unknown, readers.map(checksum, [paths[i] for i in unknown])):
                 seen[keys[i]] = states[i] + [value]
         os.makedirs(RECORDS, exist_ok=True)
-        write_text(SEEN, json.dumps(seen))
+        write_text(CHECKSUMS, json.dumps(seen))
     return ["%d %s" % (state[0], seen[key][4]) for key, state in zip(keys, states)]
 
 
@@ -93,7 +93,7 @@ def content(path):
 
 
 def present(name, variables):
-    """Returns what an input is now, or None if it no longer exists. name: of a variable of the run, or a file's path."""
+    """Returns what an input is now, or None if it no longer exists. name: a variable of the run, or a file's path."""
     path = variables.get(name, name)
     if name in variables and name not in PATHS:
         return path
@@ -144,7 +144,7 @@ def verify(product, stage, variables, seen):
     if not record.get("product"):
         raise ValueError("%s: stage %s did not finish; run stage %s again" % (where, stage, stage))
     for name in record["inputs"]:
-        if name not in variables and os.path.exists(name):  # the first stage that went wrong is named first
+        if name not in variables and os.path.exists(name):  # before the product itself: the error must name the earliest stage
             verify(name, load(record_path(name)).get("stage", stage), variables, seen)
     now = content(product)
     if record["product"] != now:
@@ -156,7 +156,7 @@ def verify(product, stage, variables, seen):
             continue
         if name in variables and name not in PATHS:
             raise ValueError("%s was made with %s %s, not %s; run stage %s again, or give --%s %s" % (
-                where, name, before or "(none)", now or "(none)", stage, name.replace("_", "-"), before))
+                where, name, before or "(none)", now or "(none)", stage, name.replace("_", "-"), shlex.quote(before)))
         path = variables.get(name, name)
         what = "other images than those in %s now" % path if name == "images" else "another %s" % os.path.basename(path)
         raise ValueError("%s was made from %s%s; run stage %s again" % (where, what, difference(before, now), stage))

@@ -5,12 +5,12 @@
 
 Give --run BATCH_SIZE FOLDER MODEL BACKEND once for each batch size. The folder holds the output of stages 6 and 7:
 fusion_result.json, and for each device perf_vision_batchsize_<N>_device_<D>.txt, dumpOutput_device<D>_summary.json or both.
-ais_bench does not measure the end-to-end rate, and the benchmark binary does not measure latencies; the table then has "-".
+ais_bench measures no end-to-end rate, and the benchmark binary measures no latencies. The table has "-" there.
 
-Rates are in images per second. "pure" is inference on the same batch again and again (run_all.sh --pure yes). With several
-devices, a rate is the sum over the devices, which ran at the same time. With one device, the card's rate is the Interface
-throughputRate times the card's chips (4 on a 300I, 2 on a 300I Duo, 1 on a 300I Pro). p50, p95 and p99 are percentiles of the
-time that a batch was in the model, in milliseconds. The script fails if the accuracy differs between the batch sizes.
+Rates are in images per second. "pure" is inference on the same batch again and again (run_all.sh --pure yes). Several devices
+ran at the same time, and a rate is their sum. With one device, the card's rate is the Interface throughputRate times the number
+of chips on the card (4 on a 300I, 2 on a 300I Duo, 1 on a 300I Pro). p50, p95 and p99 are percentiles of the time that the model
+took for a batch, in milliseconds. The script fails if the accuracy differs between the batch sizes.
 """
 import argparse
 import csv
@@ -32,10 +32,11 @@ def row(batch_size, folder, model, backend, devices, chips):
     path = os.path.join(folder, "fusion_result.json")
     speed = figures(folder, batch_size, devices, backend)
     fusion = read_json(path, {"images": int, "instance_acc": NUMBER}, "stage 7")
-    interface, on_card = speed["interface_images_per_s"], not backend.startswith("ONNX Runtime") and chips
+    card = None
+    if chips and not backend.startswith("ONNX Runtime"):
+        card = speed["interface_images_per_s"] * (chips if len(devices) == 1 else 1)
     return dict(speed, batch_size=batch_size, devices=" ".join(devices), backend=backend, model=model, images=fusion["images"],
-                card_images_per_s=None if not on_card else interface if len(devices) > 1 else chips * interface,
-                instance_acc=fusion["instance_acc"])
+                card_images_per_s=card, instance_acc=fusion["instance_acc"])
 
 
 def markdown(rows, devices, chips):

@@ -345,7 +345,7 @@ def test_an_om_of_another_batch_size(front, user_data, tmp_path):
     assert user_data.run(front, work, "--stop-stage", 5).returncode == 0
     shutil.copyfile(str(user_data.folder / "deepmar_bs4.om"), str(work / "deepmar_bs1.om"))
     process = user_data.run(front, work, "--stage", 6)
-    assert process.returncode == 1 and "the OM takes 4 images at a time, not 1" in process.stderr, process.stderr
+    assert process.returncode == 1 and "deepmar_bs1.om takes 4 images at a time, not 1" in process.stderr, process.stderr
     process = user_data.run(front, work, "--stage", 6, "--device-id", ",".join(map(str, range(14))))
     assert process.returncode == 1 and "14 devices, but fewer images" in process.stderr, process.stderr
 

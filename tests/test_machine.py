@@ -129,8 +129,7 @@ def test_one_line_names_the_limit_of_threads(bins_folder, command):
     assert sorted(os.listdir(str(bins_folder))) == before
 
 
-def test_no_shared_memory(folder):
-    """It works without, or one line says why."""
+def test_without_shared_memory_it_works_or_says_why(folder):
     alone = namespaces("--mount")
     process = finish(start(folder, STAGE_4, alone + ["sh", "-c", "mount -t tmpfs -o ro tmpfs /dev/shm && exec \"$@\"", "sh"]))
     if process.returncode:
@@ -243,7 +242,7 @@ def test_a_second_run_for_the_same_folder_stops(folder):
     ("2:cpu:/\n0::/init.scope\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
     ("4:cpuset:/x\n2:cpu:/x\n0::/x\n", {"cpu/x/cpu.cfs_quota_us": "600000\n", "cpu/x/cpu.cfs_period_us": "100000\n"}, 6),
     (None, {"cpu.max": "100000 100000\n"}, None)])
-def test_quotas_of_processor_time(tmp_path, table, quotas, cores):
+def test_quotas_of_processor_time_are_read(tmp_path, table, quotas, cores):
     if table is not None:
         (tmp_path / "table").write_text(table)
     for name, text in quotas.items():
@@ -252,7 +251,7 @@ def test_quotas_of_processor_time(tmp_path, table, quotas, cores):
     assert machine.cgroup_cores(str(tmp_path), str(tmp_path / "table")) == cores
 
 
-def test_no_more_cores_than_the_quota(monkeypatch):
+def test_no_more_cores_are_used_than_the_quota(monkeypatch):
     monkeypatch.setattr(machine, "cgroup_cores", lambda: 1)
     assert machine.cores() == 1
     monkeypatch.setattr(machine, "cgroup_cores", lambda: None)
@@ -261,7 +260,7 @@ def test_no_more_cores_than_the_quota(monkeypatch):
 
 # --- the terminal, and who reads the output --------------------------------------------------------------------------
 
-def test_a_locale_without_utf8(folder):
+def test_a_locale_without_utf8_is_no_obstacle(folder):
     """Where Python would take the names of files to be ASCII."""
     check_complete(folder, finish(start(folder, STAGE_4, env=dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"))))
 

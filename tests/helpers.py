@@ -375,15 +375,13 @@ def random_case(images=300, attributes=35, seed=0):
     return logits, labels
 
 
-def write_case(folder, logits, labels, extension=".png", output=1, prefix=""):
-    """Writes folder/result/*.bin and folder/label.json; returns the two paths as text."""
-    result = folder / "result"
-    result.mkdir(exist_ok=True)
-    for i, row in enumerate(logits):
+def write_case(folder, logits, labels, extension=".png", output=1, prefix="", first=0):
+    """Writes folder/result/*.bin and folder/label.json for images numbered from first; returns the two paths as text."""
+    result, label = folder / "result", folder / "label.json"
+    result.mkdir(parents=True, exist_ok=True)
+    for i, row in enumerate(logits, first):
         (result / ("%05d_%d.bin" % (i, output))).write_bytes(np.asarray(row, "<f4").tobytes())
-    label = folder / "label.json"
-    label.write_text(json.dumps({"%s%05d%s" % (prefix, i, extension): [int(v) for v in row]
-                                 for i, row in enumerate(labels)}))
+    label.write_text(json.dumps({"%s%05d%s" % (prefix, i, extension): [int(v) for v in row] for i, row in enumerate(labels, first)}))
     return str(result), str(label)
 
 

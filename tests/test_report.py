@@ -4,7 +4,6 @@ import json
 import os
 import threading
 
-import jinja2  # noqa: F401 - once for script()
 import numpy as np
 import pytest
 from PIL import Image

@@ -1,20 +1,12 @@
 """tools/thresholds.py: the best threshold by trying all, an honest gain, and what the other scripts do with its file."""
-import contextlib
-import gc
-import io
 import json
-import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import inputs
-import postprocess_deepmar_pytorch as post
-import predict
-import report
 import thresholds
-from helpers import INSTANCE, POSTPROCESS, check_error, independent, parse_predictions, script, write_images, write_model
+from helpers import INSTANCE, POSTPROCESS, check_error, independent, parse_predictions, script, write_case, write_images, write_model
 from lib import metrics
 
 TOOL = "tools/thresholds.py"
@@ -30,35 +22,22 @@ def random_run(images, attributes=6, seed=0):
     return logits.astype("<f4"), true.astype(int)
 
 
-def write(folder, logits, labels, first=0, form="%05d"):
-    """Writes folder/result/*_1.bin and folder/label.json for images numbered from first; returns both paths."""
-    (folder / "result").mkdir(parents=True)
-    for i, row in enumerate(logits, first):
-        (folder / "result" / (form % i + "_1.bin")).write_bytes(np.asarray(row, "<f4").tobytes())
-    (folder / "label.json").write_text(json.dumps({form % i + ".png": row.tolist() for i, row in enumerate(labels, first)}))
-    return folder / "result", folder / "label.json"
-
-
-def run(main, folder, arguments):
-    """Runs a script's main() in a folder; returns what it prints."""
-    screen, here = io.StringIO(), os.getcwd()
-    os.chdir(str(folder))
-    try:
-        with contextlib.redirect_stdout(screen):
-            main([str(argument) for argument in arguments])
-    finally:
-        os.chdir(here)
-        gc.enable()
-    return screen.getvalue()
+def run(name, folder, *arguments):
+    """Runs a script; returns what it prints. Raises ValueError with its error."""
+    process = script(name, *arguments, cwd=folder)
+    if process.returncode:
+        check_error(process)
+        raise ValueError(process.stderr)
+    return process.stdout
 
 
 def tune(folder, *arguments):
-    screen = run(thresholds.main, folder, arguments)
+    screen = run(TOOL, folder, *arguments)
     return json.loads((folder / "thresholds.json").read_text()), screen
 
 
 def score(folder, *arguments):
-    screen = run(post.main, folder, arguments)
+    screen = run(POSTPROCESS, folder, *arguments)
     return json.loads((folder / "fusion_result.json").read_text()), screen
 
 
@@ -122,7 +101,7 @@ def test_the_file_and_the_screen_show_the_thresholds_and_the_gain(tmp_path):
     logits, labels = random_run(300)
     labels[:, 4] = 0
     labels[:9, 4] = 1
-    result, label = write(tmp_path, logits, labels)
+    result, label = write_case(tmp_path, logits, labels)
     (tmp_path / "names.txt").write_text("a\nb\nc\nd\ne\nf\n")
     content, screen = tune(tmp_path, result, label, "--attributes", "names.txt")
     assert [row["name"] for row in content["attributes"]] == list("abcdef") and content["names_assumed"] is False
@@ -143,7 +122,7 @@ def test_the_file_and_the_screen_show_the_thresholds_and_the_gain(tmp_path):
     assert again == content
     labels[299, 0] ^= 1
     logits[np.flatnonzero(labels[:, 5] == 0)[0], 5] = 9  # the largest logit is wrong, and few images have the attribute
-    result, label = write(tmp_path / "other", logits, labels)
+    result, label = write_case(tmp_path / "other", logits, labels)
     other, screen = tune(tmp_path, result, label, "--target-precision", 0.95)
     assert other["checksum"] != content["checksum"] and other["names_assumed"] is True
     assert other["goal"] == "precision >= 0.95" and "stay at 0 (target not reached): attribute5\n" in screen
@@ -156,11 +135,11 @@ def test_the_file_and_the_screen_show_the_thresholds_and_the_gain(tmp_path):
 def split(tmp_path_factory):
     """A validation split with its thresholds.json, and a test split: (folder, thresholds, the test's logits and labels)."""
     folder = tmp_path_factory.mktemp("split")
-    content, _ = tune(folder, *write(folder / "val", *random_run(300)))
+    content, _ = tune(folder, *write_case(folder / "val", *random_run(300)))
     found = np.array([row["threshold"] for row in content["attributes"]])
     assert (found < 0).all()
     logits, labels = random_run(120, seed=1)
-    write(folder / "test", logits, labels, first=5000)
+    write_case(folder / "test", logits, labels, first=5000)
     return folder, found, logits, labels
 
 
@@ -191,7 +170,7 @@ def test_stage_7_scores_with_the_thresholds_and_judges_the_drop_at_0(tmp_path, t
 def test_probabilities_are_scored_with_the_thresholds(tmp_path, tuned):
     _, logits, labels, options = tuned
     expected, _ = score(tmp_path, *options)
-    write(tmp_path / "p", 1 / (1 + np.exp(-logits)), labels, first=5000)
+    write_case(tmp_path / "p", 1 / (1 + np.exp(-logits)), labels, first=5000)
     report, _ = score(tmp_path, *((tmp_path / "p" / "result",) + options[1:] + ("--values", "probabilities")))
     assert [report[name] for name in INSTANCE] == [expected[name] for name in INSTANCE]
 
@@ -203,7 +182,7 @@ def test_images_that_thresholds_were_tuned_on_are_not_scored(tmp_path, tuned):
     message = r"thresholds.json: was tuned on %d of these %d images \(00000, 00001"
     check_error(script(POSTPROCESS, *(val + list(options[2:])), cwd=tmp_path), "was tuned on 300 of these 300", "the test split's")
     assert not (tmp_path / "fusion_result.json").exists()
-    part = write(tmp_path / "part", *[values[:7] for values in random_run(300)])
+    part = write_case(tmp_path / "part", *[values[:7] for values in random_run(300)])
     with pytest.raises(ValueError, match=message % (7, 7)):
         score(tmp_path, *(part + options[2:]))
     both = json.loads(val[1].read_text())
@@ -212,22 +191,22 @@ def test_images_that_thresholds_were_tuned_on_are_not_scored(tmp_path, tuned):
     with pytest.raises(ValueError, match=message % (300, 420)):
         score(tmp_path, options[0], val[0], tmp_path / "both.json", *options[2:])
     # Other images may have the same names.
-    score(tmp_path, *(write(tmp_path / "same_names", logits, labels) + options[2:]))
+    score(tmp_path, *(write_case(tmp_path / "same_names", logits, labels) + options[2:]))
     # run_all.sh checks this before any work.
     (tmp_path / "image.txt").write_text("".join("%05d.png\n" % i for i in range(300)))
     with pytest.raises(ValueError, match=message % (300, 300)):
-        run(inputs.main, tmp_path, ["lists", "--image-list", "image.txt", "--label-file", val[1]] + list(options[2:]))
+        run("tools/run/inputs.py", tmp_path, "lists", "--image-list", "image.txt", "--label-file", val[1], *options[2:])
 
 
 def test_predict_marks_attributes_by_the_thresholds(tmp_path):
     paths = [tmp_path / "images" / name for name in write_images(tmp_path / "images", 3)]
     options = ["--onnx", write_model(tmp_path / "m.onnx", attributes=3)]
-    plain = parse_predictions(run(predict.main, tmp_path, paths + options))[str(paths[0])]
+    plain = parse_predictions(run("tools/predict.py", tmp_path, *paths + options))[str(paths[0])]
     middle = float(sorted(logit for _, _, _, logit in plain)[1])
     (tmp_path / "t.json").write_text(json.dumps({
         "attributes": [{"name": name, "threshold": middle} for name in ("hat", "bag", "coat")], "names_assumed": False,
         "goal": "maximal F1", "images": 5, "checksum": "0", "tuned_on": {}}))
-    rows = parse_predictions(run(predict.main, tmp_path, paths + options + ["--thresholds", "t.json", "--save", "out"]))[str(paths[0])]
+    rows = parse_predictions(run("tools/predict.py", tmp_path, *paths + options, "--thresholds", "t.json", "--save", "out"))[str(paths[0])]
     assert [row[3] for row in rows] == [row[3] for row in plain]
     assert [row[0] for row in rows] == [True, True, False] and {row[2] for row in rows} == {"hat", "bag", "coat"}
 
@@ -242,7 +221,7 @@ def test_report_shows_the_thresholds(tmp_path, tuned):
     fusion, _ = score(tmp_path, *(options + ("--published", "0.5")))
 
     def page(*more):
-        run(report.main, tmp_path, ("--images", "images", "--results", options[0], "--labels", options[1]) + more)
+        run("tools/report.py", tmp_path, "--images", "images", "--results", options[0], "--labels", options[1], *more)
         return (tmp_path / "report.html").read_text()
 
     expected = page()
@@ -290,13 +269,12 @@ def test_thresholds_of_other_attributes_and_bad_files_are_refused(tmp_path, tune
 
 
 def test_too_few_images_and_wrong_arguments_are_errors(tmp_path):
-    few = write(tmp_path / "few", *random_run(19))
+    few = write_case(tmp_path / "few", *random_run(19))
     check_error(script(TOOL, *few, cwd=tmp_path), "label.json: has no attribute that at least 10 images have and as many do not have")
-    with pytest.raises(FileNotFoundError, match="absent.json: no such file"):
+    with pytest.raises(ValueError, match="absent.json: no such file"):
         tune(tmp_path, few[0], tmp_path / "absent.json")
     for wrong in (["--target-precision", "0"], ["--target-recall", "1.1"], ["--target-recall", "0.5", "--target-precision", "1"],
                   ["--values", "both"]):
-        with pytest.raises(SystemExit):
-            tune(tmp_path, *(list(few) + wrong))
+        check_error(script(TOOL, *few, *wrong), code=2)
     check_error(script(TOOL, few[0]), code=2)
     assert not (tmp_path / "thresholds.json").exists()

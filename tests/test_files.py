@@ -169,7 +169,7 @@ def test_a_folder_that_cannot_be_renamed_stays_whole(tmp_path, monkeypatch, erro
 
 
 # The files of these are written into a folder of replaced_folder(), or are those of another tool's interface.
-EXCEPTIONS = {"lib/images.py", "lib/session.py", "tools/sample.py", "tools/run/ais_bench_files.py", "tools/run/doctor.py"}
+EXCEPTIONS = {"lib/images.py", "lib/session.py", "tools/sample.py", "tools/run/ais_bench_files.py"}
 
 
 @pytest.mark.skipif(sys.version_info < (3, 8), reason="ast has no Constant; the sources are the same for both Pythons")

@@ -1,4 +1,4 @@
-"""run_all.sh from end to end: sample data, the user's own data, a (stand-in) card, and what stops it."""
+"""run_all.sh from end to end: sample data, the user's own data, what stops it, and what a second run finds."""
 import functools
 import json
 import os
@@ -23,12 +23,12 @@ from lib.labels import PETA, label_checksum, read_labels
 
 
 @pytest.fixture(scope="module")
-def small_run(tmp_path_factory):
-    """A checkout with a smaller network, and its work folder after a run on the user's own data, of 26 attributes as PA-100K has.
+def own_run(tmp_path_factory):
+    """A checkout with a small network, and its work folder after a run on the user's own data, of 26 attributes as PA-100K has.
 
-    The models are of two batch sizes, the results of one. (a way to run it, the work folder, the two processes)
+    There are models of two batch sizes, and results of one. (a function that runs it, the work folder, the two processes)
     """
-    folder = tmp_path_factory.mktemp("small")
+    folder = tmp_path_factory.mktemp("own")
     shutil.copytree(ROOT, str(folder / "checkout"), ignore=lambda _, names: [
         name for name in names if name.startswith((".", "work")) or name == "tests"])
     network = folder / "checkout" / "DeepMAR.py"
@@ -52,9 +52,9 @@ def small_run(tmp_path_factory):
 
 
 @pytest.fixture
-def copied_run(small_run, tmp_path):
-    """A copy of the small network's work folder; (a way to run there, the folder)."""
-    run, source, _ = small_run
+def own_copy(own_run, tmp_path):
+    """A copy of that work folder; (a function that runs there, the folder)."""
+    run, source, _ = own_run
     shutil.copytree(str(source), str(tmp_path / "work"))
     return functools.partial(run, work=tmp_path / "work"), tmp_path / "work"
 
@@ -67,7 +67,7 @@ def results(work, device=0):
     return sorted(os.listdir(os.path.join(work, "result", "dumpOutput_device%d" % device)))
 
 
-def test_sample_from_end_to_end(first_run):
+def test_sample_runs_from_end_to_end(first_run):
     work, process = first_run
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
@@ -87,58 +87,51 @@ def test_sample_from_end_to_end(first_run):
     names = ["%05d" % (i + 1) for i in range(SIZE)]
     assert results(work) == [name + "_1.bin" for name in names]
     assert sorted(os.listdir(os.path.join(work, "input_bin"))) == [name + ".bin" for name in names]
-    row = r"\n\| +1 (\| +[0-9.]+ ){2}(\| +- ){2}(\| +[0-9.]+ ){3}\| %s \|\n"  # rates, no card's, latencies
+    row = r"\n\| +1 (\| +[0-9.]+ ){2}(\| +- ){2}(\| +[0-9.]+ ){3}\| %s \|\n"  # rates, none of a card, latencies
     assert re.search(row % found["instance_acc"], process.stdout), process.stdout
     with open(os.path.join(work, "report.html")) as f:
         assert str(found["instance_acc"]) in f.read()
     assert not [name for name in os.listdir(work) if "partial" in name or name.endswith(".old")]
 
 
-def test_another_attribute_set(small_run):
-    """26 attributes, with no option given; two batch sizes' models in one run."""
-    run, work, processes = small_run
+def test_labels_decide_the_number_of_attributes(own_run):
+    _, work, processes = own_run
     for process in processes:
         assert process.returncode == 0 and process.stderr == "", process.stderr
         assert "stage 0" not in process.stdout
     for batch_size in (1, 2):
-        assert onnx.load(str(work / ("deepmar_bs%d_nopad.onnx" % batch_size))).graph.output[0].type.tensor_type.shape.dim[
-            0].dim_value == batch_size
+        shape = onnx.load(str(work / ("deepmar_bs%d_nopad.onnx" % batch_size))).graph.output[0].type.tensor_type.shape
+        assert [dim.dim_value for dim in shape.dim] == [batch_size, 26]
     assert "stage 8 done" in processes[1].stdout and len(results(str(work))) == SIZE
     assert len(json.loads((work / "fusion_result.json").read_text())["attributes"]) == 26
 
 
-def test_smaller_data_in_the_same_folder_leaves_nothing_stale(copied_run, tmp_path):
-    """Five of the images, batch size 2; the earlier run's other results must not be counted."""
-    run, work = copied_run
+def test_results_of_fewer_images_replace_all_earlier_ones(own_copy, tmp_path):
+    run, work = own_copy
     (tmp_path / "five.txt").write_text("".join("%05d.png\r\n" % i for i in (2, 3, 5, 7, 11)))
+    (work / "result" / "kept_dumpOutput_device0").mkdir()
+    before = (work / "deepmar_bs1.onnx").stat().st_mtime_ns
     process = run(4, "--stop-stage", 7, "--batch-size=2", cwd=tmp_path, **{"image-list": "five.txt"})
     assert process.returncode == 0, process.stderr
     assert "scored 5 images; %d labelled images had no result" % (SIZE - 5) in process.stdout
     assert len(results(str(work))) == 5
-    assert os.path.exists(str(work / "result" / "perf_vision_batchsize_2_device_0.txt"))
-    assert not os.path.exists(str(work / "result" / "perf_vision_batchsize_1_device_0.txt"))
-    # only what it is asked to
-    process = run(7, "--batch-size", 2)
-    assert process.returncode == 1 and "made from another image.txt; run stage 4 again" in process.stderr, process.stdout
-    before = (work / "deepmar_bs1.onnx").stat().st_mtime_ns
-    process = run(4, "--stop-stage", 6, environment={"batch_size": "1"})
-    assert process.returncode == 0, process.stderr
+    assert sorted(os.listdir(str(work / "result"))) == [
+        "dumpOutput_device0", "dumpOutput_device0_summary.json", "fusion_result.json", "kept_dumpOutput_device0",
+        "perf_vision_batchsize_2_device_0.txt"]
     assert "stage 3" not in process.stdout and before == (work / "deepmar_bs1.onnx").stat().st_mtime_ns
-    assert len(results(str(work))) == SIZE
 
 
-def test_a_drop_beyond_one_percent_fails_and_says_which_stage(first_run):
+def test_drop_of_the_accuracy_fails_the_run_after_the_report(first_run):
     work, _ = first_run
     process = run_all("--work-dir", work, "--published-acc", "100", "--stage", 7)
     assert process.returncode == 1
     assert "published" in process.stderr and "the accuracy at batch size 1 is" in process.stderr
     assert "published 100.00 %" in process.stdout
-    with open(os.path.join(work, "report.html")) as f:  # is made all the same, to see why
+    with open(os.path.join(work, "report.html")) as f:
         assert "FAIL" in f.read()
 
 
-def test_names_intervals_and_thresholds(first_run, tmp_path):
-    """The model says what it is, beside an OM too; stage 7 and the report take limits that were found on other images."""
+def test_descriptions_and_thresholds_reach_stage_7_and_the_report(first_run, tmp_path):
     work, _ = first_run
     described = description(os.path.join(work, "deepmar_bs1_nopad.onnx"))
     assert described == description(os.path.join(work, "deepmar_bs1.json"))
@@ -162,8 +155,8 @@ def test_names_intervals_and_thresholds(first_run, tmp_path):
     assert "stage 1" not in process.stdout
 
 
-def test_a_failing_stage_stops_the_run(copied_run):
-    run, work = copied_run
+def test_failing_stage_stops_the_run(own_copy):
+    run, work = own_copy
     (work / "deepmar_bs1.onnx").write_text("<html>")
     (work / ".made_from" / "deepmar_bs1.onnx.json").unlink()
     process = run(2)
@@ -173,72 +166,74 @@ def test_a_failing_stage_stops_the_run(copied_run):
     assert lines[1:] == ["run_all.sh: error: stage 2 failed"]
 
 
-def test_bad_variables(tmp_path):
+def test_bad_variables_are_usage_errors(tmp_path):
     for wrong, text in ((["--batch-size", "0"], "batch_size"), (["--batch-size", "x"], "batch_size"),
-                        (["--nonsense", "1"], "nonsense"), (["--stage"], "value"), (["8"], "not an option"), (["--stage", "9"], "stage"),
-                        (["--device-id", "-1"], "device_id"), (["--chip-name", "a b"], "chip_name"), (["--chips", "0"], "chips"),
-                        (["--checkpoint", __file__], "images is not set, and stage 4"),
+                        (["--nonsense", "1"], "nonsense"), (["--stage"], "value"), (["8"], "not an option"),
+                        (["--stage", "9"], "stage"), (["--device-id", "-1"], "device_id"),
+                        (["--chip-name", "a b"], "chip_name"), (["--checkpoint", __file__], "images is not set, and stage 4"),
                         (["--stage", "7", "--label-file", __file__], "image_list is not set, and stage 7 needs it"),
                         (["--published-acc", "78,9"], "published_acc"), (["--published-acc", "780"], "published_acc"),
                         (["--size", "224"], "height and width"), (["--size", "0", "224"], "height and width"),
-                        (["--last-conv-stride", "3"], "last_conv_stride")):
+                        (["--last-conv-stride", "3"], "last_conv_stride"), (["--chips", "0"], "chips"),
+                        (["--json", "x"], "json needs --check"), (["--strict=no"], "strict must be yes")):
         process = run_all("--work-dir", tmp_path / "work", *wrong)
         assert process.returncode == 2 and text in process.stderr, (wrong, process.stderr)
     process = run_all("--work-dir", tmp_path / "work", *own_data("/nowhere"))
     assert process.returncode == 1 and "/nowhere/sample/checkpoint.pth.tar" in process.stderr
     assert not (tmp_path / "work").exists()
-    process = run_all("--work-dir", tmp_path / "work", "--stage", 6)
-    assert process.returncode == 1 and "input_bin is missing; run stage 4 first" in process.stderr
+    for stage, text in ((6, "input_bin is missing; run stage 4 first"), (7, "sample/accuracy.txt is missing; run stage 0 first")):
+        process = run_all("--work-dir", tmp_path / "work", "--stage", stage)
+        assert process.returncode == 1 and text in process.stderr
     process = run_all("--help")
-    assert process.returncode == 0 and "6 inference" in process.stdout
-    assert all(option in process.stdout for option in ("--batch-size", "--check", "--json", "--chips", "--strict", "--set-env"))
+    assert process.returncode == 0 and "--batch-size" in process.stdout and "6 inference" in process.stdout
 
 
-def check_refused(process, text):
-    """Nothing is scored."""
-    assert process.returncode == 1 and text in process.stderr, process.stderr
-    assert "instance_acc" not in process.stdout
+def test_other_inputs_are_refused_with_the_stage_to_run_again(own_copy, tmp_path):
+    run, work = own_copy
+    sample, image = work / "sample", work / "sample" / "images" / "00001.png"
+    process = run(6, environment={"stop_stage": "6"})
+    assert process.returncode == 0 and "stage 7" not in process.stdout, process.stderr  # a copied work folder goes on
 
+    (tmp_path / "checkpoint.pth.tar").write_bytes(b"other")
+    (tmp_path / "fewer.txt").write_text("".join((sample / "image.txt").read_text().splitlines(True)[1:]))
+    for changes, stage, text in (
+            ({"checkpoint": tmp_path / "checkpoint.pth.tar"}, 6, "bs1.onnx was made from another checkpoint.pth.tar; run stage 1"),
+            ({"checkpoint": tmp_path / "checkpoint.pth.tar"}, 7, "bs1.onnx was made from another checkpoint.pth.tar; run stage 1"),
+            ({"image-list": tmp_path / "fewer.txt"}, 7, "input_bin was made from another fewer.txt; run stage 4 again")):
+        process = run(stage, **changes)
+        assert process.returncode == 1 and text in process.stderr, (changes, process.stderr)
+        assert "instance_acc" not in process.stdout
 
-@pytest.fixture
-def other_checkpoint(copied_run, tmp_path):
-    content = torch.load(str(copied_run[1] / "sample" / "checkpoint.pth.tar"))
-    content["state_dict"]["module.classifier.bias"] += 1
-    torch.save(content, str(tmp_path / "checkpoint.pth.tar"))
-    return tmp_path / "checkpoint.pth.tar"
-
-
-def test_other_pictures_under_the_same_names_are_refused(copied_run):
-    run, work = copied_run
-    images = work / "sample" / "images"
-    assert run(6, "--stop-stage", 6).returncode == 0  # a copied work folder goes on
-    shutil.copy(str(images / "00002.png"), str(images / "00001.png"))
+    content = image.read_bytes()
+    shutil.copy(str(sample / "images" / "00002.png"), str(image))
     for stage in (5, 6, 7, 8):
-        check_refused(run(stage), "1 changed: 00001.png; run stage 4 again")
+        process = run(stage)
+        assert process.returncode == 1 and "1 changed: 00001.png; run stage 4 again" in process.stderr, process.stderr
+        assert "instance_acc" not in process.stdout
+    image.write_bytes(content)
+
+    model = onnx.load(str(work / "deepmar_bs1.onnx"))
+    model.producer_name = "another"
+    onnx.save(model, str(work / "deepmar_bs1.onnx"))
+    process = run(2, "--stop-stage", 2)
+    assert process.returncode == 1 and "bs1.onnx is not what stage 1 made here; run stage 1 again" in process.stderr
+    (work / ".made_from" / "deepmar_bs1.onnx.json").unlink()  # now it is the user's own
+    assert run(2, "--stop-stage", 2).returncode == 0
+    process = run(7)
+    assert process.returncode == 1 and "was made from another deepmar_bs1_nopad.onnx; run stage 6 again" in process.stderr
 
 
-def test_another_checkpoint_or_list_is_refused(copied_run, other_checkpoint, tmp_path):
-    run, work = copied_run
-    lines = (work / "sample" / "image.txt").read_text().splitlines()
-    (tmp_path / "fewer.txt").write_text("\n".join(lines[1:]) + "\n")
-    (tmp_path / "renamed.txt").write_text("\n".join(["other.png"] + lines[1:]) + "\n")
-    check_refused(run(7, checkpoint=other_checkpoint), "bs1.onnx was made from another checkpoint.pth.tar; run stage 1")
-    check_refused(run(6, **{"image-list": tmp_path / "fewer.txt"}), "input_bin was made from another fewer.txt; run stage 4 again")
-    check_refused(run(7, **{"image-list": tmp_path / "renamed.txt"}),
-                  "1 of the %d images in %s are not in" % (SIZE, tmp_path / "renamed.txt"))
+def test_table_of_other_devices_is_not_reported(own_copy):
+    run, work = own_copy
+    shutil.copytree(str(work / "result" / "dumpOutput_device0"), str(work / "result" / "dumpOutput_device1"))
+    process = run(8, "--device-id", 1)
+    text = "throughput.csv was made with device_id 0, not 1; run stage 7 again, or give --device-id 0"
+    assert process.returncode == 1 and text in process.stderr, process.stderr
 
 
-def test_results_of_another_model_are_refused(copied_run, other_checkpoint):
-    run, _ = copied_run
-    process = run(1, "--stop-stage", 2, checkpoint=other_checkpoint)
-    assert process.returncode == 0, process.stderr
-    check_refused(run(7, checkpoint=other_checkpoint), "was made from another deepmar_bs1_nopad.onnx; run stage 6 again")
-    check_refused(run(6), "run stage 1 again")
-
-
-def test_on_the_cards_own_machine(small_run, tmp_path):
-    """No checkpoint and no torch there: the images, the lists and a model are enough for stage 4 and what follows."""
-    _, source, _ = small_run
+def test_stages_from_4_on_need_neither_checkpoint_nor_torch(own_run, tmp_path):
+    """As on the card's own machine: the images, the lists and a model are enough."""
+    _, source, _ = own_run
     work = tmp_path / "work"
     work.mkdir()
     shutil.copy(str(source / "deepmar_bs1_nopad.onnx"), str(work))
@@ -246,38 +241,35 @@ def test_on_the_cards_own_machine(small_run, tmp_path):
     data = own_data(str(source))[2:]  # all but --checkpoint
     process = run_all("--work-dir", work, "--stage", 4, *data, PYTHONPATH=str(tmp_path))
     assert process.returncode == 0 and "scored %d images" % SIZE in process.stdout, process.stderr
-    # and each stage asks for what it needs alone
     process = run_all("--work-dir", work, "--stage", 6, "--stop-stage", 6, "--image-list", data[3], PYTHONPATH=str(tmp_path))
-    assert process.returncode == 0, process.stderr
+    assert process.returncode == 0, process.stderr  # stage 6 needs neither images nor labels
     process = run_all("--work-dir", work, "--stage", 8, *data, PYTHONPATH=str(tmp_path))
     assert process.returncode == 1 and "result/fusion_result.json is missing; run stage 7 first" in process.stderr
-    process = run_all("--work-dir", work, "--stage", 7, "--stop-stage", 7, *data, PYTHONPATH=str(tmp_path))
-    assert process.returncode == 0, process.stderr
 
 
-def test_the_users_lists_are_checked_before_any_work(first_run, tmp_path):
-    """How each fault is named: tests/test_inputs.py."""
+def test_wrong_labels_stop_the_run_before_a_model_is_made(first_run, tmp_path):
     work, _ = first_run
     with open(os.path.join(work, "sample", "label.json")) as f:
         labels = json.load(f)
-    (tmp_path / "fewer.json").write_text(json.dumps({name: labels[name] for name in sorted(labels)[1:]}))
-    process = run_all("--work-dir", tmp_path / "work", *own_data(work, **{"label-file": tmp_path / "fewer.json"}))
-    assert process.returncode == 1 and "has no label for 1 of %d images: 00001" % SIZE in process.stderr, process.stderr
-    assert "stage 1" not in process.stdout
+    (tmp_path / "narrow.json").write_text(json.dumps({name: values[:34] for name, values in labels.items()}))
+    (tmp_path / "broken.json").write_text("{")
+    for name, text in (("broken.json", "broken.json: is not JSON"), ("narrow.json", "34")):
+        process = run_all("--work-dir", tmp_path / "work", *own_data(work, **{"label-file": tmp_path / name}))
+        assert process.returncode == 1 and text in process.stderr, (name, process.stderr)
+        assert not [name for name in os.listdir(str(tmp_path / "work")) if name.endswith(".onnx")]
 
 
-def test_sh_and_a_link(first_run, tmp_path):
-    """sh run_all.sh, through a symbolic link, in a Python that does not look beside the script for modules."""
+def test_it_runs_by_sh_through_a_link_and_with_safe_path(first_run, tmp_path):
     work, _ = first_run
     (tmp_path / "link.sh").symlink_to(os.path.join(ROOT, "run_all.sh"))
-    process = subprocess.run(["sh", str(tmp_path / "link.sh"), "--work-dir", work, "--stage", "7"], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, universal_newlines=True,
+    process = subprocess.run(["sh", str(tmp_path / "link.sh"), "--work-dir", work, "--stage", "7", "--stop-stage", "7"],
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
                              env=dict(os.environ, PYTHON=sys.executable, sample_size=str(SIZE), PYTHONSAFEPATH="1"))
     assert process.returncode == 0 and "scored %d images" % SIZE in process.stdout, process.stderr
 
 
 def start(work, *arguments, until="stage 6"):
-    """Starts run_all.sh on the data in its work folder and returns once it has said so; the process."""
+    """Starts run_all.sh on the data in its work folder. Returns the process once it has printed until."""
     command = ["bash", os.path.join(ROOT, "run_all.sh"), "--work-dir", work] + own_data(str(work)) + list(arguments)
     process = subprocess.Popen([str(argument) for argument in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env=dict(os.environ, PYTHON=sys.executable, set_env="/dev/null"), universal_newlines=True,
@@ -288,9 +280,9 @@ def start(work, *arguments, until="stage 6"):
     raise AssertionError(process.stderr.read())
 
 
-def test_two_runs_in_one_folder(copied_run):
-    """On two devices they do not disturb each other; on the same device the second one says so and stops."""
-    run, work = copied_run
+def test_runs_in_one_folder_share_it_wait_or_stop(own_copy):
+    """On two devices they do not disturb each other. On the same device, the second one stops."""
+    run, work = own_copy
     arguments = ["--stage", 6, "--stop-stage", 7]
     one = start(work, *arguments)
     one.send_signal(signal.SIGSTOP)  # so that it does not end before the others
@@ -302,7 +294,7 @@ def test_two_runs_in_one_folder(copied_run):
         output, error = process.communicate()
         assert process.returncode == 0 and "scored %d images" % SIZE in output, error
     assert results(str(work), 0) == results(str(work), 1)
-    # one that makes files waits for one that reads them, though the device is another
+    # A run that makes files waits for a run that reads them, also on another device.
     one = start(work, "--stage", 6, "--stop-stage", 6)
     one.send_signal(signal.SIGSTOP)
     two = start(work, "--stage", 4, "--stop-stage", 4, "--device-id", 1, until="waiting for the run on another device")
@@ -325,8 +317,8 @@ def write_slow_model(path):
                          [("m", np.zeros((1024, 1024), np.float32)), ("w", np.zeros((1, 26), np.float32))]), str(path))
 
 
-def test_ctrl_c_ends_it_and_its_processes(copied_run, tmp_path):
-    run, work = copied_run
+def test_ctrl_c_ends_the_run_and_its_processes(own_copy, tmp_path):
+    run, work = own_copy
     devices = ["--device-id", "0 1"]
     before = run(6, "--stop-stage", 7, *devices)
     assert before.returncode == 0, before.stderr

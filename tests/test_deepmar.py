@@ -16,9 +16,10 @@ import pathlib
 import pickle
 import resource
 import struct
-import subprocess
 import sys
 import tarfile
+import time
+import traceback
 import types
 import warnings
 import zipfile
@@ -28,6 +29,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import DeepMAR
 from DeepMAR import DeepMAR_ResNet50, DeepMAR_ResNet50_ExtractFeature, build_model, load_checkpoint, load_model
@@ -37,6 +39,7 @@ from lib import pickles
 torch.set_num_threads(1)  # threads that wait for each other are slow on a busy machine
 STATE = OrderedDict([("classifier.weight", torch.arange(6.).reshape(2, 3)), ("classifier.bias", torch.ones(2))])
 OTHER = OrderedDict((key, value + 5) for key, value in STATE.items())
+OPTIMIZER = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
 both_formats = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "earlier"])
 
 
@@ -67,10 +70,25 @@ def refusal(path, *arguments):
     return message
 
 
+def succeeds(function, *arguments):
+    """Calls a function in a child process, which ends at once. Returns whether it raised nothing and was not killed."""
+    process = os.fork()
+    if not process:
+        code = 1
+        try:
+            function(*arguments)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitpid(process, 0)[1] == 0
+
+
 # --- the network ------------------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def state():
+@functools.lru_cache(maxsize=None)
+def small_state():
     torch.manual_seed(0)
     return DeepMAR_ResNet50().state_dict()
 
@@ -79,16 +97,19 @@ def state():
 def small(monkeypatch):
     """The state dict of a small network, which load_model then takes for a DeepMAR."""
     monkeypatch.setattr(DeepMAR, "BLOCKS", [1, 1, 1, 1])
-    torch.manual_seed(0)
-    return DeepMAR_ResNet50().state_dict()
+    state = small_state()
+    for name_ in ("kaiming_normal_", "kaiming_uniform_"):  # a checkpoint replaces these random weights
+        monkeypatch.setattr(torch.nn.init, name_, lambda tensor, *_, **__: tensor)
+    return state
 
 
-def images(height=224, width=224):
+def images(height=64, width=64):
     return torch.from_numpy(np.random.RandomState(0).standard_normal((1, 3, height, width)).astype(np.float32))
 
 
-def test_keys_are_those_of_the_open_source_model(state):
+def test_keys_are_those_of_the_open_source_model():
     """torchvision's names below base., without fc; the open-source repository's resnet.py has the same."""
+    state = DeepMAR_ResNet50().state_dict()
     backbone = {"base." + key for key in torchvision.models.resnet50().state_dict() if not key.startswith("fc.")}
     assert set(state) == backbone | {"classifier.weight", "classifier.bias"}
     assert state["classifier.weight"].shape == (35, 2048) and "base.layer4.2.bn3.running_var" in state
@@ -100,8 +121,6 @@ def train():
     model = DeepMAR_ResNet50(num_att=4, last_conv_stride=1, drop_pool5=True, drop_pool5_rate=0.5, pretrained=False)
     torch.nn.init.normal_(model.classifier.weight)
     batch = torch.randn(2, 3, 64, 48)
-    assert model.base(batch).shape == (2, 2048, 4, 3)  # stride 16 instead of 32
-    assert DeepMAR_ResNet50().base(batch).shape == (2, 2048, 2, 2)
     before = [parameter.clone() for parameter in model.parameters()]
     torch.nn.functional.binary_cross_entropy_with_logits(model.train()(batch), torch.ones(2, 4)).backward()
     torch.optim.SGD(model.parameters(), lr=1e-5).step()
@@ -118,71 +137,69 @@ def train():
 
 
 def test_training_changes_all_parameters_and_dropout_acts_only_then():
-    """In another process, which ends at once: a backward pass of torch 1.6 was seen to damage the heap."""
-    subprocess.run([sys.executable, "-c", "import os, test_deepmar; test_deepmar.train(); os._exit(0)"], check=True,
-                   env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)))
+    """In a child process, because a backward pass of torch 1.6 was seen to damage the heap."""
+    assert succeeds(train)
+
+
+def test_pretrained_weights_are_those_of_torchvision(small, monkeypatch):
+    imagenet = ResNet(Bottleneck, [1, 1, 1, 1])
+    torch.nn.init.ones_(imagenet.conv1.weight)
+    monkeypatch.setattr(torchvision.models, "resnet50", lambda **arguments: imagenet)
+    assert same(DeepMAR_ResNet50(pretrained=True).base.conv1.state_dict(), imagenet.conv1.state_dict())
 
 
 def test_extract_feature_restores_the_mode(small):
-    model = DeepMAR_ResNet50(num_att=35).train()
+    model = DeepMAR_ResNet50().train()
     result = DeepMAR_ResNet50_ExtractFeature(model=model)(images())
     assert model.training and isinstance(result, np.ndarray) and result.shape == (1, 35)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="^imgs must be a torch.Tensor, not ndarray$"):
         DeepMAR_ResNet50_ExtractFeature(model)(images().numpy())
 
 
-OPTIMIZER = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
-
-
-@both_formats
-@pytest.mark.parametrize("form", [
-    lambda state: {"epoch": 3, "arch": "DeepMAR", "state_dict": {"module." + key: state[key] for key in state}, "best": 0.7},
-    lambda state: {"state_dicts": [state, OPTIMIZER], "ep": 150, "scores": 0},
-    lambda state: {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")},  # torch < 0.4.1
-], ids=["ascend", "open source", "old"])
+@pytest.mark.parametrize("form, zipped", [
+    (lambda state: {"epoch": 3, "arch": "DeepMAR", "state_dict": {"module." + key: state[key] for key in state}}, True),
+    (lambda state: {"state_dicts": [state, OPTIMIZER], "ep": 150, "scores": 0}, False),
+    (lambda state: {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}, False),
+], ids=["ascend", "open source", "torch before 0.4.1"])
 def test_every_form_gives_the_same_network(tmp_path, small, form, zipped):
-    saved(tmp_path / "c.pth", form(small), zipped)
-    model, expected = load_model(tmp_path / "c.pth"), DeepMAR_ResNet50()
-    assert not model.training and model.num_att == 35
-    expected.load_state_dict(small)
-    assert np.array_equal(*[DeepMAR_ResNet50_ExtractFeature(network)(images()) for network in (model, expected)])
+    model = load_model(saved(tmp_path / "c.pth", form(small), zipped))
+    assert not model.training and model.num_att == 35 and same(model.state_dict(), small)
 
 
-@pytest.mark.parametrize("attributes", [26, 51])
-def test_the_number_of_attributes_follows_from_the_checkpoint(small, attributes):
-    changed = dict(small)
-    changed["classifier.weight"], changed["classifier.bias"] = torch.zeros(attributes, 2048), torch.zeros(attributes)
-    assert build_model(changed).num_att == attributes
+def test_the_number_of_attributes_follows_from_the_checkpoint(small):
+    changed = dict(small, **{"classifier.weight": torch.zeros(26, 2048), "classifier.bias": torch.zeros(26)})
+    assert build_model(changed).num_att == 26
 
 
-def test_what_does_not_fit_is_named(state):
+def test_what_does_not_fit_is_named(tmp_path, small):
     def message(changed):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match="^not a DeepMAR ResNet-50 checkpoint: ") as error:
             build_model(changed)
         return str(error.value)
 
-    less = {key: value for key, value in state.items() if key != "base.layer3.2.conv1.weight"}
-    assert "missing: base.layer3.2.conv1.weight" in message(less)
-    assert "unexpected: base.extra" in message(dict(state, **{"base.extra": torch.zeros(1)}))
+    less = {key: value for key, value in small.items() if key != "base.layer3.0.conv1.weight"}
+    assert "missing: base.layer3.0.conv1.weight" in message(less)
+    assert "unexpected: base.extra" in message(dict(small, **{"base.extra": torch.zeros(1)}))
     assert "wrong shapes: base.conv1.weight [64, 3, 3, 3] instead of [64, 3, 7, 7]" in message(
-        dict(state, **{"base.conv1.weight": torch.zeros(64, 3, 3, 3)}))
-    classifier = {"classifier.weight": torch.zeros(35, 2048), "classifier.bias": torch.zeros(35)}
-    for name_, blocks in (("resnet101", "[3, 4, 23, 3]"), ("resnet18", "[2, 2, 2, 2] residual blocks of two"),
-                          ("resnet34", "two convolutions")):
-        other = getattr(torchvision.models, name_)().state_dict()
-        other = dict({"base." + key: value for key, value in other.items() if not key.startswith("fc.")}, **classifier)
-        assert "another backbone" in message(other) and blocks in message(other)
-    assert "none instead of classifier.weight" in message({"fc.weight": torch.zeros(2, 2)})
-    quantised = {key: (value * 100).to(torch.int8) if key.endswith("conv1.weight") else value for key, value in state.items()}
-    assert "whole numbers instead of weights, as in a quantised model: base.conv1.weight, " in message(quantised)
+        dict(small, **{"base.conv1.weight": torch.zeros(64, 3, 3, 3)}))
+    for network, blocks in ((ResNet(Bottleneck, [1, 1, 2, 1]), "[1, 1, 2, 1] residual blocks; ResNet-50 has [1, 1, 1, 1]"),
+                            (ResNet(BasicBlock, [1, 1, 1, 1]), "[1, 1, 1, 1] residual blocks of two convolutions; ResNet-50")):
+        other = {"base." + key: value for key, value in network.state_dict().items() if not key.startswith("fc.")}
+        other.update((key, small[key]) for key in ("classifier.weight", "classifier.bias"))
+        assert "another backbone (%s" % blocks in message(other)
+    quantised = dict(small, **{"base.conv1.weight": small["base.conv1.weight"].to(torch.int8)})
+    assert "whole numbers instead of weights, as in a quantised model: base.conv1.weight" in message(quantised)
+    assert "none instead of classifier.weight [num_att,2048]; its keys are fc.weight" in message({"fc.weight": torch.zeros(2, 2)})
     many = torch.zeros(1).expand(10 ** 9, 1)  # a network with so many attributes would not fit into the memory
     assert "[1000000000, 1] instead of classifier.weight [num_att,2048]" in message({"classifier.weight": many})
+    with pytest.raises(ValueError, match="c.pth: not a DeepMAR ResNet-50 checkpoint: "):
+        load_model(saved(tmp_path / "c.pth", STATE))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_checkpoint_fits_each_stride_and_image_size(tmp_path, small, stride):
     model = load_model(saved(tmp_path / "c.pth", small), last_conv_stride=stride)
-    for size in ((224, 224), (256, 128), (100, 60), (7, 5)):
+    for size in ((96, 64), (100, 60), (7, 5)):
         with torch.no_grad():
             features = model.base(images(*size))
             assert features.shape[2:] == tuple(-(-side // (16 * stride)) for side in size)
@@ -248,16 +265,25 @@ def with_payload(path, zipped, payload, names=("scores", "state_dict")):
     content = io.BytesIO()
     torch.save({names[0]: MARK, names[1]: STATE}, content, _use_new_zipfile_serialization=zipped)
     if zipped:
-        with zipfile.ZipFile(content) as archive, zipfile.ZipFile(str(path), "w") as changed:
-            for member in archive.infolist():
-                data = archive.read(member)
-                if member.filename.endswith("data.pkl"):
-                    assert data.count(MARKED) == 1
-                    data = data.replace(MARKED, payload)
-                changed.writestr(member.filename, data)
+        with zipfile.ZipFile(content) as archive:
+            data = archive.read("archive/data.pkl")
+        assert data.count(MARKED) == 1
+        repacked(content, path, **{"data.pkl": data.replace(MARKED, payload)})
     else:
         assert content.getvalue().count(MARKED) == 1
         path.write_bytes(content.getvalue().replace(MARKED, payload))
+
+
+def repacked(source, path, compression=zipfile.ZIP_STORED, root="archive/", folders=False, **members):
+    """Packs a file of torch.save again, as zip -0 -r does. members: changes of their content, by name."""
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(str(path), "w", compression) as changed:
+        if folders:
+            for folder in (root, root + "data/"):
+                changed.writestr(folder, b"")
+        content = {member.filename.split("/", 1)[1]: archive.read(member) for member in archive.infolist()}
+        for member, data in dict(content, **members).items():
+            changed.writestr(root + member, data)
+    return str(path)
 
 
 @pytest.fixture
@@ -279,18 +305,18 @@ def guarded(tmp_path, monkeypatch):
     assert not calls and set(sys.modules) == modules and os.listdir(str(tmp_path)) == ["bad.pth"]
 
 
-@pytest.mark.parametrize("payload", sorted(set(payloads("")) - {"persistent id", "rebuild"}))
-def test_the_payloads_are_live(tmp_path, monkeypatch, payload):
+def test_the_payloads_are_live(tmp_path, monkeypatch):
     """pickle.loads, as torch.load uses it, does create the file."""
     monkeypatch.setitem(copyreg._inverted_registry, EXTENSION, ("posix", "system"))
-    process = os.fork()
-    if not process:
-        try:
-            pickle.loads(b"\x80\x02" + payloads(str(tmp_path / "canary"))[payload] + b".")
-        finally:
-            os._exit(0)
-    os.waitpid(process, 0)
-    assert (tmp_path / "canary").exists()
+    canary = tmp_path / "canary"
+    for payload, opcodes in payloads(str(canary)).items():
+        if payload not in ("persistent id", "rebuild"):
+            try:
+                pickle.loads(b"\x80\x02" + opcodes + b".")
+            except TypeError:
+                assert payload == "NEWOBJ_EX"  # Popen without arguments
+            assert canary.exists(), payload
+            canary.unlink()
 
 
 @both_formats
@@ -306,8 +332,10 @@ def test_no_code_of_a_file_runs(guarded, zipped, place):
     path = guarded / "bad.pth"
     for payload, opcodes in payloads(str(guarded / "canary")).items():
         with_payload(path, zipped, PLACES[place](opcodes))
-        if payload == "extension" or place == "called":
-            refusal(path)
+        if payload == "extension":
+            assert "(UnpicklingError: it has an extension of copyreg, which nothing needs)" in refusal(path)
+        elif place == "called":
+            assert "(UnpicklingError: it calls a value that is no function)" in refusal(path)
         else:
             assert same(load_checkpoint(path)), payload
 
@@ -319,8 +347,7 @@ def test_no_code_runs_inside_the_state_dict_and_the_error_names_the_key(guarded,
 
     def arguments(function):
         return lambda p: name("torch._utils", function) + b"(" + p + p + b"(" + p + b"t" + p + b"tR"
-    inside = [PLACES["value"], PLACES["tensor"], arguments("_rebuild_parameter_with_state"), arguments("_rebuild_from_type_v2"),
-              lambda p: arguments("_rebuild_from_type_v2")(arguments("_rebuild_from_type_v2")(p))]
+    inside = [PLACES["value"], PLACES["tensor"], arguments("_rebuild_parameter_with_state"), arguments("_rebuild_from_type_v2")]
     for payload, opcodes in payloads(str(guarded / "canary")).items():
         for wrapped in inside:
             entries = [text(key) + wrapped(opcodes) for key in STATE]
@@ -329,19 +356,23 @@ def test_no_code_runs_inside_the_state_dict_and_the_error_names_the_key(guarded,
             assert (": classifier.weight is " in refusal(path)) == (payload != "extension"), payload
 
 
-@pytest.mark.parametrize("place", range(5))
-def test_no_code_runs_in_any_of_the_five_pickles(guarded, place):
-    """A file of the earlier format is a magic number, a version, the system, the content and the storages' keys."""
-    for payload in list(payloads(str(guarded / "canary")).values()) + [b"]" + b")" + b"\x85" * 10 ** 5 + b"a"]:
-        parts_ = [MAGIC] + [pickle.dumps(value, 2) for value in (1001, {"little_endian": True}, {}, [])]
-        parts_[place] = b"\x80\x02" + payload + b"."
-        (guarded / "bad.pth").write_bytes(b"".join(parts_))
-        refusal(guarded / "bad.pth")
+def earlier_file(path, content=b"}.", keys=b"].", rest=b""):
+    """Writes the earlier format: pickles of a magic number, a version, the system, the content and the storages' keys."""
+    path.write_bytes(MAGIC + pickle.dumps(1001, 2) + pickle.dumps({}, 2) + b"\x80\x02" + content + b"\x80\x02" + keys + rest)
+    return path
+
+
+def test_no_code_runs_in_any_of_the_five_pickles(guarded):
+    for opcodes in payloads(str(guarded / "canary")).values():
+        for place in range(5):
+            pickles_ = [MAGIC] + [pickle.dumps(value, 2) for value in (1001, {"little_endian": True}, {}, [])]
+            pickles_[place] = b"\x80\x02" + opcodes + b"."
+            (guarded / "bad.pth").write_bytes(b"".join(pickles_))
+            refusal(guarded / "bad.pth")
 
 
 def test_the_script_says_so_in_one_line(guarded):
-    (guarded / "bad.pth").write_bytes(MAGIC + pickle.dumps(1001, 2) + pickle.dumps({}, 2) + b"\x80\x02" + payloads(
-        str(guarded / "canary"))["REDUCE"] + b".\x80\x02].")
+    earlier_file(guarded / "bad.pth", payloads(str(guarded / "canary"))["REDUCE"] + b".")
     check_error(script("export_onnx.py", "bad.pth", "out.onnx", 1, cwd=guarded),
                 "export_onnx.py: error: bad.pth: holds an object of os.system, not a state dict")
 
@@ -349,49 +380,39 @@ def test_the_script_says_so_in_one_line(guarded):
 LEVELS = 3 * 10 ** 4
 BOMBS = {
     "nested calls": b"ca\nb\n" * LEVELS + b"N" + b"\x85R" * LEVELS, "a list in itself": b"]q\x01h\x01a",
-    "a key of nested tuples": b"})" + b"\x85" * 10 * LEVELS + b"K\x01s", "marks": b"(" * 100 * LEVELS + b"N",
+    "a key of nested tuples": b"})" + b"\x85" * 5 * LEVELS + b"K\x01s", "marks": b"(" * 20 * LEVELS + b"N",
     "keys of 2 ** 100 tuples": b"})" + b"2\x86" * 100 + b"q\x01K\x01s\x8f(h\x01\x90(h\x01\x91",
     "a number of a million digits": b"\x95" + struct.pack("<Q", 10 ** 6 + 2) + b"I" + b"9" * 10 ** 6 + b"\n",
     "a place in the memo": b"Nr\xff\xff\xff\x7f", "bytearray of 2 ** 40": b"\x96" + struct.pack("<q", 2 ** 40),
-    "calls with one tuple": b"ca\nb\nq\x01(" + b"N" * LEVELS + b"tq\x02(" + b"h\x01h\x02R" * LEVELS + b"t",
 }
 
 
-def outcome(unpickler, opcodes):
-    """Returns the type of what a pickle holds, or the error."""
-    try:
-        return type(unpickler(pickles.Pickle(b"\x80\x02" + opcodes + b".")).load()).__name__
-    except Exception as error:
-        return repr(error)
-
-
-@pytest.mark.parametrize("bomb", sorted(BOMBS))
-def test_a_bomb_takes_neither_time_nor_memory(guarded, bomb):
-    """In a process that may use 20 seconds and 200 MB."""
-    path = guarded / "bad.pth"
-    with_payload(path, True, b"}" + text("classifier.weight") + BOMBS[bomb] + b"s", ("state_dict", "scores"))
-    process = os.fork()
-    if not process:
+def load_bombs(path):
+    """Each may use 10 seconds, and all of them 200 MB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for bomb, opcodes in BOMBS.items():
+        print(bomb, file=sys.stderr)  # if the process is killed, the last one did it
+        with_payload(path, True, b"}" + text("classifier.weight") + opcodes + b"s", ("state_dict", "scores"))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 10, resource.RLIM_INFINITY))
         try:
-            resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            try:
-                load_checkpoint(path)
-            except ValueError as error:
-                assert "MemoryError" not in str(error)
-            assert outcome(pickles.Unpickler, BOMBS[bomb])
-            assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
-            os._exit(0)
-        finally:
-            os._exit(1)
-    assert os.waitpid(process, 0)[1] == 0
+            load_checkpoint(path)
+        except ValueError as error:
+            assert "MemoryError" not in str(error) and ("it is nested too deeply" in str(error)) == (bomb == "marks")
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+
+
+def test_a_bomb_takes_neither_time_nor_memory(guarded):
+    assert succeeds(load_bombs, guarded / "bad.pth")
 
 
 @pytest.mark.parametrize("frame", [b"", b"\x95" + struct.pack("<Q", 10 ** 4 + 2)], ids=["plain", "in a frame"])
 def test_a_line_is_limited(frame):
     """Before 3.7.14, Python takes hours for a number of a million digits."""
-    assert outcome(pickles.Unpickler, frame + b"V" + b"x" * 1000 + b"\n") == "str"
-    assert "KeyError" in outcome(pickles.Unpickler, frame + b"V" + b"x" * 10 ** 4 + b"\n")
+    def line(length):
+        return pickles.Unpickler(pickles.Pickle(frame + b"V" + b"x" * length + b"\n.")).load()
+    assert line(1000) == "x" * 1000
+    with pytest.raises(KeyError):  # the rest of the line is no opcode
+        line(10 ** 4)
 
 
 def test_the_two_copies_of_the_reader_are_one():
@@ -400,8 +421,6 @@ def test_the_two_copies_of_the_reader_are_one():
     assert len(own) == 3
     for value in own:
         assert inspect.getsource(value) == inspect.getsource(getattr(DeepMAR, value.__name__))
-    for payload, opcodes in list(payloads("x").items()) + [("list", b"](K\x01e"), ("call", b"ca\nb\n)R"), ("id", b"Pid\n")]:
-        assert outcome(pickles.Unpickler, opcodes) == outcome(DeepMAR.Unpickler, opcodes), payload
 
 
 # --- Python 2.7 ----------------------------------------------------------------------------------------------------
@@ -517,7 +536,7 @@ class Config(dict):
 
 
 Point = collections.namedtuple("Point", "x y")
-KEPT = [
+KEPT = dict(enumerate([
     np.float64(0.789), np.arange(5.), np.array(["a"], dtype=object), np.dtype("f4"), {"scores": [np.int64(1)]},
     argparse.Namespace(lr=0.001, best=np.float32(3)), Counter([50, 100]), pathlib.PurePosixPath("/data/peta"), pathlib.Path("."),
     datetime.datetime(2024, 5, 6), datetime.timedelta(1), torch.device("cuda:1"), torch.float16, torch.Size([2]), torch.strided,
@@ -525,20 +544,17 @@ KEPT = [
     deque([1, 2], 5), OrderedDict([((1, 2), 3)]), Config(lr=0.1, model=Config(name="DeepMAR")), 1 + 2j, slice(1, 2), range(9),
     bytearray(b"abc"), b"abc", Ellipsis, NotImplemented, functools.partial(int, base=2), len, Mode.TRAIN, Point(1, 2), Mode,
     types.SimpleNamespace(a=1), {torch.device("cpu"): 1, Mode.TRAIN: 2, pathlib.PurePath("a"): 3, (1, (2,)): 4, None: 5},
-    torch.optim.SGD([torch.zeros(1)], 0.1), torch.nn.Linear(2, 2), np.random.RandomState(0).get_state(), ValueError("x")]
+    torch.optim.SGD([torch.zeros(1)], 0.1), torch.nn.Linear(2, 2), np.random.RandomState(0).get_state(), ValueError("x")]))
 
 
 @pytest.mark.parametrize("arguments", [{}, {"zipped": False}, {"pickle_protocol": 1}, {"pickle_protocol": 4},
                                        {"zipped": False, "pickle_protocol": pickle.HIGHEST_PROTOCOL}], ids=str)
 def test_what_a_training_run_keeps_with_the_state_dict(tmp_path, monkeypatch, arguments):
     """All of it is left alone, and none of it is imported."""
-    for number, kept in enumerate(KEPT):
-        saved(tmp_path / str(number), {"before": kept, "state_dict": STATE, "after": [kept]}, **arguments)
+    path = saved(tmp_path / "c.pth", dict(KEPT, state_dict=STATE, after=KEPT, **{str(key): KEPT[key] for key in KEPT}), **arguments)
     monkeypatch.delitem(sys.modules, __name__)  # where some of the classes are
-    for number, kept in enumerate(KEPT):
-        state, notes = read(str(tmp_path / str(number)))
-        assert same(state) and notes == [], kept
-    assert __name__ not in sys.modules
+    state, notes = read(path)
+    assert same(state) and notes == [] and __name__ not in sys.modules
 
 
 class Rebuilt(object):
@@ -576,22 +592,20 @@ def parts(tensor):
 def test_tensors_of_an_npu(tmp_path, monkeypatch, zipped):
     weight = torch.arange(20.)[2:8].view(3, 2).t()  # a part of its storage, turned
     expected = OrderedDict([("classifier.weight", weight), ("classifier.bias", torch.ones(2))])
-    paths = []
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "npu:0")
     rebuild = foreign(monkeypatch, "torch_npu.utils.storage", "_rebuild_npu_tensor")
     formats = foreign(monkeypatch, "torch_npu.npu._format", "Format", enum.IntEnum("Format", "NCHW ND"))
-    for number, format_ in enumerate((2, True, formats.ND)):
+    for format_ in (2, formats.ND):
         state = {"module." + key: Rebuilt(rebuild, *(parts(value) + (format_,))) for key, value in expected.items()}
         momentum = Rebuilt(rebuild, *(parts(torch.ones(3)) + (format_,)))
-        paths.append(saved(tmp_path / ("all%d" % number), {"state_dict": state, "optimizer": [momentum]}, zipped))
-        paths.append(saved(tmp_path / ("optimizer%d" % number), {
-            "optimizer": {"state": {0: {"momentum_buffer": momentum}}}, "state_dict": expected}, zipped))
-    monkeypatch.undo()
-    for path in paths:
-        with open(path, "rb") as f:
-            content = f.read()
-        assert b"_rebuild_npu_tensor" in content and b"npu:0" in content and (b"_format" in content) == path.endswith("2")
-        assert same(load_checkpoint(path), expected), path
+        for content in ({"state_dict": state, "optimizer": [momentum]}, {"optimizer": {"state": [momentum]}, "model": expected}):
+            with open(saved(tmp_path / "c.pth", content, zipped), "rb") as f:
+                data = f.read()
+            assert b"_rebuild_npu_tensor" in data and b"npu:0" in data and (b"_format" in data) == (format_ is formats.ND)
+            with monkeypatch.context() as without_package:
+                for module in ("torch_npu", "torch_npu.utils.storage", "torch_npu.npu._format"):
+                    without_package.delitem(sys.modules, module)
+                assert same(load_checkpoint(tmp_path / "c.pth"), expected)
 
 
 @both_formats
@@ -617,28 +631,26 @@ def test_calls_around_a_tensor(tmp_path, monkeypatch, zipped):
         assert same(load_checkpoint(path), {"classifier.weight": torch.ones(2, 3)}), path
 
 
-@pytest.mark.parametrize("prefix", [
-    "", "module.", "model.", "_orig_mod.", "module.module.", "_orig_mod.module.", "module._orig_mod.", "model.module.", "net.",
-    "model.backbone.", "classifier.", "base."])
-def test_prefixes_are_removed(tmp_path, prefix):
-    state, notes = read(saved(tmp_path / "c.pth", {"state_dict": {prefix + key: value for key, value in STATE.items()}}))
-    assert same(state)
-    assert notes == (["took its only state dict, state_dict.%s" % prefix.split("model.")[-1].strip(".")] if prefix in (
-        "model.backbone.", "classifier.", "base.") else [])
-    for keys in (("classifier.%sweight" % prefix, "classifier.bias"), ("classifier.weight", prefix + "classifier.bias")):
-        if prefix.split(".")[0] in DeepMAR.WRAPPERS and "backbone" not in prefix:  # inside a key, and only in some keys
+def test_prefixes_are_removed(tmp_path):
+    for prefix in ("", "module.", "_orig_mod.", "module.module.", "_orig_mod.module.", "model.module."):
+        content = {"state_dict": {prefix + key: value for key, value in STATE.items()}}
+        assert read(saved(tmp_path / "c.pth", content))[1] == [] and same(load_checkpoint(tmp_path / "c.pth"))
+        # in a key, and only in some keys
+        for keys in (("classifier.%sweight" % prefix, "classifier.bias"), ("classifier.weight", prefix + "classifier.bias")):
             assert same(load_checkpoint(saved(tmp_path / "c.pth", dict(zip(keys, STATE.values())))))
+    for prefix, named in (("net.", "net"), ("model.backbone.", "backbone"), ("classifier.", "classifier"), ("base.", "base")):
+        state, notes = read(saved(tmp_path / "c.pth", {"state_dict": {prefix + key: value for key, value in STATE.items()}}))
+        assert same(state) and notes == ([] if named == "net" else ["took its only state dict, state_dict." + named])
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.module."])
-def test_keys_that_become_one_must_have_equal_values(tmp_path, prefix):
+def test_keys_that_become_one_must_have_equal_values(tmp_path):
     twice = OrderedDict(STATE)
-    twice.update((prefix + key, value.clone()) for key, value in STATE.items())
+    twice.update(("model.module." + key, value.clone()) for key, value in STATE.items())
     assert same(load_checkpoint(saved(tmp_path / "equal.pth", {"state_dict": twice})))
     for changed in (STATE["classifier.bias"] + 1, STATE["classifier.bias"][:1], STATE["classifier.bias"].half() * 1.01):
-        twice[prefix + "classifier.bias"] = changed
-        assert ("c.pth: classifier.bias and %sclassifier.bias are the same key of the network, but their values differ"
-                % prefix) in refusal(saved(tmp_path / "c.pth", {"state_dict": twice}))
+        twice["model.module.classifier.bias"] = changed
+        assert ("c.pth: classifier.bias and model.module.classifier.bias are the same key of the network, but their values differ; "
+                "delete the wrong one") in refusal(saved(tmp_path / "c.pth", {"state_dict": twice}))
 
 
 def test_what_does_not_belong_to_the_network_is_left_out(tmp_path):
@@ -660,7 +672,6 @@ AVERAGED = {"module." + key: value for key, value in OTHER.items()}
 @pytest.mark.parametrize("content, taken, other", [
     ({"state_dict": STATE, "state_dict_ema": OTHER, "optimizer": OPTIMIZER}, "state_dict", "state_dict_ema"),
     ({"ema": {"module": OTHER, "decay": 0.99}, "model": STATE}, "model", "ema.module"),
-    ({"model_ema": AVERAGED, "model": STATE}, "model", "model_ema"),
     ({"state_dict": {"ema": OTHER, "net": STATE}}, "state_dict.net", "state_dict.ema"),
     ({"state_dicts": [STATE, OTHER, OPTIMIZER], "ep": 3}, "state_dicts.0", "state_dicts.1"),
     ({"state_dict": dict(STATE, **{"ema." + key: value for key, value in AVERAGED.items()})}, "state_dict", "state_dict.ema"),
@@ -699,23 +710,19 @@ def test_ambiguous_state_dicts_are_refused(tmp_path):
             saved(tmp_path / "c.pth", content))
 
 
-@pytest.mark.parametrize("where", DeepMAR.MAIN + ["anything", "ema.module"])
 @pytest.mark.parametrize("kind", [dict, OrderedDict, Config, defaultdict])
-def test_the_only_state_dict_is_found_anywhere(tmp_path, where, kind):
-    content = kind()
-    content.update(STATE)
-    for part in reversed(where.split(".")):
-        inner, content = content, kind()
-        content.update({part: inner, "epoch": 3, "optimizer": OPTIMIZER, "train": {"classifier.weight": 0.1}})
-    state, notes = read(saved(tmp_path / "c.pth", content))
-    assert same(state)
-    assert notes == ([] if where not in ("anything", "ema.module") else ["took its only state dict, " + where])
-
-
-def test_named_optimizer_state_is_not_a_state_dict(tmp_path):
-    by_name = {"state": {"classifier.weight": {"exp_avg": torch.ones(2, 3)}, "classifier.bias": {"exp_avg": torch.ones(2)}}}
-    state, notes = read(saved(tmp_path / "c.pth", {"optim": by_name, "net": STATE}))
-    assert same(state) and notes == []
+def test_the_only_state_dict_is_found_anywhere(tmp_path, kind):
+    """An optimizer that knows the parameters' names, and other entries with these names, are no state dicts."""
+    optimizer = {"state": {"classifier.weight": {"exp_avg": torch.ones(2, 3)}, "classifier.bias": {"exp_avg": torch.ones(2)}}}
+    for where in DeepMAR.MAIN + ["anything", "ema.module"]:
+        content = kind()
+        content.update(STATE)
+        for part in reversed(where.split(".")):
+            inner, content = content, kind()
+            content.update({part: inner, "epoch": 3, "optimizer": optimizer, "train": {"classifier.weight": 0.1}})
+        state, notes = read(saved(tmp_path / "c.pth", content))
+        assert same(state)
+        assert notes == ([] if where in DeepMAR.MAIN else ["took its only state dict, " + where])
 
 
 @both_formats
@@ -730,29 +737,22 @@ def test_a_file_without_a_state_dict_says_what_it_has(tmp_path, zipped):
         assert message in refusal(saved(tmp_path / "c.pth", content, zipped))
 
 
-# What is inside a state dict and not a plain tensor of real numbers -> what the error says of it
-NO_TENSORS = {
-    "a number": (lambda: 3, "is int,"), "text": (lambda: "x", "is str,"), "nothing": (lambda: None, "is NoneType,"),
-    "numpy": (lambda: np.ones(2), "is %s._reconstruct," % np.ones(2).__reduce__()[0].__module__),
-    "a path": (lambda: pathlib.PurePosixPath("a"), "is %s.PurePosixPath," % pathlib.PurePosixPath.__module__),
-    "quantised": (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "is torch._utils._rebuild_qtensor,"),
-    "sparse": (lambda: torch.ones(2).to_sparse(), "is torch._utils._rebuild_sparse_tensor,"),
-    "sharded": (lambda: Rebuilt(Point, 1, 2), "is test_deepmar.Point,"),
-    "complex": (lambda: torch.ones(2, dtype=torch.complex64), "has values of the type ComplexFloat;"),
-    # torch 2 can write -x as x and a mark.
-    "negated": (lambda: Rebuilt(torch._utils._rebuild_tensor_v2, *(parts(torch.ones(2)) + ({"neg": True},))),
-                "is torch._utils._rebuild_tensor_v2,"),
-    "conjugate": (lambda: Rebuilt(torch._utils._rebuild_tensor_v2, *(parts(torch.ones(2)) + ({"conj": True},))),
-                  "is torch._utils._rebuild_tensor_v2,"),
-}
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("what", sorted(NO_TENSORS))
-def test_what_is_not_a_plain_tensor_is_named(tmp_path, what):
-    make, message = NO_TENSORS[what]
-    path = saved(tmp_path / "c.pth", {"state_dict": dict(STATE, **{"classifier.bias": make()})})
-    assert "c.pth: classifier.bias " + message in refusal(path)
+def test_what_is_not_a_plain_tensor_is_named(tmp_path):
+    rebuild = torch._utils._rebuild_tensor_v2
+    plain = "not a plain tensor; save model.state_dict() of the whole model, not sharded or quantised"
+    for value, message in (
+            (3, "is int, " + plain), ("x", "is str, " + plain), (None, "is NoneType, " + plain),
+            (np.ones(2), "is %s._reconstruct," % np.ones(2).__reduce__()[0].__module__),
+            (Rebuilt(Point, 1, 2), "is test_deepmar.Point,"),
+            (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "is torch._utils._rebuild_qtensor,"),
+            (torch.ones(2).to_sparse(), "is torch._utils._rebuild_sparse_tensor,"),
+            # torch 2 can write -x as x and a mark.
+            (Rebuilt(rebuild, *(parts(torch.ones(2)) + ({"neg": True},))), "is torch._utils._rebuild_tensor_v2,"),
+            (Rebuilt(rebuild, *(parts(torch.ones(2)) + ({"conj": True},))), "is torch._utils._rebuild_tensor_v2,"),
+            (torch.ones(2, dtype=torch.complex64), "has values of the type ComplexFloat; save model.float().state_dict()")):
+        path = saved(tmp_path / "c.pth", {"state_dict": dict(STATE, **{"classifier.bias": value})})
+        assert "c.pth: classifier.bias " + message in refusal(path)
 
 
 @pytest.mark.parametrize("kind, name_", [(torch.float16, "float16"), (torch.bfloat16, "bfloat16"), (torch.float64, "float64")])
@@ -768,11 +768,11 @@ def test_weights_of_other_precisions_become_float32(tmp_path, kind, name_, zippe
             saved(tmp_path / "c.pth", {"classifier.weight": torch.tensor([1, bad], dtype=kind)}, zipped))
 
 
-@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool])
-def test_whole_numbers_keep_their_values(tmp_path, kind):
-    for values in (torch.tensor([[0, 1]], dtype=kind), torch.tensor(1, dtype=kind), torch.zeros(2, 0, dtype=kind)):
-        state = load_checkpoint(saved(tmp_path / "c.pth", {"classifier.weight": torch.ones(1), "base.x": values}))
-        assert state["base.x"].tolist() == values.tolist()
+def test_whole_numbers_keep_their_values(tmp_path):
+    for kind in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool):
+        for values in (torch.tensor([[0, 1]], dtype=kind), torch.tensor(1, dtype=kind), torch.zeros(2, 0, dtype=kind)):
+            state = load_checkpoint(saved(tmp_path / "c.pth", {"classifier.weight": torch.ones(1), "base.x": values}))
+            assert state["base.x"].tolist() == values.tolist()
 
 
 @both_formats
@@ -784,18 +784,6 @@ def test_shared_expanded_and_turned_tensors(tmp_path, zipped):
 
 
 # --- other containers --------------------------------------------------------------------------------------------------
-
-def repacked(source, path, compression=zipfile.ZIP_STORED, root="archive/", folders=False, **members):
-    """Packs a file of torch.save again, as zip -0 -r does. members: changes of their content, by name."""
-    with zipfile.ZipFile(str(source)) as archive, zipfile.ZipFile(str(path), "w", compression) as changed:
-        if folders:
-            for folder in (root, root + "data/"):
-                changed.writestr(folder, b"")
-        content = {member.filename.split("/", 1)[1]: archive.read(member) for member in archive.infolist()}
-        for member, data in dict(content, **members).items():
-            changed.writestr(root + member, data)
-    return str(path)
-
 
 def test_an_unpacked_checkpoint_can_be_packed_again(tmp_path):
     """A browser may have unpacked it. The error's command packs it."""
@@ -829,13 +817,14 @@ def test_a_zip_file_without_checksums(tmp_path):
 
 
 def test_files_of_a_big_endian_machine_are_refused(tmp_path):
-    assert "big-endian" in refusal(repacked(saved(tmp_path / "c.pth", STATE), tmp_path / "big.pth", byteorder=b"big"))
+    message = "it was saved on a big-endian machine, whose files are not supported"
+    assert message in refusal(repacked(saved(tmp_path / "c.pth", STATE), tmp_path / "big.pth", byteorder=b"big"))
     with open(saved(tmp_path / "c.pth", STATE, zipped=False), "rb") as f:
         data = f.read()
     assert data.count(b"little_endian") == 1
     at = data.index(b"\x88", data.index(b"little_endian"))
     (tmp_path / "old.pth").write_bytes(data[:at] + b"\x89" + data[at + 1:])
-    assert "big-endian" in refusal(tmp_path / "old.pth")
+    assert message in refusal(tmp_path / "old.pth")
 
 
 def write_safetensors(path, tensors):
@@ -885,20 +874,27 @@ def test_files_of_other_kinds_are_named(tmp_path):
     for mode in ("w", "w:gz"):
         with tarfile.open(str(path), mode) as archive:
             archive.add(saved(tmp_path / "c.pth", STATE), "c.pth")
-        assert "is a tar archive, not a checkpoint; unpack it with tar -xf" in refusal(path)
+        assert "is a tar archive, not a checkpoint; unpack it with tar -xf and give the file in it" in refusal(path)
     torch.jit.save(torch.jit.script(torch.nn.ReLU()), str(path))
     assert "is a TorchScript archive, not a checkpoint; save model.state_dict()" in refusal(
-        repacked(path, tmp_path / "script.pth"))  # torch 1.6 compresses it
-    for data, message in ((pickle.dumps({"classifier.weight": np.ones(2)}), "is a pickle, but not from torch.save"),
-                          (b"", "is not a PyTorch checkpoint"), (b"<!DOCTYPE html><html>", "is not a PyTorch checkpoint"),
-                          (b"\x89PNG\r\n", "is not a PyTorch checkpoint"), (b"PK\x03\x04" + bytes(50), "is damaged or cut off")):
+        repacked(str(path), tmp_path / "script.pth"))  # torch 1.6 compresses it
+    for data, message in ((pickle.dumps({"classifier.weight": np.ones(2)}, 2),
+                           "is a pickle, but not from torch.save; save the checkpoint with torch.save"),
+                          (b"", "is not a PyTorch checkpoint (it begins with b'')"),
+                          (b"<!DOCTYPE html><html>", "is not a PyTorch checkpoint (it begins with b'<!DOCTYPE html>')"),
+                          (b"PK\x03\x04" + bytes(50), "is damaged or cut off (BadZipFile: ")):
         path.write_bytes(data)
         assert message in refusal(path)
-    with zipfile.ZipFile(str(path), "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(10 ** 7))
-    assert "has compressed or oversized members" in refusal(path)
-    with pytest.raises(OSError, match="nowhere: no such file"):
+    for member, message in (("archive/data.pkl", "has compressed or oversized members, which torch.save does not write; if someone "
+                             "packed it, unpack it and pack it without compression: zip -0 -r"),
+                            ("photo.png", "is a zip file, but not a PyTorch checkpoint (it has no data.pkl)")):
+        with zipfile.ZipFile(str(path), "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(member, bytes(10 ** 7))
+        assert message in refusal(path)
+    with pytest.raises(OSError, match="nowhere: no such file; the first argument is the trained checkpoint"):
         load_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(OSError, match="^/proc/self/mem: cannot be read: Input/output error$"):
+        load_checkpoint("/proc/self/mem")
 
 
 def test_names_that_would_break_a_message_are_escaped(tmp_path):
@@ -919,11 +915,12 @@ def test_names_that_would_break_a_message_are_escaped(tmp_path):
 
 @both_formats
 def test_a_damaged_file_is_refused_or_harmless(tmp_path, zipped):
-    """It is cut off anywhere, or one bit is another one."""
+    """It is cut off somewhere, or one bit is another one. tests/test_fuzz.py tries more."""
     path, refused = tmp_path / "c.pth", 0
     with_payload(path, zipped, b"N")
     whole = path.read_bytes()
-    for at in range(len(whole)):
+    places = range(0, len(whole), 15)
+    for at in places:
         path.write_bytes(whole[:at])
         refusal(path)
         path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1:])
@@ -932,7 +929,17 @@ def test_a_damaged_file_is_refused_or_harmless(tmp_path, zipped):
         except ValueError as error:
             refused += 1
             assert str(error).startswith("%s: " % path) and "\n" not in str(error), at
-    assert refused > len(whole) / 8
+    assert refused > len(places) / 8
+
+
+def test_damage_of_the_earlier_format_is_named(tmp_path):
+    path, storage = tmp_path / "c.pth", b"(" + text("storage") + name("torch", "FloatStorage") + text("0") + text("cpu") + b"K\x04tQ."
+    for content, keys, rest, message in (
+            (b"}.", b"]K\x00a.", b"", "is damaged, or made to do harm (a storage's name is not text)"),
+            (storage, b"]" + text("0") + b"a.", struct.pack("<q", 5) + bytes(16),
+             "is damaged or cut off (it ends within the values of its tensors)"),
+            (b"K\x00Q.", b"].", b"", "is damaged or cut off (UnpicklingError: it has a persistent id that torch.save does not write)")):
+        assert message in refusal(earlier_file(path, content, keys, rest))
 
 
 def test_a_storage_that_claims_more_than_it_holds_is_refused(tmp_path):
@@ -942,16 +949,18 @@ def test_a_storage_that_claims_more_than_it_holds_is_refused(tmp_path):
         data = archive.read([member for member in archive.namelist() if member.endswith("data.pkl")][0])
     assert data.count(b"K\x04") == 2  # the storage's size, and the tensor's
     for claimed, message in ((5, "reaches beyond its 4 values"), (10 ** 6, "reaches beyond its 4 values"),
-                             (10 ** 10, "and the tensors before"), (2 ** 62, "is not a tensor"), (-1, "is not a tensor")):
+                             (10 ** 10, "and the tensors before it have more values than the file has bytes"),
+                             (2 ** 62, "is not a tensor as torch.save writes it; the file is damaged, or made to do harm"),
+                             (-1, "is not a tensor")):
         changed = data.replace(b"K\x04", b"\x8a\x08" + struct.pack("<q", claimed))
         path = repacked(source, tmp_path / "claim.pth", ballast=bytes(5 * 10 ** 6), **{"data.pkl": changed})
         assert "classifier.weight " + message in refusal(path)
 
 
 @both_formats
-@pytest.mark.parametrize("offset, size, stride", [
-    (0, (2,), (2 ** 62,)), (0, (3,), (2 ** 61,)), (0, (2, 3), (2 ** 62, 2 ** 62)), (0, (2 ** 32, 2 ** 32), (1, 0)),
-    (100, (1,), (1,)), (-50, (2,), (1,)), (0, (5,), (1,)), (0, (10 ** 4,) * 3, (0,) * 3)])
-def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path, zipped, offset, size, stride):
-    tensor = Rebuilt(torch._utils._rebuild_tensor_v2, parts(torch.zeros(4))[0], offset, size, stride, False, OrderedDict())
-    assert "classifier.weight " in refusal(saved(tmp_path / "strides.pth", {"classifier.weight": tensor}, zipped))
+def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path, zipped):
+    for offset, size, stride in (
+            (0, (2,), (2 ** 62,)), (0, (3,), (2 ** 61,)), (0, (2, 3), (2 ** 62, 2 ** 62)), (0, (2 ** 32, 2 ** 32), (1, 0)),
+            (100, (1,), (1,)), (-50, (2,), (1,)), (0, (5,), (1,)), (0, (10 ** 4,) * 3, (0,) * 3)):
+        tensor = Rebuilt(torch._utils._rebuild_tensor_v2, parts(torch.zeros(4))[0], offset, size, stride, False, OrderedDict())
+        assert "classifier.weight " in refusal(saved(tmp_path / "strides.pth", {"classifier.weight": tensor}, zipped))

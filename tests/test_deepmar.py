@@ -33,7 +33,6 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import DeepMAR
 from DeepMAR import DeepMAR_ResNet50, DeepMAR_ResNet50_ExtractFeature, build_model, load_checkpoint, load_model
-from helpers import check_error, script
 from lib import pickles
 
 torch.set_num_threads(1)  # threads that wait for each other are slow on a busy machine
@@ -90,7 +89,7 @@ def succeeds(function, *arguments):
 @functools.lru_cache(maxsize=None)
 def small_state():
     torch.manual_seed(0)
-    return DeepMAR_ResNet50().state_dict()
+    return DeepMAR_ResNet50(num_att=26).state_dict()
 
 
 @pytest.fixture
@@ -98,12 +97,12 @@ def small(monkeypatch):
     """The state dict of a small network, which load_model then takes for a DeepMAR."""
     monkeypatch.setattr(DeepMAR, "BLOCKS", [1, 1, 1, 1])
     state = small_state()
-    for name_ in ("kaiming_normal_", "kaiming_uniform_"):  # a checkpoint replaces these random weights
-        monkeypatch.setattr(torch.nn.init, name_, lambda tensor, *_, **__: tensor)
+    for function in ("kaiming_normal_", "kaiming_uniform_"):  # a checkpoint replaces these random weights
+        monkeypatch.setattr(torch.nn.init, function, lambda tensor, *_, **__: tensor)
     return state
 
 
-def images(height=64, width=64):
+def images(height, width):
     return torch.from_numpy(np.random.RandomState(0).standard_normal((1, 3, height, width)).astype(np.float32))
 
 
@@ -125,15 +124,11 @@ def train():
     torch.nn.functional.binary_cross_entropy_with_logits(model.train()(batch), torch.ones(2, 4)).backward()
     torch.optim.SGD(model.parameters(), lr=1e-5).step()
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
-    model.eval()
-    assert torch.equal(model(batch), model(batch))
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 0.0
-    model.train()
     assert not torch.equal(model(batch), model(batch))
     model.drop_pool5 = False
     assert torch.equal(model(batch), model(batch))
+    model.drop_pool5 = True
+    assert torch.equal(model.eval()(batch), model(batch))
 
 
 def test_training_changes_all_parameters_and_dropout_acts_only_then():
@@ -150,25 +145,19 @@ def test_pretrained_weights_are_those_of_torchvision(small, monkeypatch):
 
 def test_extract_feature_restores_the_mode(small):
     model = DeepMAR_ResNet50().train()
-    result = DeepMAR_ResNet50_ExtractFeature(model=model)(images())
+    result = DeepMAR_ResNet50_ExtractFeature(model=model)(images(64, 64))
     assert model.training and isinstance(result, np.ndarray) and result.shape == (1, 35)
     with pytest.raises(ValueError, match="^imgs must be a torch.Tensor, not ndarray$"):
-        DeepMAR_ResNet50_ExtractFeature(model)(images().numpy())
+        DeepMAR_ResNet50_ExtractFeature(model)(images(64, 64).numpy())
 
 
-@pytest.mark.parametrize("form, zipped", [
-    (lambda state: {"epoch": 3, "arch": "DeepMAR", "state_dict": {"module." + key: state[key] for key in state}}, True),
-    (lambda state: {"state_dicts": [state, OPTIMIZER], "ep": 150, "scores": 0}, False),
-    (lambda state: {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}, False),
-], ids=["ascend", "open source", "torch before 0.4.1"])
-def test_every_form_gives_the_same_network(tmp_path, small, form, zipped):
-    model = load_model(saved(tmp_path / "c.pth", form(small), zipped))
-    assert not model.training and model.num_att == 35 and same(model.state_dict(), small)
-
-
-def test_the_number_of_attributes_follows_from_the_checkpoint(small):
-    changed = dict(small, **{"classifier.weight": torch.zeros(26, 2048), "classifier.bias": torch.zeros(26)})
-    assert build_model(changed).num_att == 26
+def test_every_form_gives_the_same_network(tmp_path, small):
+    for form, zipped in (
+            ({"epoch": 3, "arch": "DeepMAR", "state_dict": {"module." + key: value for key, value in small.items()}}, True),  # Ascend's
+            ({"state_dicts": [small, OPTIMIZER], "ep": 150, "scores": 0}, False),  # the open-source repository's
+            ({key: value for key, value in small.items() if not key.endswith("num_batches_tracked")}, False)):  # torch < 0.4.1
+        model = load_model(saved(tmp_path / "c.pth", form, zipped))
+        assert not model.training and model.num_att == 26 and same(model.state_dict(), small)
 
 
 def test_what_does_not_fit_is_named(tmp_path, small):
@@ -196,10 +185,10 @@ def test_what_does_not_fit_is_named(tmp_path, small):
         load_model(saved(tmp_path / "c.pth", STATE))
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_a_checkpoint_fits_each_stride_and_image_size(tmp_path, small, stride):
-    model = load_model(saved(tmp_path / "c.pth", small), last_conv_stride=stride)
-    for size in ((96, 64), (100, 60), (7, 5)):
+def test_a_checkpoint_fits_each_stride_and_image_size(tmp_path, small):
+    path = saved(tmp_path / "c.pth", small)
+    for stride, size in ((1, (100, 60)), (2, (100, 60)), (2, (96, 64)), (2, (7, 5))):
+        model = load_model(path, last_conv_stride=stride)
         with torch.no_grad():
             features = model.base(images(*size))
             assert features.shape[2:] == tuple(-(-side // (16 * stride)) for side in size)
@@ -260,28 +249,34 @@ PLACES = {
 }
 
 
+def replaced(path, zipped, content, replacements):
+    """Saves with torch, then replaces {bytes of the pickle: other bytes}. Returns the path as text."""
+    saved(path, content, zipped)
+    if zipped:
+        with zipfile.ZipFile(str(path)) as archive:
+            pickled, = [archive.read(member) for member in archive.namelist() if member.endswith("data.pkl")]
+    else:
+        pickled = path.read_bytes()
+    for old, new in replacements.items():
+        assert old in pickled
+        pickled = pickled.replace(old, new)
+    if zipped:
+        return repacked(str(path), path, **{"data.pkl": pickled})
+    path.write_bytes(pickled)
+    return str(path)
+
+
 def with_payload(path, zipped, payload, names=("scores", "state_dict")):
     """Writes a good checkpoint with the payload for its scores, or under another name."""
-    content = io.BytesIO()
-    torch.save({names[0]: MARK, names[1]: STATE}, content, _use_new_zipfile_serialization=zipped)
-    if zipped:
-        with zipfile.ZipFile(content) as archive:
-            data = archive.read("archive/data.pkl")
-        assert data.count(MARKED) == 1
-        repacked(content, path, **{"data.pkl": data.replace(MARKED, payload)})
-    else:
-        assert content.getvalue().count(MARKED) == 1
-        path.write_bytes(content.getvalue().replace(MARKED, payload))
+    return replaced(path, zipped, {names[0]: MARK, names[1]: STATE}, {MARKED: payload})
 
 
-def repacked(source, path, compression=zipfile.ZIP_STORED, root="archive/", folders=False, **members):
+def repacked(source, path, compression=zipfile.ZIP_STORED, root="archive/", folders=(), **members):
     """Packs a file of torch.save again, as zip -0 -r does. members: changes of their content, by name."""
-    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(str(path), "w", compression) as changed:
-        if folders:
-            for folder in (root, root + "data/"):
-                changed.writestr(folder, b"")
-        content = {member.filename.split("/", 1)[1]: archive.read(member) for member in archive.infolist()}
-        for member, data in dict(content, **members).items():
+    with zipfile.ZipFile(source) as archive:
+        content = {member.split("/", 1)[1]: archive.read(member) for member in archive.namelist()}
+    with zipfile.ZipFile(str(path), "w", compression) as changed:
+        for member, data in list(dict.fromkeys(folders, b"").items()) + list(dict(content, **members).items()):
             changed.writestr(root + member, data)
     return str(path)
 
@@ -356,25 +351,14 @@ def test_no_code_runs_inside_the_state_dict_and_the_error_names_the_key(guarded,
             assert (": classifier.weight is " in refusal(path)) == (payload != "extension"), payload
 
 
-def earlier_file(path, content=b"}.", keys=b"].", rest=b""):
-    """Writes the earlier format: pickles of a magic number, a version, the system, the content and the storages' keys."""
-    path.write_bytes(MAGIC + pickle.dumps(1001, 2) + pickle.dumps({}, 2) + b"\x80\x02" + content + b"\x80\x02" + keys + rest)
-    return path
-
-
 def test_no_code_runs_in_any_of_the_five_pickles(guarded):
+    """The earlier format has pickles of a magic number, a version, the system, the content and the storages' names."""
     for opcodes in payloads(str(guarded / "canary")).values():
         for place in range(5):
             pickles_ = [MAGIC] + [pickle.dumps(value, 2) for value in (1001, {"little_endian": True}, {}, [])]
             pickles_[place] = b"\x80\x02" + opcodes + b"."
             (guarded / "bad.pth").write_bytes(b"".join(pickles_))
             refusal(guarded / "bad.pth")
-
-
-def test_the_script_says_so_in_one_line(guarded):
-    earlier_file(guarded / "bad.pth", payloads(str(guarded / "canary"))["REDUCE"] + b".")
-    check_error(script("export_onnx.py", "bad.pth", "out.onnx", 1, cwd=guarded),
-                "export_onnx.py: error: bad.pth: holds an object of os.system, not a state dict")
 
 
 LEVELS = 3 * 10 ** 4
@@ -405,14 +389,12 @@ def test_a_bomb_takes_neither_time_nor_memory(guarded):
     assert succeeds(load_bombs, guarded / "bad.pth")
 
 
-@pytest.mark.parametrize("frame", [b"", b"\x95" + struct.pack("<Q", 10 ** 4 + 2)], ids=["plain", "in a frame"])
-def test_a_line_is_limited(frame):
+def test_a_line_is_limited():
     """Before 3.7.14, Python takes hours for a number of a million digits."""
-    def line(length):
-        return pickles.Unpickler(pickles.Pickle(frame + b"V" + b"x" * length + b"\n.")).load()
-    assert line(1000) == "x" * 1000
-    with pytest.raises(KeyError):  # the rest of the line is no opcode
-        line(10 ** 4)
+    for frame in (b"", b"\x95" + struct.pack("<Q", 10 ** 4 + 2)):
+        assert pickles.Unpickler(pickles.Pickle(frame + b"V" + b"x" * 1000 + b"\n.")).load() == "x" * 1000
+        with pytest.raises(KeyError):  # the rest of the line is no opcode
+            pickles.Unpickler(pickles.Pickle(frame + b"V" + b"x" * 10 ** 4 + b"\n.")).load()
 
 
 def test_the_two_copies_of_the_reader_are_one():
@@ -425,100 +407,59 @@ def test_the_two_copies_of_the_reader_are_one():
 
 # --- Python 2.7 ----------------------------------------------------------------------------------------------------
 
-class Long(int):
-    """Python 2's long."""
+def string(value):
+    return b"U" + bytes([len(value)]) + value.encode()
 
 
-Storage = collections.namedtuple("Storage", "key tensor part")
+def numbers(values):
+    return b"(" + b"".join(b"K" + bytes([value]) for value in values) + b"t"
 
 
-class Scalar(object):
-    """A numpy scalar of Python 2: its bytes are text, and not UTF-8."""
-    pickled = (b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(U\x02f8K\x00K\x01tR(K\x03U\x01<NNN"
-               b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tbU\x08\x9a\x99\x99\x99\x99\x99\xe9?tR")
+def ordered(*pairs):
+    """Python 2's OrderedDict is a call with a list of pairs."""
+    return b"ccollections\nOrderedDict\n](" + b"".join(b"](" + key + value + b"e" for key, value in pairs) + b"e\x85R"
 
 
-class Python2Pickler(pickle._Pickler):
-    """Protocol 2 as Python 2.7's cPickle and torch 1.4 wrote it, in the opcodes of a real file.
-
-    part: the part of a storage that holds the tensors' values, in files from before torch 0.4.
-    """
-    dispatch = dict(pickle._Pickler.dispatch)
-
-    def __init__(self, file, part=None):
-        super().__init__(file, 2)
-        self.storages, self.part = [], part
-
-    def persistent_id(self, value):
-        if isinstance(value, Storage):
-            kind = torch.LongStorage if value.tensor.dtype == torch.int64 else torch.FloatStorage
-            return "storage", kind, value.key, "cuda:0", Long(value.tensor.numel()), value.part
-
-    def save_str(self, value):
-        self.write(b"U" + bytes([len(value)]) + value.encode("ascii"))
-        self.memoize(value)
-
-    def save_long_(self, value):
-        data = pickle.encode_long(int(value))
-        self.write(b"\x8a" + bytes([len(data)]) + data)
-
-    def save_int(self, value):
-        self.write(b"I%d\n" % value) if value >= 1 << 31 else self.save_long(value)
-
-    def save_ordered(self, value):
-        state = {"_metadata": OrderedDict([("", {"version": 1})])} if "classifier.weight" in value else None
-        self.save_reduce(OrderedDict, ([[key, item] for key, item in value.items()],), state, obj=value)
-
-    def save_tensor(self, value):
-        self.storages.append(Storage(str(93840475000000 + len(self.storages)), value, self.part))
-        size = (2, 3) if self.part else tuple(value.shape)
-        stride = (3, 1) if self.part else tuple(value.stride())
-        self.save_reduce(torch._utils._rebuild_tensor_v2, (
-            self.storages[-1], 0, size, stride, False, OrderedDict()), obj=value)
-
-    def save_scalar(self, value):
-        self.write(value.pickled)
-
-    dispatch.update({str: save_str, Long: save_long_, int: save_int, OrderedDict: save_ordered,
-                     torch.Tensor: save_tensor, Scalar: save_scalar})
+def python2_tensor(key, kind, count, size, stride, part=b"N"):
+    storage = b"(" + string("storage") + name("torch", kind) + string(key) + string("cuda:0") + b"\x8a\x01" + bytes([count]) + part + b"tQ"
+    return name("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + b"K\x00" + numbers(size) + numbers(stride) + b"\x89" + ordered() + b"tR"
 
 
-def python2_file(path, content, part=None):
-    pickled = io.BytesIO()
-    pickler = Python2Pickler(pickled, part)
-    pickler.dump(content)
-    with open(path, "wb") as f:
-        f.write(MAGIC + b"\x80\x02M\xe9\x03.")
-        f.write(b"\x80\x02}q\x01(U\x10protocol_versionq\x02M\xe9\x03U\ntype_sizesq\x03}q\x04(U\x03intq\x05K\x04U\x05short"
-                b"q\x06K\x02U\x04longq\x07K\x04uU\rlittle_endianq\x08\x88u.")
-        f.write(pickled.getvalue())
-        f.write(b"\x80\x02]q\x01(" + b"".join(b"U\x0e" + s.key.encode() for s in pickler.storages) + b"e.")
-        for storage in pickler.storages:
-            f.write(struct.pack("<q", storage.tensor.numel()) + storage.tensor.contiguous().numpy().tobytes())
+def python2_file(path, content, storages):
+    """Writes what Python 2.7's cPickle and torch 1.4 wrote, in the opcodes of a real file. storages: {name: values}."""
+    path.write_bytes(b"".join([
+        MAGIC, b"\x80\x02M\xe9\x03.\x80\x02}q\x01(U\x10protocol_versionq\x02M\xe9\x03U\ntype_sizesq\x03}q\x04(U\x03intq\x05K\x04"
+        b"U\x05shortq\x06K\x02U\x04longq\x07K\x04uU\rlittle_endianq\x08\x88u.\x80\x02", content, b".\x80\x02]q\x01("]
+        + [string(key) for key in storages] + [b"e."]
+        + [struct.pack("<q", values.size) + values.tobytes() for values in storages.values()]))
     return path
 
 
 def test_python_2_with_an_optimizer_and_numpy_scalars(tmp_path):
-    optimizer = {"state": {139640614320640: {"momentum_buffer": torch.full((2, 3), 9.)}},
-                 "param_groups": [{"lr": 0.001, "nesterov": False, "dampening": 0,
-                                   "params": [139640614320640, 139640605219328]}]}
-    expected = OrderedDict(STATE, count=torch.tensor(7))
-    for scores in (0, Scalar(), [Scalar(), Scalar()]):
-        path = python2_file(str(tmp_path / "ckpt.pth"), {"state_dicts": [expected, optimizer], "ep": 150, "scores": scores})
+    tensors = [python2_tensor("93840475000000", "FloatStorage", 6, (2, 3), (3, 1)), python2_tensor("1", "FloatStorage", 2, (2,), (1,)),
+               python2_tensor("2", "LongStorage", 1, (), ())]
+    model = ordered(*zip(map(string, ("classifier.weight", "classifier.bias", "count")), tensors)) + (
+        b"}" + string("_metadata") + ordered((string(""), b"}" + string("version") + b"K\x01s")) + b"sb")
+    optimizer = (b"}(" + string("state") + b"}I139640614320640\n}" + string("momentum_buffer") + tensors[0] + b"ss" + string("param_groups")
+                 + b"]}(" + string("nesterov") + b"\x89" + string("params") + b"](I139640614320640\nI139640605219328\neuau")
+    # A numpy scalar's bytes are text in Python 2, and not UTF-8.
+    scalar = (b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(U\x02f8K\x00K\x01tR(K\x03U\x01<NNN"
+              b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tbU\x08\x9a\x99\x99\x99\x99\x99\xe9?tR")
+    for scores in (b"K\x00", scalar, b"](" + scalar + scalar + b"e"):
+        path = python2_file(tmp_path / "c.pth", b"}(" + string("state_dicts") + b"](" + model + optimizer + b"e" + string("ep") + b"K\x96"
+                            + string("scores") + scores + b"u",
+                            {"93840475000000": np.arange(6, dtype="<f4"), "1": np.ones(2, "<f4"), "2": np.array([7], "<i8")})
         state = load_checkpoint(path)
-        assert list(state) == list(expected) and same(state, expected)
-    if "weights_only" in torch.load.__code__.co_varnames:  # torch's own safe reader does not know all these opcodes
-        with pytest.raises(pickle.UnpicklingError):
-            torch.load(path, weights_only=True, map_location="cpu")
+        assert list(state) == list(STATE) + ["count"] and same(state, dict(STATE, count=torch.tensor(7)))
 
 
 def test_a_part_of_a_storage(tmp_path):
     """Before torch 0.4, a tensor's values could lie in a part of another one's storage."""
-    for part, expected in ((None, list(range(20))), (("2", Long(4), Long(6)), [[4, 5, 6], [7, 8, 9]])):
-        path = python2_file(str(tmp_path / "c.pth"), {"classifier.weight": torch.arange(20.)}, part)
-        assert load_checkpoint(path)["classifier.weight"].tolist() == expected
-    path = python2_file(str(tmp_path / "c.pth"), {"classifier.weight": torch.arange(20.)}, ("3", Long(18), Long(6)))
-    assert "classifier.weight reaches beyond its 2 values in the file" in refusal(path)
+    def file(begin):
+        tensor = python2_tensor("1", "FloatStorage", 20, (2, 3), (3, 1), b"(" + string("2") + b"\x8a\x01" + bytes([begin]) + b"\x8a\x01\x06t")
+        return python2_file(tmp_path / "c.pth", ordered((string("classifier.weight"), tensor)), {"1": np.arange(20, dtype="<f4")})
+    assert load_checkpoint(file(4))["classifier.weight"].tolist() == [[4, 5, 6], [7, 8, 9]]
+    assert "classifier.weight reaches beyond its 2 values in the file" in refusal(file(18))
 
 
 # --- right files -------------------------------------------------------------------------------------------------------
@@ -567,18 +508,11 @@ class Rebuilt(object):
         return self.function, self.arguments
 
 
-def foreign(monkeypatch, module, name_, value=None):
-    """Returns the value, or a new function, under a name of a package that is not here."""
-    def function():
-        raise AssertionError("it was called")
-    value = value or function
-    value.__module__, value.__qualname__, value.__name__ = module, name_, name_
-    names = module.split(".")
-    for end in range(1, len(names) + 1):
-        if ".".join(names[:end]) not in sys.modules:
-            monkeypatch.setitem(sys.modules, ".".join(names[:end]), types.ModuleType(".".join(names[:end])))
-    monkeypatch.setattr(sys.modules[module], name_, value, raising=False)
-    return value
+def stand_in():
+    """Stands for a function of a package, or of a later torch, that is not here. replaced() changes its name."""
+
+
+FUNCTION = b"ctest_deepmar\nstand_in\n"
 
 
 def parts(tensor):
@@ -589,46 +523,38 @@ def parts(tensor):
 
 
 @both_formats
-def test_tensors_of_an_npu(tmp_path, monkeypatch, zipped):
+def test_tensors_of_an_npu(tmp_path, zipped):
     weight = torch.arange(20.)[2:8].view(3, 2).t()  # a part of its storage, turned
     expected = OrderedDict([("classifier.weight", weight), ("classifier.bias", torch.ones(2))])
-    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "npu:0")
-    rebuild = foreign(monkeypatch, "torch_npu.utils.storage", "_rebuild_npu_tensor")
-    formats = foreign(monkeypatch, "torch_npu.npu._format", "Format", enum.IntEnum("Format", "NCHW ND"))
-    for format_ in (2, formats.ND):
-        state = {"module." + key: Rebuilt(rebuild, *(parts(value) + (format_,))) for key, value in expected.items()}
-        momentum = Rebuilt(rebuild, *(parts(torch.ones(3)) + (format_,)))
+    for format_ in (b"K\x02", call("torch_npu.npu._format", "Format", b"K\x02")):
+        state = {"module." + key: Rebuilt(stand_in, *(parts(value) + (MARK,))) for key, value in expected.items()}
+        momentum = Rebuilt(stand_in, *(parts(torch.ones(3)) + (MARK,)))
         for content in ({"state_dict": state, "optimizer": [momentum]}, {"optimizer": {"state": [momentum]}, "model": expected}):
-            with open(saved(tmp_path / "c.pth", content, zipped), "rb") as f:
-                data = f.read()
-            assert b"_rebuild_npu_tensor" in data and b"npu:0" in data and (b"_format" in data) == (format_ is formats.ND)
-            with monkeypatch.context() as without_package:
-                for module in ("torch_npu", "torch_npu.utils.storage", "torch_npu.npu._format"):
-                    without_package.delitem(sys.modules, module)
-                assert same(load_checkpoint(tmp_path / "c.pth"), expected)
+            assert same(load_checkpoint(replaced(tmp_path / "c.pth", zipped, content, {
+                FUNCTION: name("torch_npu.utils.storage", "_rebuild_npu_tensor"), MARKED: format_, text("cpu"): text("npu:0")})), expected)
 
 
 @both_formats
-def test_calls_around_a_tensor(tmp_path, monkeypatch, zipped):
+def test_calls_around_a_tensor(tmp_path, zipped):
     """Parameters and attributes as this torch and later ones write them, a tensor of an XLA device, one call in another.
 
     Ascend marks a format that the values in the file do not have.
     """
-    plain = Rebuilt(torch._utils._rebuild_tensor_v2, *parts(torch.ones(2, 3)))
+    rebuild = torch._utils._rebuild_tensor_v2
+    plain, parameter = Rebuilt(rebuild, *parts(torch.ones(2, 3))), torch.nn.Parameter(torch.ones(2, 3))
     noted, attributes = torch.nn.Parameter(torch.ones(2, 3)), {"note": torch.device("cpu")}
     noted.note = {"optim": "sgd", "device": torch.device("cpu")}
-    parameter = Rebuilt(foreign(monkeypatch, "torch._utils", "_rebuild_parameter_with_state"), plain, True, OrderedDict(), attributes)
-    from_type = foreign(monkeypatch, "torch._tensor", "_rebuild_from_type_v2")
-    calls = [torch.nn.Parameter(torch.ones(2, 3)), plain, parameter,
-             Rebuilt(torch._utils._rebuild_parameter, torch.nn.Parameter(torch.ones(2, 3)), True, OrderedDict()),
-             Rebuilt(from_type, plain.function, torch.Tensor, plain.arguments, attributes),
-             Rebuilt(from_type, parameter.function, torch.Tensor, parameter.arguments, None),
-             Rebuilt(foreign(monkeypatch, "torch._utils", "_rebuild_device_tensor_from_cpu_tensor"), plain, torch.float32, "xla:0"),
-             Rebuilt(plain.function, *(plain.arguments + ({"npu_format_/FRACTAL_Z": True},)))]
-    paths = [saved(tmp_path / str(number), {"classifier.weight": value}, zipped) for number, value in enumerate(calls)]
-    monkeypatch.undo()
-    for path in paths + [saved(tmp_path / "noted", {"classifier.weight": noted}, zipped)]:
-        assert same(load_checkpoint(path), {"classifier.weight": torch.ones(2, 3)}), path
+    for value in (parameter, noted, Rebuilt(torch._utils._rebuild_parameter, parameter, True, OrderedDict()),
+                  Rebuilt(rebuild, *(plain.arguments + ({"npu_format_/FRACTAL_Z": True},)))):
+        assert same(load_checkpoint(saved(tmp_path / "c.pth", {"classifier.weight": value}, zipped)), {"classifier.weight": torch.ones(2, 3)})
+    for module, function, arguments in (
+            ("torch._utils", "_rebuild_parameter_with_state", (plain, True, OrderedDict(), attributes)),
+            ("torch._tensor", "_rebuild_from_type_v2", (rebuild, torch.Tensor, plain.arguments, attributes)),
+            ("torch._tensor", "_rebuild_from_type_v2", (torch._utils._rebuild_parameter, torch.Tensor, (plain, True, OrderedDict()), None)),
+            ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor", (plain, torch.float32, "xla:0"))):
+        content = {"classifier.weight": Rebuilt(stand_in, *arguments)}
+        assert same(load_checkpoint(replaced(tmp_path / "c.pth", zipped, content, {FUNCTION: name(module, function)})),
+                    {"classifier.weight": torch.ones(2, 3)}), function
 
 
 def test_prefixes_are_removed(tmp_path):
@@ -676,27 +602,18 @@ AVERAGED = {"module." + key: value for key, value in OTHER.items()}
     ({"state_dicts": [STATE, OTHER, OPTIMIZER], "ep": 3}, "state_dicts.0", "state_dicts.1"),
     ({"state_dict": dict(STATE, **{"ema." + key: value for key, value in AVERAGED.items()})}, "state_dict", "state_dict.ema"),
     ({"epoch": 3, "weights": STATE, "best": {"swa": {"weights": OTHER}}}, "weights", "best.swa.weights"),
-    ([STATE, {"teacher": OTHER}], "0", "1.teacher")])
+    (dict(STATE, ema=OTHER), "(top level)", "ema"), ([STATE, {"teacher": OTHER}], "0", "1.teacher")])
 def test_which_of_several_state_dicts_is_taken(tmp_path, content, taken, other):
     path, note = saved(tmp_path / "c.pth", content), "took the state dict %s; it also has: %s (--state-dict NAME takes another)"
     state, notes = read(path)
-    assert same(state) and notes == [note % (taken, other)]
+    assert same(state) and notes[0] == note % (taken, other)
     state, notes = read(path, other)
     assert same(state, OTHER) and notes == [note % (other, taken)]
     assert "has no state dict momentum; it has: " in refusal(path, "momentum")
 
 
-def test_a_second_state_dict_inside_the_first(tmp_path):
-    path = saved(tmp_path / "c.pth", dict(STATE, ema=OTHER))
-    state, notes = read(path)
-    assert same(state) and notes == ["took the state dict (top level); it also has: ema (--state-dict NAME takes another)",
-                                     "left out what does not belong to the network: ema"]
-    assert same(read(path, "ema")[0], OTHER)
-
-
-def test_a_state_dict_is_found_by_the_beginning_of_its_name(tmp_path):
-    path = saved(tmp_path / "c.pth", {"model": STATE, "ema": {"module": OTHER}})
-    assert same(read(path, "ema")[0], OTHER)
+def test_the_beginning_of_a_name_is_enough_if_only_one_has_it(tmp_path):
+    assert same(read(saved(tmp_path / "c.pth", {"model": STATE, "ema": {"module": OTHER}}), "ema")[0], OTHER)
     path = saved(tmp_path / "c.pth", {"model": STATE, "ema": {"fast": OTHER, "slow": OTHER.copy()}})
     assert "has more than one state dict ema; it has: model, ema.fast, ema.slow" in refusal(path, "ema")
 
@@ -706,8 +623,8 @@ def test_ambiguous_state_dicts_are_refused(tmp_path):
     flat.update(("slow." + key, value) for key, value in OTHER.items())
     for content, names in (({"student": STATE, "teacher": OTHER}, "student, teacher"), (flat, "fast, slow"),
                            ({"nets": [STATE, OTHER]}, "nets.0, nets.1")):
-        assert "has several state dicts: %s; choose one with --state-dict NAME" % names in refusal(
-            saved(tmp_path / "c.pth", content))
+        path = saved(tmp_path / "c.pth", content)
+        assert "has several state dicts: %s; choose one with --state-dict NAME" % names in refusal(path)
 
 
 @pytest.mark.parametrize("kind", [dict, OrderedDict, Config, defaultdict])
@@ -795,7 +712,7 @@ def test_an_unpacked_checkpoint_can_be_packed_again(tmp_path):
         message = refusal(given)
         assert "is an unpacked checkpoint; pack its folder again: " in message
     assert message.split("again: ")[1] == "(cd '%s' && zip -0 -r %s.pth %s)" % (tmp_path / "un packed", folder.name, folder.name)
-    for root, folders in (("", False), (folder.name + "/", True), ("a/b/c/", True)):  # what zip makes of it
+    for root, folders in (("", ()), (folder.name + "/", ("", "data/")), ("a/b/c/", ("", "data/"))):  # what zip makes of it
         assert same(load_checkpoint(repacked(source, tmp_path / "again.pth", root=root, folders=folders)))
     assert "zip -0 -r" in refusal(repacked(source, tmp_path / "small.pth", zipfile.ZIP_DEFLATED))
     assert "is a folder, not a checkpoint file" in refusal(tmp_path)
@@ -803,28 +720,20 @@ def test_an_unpacked_checkpoint_can_be_packed_again(tmp_path):
 
 def test_a_zip_file_without_checksums(tmp_path):
     """torch 2.5 and later can leave them out (set_crc32_options). They are 0 then."""
-    path = saved(tmp_path / "c.pth", STATE)
-    with zipfile.ZipFile(path) as archive:
-        checksums = {struct.pack("<I", member.CRC) for member in archive.infolist()}
-    with open(path, "rb") as f:
-        data = f.read()
-    for checksum in checksums:
-        data = data.replace(checksum, bytes(4))
-    (tmp_path / "none.pth").write_bytes(data)
-    with zipfile.ZipFile(str(tmp_path / "none.pth")) as archive:
+    path = tmp_path / "c.pth"
+    with zipfile.ZipFile(saved(path, STATE)) as archive:
+        for member in archive.infolist():
+            path.write_bytes(path.read_bytes().replace(struct.pack("<I", member.CRC), bytes(4)))
+    with zipfile.ZipFile(str(path)) as archive:
         assert archive.testzip() and not any(member.CRC for member in archive.infolist())
-    assert same(load_checkpoint(tmp_path / "none.pth"))
+    assert same(load_checkpoint(path))
 
 
 def test_files_of_a_big_endian_machine_are_refused(tmp_path):
-    message = "it was saved on a big-endian machine, whose files are not supported"
-    assert message in refusal(repacked(saved(tmp_path / "c.pth", STATE), tmp_path / "big.pth", byteorder=b"big"))
-    with open(saved(tmp_path / "c.pth", STATE, zipped=False), "rb") as f:
-        data = f.read()
-    assert data.count(b"little_endian") == 1
-    at = data.index(b"\x88", data.index(b"little_endian"))
-    (tmp_path / "old.pth").write_bytes(data[:at] + b"\x89" + data[at + 1:])
-    assert message in refusal(tmp_path / "old.pth")
+    message, path = "it was saved on a big-endian machine, whose files are not supported", tmp_path / "big.pth"
+    assert message in refusal(repacked(saved(tmp_path / "c.pth", STATE), path, byteorder=b"big"))
+    path.write_bytes(MAGIC + pickle.dumps(1001, 2) + pickle.dumps({"little_endian": False}, 2))
+    assert message in refusal(path)
 
 
 def write_safetensors(path, tensors):
@@ -934,33 +843,24 @@ def test_a_damaged_file_is_refused_or_harmless(tmp_path, zipped):
 
 def test_damage_of_the_earlier_format_is_named(tmp_path):
     path, storage = tmp_path / "c.pth", b"(" + text("storage") + name("torch", "FloatStorage") + text("0") + text("cpu") + b"K\x04tQ."
-    for content, keys, rest, message in (
-            (b"}.", b"]K\x00a.", b"", "is damaged, or made to do harm (a storage's name is not text)"),
-            (storage, b"]" + text("0") + b"a.", struct.pack("<q", 5) + bytes(16),
+    for content, keys, message in (
+            (b"}.", b"]K\x00a.", "is damaged, or made to do harm (a storage's name is not text)"),
+            (storage, b"]" + text("0") + b"a." + struct.pack("<q", 5) + bytes(16),
              "is damaged or cut off (it ends within the values of its tensors)"),
-            (b"K\x00Q.", b"].", b"", "is damaged or cut off (UnpicklingError: it has a persistent id that torch.save does not write)")):
-        assert message in refusal(earlier_file(path, content, keys, rest))
-
-
-def test_a_storage_that_claims_more_than_it_holds_is_refused(tmp_path):
-    """Other memory must not become weights."""
-    source = saved(tmp_path / "c.pth", {"classifier.weight": torch.zeros(4)})
-    with zipfile.ZipFile(source) as archive:
-        data = archive.read([member for member in archive.namelist() if member.endswith("data.pkl")][0])
-    assert data.count(b"K\x04") == 2  # the storage's size, and the tensor's
-    for claimed, message in ((5, "reaches beyond its 4 values"), (10 ** 6, "reaches beyond its 4 values"),
-                             (10 ** 10, "and the tensors before it have more values than the file has bytes"),
-                             (2 ** 62, "is not a tensor as torch.save writes it; the file is damaged, or made to do harm"),
-                             (-1, "is not a tensor")):
-        changed = data.replace(b"K\x04", b"\x8a\x08" + struct.pack("<q", claimed))
-        path = repacked(source, tmp_path / "claim.pth", ballast=bytes(5 * 10 ** 6), **{"data.pkl": changed})
-        assert "classifier.weight " + message in refusal(path)
+            (b"K\x00Q.", b"].", "is damaged or cut off (UnpicklingError: it has a persistent id that torch.save does not write)")):
+        path.write_bytes(MAGIC + pickle.dumps(1001, 2) + pickle.dumps({}, 2) + b"\x80\x02" + content + b"\x80\x02" + keys)
+        assert message in refusal(path)
 
 
 @both_formats
 def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path, zipped):
-    for offset, size, stride in (
-            (0, (2,), (2 ** 62,)), (0, (3,), (2 ** 61,)), (0, (2, 3), (2 ** 62, 2 ** 62)), (0, (2 ** 32, 2 ** 32), (1, 0)),
-            (100, (1,), (1,)), (-50, (2,), (1,)), (0, (5,), (1,)), (0, (10 ** 4,) * 3, (0,) * 3)):
+    """Other memory must not become weights. The storage claims to have 99 values, and has 4."""
+    beyond, much = "reaches beyond its 4 values in the file", "and the tensors before it have more values than the file has bytes"
+    wrong = "is not a tensor as torch.save writes it; the file is damaged, or made to do harm"
+    for offset, size, stride, message in (
+            (0, (2,), (2 ** 62,), wrong), (0, (3,), (2 ** 61,), beyond), (0, (2, 3), (2 ** 62, 2 ** 62), wrong), (0, (-1,), (1,), wrong),
+            (0, (2 ** 32, 2 ** 32), (1, 0), much), (100, (1,), (1,), beyond), (-50, (2,), (1,), wrong), (0, (5,), (1,), beyond),
+            (0, (50,), (1,), beyond), (0, (10 ** 4,) * 3, (0,) * 3, much)):
         tensor = Rebuilt(torch._utils._rebuild_tensor_v2, parts(torch.zeros(4))[0], offset, size, stride, False, OrderedDict())
-        assert "classifier.weight " in refusal(saved(tmp_path / "strides.pth", {"classifier.weight": tensor}, zipped))
+        path = replaced(tmp_path / "c.pth", zipped, {"classifier.weight": tensor}, {b"K\x04": b"K\x63"})
+        assert "classifier.weight " + message in refusal(path)

@@ -43,8 +43,8 @@ DEEPMAR_TEST_PYTHONS=$(IFS=: && echo "${pythons[*]}")
 shellcheck -x run_all.sh tools/run/*.sh tests/run.sh .ci/run || exit 1
 "${pythons[0]}" -m ruff check --quiet . || exit 1
 
-# The second Python leaves out what does not depend on the stack: the benchmark, which is a tool for developers, the documents, and
-# the stand-ins of ais_bench, which test_card and test_rates run on both. A genuine ais_bench may depend on the stack.
+# The second Python leaves these out, because nothing in them depends on the stack: the benchmark, a tool for developers; the documents;
+# and stand-ins of ais_bench, which test_card and test_rates run on both. A genuine ais_bench may depend on it.
 once=(--ignore=tests/test_bench.py --ignore=tests/test_docs.py)
 [ -n "${AIS_BENCH-}" ] || once+=(--ignore=tests/test_genuine.py)
 options=(-q -rs -p no:cacheprovider)

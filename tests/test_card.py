@@ -107,8 +107,9 @@ def test_several_devices_share_the_images(card):
     assert row["card_images_per_s"] == row["interface_images_per_s"]  # measured, not multiplied
     assert "scored %d images" % SIZE in process.stdout
 
-    process = card.run("--stage", 6, "--device-id", "0 4", DEVICES="4")
-    check_stopped(process, "benchmark failed on device 4", "errorCode 107001", "stage 6 failed")
+    process = card.run("--stage", 6, "--device-id", "0 4 5", DEVICES="4")
+    check_stopped(process, "errorCode 107001", "stage 6 failed")
+    assert re.search("benchmark failed on device (4 5|5 4);", process.stderr)
     assert card.results(device=0) == both[0]
     process = card.run("--stage", 7, "--device-id", "3")
     assert process.returncode == 1 and "%d of" % (SIZE // 2) in process.stderr, process.stderr
@@ -142,9 +143,8 @@ def test_failing_atc_leaves_the_earlier_om(card, fail, texts):
 
 
 def test_chip_is_given_or_found(card, tmp_path):
-    for name in ("310P3", "Ascend310P3"):
-        process = card.run("--stage", 3, "--stop-stage", 3, "--chip-name", name, "--batch-size", 5)
-        assert process.returncode == 0 and "npu-smi" not in process.stdout, process.stderr
+    process = card.run("--stage", 3, "--stop-stage", 3, "--chip-name", "Ascend310P3", "--batch-size", 5)
+    assert process.returncode == 0 and "npu-smi" not in process.stdout, process.stderr
     process = card.run("--stage", 3, "--chip-name", "310Q9", "--batch-size", 5)
     check_stopped(process, "Value [Ascend310Q9] is invalid for the SoC version")
     for text, variables in (("names several chips, 310 and 310P3", {"TABLE": "21.0.3.1_200dk,25.3.rc1_300i_pro"}),

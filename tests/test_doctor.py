@@ -151,7 +151,7 @@ def test_both_layouts_of_cann_are_found(machine, version, folder):
     known = sys.version_info < (3, 12) or version >= "8.5"
     assert rows["atc's Python"]["state"] == ("ok" if known else "missing"), rows["atc's Python"]
     assert rows["ONNX Runtime"]["state"] == "ok" and "CPUExecutionProvider" in rows["ONNX Runtime"]["found"]
-    process, rows = check(machine, "--chip-name", "910B3")  # there are no operators for this chip
+    process, rows = check(machine, "--stop-stage", 3, "--chip-name", "910B3")  # there are no operators for this chip
     assert process.returncode == 1 and rows["operators"]["state"] == "missing"
     assert "operators" in process.stdout.splitlines()[-1]
     # In another place, the same CANN is found by a variable.
@@ -217,8 +217,8 @@ def test_given_set_env_wins(machine):
     check_error(process, "set_env: %s: no such file" % (machine / "no.sh"))
     install(machine / "Ascend", "8.5.0", "ascend310p")
     other = install(machine / "other", "8.1.RC1", "ascend310p")
-    assert "CANN 8.1.RC1" in check(machine, set_env=str(other.parent / "set_env.sh"))[1]["CANN"]["found"]
-    assert check(machine, set_env="/dev/null")[1]["CANN"]["state"] == "absent"
+    assert "CANN 8.1.RC1" in check(machine, "--stop-stage", 3, set_env=str(other.parent / "set_env.sh"))[1]["CANN"]["found"]
+    assert check(machine, "--stop-stage", 3, set_env="/dev/null")[1]["CANN"]["state"] == "absent"
 
 
 def test_missing_pieces_of_a_card_are_named_with_their_commands(machine):
@@ -231,13 +231,13 @@ def test_missing_pieces_of_a_card_are_named_with_their_commands(machine):
     last = process.stdout.splitlines()[-1]
     assert last == "run_all.sh with backend ais_bench lacks: driver and card, CANN, CANN's library, ais_bench"
     # An alarm stops nothing. A broken driver stops a run on the card.
-    process, rows = check(machine, TABLE="23.0.0_200i_dk_a2")
+    process, rows = check(machine, "--stop-stage", 5, TABLE="23.0.0_200i_dk_a2")
     assert process.returncode == 0 and rows["driver and card"]["state"] == "note"
     assert rows["driver and card"]["found"].endswith("card 0: Alarm")
     process, rows = check(machine, "--backend", "benchmark", FAIL="npu-smi")
     assert rows["driver and card"]["state"] == "missing" and "ret is -8005" in rows["driver and card"]["found"]
     assert check(machine, FAIL="npu-smi")[0].returncode == 0  # ONNX Runtime needs no driver
-    process, rows = check(machine, TABLE="24.1.rc3.7_a3")
+    process, rows = check(machine, "--stop-stage", 5, TABLE="24.1.rc3.7_a3")
     assert "910_N" in rows["chip"]["found"] and rows["chip"]["state"] == "absent"
 
 
@@ -264,7 +264,7 @@ def test_inputs_of_the_user_are_checked(machine):
     for name in ("checkpoint.pth.tar", "label.json", "images/1.png", "images/x y.png"):
         write(sample / name)
     write(sample / "image.txt", "\ufeff1.png\nx y.png")
-    row = check(machine, *own_data(str(machine)))[1]["inputs"]
+    row = check(machine, *data)[1]["inputs"]
     assert row["state"] == "ok" and row["found"].endswith("label.json, 2 images")
     write(sample / "image.txt", "1.png\n2.png\n")
     process, rows = check(machine, *data)

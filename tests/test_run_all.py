@@ -185,7 +185,8 @@ def test_bad_variables_are_usage_errors(tmp_path):
         process = run_all("--work-dir", tmp_path / "work", "--stage", stage)
         assert process.returncode == 1 and text in process.stderr
     process = run_all("--help")
-    assert process.returncode == 0 and "--batch-size" in process.stdout and "6 inference" in process.stdout
+    assert process.returncode == 0 and "6 inference" in process.stdout
+    assert {"--batch-size", "--check", "--json", "--chips", "--strict", "--set-env"} <= set(process.stdout.split())
 
 
 def test_other_inputs_are_refused_with_the_stage_to_run_again(own_copy, tmp_path):

@@ -351,7 +351,7 @@ LEVELS = 10 ** 4
 BOMBS = {
     "nested calls": b"ca\nb\n" * LEVELS + b"N" + b"\x85R" * LEVELS, "a list in itself": b"]q\x01h\x01a",
     "a key of nested tuples": b"})" + b"\x85" * 15 * LEVELS + b"K\x01s", "marks": b"(" * 200 * LEVELS + b"N",
-    "keys of 2 ** 100 tuples": b"})" + b"2\x86" * 100 + b"q\x01K\x01s\x8f(h\x01\x90(h\x01\x91",
+    "keys of 2 ** 100 tuples": b"})" + b"2\x86" * 100 + b"q\x01K\x01s\x8f(h\x01\x90(h\x01\x91(h\x01Nd",
     "a number of a million digits": b"\x95" + struct.pack("<Q", 10 ** 6 + 2) + b"I" + b"9" * 10 ** 6 + b"\n",
     "a place in the memo": b"Nr\xff\xff\xff\x7f", "bytearray of 2 ** 40": b"\x96" + struct.pack("<q", 2 ** 40),
 }
@@ -379,6 +379,10 @@ def test_a_line_is_limited():
         assert pickles.Unpickler(pickles.Pickle(frame + b"V" + b"x" * 1000 + b"\n.")).load() == "x" * 1000
         with pytest.raises(KeyError):  # the rest of the line is no opcode
             pickles.Unpickler(pickles.Pickle(frame + b"V" + b"x" * 10 ** 4 + b"\n.")).load()
+
+
+def test_protocol_5_is_read_by_each_python():
+    assert pickles.Unpickler(pickles.Pickle(b"\x80\x05\x96" + struct.pack("<q", 3) + b"abc.")).load() == b"abc"
 
 
 def test_the_two_copies_of_the_reader_are_one():

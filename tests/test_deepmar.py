@@ -624,7 +624,8 @@ def test_a_file_without_a_state_dict_says_what_it_has(tmp_path, zipped):
              "model.state_dict(). It has: epoch (int), model (torch.nn.modules.linear.Linear), best (dict), a (NoneType)"),
             (linear, "holds an object of torch.nn.modules.linear.Linear, not a state dict; save model.state_dict()"),
             ({"fc.weight": torch.ones(1)}, "It has: fc.weight (a tensor)"), ({"state_dicts": []}, "no state dict"),
-            ({"key%d" % i: i for i in range(30)}, "and 18 more"), ([1], "not a state dict"), ({}, "not a state dict")):
+            ({"key%d" % i: i for i in range(30)}, "and 18 more"), ([1], "not a state dict"), ({}, "not a state dict"),
+            (3, "holds an object of int, not a state dict; save model.state_dict()")):
         assert message in refusal(saved(tmp_path / "c.pth", content, zipped))
 
 

@@ -6,7 +6,6 @@ It has the same classes, keyword arguments and state-dict keys, and builds on to
 
 load_model(path) returns the network that a checkpoint holds. It executes nothing in the file.
 """
-import collections
 import functools
 import io
 import os
@@ -16,7 +15,7 @@ import shlex
 import struct
 import tarfile
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 
 import numpy as np
 import torch
@@ -96,9 +95,8 @@ class DeepMAR_ResNet50_ExtractFeature(object):
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 #
 # A checkpoint is a pickle and the tensors' values. Python's unpickler, which torch.load uses, calls any function that the
-# pickle names, even os.system. Here, each name and each call becomes a placeholder (class Named). Nothing is imported and
-# nothing is called. The state dict is found among the placeholders, and numpy builds its tensors from those that describe
-# them. All other content is ignored.
+# pickle names, even os.system. Here, each name and each call becomes a placeholder (class Named), so that nothing is imported
+# or called. numpy builds the state dict's tensors from the placeholders that describe them. All other content is ignored.
 
 MAGIC = 0x1950a86a20f9469cfc6c  # torch.save's files began with this number before the zip format
 DEPTH = 5                       # search this many levels of dicts and lists for a state dict
@@ -127,7 +125,7 @@ KEY = re.compile(r"((?:.*\.)?)((?:base|classifier)\..*)", re.DOTALL)
 
 
 class Refused(ValueError):
-    """Says what is wrong with a file. The caller adds the file's name."""
+    """Says what is wrong with a file. load_checkpoint adds the file's name."""
 
 
 # The next three classes are copied from lib/pickles.py, so that this file works alone.
@@ -230,7 +228,7 @@ class Unpickler(pickle._Unpickler):
 
 
 # Says where a tensor's values are: their type, the storage's name in the file and, in very old files, the part of it.
-Storage = collections.namedtuple("Storage", "kind key part")
+Storage = namedtuple("Storage", "kind key part")
 
 
 class Checkpoint(Unpickler):
@@ -265,18 +263,15 @@ def read_zip(data):
     if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > len(data):
         raise Refused("has compressed or oversized members, which torch.save does not write; if someone packed it, "
                       "unpack it and pack it without compression: zip -0 -r")
-    root = names["data.pkl"][:-len("data.pkl")]
-
-    def read(name):
-        member = archive.getinfo(root + name)
-        if getattr(member, "CRC", None) == 0:
+    for member in members:
+        if member.CRC == 0:
             del member.CRC  # torch.save can leave the checksums out. Without this attribute, zipfile does not check them
-        return archive.read(member)
-
-    if root + "byteorder" in archive.namelist() and read("byteorder") != b"little":
+    root = names["data.pkl"][:-len("data.pkl")]
+    if root + "byteorder" in archive.namelist() and archive.read(root + "byteorder") != b"little":
         raise Refused("it was saved on a big-endian machine, whose files are not supported")
+    content = Checkpoint(Pickle(archive.read(names["data.pkl"]))).load()
     # Many tensors can share a storage. Each storage is read once.
-    return Checkpoint(Pickle(read("data.pkl"))).load(), functools.lru_cache(maxsize=None)(lambda key: read("data/" + key))
+    return content, functools.lru_cache(maxsize=None)(lambda key: archive.read(root + "data/" + key))
 
 
 def read_old(data):
@@ -385,9 +380,9 @@ def described(value):
     return shown(value.name) if isinstance(value, Named) else type(value).__name__
 
 
-# A state dict in the content of a file. name: where it is in the content. rank: the state dict to use has the lowest.
-# entries: the dict that holds it. keys: {the network's key: [keys of entries]}. prefix: of those keys. others: all other keys.
-Network = collections.namedtuple("Network", "name rank entries keys prefix others")
+# A state dict in a file's content. name: where it is. rank: the state dict with the lowest rank is used. entries: the dict
+# that holds it. keys: {the network's key: [its keys in entries]}. prefix: what those keys begin with. others: all other keys.
+Network = namedtuple("Network", "name rank entries keys prefix others")
 
 
 def networks(path, entries):
@@ -435,7 +430,7 @@ def find_networks(content):
             value = contents(value)
             if isinstance(value, dict):
                 found += networks(path, value)
-            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value or ()):
                 if (isinstance(key, int) or len(key) < 200) and isinstance(item, (dict, list, tuple, Named)):
                     below.append((path + (key,), item))
         level = below
@@ -474,7 +469,7 @@ def choose(content, name, say):
 def make_array(value, read, most):
     """Returns (a tensor's values, the name of their type in the file). Whole numbers become int64, all others float32.
 
-    read: the function from read_zip. Raises Refused unless value is a plain tensor of finite values, at most so many.
+    read: the function from read_zip. Raises Refused unless value is a plain tensor of at most `most` values, all finite.
     """
     arguments = tensor_arguments(value)
     if arguments is None:
@@ -497,9 +492,8 @@ def make_array(value, read, most):
         return np.zeros(size, "f4"), dtype.name
     data = read(storage.key)
     data = np.frombuffer(data, dtype, len(data) // dtype.itemsize)
-    if storage.part is not None:
-        _, begin, length = storage.part
-        data = data[begin:begin + length]
+    if storage.part is not None:  # (its name, where it begins, its length)
+        data = data[storage.part[1]:storage.part[1] + storage.part[2]]
     # Python's integers do not overflow. The stride has no meaning in a dimension of size 1.
     stride = tuple(step if number > 1 else 0 for number, step in zip(size, stride))
     if offset + sum((number - 1) * step for number, step in zip(size, stride)) >= len(data):

@@ -3,27 +3,23 @@
 The harmful parts replace the 'scores' entry of an otherwise valid checkpoint. If one ran, it would create a file 'canary'.
 """
 import argparse
-import collections
 import copyreg
 import datetime
-import enum
 import functools
-import inspect
-import io
 import json
+import multiprocessing
 import os
 import pathlib
 import pickle
 import resource
+import signal
 import struct
 import sys
 import tarfile
 import time
-import traceback
-import types
-import warnings
 import zipfile
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -35,6 +31,7 @@ import DeepMAR
 from DeepMAR import DeepMAR_ResNet50, DeepMAR_ResNet50_ExtractFeature, build_model, load_checkpoint, load_model
 from lib import pickles
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch will change storages, quantised tensors and torch.jit
 torch.set_num_threads(1)  # threads that wait for each other are slow on a busy machine
 STATE = OrderedDict([("classifier.weight", torch.arange(6.).reshape(2, 3)), ("classifier.bias", torch.ones(2))])
 OTHER = OrderedDict((key, value + 5) for key, value in STATE.items())
@@ -44,9 +41,7 @@ both_formats = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "ear
 
 def saved(path, content, zipped=True, **arguments):
     """Saves with torch. Returns the path as text."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the kind of storage
-        torch.save(content, str(path), _use_new_zipfile_serialization=zipped, **arguments)
+    torch.save(content, str(path), _use_new_zipfile_serialization=zipped, **arguments)
     return str(path)
 
 
@@ -69,44 +64,41 @@ def refusal(path, *arguments):
     return message
 
 
-def succeeds(function, *arguments):
-    """Calls a function in a child process, which ends at once. Returns whether it raised nothing and was not killed."""
-    process = os.fork()
-    if not process:
-        code = 1
-        try:
-            function(*arguments)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitpid(process, 0)[1] == 0
+def succeeds(function):
+    """Calls a function in a child process. Returns whether it raised nothing and was not killed."""
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    process.join()
+    return process.exitcode == 0
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
 
-@functools.lru_cache(maxsize=None)
+@pytest.fixture
+def quick(monkeypatch):
+    """Networks begin without random weights, which take time, where others replace them or nobody looks at them."""
+    for function in ("kaiming_normal_", "kaiming_uniform_"):
+        monkeypatch.setattr(torch.nn.init, function, lambda tensor, *_, **__: tensor)
+
+
+@pytest.fixture(scope="module")
 def small_state():
-    torch.manual_seed(0)
-    return DeepMAR_ResNet50(num_att=26).state_dict()
+    with mock.patch.object(DeepMAR, "BLOCKS", [1, 1, 1, 1]):
+        return DeepMAR_ResNet50(num_att=26).state_dict()
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, small_state, quick):
     """The state dict of a small network, which load_model then takes for a DeepMAR."""
     monkeypatch.setattr(DeepMAR, "BLOCKS", [1, 1, 1, 1])
-    state = small_state()
-    for function in ("kaiming_normal_", "kaiming_uniform_"):  # a checkpoint replaces these random weights
-        monkeypatch.setattr(torch.nn.init, function, lambda tensor, *_, **__: tensor)
-    return state
+    return small_state
 
 
 def images(height, width):
     return torch.from_numpy(np.random.RandomState(0).standard_normal((1, 3, height, width)).astype(np.float32))
 
 
-def test_keys_are_those_of_the_open_source_model():
+def test_keys_are_those_of_the_open_source_model(quick):
     """torchvision's names below base., without fc; the open-source repository's resnet.py has the same."""
     state = DeepMAR_ResNet50().state_dict()
     backbone = {"base." + key for key in torchvision.models.resnet50().state_dict() if not key.startswith("fc.")}
@@ -114,25 +106,24 @@ def test_keys_are_those_of_the_open_source_model():
     assert state["classifier.weight"].shape == (35, 2048) and "base.layer4.2.bn3.running_var" in state
 
 
-def train():
-    torch.manual_seed(1)
-    DeepMAR.BLOCKS = [1, 1, 1, 1]
-    model = DeepMAR_ResNet50(num_att=4, last_conv_stride=1, drop_pool5=True, drop_pool5_rate=0.5, pretrained=False)
-    torch.nn.init.normal_(model.classifier.weight)
-    batch = torch.randn(2, 3, 64, 48)
-    before = [parameter.clone() for parameter in model.parameters()]
-    torch.nn.functional.binary_cross_entropy_with_logits(model.train()(batch), torch.ones(2, 4)).backward()
-    torch.optim.SGD(model.parameters(), lr=1e-5).step()
-    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
-    assert not torch.equal(model(batch), model(batch))
-    model.drop_pool5 = False
-    assert torch.equal(model(batch), model(batch))
-    model.drop_pool5 = True
-    assert torch.equal(model.eval()(batch), model(batch))
-
-
-def test_training_changes_all_parameters_and_dropout_acts_only_then():
+def test_training_changes_all_parameters_and_dropout_acts_only_then(monkeypatch):
     """In a child process, because a backward pass of torch 1.6 was seen to damage the heap."""
+    monkeypatch.setattr(DeepMAR, "BLOCKS", [1, 1, 1, 1])
+
+    def train():
+        torch.manual_seed(1)
+        model = DeepMAR_ResNet50(num_att=4, last_conv_stride=1, drop_pool5=True, drop_pool5_rate=0.5, pretrained=False)
+        torch.nn.init.normal_(model.classifier.weight)
+        batch = torch.randn(2, 3, 64, 48)
+        before = [parameter.clone() for parameter in model.parameters()]
+        torch.nn.functional.binary_cross_entropy_with_logits(model.train()(batch), torch.ones(2, 4)).backward()
+        torch.optim.SGD(model.parameters(), lr=1e-5).step()
+        assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+        assert not torch.equal(model(batch), model(batch))
+        model.drop_pool5 = False
+        assert torch.equal(model(batch), model(batch))
+        model.drop_pool5 = True
+        assert torch.equal(model.eval()(batch), model(batch))
     assert succeeds(train)
 
 
@@ -187,8 +178,9 @@ def test_what_does_not_fit_is_named(tmp_path, small):
 
 def test_a_checkpoint_fits_each_stride_and_image_size(tmp_path, small):
     path = saved(tmp_path / "c.pth", small)
+    models = {stride: load_model(path, last_conv_stride=stride) for stride in (1, 2)}
     for stride, size in ((1, (100, 60)), (2, (100, 60)), (2, (96, 64)), (2, (7, 5))):
-        model = load_model(path, last_conv_stride=stride)
+        model = models[stride]
         with torch.no_grad():
             features = model.base(images(*size))
             assert features.shape[2:] == tuple(-(-side // (16 * stride)) for side in size)
@@ -287,6 +279,7 @@ def guarded(tmp_path, monkeypatch):
 
     Only the subclass may use Python's unpickler: its functions that import and call are replaced.
     """
+    load_checkpoint(with_payload(tmp_path / "bad.pth", True, b"N"))  # imports what zip files need
     calls = []
     for module, function in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load"), (torch.jit, "load"),
                              (pickle._Unpickler, "find_class"), (pickle._Unpickler, "get_extension"),
@@ -312,13 +305,6 @@ def test_the_payloads_are_live(tmp_path, monkeypatch):
                 assert payload == "NEWOBJ_EX"  # Popen without arguments
             assert canary.exists(), payload
             canary.unlink()
-
-
-@both_formats
-def test_a_harmless_payload_loads(tmp_path, zipped):
-    for payload in (b"N", text("0.7"), b"}(" + text("a") + b"K\x01u", PLACES["sets"](b"K\x01"), PLACES["keys"](b"K\x01")):
-        with_payload(tmp_path / "good.pth", zipped, payload)
-        assert same(load_checkpoint(tmp_path / "good.pth"))
 
 
 @both_formats
@@ -361,32 +347,30 @@ def test_no_code_runs_in_any_of_the_five_pickles(guarded):
             refusal(guarded / "bad.pth")
 
 
-LEVELS = 3 * 10 ** 4
+LEVELS = 10 ** 4
 BOMBS = {
     "nested calls": b"ca\nb\n" * LEVELS + b"N" + b"\x85R" * LEVELS, "a list in itself": b"]q\x01h\x01a",
-    "a key of nested tuples": b"})" + b"\x85" * 5 * LEVELS + b"K\x01s", "marks": b"(" * 20 * LEVELS + b"N",
-    "keys of 2 ** 100 tuples": b"})" + b"2\x86" * 100 + b"q\x01K\x01s\x8f(h\x01\x90(h\x01\x91",
+    "a key of nested tuples": b"})" + b"\x85" * 15 * LEVELS + b"K\x01s", "marks": b"(" * 200 * LEVELS + b"N",
+    "keys of 2 ** 100 tuples": b"})" + b"2\x86" * 100 + b"q\x01K\x01s\x8f(h\x01\x90(h\x01\x91(h\x01Nd",
     "a number of a million digits": b"\x95" + struct.pack("<Q", 10 ** 6 + 2) + b"I" + b"9" * 10 ** 6 + b"\n",
     "a place in the memo": b"Nr\xff\xff\xff\x7f", "bytearray of 2 ** 40": b"\x96" + struct.pack("<q", 2 ** 40),
 }
 
 
-def load_bombs(path):
+def test_a_bomb_takes_neither_time_nor_memory(tmp_path):
     """Each may use 10 seconds, and all of them 200 MB."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for bomb, opcodes in BOMBS.items():
-        print(bomb, file=sys.stderr)  # if the process is killed, the last one did it
-        with_payload(path, True, b"}" + text("classifier.weight") + opcodes + b"s", ("state_dict", "scores"))
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 10, resource.RLIM_INFINITY))
-        try:
-            load_checkpoint(path)
-        except ValueError as error:
-            assert "MemoryError" not in str(error) and ("it is nested too deeply" in str(error)) == (bomb == "marks")
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
-
-
-def test_a_bomb_takes_neither_time_nor_memory(guarded):
-    assert succeeds(load_bombs, guarded / "bad.pth")
+    def load_all():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for bomb, opcodes in BOMBS.items():
+            print(bomb, file=sys.stderr)  # if the process is killed, the last one did it
+            path = with_payload(tmp_path / "c.pth", True, b"}" + text("classifier.weight") + opcodes + b"s", ("state_dict", "scores"))
+            resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 10, resource.RLIM_INFINITY))
+            try:
+                load_checkpoint(path)
+            except ValueError as error:
+                assert "MemoryError" not in str(error) and ("it is nested too deeply" in str(error)) == (bomb == "marks")
+            assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+    assert succeeds(load_all)
 
 
 def test_a_line_is_limited():
@@ -397,22 +381,22 @@ def test_a_line_is_limited():
             pickles.Unpickler(pickles.Pickle(frame + b"V" + b"x" * 10 ** 4 + b"\n.")).load()
 
 
+def test_protocol_5_is_read_by_each_python():
+    assert pickles.Unpickler(pickles.Pickle(b"\x80\x05\x96" + struct.pack("<q", 3) + b"abc.")).load() == b"abc"
+
+
 def test_the_two_copies_of_the_reader_are_one():
     """DeepMAR.py is copied alone, so that it holds the text of lib/pickles.py."""
-    own = [value for value in vars(pickles).values() if getattr(value, "__module__", "") == "lib.pickles"]
-    assert len(own) == 3
-    for value in own:
-        assert inspect.getsource(value) == inspect.getsource(getattr(DeepMAR, value.__name__))
+    with open(pickles.__file__) as copy, open(DeepMAR.__file__) as f:
+        text_ = copy.read()
+        assert text_[text_.index("class Named("):] in f.read()
+    assert all(hasattr(DeepMAR, name_) for name_ in vars(pickles) if name_[0] != "_")  # the same imports
 
 
 # --- Python 2.7 ----------------------------------------------------------------------------------------------------
 
 def string(value):
     return b"U" + bytes([len(value)]) + value.encode()
-
-
-def numbers(values):
-    return b"(" + b"".join(b"K" + bytes([value]) for value in values) + b"t"
 
 
 def ordered(*pairs):
@@ -422,7 +406,8 @@ def ordered(*pairs):
 
 def python2_tensor(key, kind, count, size, stride, part=b"N"):
     storage = b"(" + string("storage") + name("torch", kind) + string(key) + string("cuda:0") + b"\x8a\x01" + bytes([count]) + part + b"tQ"
-    return name("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + b"K\x00" + numbers(size) + numbers(stride) + b"\x89" + ordered() + b"tR"
+    return (name("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + b"K\x00(" + b"".join(b"K%c" % n for n in size) + b"t("
+            + b"".join(b"K%c" % n for n in stride) + b"t\x89" + ordered() + b"tR")
 
 
 def python2_file(path, content, storages):
@@ -456,17 +441,13 @@ def test_python_2_with_an_optimizer_and_numpy_scalars(tmp_path):
 def test_a_part_of_a_storage(tmp_path):
     """Before torch 0.4, a tensor's values could lie in a part of another one's storage."""
     def file(begin):
-        tensor = python2_tensor("1", "FloatStorage", 20, (2, 3), (3, 1), b"(" + string("2") + b"\x8a\x01" + bytes([begin]) + b"\x8a\x01\x06t")
+        tensor = python2_tensor("1", "FloatStorage", 20, (2, 3), (3, 1), b"(" + string("2") + b"\x8a\x01%c\x8a\x01\x06t" % begin)
         return python2_file(tmp_path / "c.pth", ordered((string("classifier.weight"), tensor)), {"1": np.arange(20, dtype="<f4")})
     assert load_checkpoint(file(4))["classifier.weight"].tolist() == [[4, 5, 6], [7, 8, 9]]
     assert "classifier.weight reaches beyond its 2 values in the file" in refusal(file(18))
 
 
 # --- right files -------------------------------------------------------------------------------------------------------
-
-class Mode(enum.Enum):
-    TRAIN = 1
-
 
 class Config(dict):
     """A dict with attributes, as EasyDict and yacs's CfgNode are."""
@@ -476,15 +457,15 @@ class Config(dict):
         self.__dict__ = self
 
 
-Point = collections.namedtuple("Point", "x y")
+Point = namedtuple("Point", "x y")
 KEPT = dict(enumerate([
     np.float64(0.789), np.arange(5.), np.array(["a"], dtype=object), np.dtype("f4"), {"scores": [np.int64(1)]},
     argparse.Namespace(lr=0.001, best=np.float32(3)), Counter([50, 100]), pathlib.PurePosixPath("/data/peta"), pathlib.Path("."),
     datetime.datetime(2024, 5, 6), datetime.timedelta(1), torch.device("cuda:1"), torch.float16, torch.Size([2]), torch.strided,
     {1, "a", (2, 3)}, frozenset([1]), defaultdict(list, a=[1]),
     deque([1, 2], 5), OrderedDict([((1, 2), 3)]), Config(lr=0.1, model=Config(name="DeepMAR")), 1 + 2j, slice(1, 2), range(9),
-    bytearray(b"abc"), b"abc", Ellipsis, NotImplemented, functools.partial(int, base=2), len, Mode.TRAIN, Point(1, 2), Mode,
-    types.SimpleNamespace(a=1), {torch.device("cpu"): 1, Mode.TRAIN: 2, pathlib.PurePath("a"): 3, (1, (2,)): 4, None: 5},
+    bytearray(b"abc"), b"abc", Ellipsis, NotImplemented, functools.partial(int, base=2), len, signal.SIGINT, Point(1, 2), Point,
+    {torch.device("cpu"): 1, signal.SIGINT: 2, pathlib.PurePath("a"): 3, (1, (2,)): 4, None: 5},
     torch.optim.SGD([torch.zeros(1)], 0.1), torch.nn.Linear(2, 2), np.random.RandomState(0).get_state(), ValueError("x")]))
 
 
@@ -517,9 +498,7 @@ FUNCTION = b"ctest_deepmar\nstand_in\n"
 
 def parts(tensor):
     """The first arguments of the calls that make a tensor."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the kind of storage
-        return tensor.storage(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), False, OrderedDict()
+    return tensor.storage(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), False, OrderedDict()
 
 
 @both_formats
@@ -543,10 +522,10 @@ def test_calls_around_a_tensor(tmp_path, zipped):
     rebuild = torch._utils._rebuild_tensor_v2
     plain, parameter = Rebuilt(rebuild, *parts(torch.ones(2, 3))), torch.nn.Parameter(torch.ones(2, 3))
     noted, attributes = torch.nn.Parameter(torch.ones(2, 3)), {"note": torch.device("cpu")}
-    noted.note = {"optim": "sgd", "device": torch.device("cpu")}
+    noted.note, expected = {"optim": "sgd", "device": torch.device("cpu")}, {"classifier.weight": torch.ones(2, 3)}
     for value in (parameter, noted, Rebuilt(torch._utils._rebuild_parameter, parameter, True, OrderedDict()),
                   Rebuilt(rebuild, *(plain.arguments + ({"npu_format_/FRACTAL_Z": True},)))):
-        assert same(load_checkpoint(saved(tmp_path / "c.pth", {"classifier.weight": value}, zipped)), {"classifier.weight": torch.ones(2, 3)})
+        assert same(load_checkpoint(saved(tmp_path / "c.pth", {"classifier.weight": value}, zipped)), expected)
     for module, function, arguments in (
             ("torch._utils", "_rebuild_parameter_with_state", (plain, True, OrderedDict(), attributes)),
             ("torch._tensor", "_rebuild_from_type_v2", (rebuild, torch.Tensor, plain.arguments, attributes)),
@@ -554,7 +533,7 @@ def test_calls_around_a_tensor(tmp_path, zipped):
             ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor", (plain, torch.float32, "xla:0"))):
         content = {"classifier.weight": Rebuilt(stand_in, *arguments)}
         assert same(load_checkpoint(replaced(tmp_path / "c.pth", zipped, content, {FUNCTION: name(module, function)})),
-                    {"classifier.weight": torch.ones(2, 3)}), function
+                    expected), function
 
 
 def test_prefixes_are_removed(tmp_path):
@@ -592,15 +571,12 @@ def test_what_does_not_belong_to_the_network_is_left_out(tmp_path):
     assert list(read(saved(tmp_path / "c.pth", wrapped))[0])[-1] == "model.attention.weight"
 
 
-AVERAGED = {"module." + key: value for key, value in OTHER.items()}
-
-
 @pytest.mark.parametrize("content, taken, other", [
     ({"state_dict": STATE, "state_dict_ema": OTHER, "optimizer": OPTIMIZER}, "state_dict", "state_dict_ema"),
     ({"ema": {"module": OTHER, "decay": 0.99}, "model": STATE}, "model", "ema.module"),
     ({"state_dict": {"ema": OTHER, "net": STATE}}, "state_dict.net", "state_dict.ema"),
     ({"state_dicts": [STATE, OTHER, OPTIMIZER], "ep": 3}, "state_dicts.0", "state_dicts.1"),
-    ({"state_dict": dict(STATE, **{"ema." + key: value for key, value in AVERAGED.items()})}, "state_dict", "state_dict.ema"),
+    ({"state_dict": dict(STATE, **{"ema.module." + key: value for key, value in OTHER.items()})}, "state_dict", "state_dict.ema"),
     ({"epoch": 3, "weights": STATE, "best": {"swa": {"weights": OTHER}}}, "weights", "best.swa.weights"),
     (dict(STATE, ema=OTHER), "(top level)", "ema"), ([STATE, {"teacher": OTHER}], "0", "1.teacher")])
 def test_which_of_several_state_dicts_is_taken(tmp_path, content, taken, other):
@@ -612,12 +588,6 @@ def test_which_of_several_state_dicts_is_taken(tmp_path, content, taken, other):
     assert "has no state dict momentum; it has: " in refusal(path, "momentum")
 
 
-def test_the_beginning_of_a_name_is_enough_if_only_one_has_it(tmp_path):
-    assert same(read(saved(tmp_path / "c.pth", {"model": STATE, "ema": {"module": OTHER}}), "ema")[0], OTHER)
-    path = saved(tmp_path / "c.pth", {"model": STATE, "ema": {"fast": OTHER, "slow": OTHER.copy()}})
-    assert "has more than one state dict ema; it has: model, ema.fast, ema.slow" in refusal(path, "ema")
-
-
 def test_ambiguous_state_dicts_are_refused(tmp_path):
     flat = {"fast." + key: value for key, value in STATE.items()}
     flat.update(("slow." + key, value) for key, value in OTHER.items())
@@ -625,6 +595,10 @@ def test_ambiguous_state_dicts_are_refused(tmp_path):
                            ({"nets": [STATE, OTHER]}, "nets.0, nets.1")):
         path = saved(tmp_path / "c.pth", content)
         assert "has several state dicts: %s; choose one with --state-dict NAME" % names in refusal(path)
+    # The beginning of a name is enough if only one name has it.
+    assert same(read(saved(path, {"model": STATE, "ema": {"module": OTHER}}), "ema")[0], OTHER)
+    saved(path, {"model": STATE, "ema": {"fast": OTHER, "slow": OTHER.copy()}})
+    assert "has more than one state dict ema; it has: model, ema.fast, ema.slow" in refusal(path, "ema")
 
 
 @pytest.mark.parametrize("kind", [dict, OrderedDict, Config, defaultdict])
@@ -650,11 +624,11 @@ def test_a_file_without_a_state_dict_says_what_it_has(tmp_path, zipped):
              "model.state_dict(). It has: epoch (int), model (torch.nn.modules.linear.Linear), best (dict), a (NoneType)"),
             (linear, "holds an object of torch.nn.modules.linear.Linear, not a state dict; save model.state_dict()"),
             ({"fc.weight": torch.ones(1)}, "It has: fc.weight (a tensor)"), ({"state_dicts": []}, "no state dict"),
-            ({"key%d" % i: i for i in range(30)}, "and 18 more"), ([1], "not a state dict"), ({}, "not a state dict")):
+            ({"key%d" % i: i for i in range(30)}, "and 18 more"), ([1], "not a state dict"), ({}, "not a state dict"),
+            (3, "holds an object of int, not a state dict; save model.state_dict()")):
         assert message in refusal(saved(tmp_path / "c.pth", content, zipped))
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_what_is_not_a_plain_tensor_is_named(tmp_path):
     rebuild = torch._utils._rebuild_tensor_v2
     plain = "not a plain tensor; save model.state_dict() of the whole model, not sharded or quantised"
@@ -672,32 +646,29 @@ def test_what_is_not_a_plain_tensor_is_named(tmp_path):
         assert "c.pth: classifier.bias " + message in refusal(path)
 
 
-@pytest.mark.parametrize("kind, name_", [(torch.float16, "float16"), (torch.bfloat16, "bfloat16"), (torch.float64, "float64")])
 @both_formats
-def test_weights_of_other_precisions_become_float32(tmp_path, kind, name_, zipped):
-    values = torch.tensor([1, -2.5, 3e-3, 0, 6e4])
-    state, notes = read(saved(tmp_path / "c.pth", {"classifier.weight": values.to(kind), "base.count": torch.tensor(7)}, zipped))
-    assert state["classifier.weight"].dtype == torch.float32 and state["base.count"].dtype == torch.int64
-    assert torch.equal(state["classifier.weight"], values.to(kind).float()) and state["base.count"] == 7
-    assert notes == ["converted the weights from %s to float32" % name_]
-    for bad in [float("inf"), float("nan")] + ([1e300] if kind == torch.float64 else []):
-        assert "classifier.weight holds NaN or infinite values" in refusal(
-            saved(tmp_path / "c.pth", {"classifier.weight": torch.tensor([1, bad], dtype=kind)}, zipped))
-
-
-def test_whole_numbers_keep_their_values(tmp_path):
-    for kind in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool):
-        for values in (torch.tensor([[0, 1]], dtype=kind), torch.tensor(1, dtype=kind), torch.zeros(2, 0, dtype=kind)):
-            state = load_checkpoint(saved(tmp_path / "c.pth", {"classifier.weight": torch.ones(1), "base.x": values}))
-            assert state["base.x"].tolist() == values.tolist()
+def test_weights_of_other_precisions_become_float32(tmp_path, zipped):
+    values, path = torch.tensor([1, -2.5, 3e-3, 0, 6e4]), tmp_path / "c.pth"
+    for kind, name_ in (torch.float16, "float16"), (torch.bfloat16, "bfloat16"), (torch.float64, "float64"):
+        state, notes = read(saved(path, {"classifier.weight": values.to(kind), "base.count": torch.tensor(7)}, zipped))
+        assert state["classifier.weight"].dtype == torch.float32 and state["base.count"].dtype == torch.int64
+        assert torch.equal(state["classifier.weight"], values.to(kind).float()) and state["base.count"] == 7
+        assert notes == ["converted the weights from %s to float32" % name_]
+        for bad in float("inf"), float("nan"), 1e300:
+            saved(path, {"classifier.weight": torch.tensor([1, bad], dtype=torch.float64).to(kind)}, zipped)
+            assert "classifier.weight holds NaN or infinite values" in refusal(path)
 
 
 @both_formats
-def test_shared_expanded_and_turned_tensors(tmp_path, zipped):
+def test_whole_numbers_and_shared_expanded_and_turned_tensors(tmp_path, zipped):
     whole = torch.arange(24.).view(2, 3, 4)
     expected = {"classifier.weight": whole.permute(2, 0, 1), "classifier.bias": whole[1, :, 1], "base.a": whole,
                 "base.b": torch.ones(1, 3).expand(4, 3), "base.c": torch.tensor(2.5)}
-    assert same(load_checkpoint(saved(tmp_path / "c.pth", expected, zipped)), expected)
+    for kind in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool):
+        expected.update(("base.%s.%d" % (kind, number), torch.tensor(values).to(kind))
+                        for number, values in enumerate(([[0, 1]], 1, [[], []])))
+    state = load_checkpoint(saved(tmp_path / "c.pth", expected, zipped))
+    assert {key: value.tolist() for key, value in state.items()} == {key: value.tolist() for key, value in expected.items()}
 
 
 # --- other containers --------------------------------------------------------------------------------------------------
@@ -750,17 +721,16 @@ def write_safetensors(path, tensors):
 
 def test_safetensors(tmp_path):
     """With the real package, which tests/requirements.txt has."""
-    six = np.arange(6)
-    upper = (six.astype("<f4").view("<u4") >> 16).astype("<u2")
-    for kind, values, names in (("F32", six.astype("<f4"), []), ("F16", six.astype("<f2"), ["float16"]),
-                                ("BF16", upper, ["bfloat16"]), ("F64", six.astype("<f8"), ["float64"])):
-        for file in ("model.safetensors", "renamed.pth"):
-            path = write_safetensors(tmp_path / file, {
-                "model.classifier.bias": ("F32", [2], np.ones(2, "<f4").tobytes()),
-                "model.classifier.weight": (kind, [2, 3], values.tobytes()), "model.base.count": ("I64", [], struct.pack("<q", 7))})
-            state, notes = read(path)
-            assert same(state, dict(STATE, **{"base.count": torch.tensor(7)}))
-            assert notes == ["converted the weights from %s to float32" % name_ for name_ in names]
+    six = np.arange(6, dtype="<f4")
+    for kind, values, names, file in (
+            ("F32", six, [], "m.safetensors"), ("F16", six.astype("<f2"), ["float16"], "renamed.pth"),
+            ("BF16", (six.view("<u4") >> 16).astype("<u2"), ["bfloat16"], "renamed.pth"), ("F64", six.astype("<f8"), ["float64"], "m")):
+        path = write_safetensors(tmp_path / file, {
+            "model.classifier.bias": ("F32", [2], np.ones(2, "<f4").tobytes()),
+            "model.classifier.weight": (kind, [2, 3], values.tobytes()), "model.base.count": ("I64", [], struct.pack("<q", 7))})
+        state, notes = read(path)
+        assert same(state, dict(STATE, **{"base.count": torch.tensor(7)}))
+        assert notes == ["converted the weights from %s to float32" % name_ for name_ in names]
     whole = path.read_bytes()
     for cut in (4, 9, 40, len(whole) - 10):
         (tmp_path / "cut.safetensors").write_bytes(whole[:cut])
@@ -777,7 +747,6 @@ def test_safetensors_without_the_package(tmp_path, monkeypatch):
     assert same(load_checkpoint(saved(tmp_path / "c.pth", STATE)))  # needs no package
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_files_of_other_kinds_are_named(tmp_path):
     path = tmp_path / "file"
     for mode in ("w", "w:gz"):
@@ -823,22 +792,13 @@ def test_names_that_would_break_a_message_are_escaped(tmp_path):
 # --- damage --------------------------------------------------------------------------------------------------------
 
 @both_formats
-def test_a_damaged_file_is_refused_or_harmless(tmp_path, zipped):
-    """It is cut off somewhere, or one bit is another one. tests/test_fuzz.py tries more."""
-    path, refused = tmp_path / "c.pth", 0
-    with_payload(path, zipped, b"N")
+def test_a_file_that_is_cut_off_is_refused(tmp_path, zipped):
+    """tests/test_fuzz.py damages files in other ways."""
+    path = pathlib.Path(saved(tmp_path / "c.pth", STATE, zipped))
     whole = path.read_bytes()
-    places = range(0, len(whole), 15)
-    for at in places:
-        path.write_bytes(whole[:at])
+    for length in range(0, len(whole), 20):
+        path.write_bytes(whole[:length])
         refusal(path)
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1:])
-        try:
-            assert all(isinstance(value, torch.Tensor) for value in load_checkpoint(path).values())
-        except ValueError as error:
-            refused += 1
-            assert str(error).startswith("%s: " % path) and "\n" not in str(error), at
-    assert refused > len(places) / 8
 
 
 def test_damage_of_the_earlier_format_is_named(tmp_path):

@@ -1,10 +1,12 @@
 """Every command, option, file and link that README*.md and docs/*.md name exists."""
 import glob
+import json
 import os
 import re
 import subprocess
 import sys
 
+import lists
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -101,3 +103,13 @@ def test_readme_is_short_and_names_every_tool_and_page(readme):
 @pytest.mark.parametrize("english", ["README.md", "docs/card.md"])
 def test_both_languages_have_the_same_commands(english):
     assert blocks(english) and blocks(english) == blocks(english.replace(".md", ".zh-CN.md"))
+
+
+def test_the_example_of_a_data_set_works(tmp_path, monkeypatch):
+    code, line = [block for block in blocks("docs/data-sets.md") if "read_mine" in block]
+    exec(code, vars(lists))  # into the module, as if it were written there
+    monkeypatch.setattr(lists, "SETS", eval("{%s}" % line.strip(), vars(lists)))
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"attributes": ["a", "b"], "train": {"1.png": [0, 1], "2.png": [1, 2]}, "test": {"3.png": [1, 1]}}))
+    lists.main(["mine", str(path), "--split", "train", "--output", str(tmp_path)])
+    assert json.loads((tmp_path / "label.json").read_text()) == {"1.png": [0, 1], "2.png": [1, 0]}

@@ -607,8 +607,12 @@ def test_killed_driver_goes_on_and_a_new_node_is_used(cluster, folder, many, tmp
     process.kill()
     process.communicate()
     process = start_many(cluster, folder, tmp_path / "out")
-    wait_for(tmp_path / "out", before + 1, process)
+    cluster.wait_for_workers(process)
+    worker, = cluster.pids(cluster.nodes[0], "ray::Worker")
+    os.kill(worker, signal.SIGSTOP)  # so that work is left when the new node's worker is ready, however slow the machine is
     cluster.need(2)
+    cluster.wait_for_workers(process)
+    os.kill(worker, signal.SIGCONT)
     workers, nodes, text = finish(process, tmp_path / "out", many, lost=0, again=(0,))
     assert (workers, nodes) == (2, 2)
     there = int(re.search(r"(\d+) of %d parts are there already" % SHARDS, text).group(1))

@@ -139,7 +139,7 @@ def lines_of(report, args):
     if report["drop"] is not None:
         yield "accuracy%s %.2f %%, published %.2f %%, drop %.2f %%" % (
             " at a logit of 0" if tuned else "", 100 * report["instance_acc_at_0"], 100 * report["published_acc"],
-            100 * report["drop"])
+            round(100 * report["drop"], 2) + 0)  # no -0.00
 
 
 def main(argv=None):

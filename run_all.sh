@@ -6,7 +6,7 @@
 #   bash run_all.sh --batch-size 8 --stage 6     only inference and accuracy, at another batch size
 #   bash run_all.sh --batch-size "1 4 8 16 32 64" --device-id "0 1 2 3"
 #
-# Edit the variables below, set them in the environment, or give them as options: batch_size is --batch-size.
+# Edit the variables in this file, set them in the environment, or give them as options: batch_size is --batch-size.
 [ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # if it was started with sh run_all.sh
 set -euo pipefail
 
@@ -35,21 +35,22 @@ python=${python-${PYTHON-python3}} # the Python to use, or from which to make a 
 set_env=${set_env-}                # CANN's set_env.sh; empty: if atc is not on the PATH, the run looks for one
 chips=${chips-}                    # chips per card, for its rate; empty: npu-smi info counts them, else 4 for a 310, 1 for others
 strict=${strict-}                  # yes: stop if ONNX Runtime has a card's provider that does not load; empty: only a note
-stage=${stage-0}                   # the first stage to run:
-stop_stage=${stop_stage-8}         # the last stage to run: 0 sample data, 1 ONNX, 2 Pad, 3 atc, 4 bins, 5 info,
-                                   # 6 inference, 7 accuracy, 8 report
+stage=${stage-0}                   # the first stage to run
+stop_stage=${stop_stage-8}         # the last stage to run
+                                   # 0 sample data, 1 ONNX, 2 Pad, 3 atc, 4 bins, 5 info, 6 inference, 7 accuracy, 8 report
 check=${check-}                    # yes: only list what this machine has of what the run needs, and how to get the rest
 json=${json-}                      # with --check: also write the list into this file
 # --------------------------------------------------------------------------------------------------------------------
 
 here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
-# It defines the words that the stages use:
-#   begin N TEXT, finish       returns whether stage N is to run; ends it
-#   verify FILE=STAGE ...      stops unless each file is what its stage made, from this run's data and settings
-#   made FILE from INPUT ...   records what a file was made from: variables of this run, and files
-#   result_of BATCH            prints the folder of a batch size's results: result, or result_bs8 if there are several batch sizes
-#   scratch NAME               goes into an empty folder, because the next command writes into the current one
-#   tool LOG COMMAND ...       runs a command and keeps its output in logs/; on_device: the same for one of several devices
+# It defines the words of the stages:
+#   begin N TEXT, finish      returns whether stage N is to run; ends it
+#   verify FILE=STAGE ...     stops unless each file is what its stage made, from this run's data and settings
+#   made FILE from INPUT ...  records what a file was made from: variables of this run, and files of the work folder
+#   scratch NAME              goes into an empty folder; keep, score and collect move what was made there, and go back
+#   tool LOG COMMAND ...      prints and runs a command, and keeps its output in logs/; on_device: the same for one device
+# start_run sets sample (yes: no data was given), height, width, num_att (attributes in the labels), devices (a list), user_python
+# (as given, for ais_bench), make_om and make_twin (whether stage 3 makes an OM, and an ONNX model with AIPP).
 # shellcheck source=tools/run/driver.sh
 source "$here/tools/run/driver.sh"
 start_run "$@"
@@ -101,14 +102,13 @@ if begin 3 "ONNX -> OM with atc"; then
             made deepmar_bs${batch}_aipp.onnx from deepmar_bs${batch}_nopad.onnx aipp
         fi
     done
-    [ -n "$make_om" ] || say "no OM is made: there is no atc, or backend onnxruntime needs none"
+    [ -n "$make_om" ] || say "no OM is made: $(has_atc && echo "backend onnxruntime needs none" || echo "there is no atc on this machine")"
     finish
 fi
 
 if begin 4 "images -> input_bin"; then
     verify "$image_list=0"
-    uint8=
-    [ "$aipp" = no ] || uint8=--uint8
+    [ "$aipp" = yes ] && uint8=--uint8 || uint8=
     "$python" "$here/preprocess_deepmar_pytorch.py" "$images" input_bin "$image_list" --size $size $uint8
     made input_bin from image_list images size aipp
     finish
@@ -135,7 +135,7 @@ if begin 6 "inference on backend $backend, device $device_id"; then
         scratch "$result"
         if [ "$backend" = ais_bench ]; then # it shares the images among the devices itself
             ais_bench_files give ../input_bin ../$model
-            tool ais_bench_bs$batch "$requested" -m ais_bench --model $model --input input_bin --output result \
+            tool ais_bench_bs$batch "$user_python" -m ais_bench --model $model --input input_bin --output result \
                 --output_dirname $ais_bench_folder --outfmt BIN --batchsize $batch --device ${device_id// /,} $divide_input
             ais_bench_files collect ../input_bin ../$model $batch "$work_dir/logs/ais_bench_bs$batch.log" $device_id
         else
@@ -168,7 +168,7 @@ if begin 7 "accuracy and throughput"; then
     fi
     for batch in $batch_size; do
         result=$(result_of $batch)
-        results=("${devices[@]/#/$result/dumpOutput_device}")
+        results=("${devices[@]/#/$result/dumpOutput_device}") # a folder for each device
         verify "${results[@]/%/=6}"
         [ "$batch_size" = "$batch" ] || say "batch size $batch"
         described=$(description_of $batch)
@@ -176,8 +176,8 @@ if begin 7 "accuracy and throughput"; then
         score "$python" "$here/postprocess_deepmar_pytorch.py" "${results[@]/#/$work_dir/}" "$label_file" \
             --image_list "$image_list" ${published:+--published "$published"} ${attributes:+--attributes "$attributes"} \
             ${described:+--model "$described"} ${thresholds:+--thresholds "$thresholds"} --intervals
-        read -r model ran <<<"$(facts "${results[0]}" model backend)"
-        rows+=(--run "$batch" "$result" "$model" "$ran")
+        read -r model runner <<<"$(inputs get "${results[0]}" model backend)" # as stage 6 recorded them
+        rows+=(--run "$batch" "$result" "$model" "$runner")
         all_results+=("${results[@]}")
     done
     "$python" "$here/tools/run/table.py" throughput "${rows[@]}" --devices $device_id --chips $chips

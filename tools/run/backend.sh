@@ -90,6 +90,7 @@ check_ais_bench() {
 
 # tool LOG COMMAND ...: runs a tool of the toolkit. Its output goes to the screen and to logs/LOG.log
 tool() {
+    say "${*:2}"
     "${@:2}" 2>&1 | tee "$work_dir/logs/$1.log" || broken "${1%_bs*} ended with status ${PIPESTATUS[0]}" "$1"
 }
 # broken WHAT LOG: stops. Prints a tool's [ERROR] lines and its last lines, which alone may only be its usage text
@@ -119,6 +120,7 @@ info_of() {
 declare -A running=()
 on_device() {
     if [ ${#devices[@]} -gt 1 ] || [[ $1 = pure_* ]]; then
+        say "${*:2}"
         "${@:2}" >"$work_dir/logs/$1.log" 2>&1 &
         running[$1]=$!
     elif [ "$backend" = onnxruntime ]; then
@@ -145,7 +147,7 @@ pure_inference() {
             benchmark) on_device "$log" "$benchmark" -round=20 -om_path="$model" -device_id="$device" -batch_size="$batch" ;;
             onnxruntime) on_device "$log" "$python" "$here/tools/benchmark.py" -round=20 -om_path="$model" -device_id="$device" \
                 -batch_size="$batch" "${runtime_options[@]}" ;;
-            ais_bench) on_device "$log" "$requested" -m ais_bench --model "$model" --output result --output_dirname \
+            ais_bench) on_device "$log" "$user_python" -m ais_bench --model "$model" --output result --output_dirname \
                 "pure_device$device" --outfmt BIN --batchsize "$batch" --device "$device" --loop 20 ;;
         esac
     done

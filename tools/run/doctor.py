@@ -208,7 +208,7 @@ def chip(name, count, device, needed):
     name = short(name)
     if name and not int(count or 0):
         count = 4 if name == "310" else 1
-        note = "assuming %d chips Ascend%s per card, because there is no npu-smi to count them; --chips sets another number" % (count, name)
+        note = "chips per card: %d (Ascend%s), assumed, because no npu-smi counts them; --chips sets another number" % (count, name)
     return "%s %d %s" % ("Ascend" + name if name else "unknown", int(count or 0), note)
 
 

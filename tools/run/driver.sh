@@ -1,5 +1,4 @@
-# The machinery of run_all.sh: its options and their checks, the work folder, the start and end of a stage, and the records of what
-# each file was made from. run_all.sh sources this file, which uses its variables.
+# The machinery of run_all.sh, which sources this file: options, the work folder, stages, records of what files were made from.
 # shellcheck shell=bash disable=SC2034,SC2046,SC2154
 
 shopt -u patsub_replacement 2>/dev/null || : # with it, ${x/y/$work_dir} does not keep an & in the folder's name
@@ -25,7 +24,7 @@ start_run() {
     choose_chip
     check_ais_bench
     open_work_folder
-    requested=$python # the tools of a card have their own packages
+    user_python=$python
     python=$(PYTHON=$python "$here/tools/run/python.sh" requirements.txt $(needed_packages)) ||
         fail "there is no Python with the packages; see above"
     CDPATH='' cd "$work_dir"
@@ -37,7 +36,8 @@ start_run() {
 
 help() { # prints the comments at the top of run_all.sh and those of its variables
     sed -n '3,/^\[/{s/^# \{0,1\}//; /^\[/!p}' "$here/run_all.sh"
-    sed -n 's/^\([a-z_]*\)=\${.*[-]\(.*\)}\{1,2\} *# *\(.*\)/\1 \3/p; s/^ \{30,\}# /. /p' "$here/run_all.sh" |
+    sed -n 's/^\([a-z_]*\)=\${.*[-]\(.*[^}]\)}\{1,2\} *# *\(.*\)/\1 \3 [\2]/p; t; s/^\([a-z_]*\)=\${.*} *# */\1 /p; s/^ \{30,\}# /. /p' \
+        "$here/run_all.sh" |
         while read -r name text; do
             [ "$name" = . ] && name='' || name=--${name//_/-}
             printf '  %-18s %s\n' "$name" "$text"
@@ -201,7 +201,6 @@ inputs() { # keeps and checks the records of what each file was made from
 }
 made() { inputs made "$current" "$1" "${@:3}"; } # the second word is "from"
 verify() { inputs verify "$@" || exit 1; }
-facts() { inputs get "$@"; }
 
 result_of() { [ "$batch_size" = "$1" ] && echo result || echo "result_bs$1"; }
 description_of() { [ ! -e "deepmar_bs$1.json" ] || echo "$work_dir/deepmar_bs$1.json"; }

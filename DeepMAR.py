@@ -495,11 +495,10 @@ def make_array(value, read, most):
     if storage.part is not None:  # (its name, where it begins, its length)
         data = data[storage.part[1]:storage.part[1] + storage.part[2]]
     # Python's integers do not overflow. The stride has no meaning in a dimension of size 1.
-    stride = tuple(step if number > 1 else 0 for number, step in zip(size, stride))
+    stride = [step if number > 1 else 0 for number, step in zip(size, stride)]
     if offset + sum((number - 1) * step for number, step in zip(size, stride)) >= len(data):
         raise Refused("reaches beyond its %d values in the file" % len(data))
-    steps = tuple(step * dtype.itemsize for step in stride)
-    array = np.array(np.lib.stride_tricks.as_strided(data[offset:], size, steps), order="C")
+    array = np.lib.stride_tricks.as_strided(data[offset:], size, [step * dtype.itemsize for step in stride]).copy()
     name = dtype.name
     if storage.kind == "BFloat16":
         array, name = (array.reshape(-1).astype("u4") << 16).view("f4").reshape(size), "bfloat16"
@@ -525,9 +524,10 @@ def make_state(network, read, most, say):
                 raise Refused("%s and %s are the same key of the network, but their values differ; delete the wrong one"
                               % (shown(originals[0]), shown(key)))
             most -= array.size
-            types |= {kind} if array.dtype.kind == "f" else set()
-    if types - {"float32"}:
-        say("converted the weights from %s to float32" % some(sorted(types - {"float32"})))
+            if array.dtype.kind == "f" and kind != "float32":
+                types.add(kind)
+    if types:
+        say("converted the weights from %s to float32" % some(sorted(types)))
     left = [key for key in network.others if key not in state]
     if left:
         say("left out what does not belong to the network: %s" % some(left, text=shown))

@@ -1,6 +1,6 @@
 """Reads a pickle without trusting it: nothing that it names is imported, and nothing is called.
 
-The classes stand once more in DeepMAR.py, which is copied alone. tests/test_deepmar.py holds the two copies together.
+DeepMAR.py has the same classes, because it must work when it is copied alone. tests/test_deepmar.py checks that they are equal.
 """
 import io
 import pickle

@@ -350,11 +350,12 @@ def test_no_code_runs_in_any_of_the_five_pickles(guarded):
 
 LEVELS = 10 ** 4
 BOMBS = {
-    "nested calls": b"ca\nb\n" * LEVELS + b"N" + b"\x85R" * LEVELS, "a list in itself": b"]q\x01h\x01a",
+    "nested calls": b"ca\nb\n" * LEVELS + b"N" + b"\x85R" * LEVELS, "a list full of itself": b"]q\x01(" + b"h\x01" * 1000 + b"e",
     "a key of nested tuples": b"})" + b"\x85" * 15 * LEVELS + b"K\x01s", "marks": b"(" * 200 * LEVELS + b"N",
     "keys of 2 ** 100 tuples": b"})" + b"2\x86" * 100 + b"q\x01K\x01s\x8f(h\x01\x90(h\x01\x91(h\x01Nd",
     "a number of a million digits": b"\x95" + struct.pack("<Q", 10 ** 6 + 2) + b"I" + b"9" * 10 ** 6 + b"\n",
-    "a place in the memo": b"Nr\xff\xff\xff\x7f", "bytearray of 2 ** 40": b"\x96" + struct.pack("<q", 2 ** 40),
+    "state dicts below a long key": b"}" + text("x" * 10 ** 6) + b"](" + (b"}" + text("classifier.weight") + b"ca\nb\ns") * 1000 + b"es",
+    "bytearray of 2 ** 40": b"\x96" + struct.pack("<q", 2 ** 40),
 }
 
 
@@ -443,11 +444,11 @@ def test_files_of_python_2_are_read(tmp_path):
 
 def test_a_part_of_a_storage_is_read(tmp_path):
     """Before torch 0.4, a tensor's values could lie in a part of another one's storage."""
-    def file(begin):
-        tensor = python2_tensor("1", "FloatStorage", 20, (2, 3), (3, 1), b"(" + string("2") + b"\x8a\x01%c\x8a\x01\x06t" % begin)
+    def file(begin, length):
+        tensor = python2_tensor("1", "FloatStorage", 20, (2, 3), (3, 1), b"(" + string("2") + b"\x8a\x01%c\x8a\x01%ct" % (begin, length))
         return python2_file(tmp_path / "c.pth", ordered((string("classifier.weight"), tensor)), {"1": np.arange(20, dtype="<f4")})
-    assert load_checkpoint(file(4))["classifier.weight"].tolist() == [[4, 5, 6], [7, 8, 9]]
-    assert "classifier.weight reaches beyond its 2 values in the file" in refusal(file(18))
+    assert load_checkpoint(file(4, 6))["classifier.weight"].tolist() == [[4, 5, 6], [7, 8, 9]]
+    assert "classifier.weight reaches beyond its 5 values in the file" in refusal(file(4, 5))
 
 
 # --- right files -------------------------------------------------------------------------------------------------------

@@ -32,20 +32,22 @@ def content():
     random = np.random.RandomState(0)
     data = np.zeros((IMAGES, 4 + ATTRIBUTES), np.uint16)
     data[:, 0] = random.permutation(IMAGES) + 1
-    data[:, 1:4] = 77
     data[:, 4:] = random.randint(0, 2, (IMAGES, ATTRIBUTES))
-    partitions = []
-    for _ in range(5):
-        order = (random.permutation(IMAGES) + 1).astype(np.uint16)[:, None]
-        partitions.append({"train": order[:20], "val": order[20:25], "test": order[25:]})
     return {"data": data, "attribute": cells(["attribute %d" % i for i in range(ATTRIBUTES)]),
             "selected_attribute": np.arange(5, 5 + SELECTED, dtype=np.uint8)[None],
-            "partion_attribute": cells(partitions)}
+            "partion_attribute": cells([dict(zip(["train", "val", "test"], parts)) for parts in orders([20, 5, 15], (-1, 1))])}
 
 
-def write(path, peta):
+def write_peta(path, change=lambda peta: None):
+    """Writes PETA's layout, with a change of its content. Returns ({split: [(names, labels) of each partition]}, attributes)."""
+    peta = content()
+    data, partitions = peta["data"], peta["partion_attribute"].ravel()
+    splits = {part: [partition[part] for partition in partitions] for part in ("train", "val", "test")}
+    splits["trainval"] = [np.concatenate([partition["train"], partition["val"]]) for partition in partitions]
+    result = expected(["%05d.png" % (i + 1) for i in range(IMAGES)], data[data[:, 0].argsort(), 4:4 + SELECTED], splits)
+    change(peta)
     savemat(str(path), {"peta": peta}, do_compression=True)
-    return path
+    return result, ["attribute %d" % i for i in range(SELECTED)]
 
 
 def orders(sizes, shape):
@@ -56,7 +58,7 @@ def orders(sizes, shape):
 
 
 def write_rap(path):
-    """Writes RAP's layout. Returns ({split: [(names, labels) of each partition]}, attributes)."""
+    """Writes RAP's layout. Returns the same as write_peta()."""
     random = np.random.RandomState(2)
     names = ["CAM%02d_frame%d.png" % (i % 3, i) for i in random.permutation(30)]
     labels = random.randint(0, 2, (30, 92)).astype(np.uint8)
@@ -72,7 +74,7 @@ def write_rap(path):
 
 
 def write_rap2(path):
-    """Writes RAP v2's layout. Returns the same as write_rap()."""
+    """Writes RAP v2's layout. Returns the same as write_peta()."""
     random = np.random.RandomState(3)
     names = ["CAM%02d-frame%d.png" % (i % 3, i) for i in random.permutation(30)]
     labels = random.randint(0, 2, (30, 152)).astype(np.int32)
@@ -97,7 +99,7 @@ def expected(names, labels, splits):
 
 
 def write_pa100k(path, sizes=(8, 3, 5)):
-    """Writes PA-100K's layout. Returns the same as write_rap()."""
+    """Writes PA-100K's layout. Returns the same as write_peta()."""
     random = np.random.RandomState(4)
     numbers, attributes = random.permutation(sum(sizes)) + 1, ["Attribute%d&Co" % i for i in range(26)]
     mat, result, end = {"attributes": cells(attributes)}, {}, 0
@@ -167,52 +169,37 @@ def refusal(*arguments):
 
 # --- each data set ----------------------------------------------------------------------------------------------------
 
-def check_peta(folder, peta, numbers):
-    """Checks that a folder holds the lists of these image numbers, in this order."""
-    rows = {row[0]: row[4:4 + SELECTED].tolist() for row in peta["data"]}
-    assert read_lists(folder) == (["%05d.png" % number for number in numbers], [rows[number] for number in numbers],
-                                  ["attribute %d" % i for i in range(SELECTED)])
-
-
-@pytest.mark.parametrize("partition, split", [(0, "train"), (4, "val"), (2, "trainval"), (3, "test"), (0, None)])
-def test_peta_partitions_and_splits_are_listed(tmp_path, partition, split):
-    """The default is partition 0's test set."""
-    peta = content()
-    write(tmp_path / "PETA.mat", peta)
+def test_the_default_is_the_test_set_of_partition_0(tmp_path):
+    splits, attributes = write_peta(tmp_path / "PETA.mat")
     (tmp_path / "here").mkdir()
-    options = ["--partition", partition, "--split", split, "--output", "new/lists"] if split else []
-    done = script("tools/lists.py", "peta", "../PETA.mat", *options, cwd=tmp_path / "here")
+    done = script("tools/lists.py", "peta", "../PETA.mat", cwd=tmp_path / "here")
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    chosen = peta["partion_attribute"][partition, 0]
-    numbers = np.concatenate([chosen["train"], chosen["val"]]) if split == "trainval" else chosen[split or "test"]
-    assert "%d images (partition %d, %s) and 6 attributes" % (len(numbers), partition, split or "test") in done.stdout
-    check_peta(tmp_path / "here" / ("new/lists" if split else ""), peta, numbers.ravel())
+    assert "15 images (partition 0, test) and 6 attributes" in done.stdout
+    names, labels = splits["test"][0]
+    assert read_lists(tmp_path / "here") == (names, labels.tolist(), attributes)
 
 
 @pytest.mark.parametrize("data_set, make, partitions", [
-    ("rap", write_rap, 5), ("rap2", write_rap2, 5), ("pa100k", write_pa100k, 1), ("pkl", write_pkl, 5), ("pkl", write_pkl, 1)])
-def test_every_partition_and_split_of_other_sets_is_listed(tmp_path, capfd, monkeypatch, data_set, make, partitions):
+    ("peta", write_peta, 5), ("rap", write_rap, 5), ("rap2", write_rap2, 5), ("pa100k", write_pa100k, 1), ("pkl", write_pkl, 5),
+    ("pkl", write_pkl, 1)])
+def test_every_partition_and_split_is_listed(tmp_path, capfd, monkeypatch, data_set, make, partitions):
     path = tmp_path / "file"
     splits, attributes = make(path, partitions, monkeypatch) if make is write_pkl else make(path)
     for split, lists in splits.items():
         assert len(lists) == partitions
         for i in {0, partitions - 1}:
             option = () if data_set == "pa100k" else ("--partition", i)
-            run(data_set, path, "--split", split, "--output", tmp_path / "out", *option)
-            assert read_lists(tmp_path / "out") == (lists[i][0], lists[i][1].tolist(), attributes)
+            run(data_set, path, "--split", split, "--output", tmp_path / "new" / "out", *option)
+            assert read_lists(tmp_path / "new" / "out") == (lists[i][0], lists[i][1].tolist(), attributes)
     errors = capfd.readouterr().err
     assert (data_set in ("rap", "pkl")) == ("are 2 (unclear); they count as 0" in errors)
     if data_set == "rap":
         assert "1 of 1530 labels" in errors
-        check_error(script("tools/lists.py", "rap", path, "--split", "val"), "--split", code=2)
-    if data_set == "pa100k":
-        check_error(script("tools/lists.py", "pa100k", path, "--partition", 1), "--partition", code=2)
-    if data_set == "pkl" and partitions == 1:
-        assert "has no partition 1; it has 1" in refusal("pkl", path, "--partition", 1)
 
 
 def test_attributes_are_listed_in_the_given_order(tmp_path):
-    path = write(tmp_path / "PETA.mat", content())
+    path = tmp_path / "PETA.mat"
+    write_peta(path)
     run("peta", path, "--output", tmp_path / "all")
     names, labels, attributes = read_lists(tmp_path / "all")
     (tmp_path / "mine.txt").write_text("attribute 8\nattribute 3\nattribute 0\n")  # 8 is not one of the benchmark's
@@ -225,23 +212,18 @@ def test_attributes_are_listed_in_the_given_order(tmp_path):
 
 
 # Two sub-sets with the same file names. In CUHK's Label.txt, a line has a file's attributes; in others, a person's.
-FOLDERS = {"CUHK": ({"0001.png": "personalMale upperBodyCasual", "0002.png": "hairLong footwearSneakers"},
-                    ["0001.png", "0002.png"]),
-           "i-LID": ({"0001": "personalLess30 lowerBodyJeans unheardOf", "12": "accessoryHat"},
+FOLDERS = {"CUHK": ("0001.png personalMale upperBodyCasual\r\n0002.png hairLong footwearSneakers\r\n", ["0001.png", "0002.png"]),
+           "i-LID": ("0001 personalLess30 lowerBodyJeans unheardOf\r\n12 accessoryHat\r\n",
                      ["0001.png", "0001_2.jpg", "0001_2.BMP", "12_a.jpeg"])}
 
 
-def write_folders(path):
-    for i, (folder, (labels, images)) in enumerate(FOLDERS.items()):
-        archive = path / folder / "archive"
-        archive.mkdir(parents=True)
-        (archive / "Label.txt").write_text("".join("%s %s\r\n" % item for item in labels.items()))
-        for j, name in enumerate(images):
-            Image.new("RGB", (20, 50), (40 * i, 30 * j, 200)).save(str(archive / name), format="PNG")
-
-
 def test_petas_folders_are_listed_and_flattened(tmp_path):
-    write_folders(tmp_path / "PETA dataset")
+    for folder, (labels, images) in FOLDERS.items():
+        archive = tmp_path / "PETA dataset" / folder / "archive"
+        archive.mkdir(parents=True)
+        (archive / "Label.txt").write_text(labels)
+        for name in images:
+            (archive / name).write_bytes(b"")
     command = ["peta-folders", tmp_path / "PETA dataset", "--output", tmp_path / "out"]
     assert "share their name up to the first dot" in refusal(*command) and not (tmp_path / "out").exists()
     run(*command, "--flatten", tmp_path / "flat")
@@ -254,10 +236,8 @@ def test_petas_folders_are_listed_and_flattened(tmp_path):
                      "i-LID_archive_0001_png.png": less, "i-LID_archive_0001_2_jpg.jpg": less,
                      "i-LID_archive_0001_2_BMP.BMP": less, "i-LID_archive_12_a_jpeg.jpeg": {"accessoryHat"}}
     assert sorted(os.listdir(str(tmp_path / "flat"))) == sorted(names)
-    for name in names:
-        folder, _, file = name.split("_", 2)
-        original = tmp_path / "PETA dataset" / folder / "archive" / (file.rpartition(".")[0][::-1].replace("_", ".", 1)[::-1])
-        assert os.path.samefile(str(tmp_path / "flat" / name), str(original))
+    assert os.path.samefile(str(tmp_path / "flat" / "i-LID_archive_0001_2_jpg.jpg"),
+                            str(tmp_path / "PETA dataset" / "i-LID" / "archive" / "0001_2.jpg"))
     (tmp_path / "PETA dataset/CUHK/archive/0003.png").write_bytes(b"")
     assert "1 images have no line in Label.txt: CUHK/archive/0003.png" in refusal(*command)
 
@@ -272,14 +252,12 @@ def test_a_table_is_listed_and_bad_ones_are_refused(tmp_path):
     write_csv(tmp_path / "t.csv", names, [[0, 1, 1], ["1.0", "0.0", "1.0"], ["True", "False", "false"]], attributes)
     run("csv", tmp_path / "t.csv", "--output", tmp_path / "out")
     assert read_lists(tmp_path / "out") == (names, [[0, 1, 1], [1, 0, 1], [1, 0, 0]], attributes)
-    for text, message in [("image,a\n", "first line is not"), ("image\nx.png\n", "first line is not"),
+    for text, message in [("image,a\n", "first line is not"), ("image;a\nx.png;1\n", "separated by commas"),
                           ("image,a\nx.png,2\n", "line 2 (x.png)"), ("image,a\n\nx.png,1,1\n", "line 3 (x.png)"),
-                          ("image;a\nx.png;1\n", "separated by commas"),
+                          ("image,a\n%s,1\n" % ("x" * 2 ** 18), "line 2: field larger"),
                           ("image,a,a\nx.png,1,1\n", "holds a twice"), ("image,a,\nx.png,1,1\n", "name is empty"),
                           ("image,a\nx.png,1\nx.png,0\n", "holds x.png twice"), ("image,a\n../x.png,1\n", "not a file name"),
-                          ("image,a\n.png,1\n", "not a file name"),
-                          ("image,a\n%s,1\n" % ("x" * 2 ** 18), "line 2: field larger"),
-                          ("image,a\nx.png,1\nx.jpg,1\n", "1 images share their name")]:
+                          ("image,a\n.png,1\n", "not a file name"), ("image,a\nx.png,1\nx.jpg,1\n", "1 images share their name")]:
         (tmp_path / "bad.csv").write_text(text)
         error = refusal("csv", tmp_path / "bad.csv", "--output", tmp_path / "new")
         assert error.startswith(str(tmp_path / "bad.csv") + ": ") and message in error, error
@@ -291,10 +269,9 @@ def test_a_table_is_listed_and_bad_ones_are_refused(tmp_path):
 # --- images ---------------------------------------------------------------------------------------------------------
 
 def test_missing_images_are_named(tmp_path):
-    peta = content()
-    path, images, output = write(tmp_path / "PETA.mat", peta), tmp_path / "images", tmp_path / "out"
+    path, images, output = tmp_path / "PETA.mat", tmp_path / "images", tmp_path / "out"
+    names = write_peta(path)[0]["test"][0][0]
     images.mkdir()
-    names = ["%05d.png" % number for number in peta["partion_attribute"][0, 0]["test"].ravel()]
     for name in names[2:]:
         (images / name).write_bytes(b"")
     command = ["peta", path, "--images", images, "--output", output]
@@ -308,7 +285,7 @@ def test_missing_images_are_named(tmp_path):
         (images / name).rmdir()
         (images / name).write_bytes(b"")
     run(*command)
-    check_peta(output, peta, peta["partion_attribute"][0, 0]["test"].ravel())
+    assert read_lists(output)[0] == names
     assert "absent: no such folder" in refusal("peta", path, "--images", tmp_path / "absent")
 
 
@@ -339,49 +316,32 @@ def test_an_own_list_is_flattened(tmp_path):
     run("list", tmp_path / "image.txt", "--images", tmp_path / "images", "--flatten", tmp_path / "new",
         "--output", tmp_path / "o")
     assert os.listdir(str(tmp_path / "o")) == ["image.txt"]
-    for bad, message in [("{}", "has no label for 8 of its 8 images"), ("[", "Expecting value"), ("3", "TypeError"),
+    for bad, message in [("{}", "has no label for 8 of its 8 images"), ("[", "Expecting value"),
                          (json.dumps(dict(labels, **{names[1]: [1]})), "different lengths"),
                          (json.dumps(dict(labels, **{names[1]: [7, 1]})), "b/0002.png has a label that is neither 0 nor 1")]:
         (tmp_path / "label.json").write_text(bad)
         assert message in refusal(*command)
-    check_error(script("tools/lists.py", "list", "image.txt", "--flatten", "flat", cwd=tmp_path), "--images", code=2)
 
 
 # --- bad files --------------------------------------------------------------------------------------------------------
 
-def changed(field, change):
-    peta = content()
-    peta[field] = change(peta[field])
-    return peta
-
-
-def with_split(name, value):
-    peta = content()
-    peta["partion_attribute"][0, 0][name] = value
-    return peta
-
-
-@pytest.mark.parametrize("peta, message", [
-    ({"data": np.zeros((3, 7))}, "peta is not one struct of 4 fields"),
-    (np.zeros((3, 3)), "peta is not one struct"),
-    (changed("data", lambda data: data[:, :3]), "data has the shape [40, 3]"),
-    (changed("data", lambda data: data[:, :-1]), "9 attributes and labels of the shape [40, 8]"),
-    (changed("data", lambda data: data + 0.5), "data is not an array of whole numbers"),
-    (changed("data", lambda data: data * ([1] + [3] * 12)), "neither 0 nor 1"),
-    (changed("data", lambda data: np.vstack([data, data[:1]])), "holds 00023.png twice"),
-    (changed("attribute", lambda names: names[:-1]), "8 attributes and labels of the shape [40, 9]"),
-    (changed("attribute", lambda names: cells([np.zeros((2, 2))] * ATTRIBUTES)), "attribute is not a list of names"),
-    (changed("attribute", lambda names: cells(["same"] * ATTRIBUTES)), "it holds same twice"),
-    (changed("selected_attribute", lambda columns: columns - 1), "attributes that it does not have"),
-    (changed("selected_attribute", lambda columns: columns[:, :0]), "attributes that it does not have"),
-    (changed("partion_attribute", lambda partitions: partitions[:4]), "it has 4 partitions"),
-    (changed("partion_attribute", lambda partitions: np.zeros((5, 1))), "partition 0 is not one struct"),
-    (with_split("val", np.array([[41]])), "val holds image 41, which the file does not have"),
-    (with_split("val", np.array([[3], [3]])), "partition 0 holds 00003.png twice"),
-    (with_split("test", np.zeros((0, 1))), "no image in test"),
+@pytest.mark.parametrize("change, message", [
+    (lambda peta: peta.pop("attribute"), "peta is not one struct of 4 fields"),
+    (lambda peta: peta.update(data=peta["data"][:, :3]), "data has the shape [40, 3]"),
+    (lambda peta: peta.update(data=peta["data"][:, :-1]), "9 attributes and labels of the shape [40, 8]"),
+    (lambda peta: peta.update(data=peta["data"] + 0.5), "data is not an array of whole numbers"),
+    (lambda peta: peta.update(data=peta["data"] * ([1] + [3] * 12)), "neither 0 nor 1"),
+    (lambda peta: peta.update(attribute=cells([np.zeros((2, 2))] * ATTRIBUTES)), "attribute is not a list of names"),
+    (lambda peta: peta.update(selected_attribute=peta["selected_attribute"] - 1), "attributes that it does not have"),
+    (lambda peta: peta.update(partion_attribute=peta["partion_attribute"][:4]), "it has 4 partitions"),
+    (lambda peta: peta.update(partion_attribute=np.zeros((5, 1))), "partition 0 is not one struct"),
+    (lambda peta: peta["partion_attribute"][0, 0].update(val=np.array([[41]])), "val holds image 41, which the file does not have"),
+    (lambda peta: peta["partion_attribute"][0, 0].update(val=np.array([[3], [3]])), "partition 0 holds 00003.png twice"),
+    (lambda peta: peta["partion_attribute"][0, 0].update(test=np.zeros((0, 1))), "no image in test"),
 ])
-def test_another_content_is_refused(tmp_path, peta, message):
-    path = write(tmp_path / "PETA.mat", peta)
+def test_another_content_is_refused(tmp_path, change, message):
+    path = tmp_path / "PETA.mat"
+    write_peta(path, change)
     error = refusal("peta", path, "--output", tmp_path / "out")
     assert error.startswith("%s: " % path) and message in error, error
     assert not (tmp_path / "out").exists()
@@ -401,7 +361,8 @@ def test_the_file_of_another_set_is_refused(tmp_path):
 def test_damaged_files_are_refused(tmp_path):
     path = tmp_path / "PETA.mat"
     check_error(script("tools/lists.py", "peta", path), "PETA.mat: no such file")
-    good = write(path, content()).read_bytes()
+    write_peta(path)
+    good = path.read_bytes()
     hdf5 = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(400)
     for bad in (b"", b"text", b"\x89PNG\r\n\x1a\n" * 40, good[:len(good) // 2], good[:140], good[:-40] + bytes(40), hdf5):
         path.write_bytes(bad)
@@ -410,9 +371,15 @@ def test_damaged_files_are_refused(tmp_path):
             assert error.startswith("%s: " % path) and ("-v7" in error) == (bad == hdf5 and data_set != "pkl"), error
     check_error(script("tools/lists.py", "peta", path, "--output", tmp_path / "out"), "save this one again in MATLAB")
     assert not (tmp_path / "out").exists()
-    check_error(script("tools/lists.py", "peta", path, "--partition", 5), "--partition", code=2)
-    check_error(script("tools/lists.py", "peta", path, "--split", "all"), "--split", code=2)
-    check_error(script("tools/lists.py"), "SET", code=2)
+
+
+def test_wrong_arguments_are_usage_errors(tmp_path, monkeypatch):
+    for arguments, text in ((["peta", "x.mat", "--partition", 5], "--partition"), (["peta", "x.mat", "--split", "all"], "--split"),
+                            (["rap", "x.mat", "--split", "val"], "--split"), (["pa100k", "x.mat", "--partition", 1], "--partition"),
+                            (["list", "image.txt", "--flatten", "flat"], "--images"), ([], "SET")):
+        check_error(script("tools/lists.py", *arguments), text, code=2)
+    write_pkl(tmp_path / "one.pkl", 1, monkeypatch)
+    assert "has no partition 1; it has 1" in refusal("pkl", tmp_path / "one.pkl", "--partition", 1)
 
 
 def test_a_pickle_runs_nothing(tmp_path, monkeypatch):
@@ -430,7 +397,8 @@ def test_a_pickle_runs_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("read", [lambda *_: os._exit(1), lambda *_: list(iter(int, 1))], ids=["crashes", "takes for ever"])
 def test_a_reader_that_crashes_or_takes_for_ever_is_an_error(tmp_path, monkeypatch, read):
-    path = write(tmp_path / "PETA.mat", content())
+    path = tmp_path / "PETA.mat"
+    write_peta(path)
     assert len(tool.read_apart("peta", str(path))[0]) == IMAGES
     monkeypatch.setattr(tool, "SECONDS", 1)
     monkeypatch.setattr(tool, "read", read)
@@ -461,7 +429,3 @@ def test_all_stages_run_with_51_attributes_and_one_name_in_two_folders(tmp_path)
     assert {name[:-len(".bin")] for name in os.listdir(str(work / "input_bin"))} == {name.partition(".")[0] for name in flat}
     page = (work / "report.html").read_text(encoding="utf-8")
     assert all(">%s<" % name in page for name in attributes)
-    done = script("tools/predict.py", "flat/" + flat[0], "--onnx", "work/deepmar_bs1_nopad.onnx",
-                  "--attributes", "lists/attributes.txt", cwd=tmp_path)
-    assert done.returncode == 0 and all(" %s " % name in done.stdout for name in attributes), done.stderr
-    assert "of 51 attributes" in done.stdout and "assumed" not in done.stdout + done.stderr

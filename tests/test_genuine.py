@@ -292,7 +292,7 @@ def test_run_with_ais_bench_gives_the_expected_results_and_rates(front, devices,
 def test_errors_of_ais_bench_are_shown_before_its_last_lines(front, user_data, make_folder, tmp_path):
     process = user_data.run(front, tmp_path / "work", "--device-id", "0 7")
     lines = [line for line in process.stderr.splitlines() if not line.startswith("note: ")]
-    assert process.returncode == 1 and lines[0].startswith("    [ERROR] "), process.stderr
+    assert process.returncode == 1 and "[ERROR] " in lines[0], process.stderr
     assert "device 7" in process.stderr and "ais_bench ended with status 1" in process.stderr
 
     if front.year > 2023:  # where it refuses a file, its last lines are its usage text

@@ -96,7 +96,9 @@ def test_results_log_and_summary_on_one_device(front, make_folder, tmp_path):
 
 @pytest.mark.parametrize("front", FRONT_ENDS, ids=lambda front: front.name)
 def test_several_devices_get_contiguous_shares_in_natural_order(front, make_folder, tmp_path):
-    divided = make_folder(tmp_path / "divided")
+    divided, undivided = make_folder(tmp_path / "divided"), make_folder(tmp_path / "undivided")
+    for folder in (divided / "out", divided / "out" / "d", undivided / "out", undivided / "out" / "d"):
+        folder.mkdir(0o750)  # the processes of the genuine front ends may collide when they make it
     process = front.run(divided, device="1,2", divide_input=1 if front.year > 2023 else None)
     assert process.returncode == 0, process.stdout
     names = ["device1", "device2"] if front.year == 2023 else ["device1_0", "device2_1"]
@@ -108,7 +110,6 @@ def test_several_devices_get_contiguous_shares_in_natural_order(front, make_fold
     assert float(total) == pytest.approx(sum(rates))
     assert set(list_results([str(divided / "out" / "d")])) == {"a", "B2", "b9", "b10", "c"}
     if front.year > 2023:  # without the option, each device gets all images
-        undivided = make_folder(tmp_path / "undivided")
         assert front.run(undivided, device="1,2").returncode == 0
         assert {len(results_in(undivided / "out" / "d")[name]) for name in names} == {5}
 
@@ -292,7 +293,7 @@ def test_run_with_ais_bench_gives_the_expected_results_and_rates(front, devices,
 def test_errors_of_ais_bench_are_shown_before_its_last_lines(front, user_data, make_folder, tmp_path):
     process = user_data.run(front, tmp_path / "work", "--device-id", "0 7")
     lines = [line for line in process.stderr.splitlines() if not line.startswith("note: ")]
-    assert process.returncode == 1 and lines[0].startswith("    [ERROR] "), process.stderr
+    assert process.returncode == 1 and "[ERROR] " in lines[0], process.stderr
     assert "device 7" in process.stderr and "ais_bench ended with status 1" in process.stderr
 
     if front.year > 2023:  # where it refuses a file, its last lines are its usage text

@@ -70,9 +70,9 @@ class MemorySummary(object):
 class InferenceSession(object):
     def __init__(self, path, device, options):
         if device not in devices():
-            print("[ERROR] aclrtSetDevice failed, device %d, errorCode 107001" % device, flush=True)
+            print("[ERROR] aclrtSetDevice failed, device %d, errorCode 107001\n" % device, end="", flush=True)
             raise RuntimeError("open device %d failed" % device)
-        print("[INFO] open device %d success" % device, flush=True)
+        print("[INFO] open device %d success\n" % device, end="", flush=True)  # the lines of several processes must not mix
         self.model, self._options, self._summary = Model(path), options, Summary()
 
     def get_inputs(self):

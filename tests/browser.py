@@ -82,29 +82,15 @@ class Browser(object):
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def click(self, selector):
-        """Clicks into the middle of an element with the mouse, as a person would."""
-        x, y = self.run("(e => { e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
-                        "return [r.x + r.width / 2, r.y + r.height / 2]; })(document.querySelector(%s))" % json.dumps(selector))
-        for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-
-    def press(self, key):
-        """Presses a key, Enter or Tab."""
-        code, text = {"Enter": (13, "\r"), "Tab": (9, "")}[key]
-        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, text=text, windowsVirtualKeyCode=code)
-        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
-
     def screen(self, width=1200, scheme="light", media=""):
         """Sets the window's width in pixels, whether the user prefers light or dark, and the medium, such as print."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
         self.call("Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def problems(self):
-        """Returns the errors and warnings in the browser's console."""
-        return (self.happened("Runtime.exceptionThrown") + self.happened("Page.javascriptDialogOpening")
-                + [call for call in self.happened("Runtime.consoleAPICalled") if call["type"] in ("error", "warning")]
-                + [log for log in self.happened("Log.entryAdded") if log["entry"]["level"] in ("error", "warning")])
+        """Returns the page's errors, and the errors and warnings that the browser logs about it."""
+        return self.happened("Runtime.exceptionThrown") + [
+            log for log in self.happened("Log.entryAdded") if log["entry"]["level"] in ("error", "warning")]
 
     def requests(self):
         """Returns the requested addresses, without data: addresses."""

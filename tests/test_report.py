@@ -11,16 +11,14 @@ from browser import Browser
 from helpers import check_error, script, started
 
 import report
+from report import between, percent
 from lib.labels import PETA
 from lib.results import probabilities
 
-TOOL = "tools/report.py"
+TOOL, RESULTS = "tools/report.py", "result/dumpOutput_device0"
 HEADER = ",".join(report.COLUMNS) + "\n"
 PERF = """[e2e] throughputRate: 202.23, latency: 37580.9
-[data read] throughputRate: 244.002, moduleLatency: 4.00367
-[preprocess] throughputRate: 217.543, moduleLatency: 4.50029
 [infer] throughputRate: 208.333, Interface throughputRate: 326.049, moduleLatency: 4.45783
-[post] throughputRate: 208.332, moduleLatency: 4.196
 """
 
 
@@ -47,22 +45,26 @@ def write_results(folder, names, logits):
 
 def write_run(folder, names, true, logits, *options):
     """What the stages leave, but for the images' folder; runs stage 7."""
-    write_results(folder / "result" / "dumpOutput_device0", names, logits)
+    write_results(folder / RESULTS, names, logits)
     (folder / "image.txt").write_text("".join(name + "\n" for name in names), encoding="utf-8")
     (folder / "label.json").write_text(json.dumps({name: row.astype(int).tolist() for name, row in zip(names, true)}))
-    script("postprocess_deepmar_pytorch.py", "result/dumpOutput_device0", "label.json", *options, cwd=folder)
+    return score(folder, *options)
+
+
+def score(folder, *options):
+    """Runs stage 7; returns what it writes."""
+    script("postprocess_deepmar_pytorch.py", RESULTS, "label.json", *options, cwd=folder)
     return json.loads((folder / "fusion_result.json").read_text())
 
 
 def write_images(folder, names, size=(60, 150)):
-    """Twenty different pictures of noise, which compress worst, under all the names."""
+    """Ten different pictures of noise, which compress worst, under all the names."""
     folder.mkdir()
-    random = np.random.RandomState(1)
-    for i, name in enumerate(names):
-        if i < 20:
-            Image.fromarray(random.randint(0, 256, (size[1], size[0], 3)).astype("u1")).save(str(folder / name))
-        else:
-            os.link(str(folder / names[i % 20]), str(folder / name))
+    for i, name in enumerate(names[:10]):
+        noise = np.random.RandomState(i).randint(0, 256, (size[1], size[0], 3))
+        Image.fromarray(noise.astype("u1")).save(str(folder / name))
+    for i, name in enumerate(names[10:]):
+        os.link(str(folder / names[i % 10]), str(folder / name))
 
 
 def make(folder, *options, run=script):
@@ -70,6 +72,7 @@ def make(folder, *options, run=script):
 
 
 def made(folder, *options):
+    """Makes the page; returns what the script prints."""
     done = make(folder, *options)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return done.stdout
@@ -86,14 +89,6 @@ def rows(browser, table):
                        % json.dumps(table))
 
 
-def percent(value):
-    return "–" if value is None else "%.2f\u00a0%%" % (100 * value)
-
-
-def between(interval):
-    return "%s to %s" % tuple(map(percent, interval))
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of 400 images of PETA's largest size, with all that a report can hold: its folder, names, labels, logits, scores."""
@@ -103,7 +98,7 @@ def run(tmp_path_factory):
     fusion = write_run(folder, names, true, logits, "--published", "99", "--intervals")
     write_images(folder / "images", names, (169, 365))
     write_results(folder / "other", names, logits + np.float32(0.01))
-    script("tools/compare.py", "result/dumpOutput_device0", "other", "--labels", "label.json", "--json", "compare.json",
+    script("tools/compare.py", RESULTS, "other", "--labels", "label.json", "--json", "compare.json",
            "--max-flips", 9999, cwd=folder)
     (folder / "throughput.csv").write_text(HEADER + "".join(
         '%d,%s,"ONNX Runtime 9.9, CPUExecutionProvider",deepmar_bs%d.onnx,400,%s,%r\n' % (
@@ -132,7 +127,7 @@ def test_the_page_shows_stage_7s_figures(page, run):
         assert texts(page, "[data-interval=%s]" % name) == ["95 %: " + between(fusion["intervals"][name])]
     assert texts(page, "header .verdict") == [
         "✗ FAIL instance_acc %s, published %s: a drop of %.2f percentage points, at most 1.00 allowed"
-        % (percent(fusion["instance_acc"]), percent(0.99), 100 * fusion["drop"])]
+        % (percent(fusion["instance_acc"]), "99.00\u00a0%", 100 * fusion["drop"])]
     weakest = sorted(fusion["attributes"], key=lambda row: 2 if row["label_acc"] is None else row["label_acc"])
     expected = [[row["name"]] + [percent(row[key]) for key in ("label_acc", "label_pos_acc", "label_neg_acc")]
                 + [str(row["positives"]), str(row["negatives"]),
@@ -158,11 +153,9 @@ def test_the_charts_and_the_table_show_the_throughput(page, run):
     assert texts(page, ".chart .group") == [
         "batch size 1device 0 20.50 51.75", "batch size 8device 0 1 – 70.00", "batch size 16device 0 1 40.25 80.00",
         "batch size 1device 0 – –", "batch size 8device 0 1 – –", "batch size 16device 0 1 123.50 987.25"]
-    for width in (1200, 390):
-        page.screen(width)
-        bars = np.array(page.run("[...document.querySelectorAll('.chart rect')].map(bar => bar.getBoundingClientRect().width)"))
-        assert np.allclose(bars[:6] / bars[5], np.array([20.5, 51.75, 0, 70, 40.25, 80]) / 80, atol=0.01) and bars[5] > 100
-        assert np.allclose(bars[6:] / bars[11], [0, 0, 0, 0, 123.5 / 987.25, 1], atol=0.01)
+    bars = np.array(page.run("[...document.querySelectorAll('.chart rect')].map(bar => bar.getBoundingClientRect().width)"))
+    assert np.allclose(bars[:6] / bars[5], np.array([20.5, 51.75, 0, 70, 40.25, 80]) / 80, atol=0.01) and bars[5] > 100
+    assert np.allclose(bars[6:] / bars[11], [0, 0, 0, 0, 123.5 / 987.25, 1], atol=0.01)
     assert page.run("[...document.querySelectorAll('.chart')].map(e => e.getAttribute('role') + ' ' + e.getAttribute('aria-label'))") == [
         "img Bar chart of the %s by batch size; the table below has its numbers" % unit
         for unit in ("images per second", "milliseconds of a batch in the model")]
@@ -180,7 +173,7 @@ def test_the_page_shows_the_comparison(page, run):
     assert [row[0] for row in rows(page, table % "images that differ most")] == [row["name"] for row in comparison["worst_images"]]
 
 
-def test_a_click_or_a_key_sorts_the_table(page, run):
+def test_the_buttons_sort_the_table(page):
     def check(column, direction):
         values = page.run("[...document.querySelectorAll('.sortable tbody tr')].map(row => row.cells[%d].dataset.value)" % column)
         defined = [value for value in values if value != ""]
@@ -192,12 +185,8 @@ def test_a_click_or_a_key_sorts_the_table(page, run):
     check(1, "ascending")
     for column in (0, 2, 3, 4, 5, 6, 1):
         for direction in ("ascending", "descending"):
-            page.click(".sortable th:nth-child(%d) button" % (column + 1))
+            page.run("document.querySelector('.sortable th:nth-child(%d) button').click()" % (column + 1))
             check(column, direction)
-    page.run("document.querySelector('.sortable th:nth-child(1) button').focus()")
-    page.press("Tab")
-    page.press("Enter")
-    check(1, "ascending")
 
 
 def kinds(true, logits):
@@ -253,7 +242,7 @@ def test_the_page_suits_a_phone_the_dark_and_paper(page):
 
 
 def test_hostile_names_are_text(browser, tmp_path):
-    evil = ["<img src=x onerror=alert(1)>.png", "<\u2215script><script>hacked = 1<!--.png", '" onerror="hacked = 1".png',
+    evil = ["<img src=x onerror=hacked=1>.png", "<\u2215script><script>hacked = 1<!--.png", '" onerror="hacked = 1".png',
             "{{ 7 * 7 }}{% raw %}&amp;.png", "$\\frac.png"]
     attributes = ["</script><script>hacked = 1</script>", '"><img src=x onerror="hacked = 1">', "a&lt;b", "]\"'`"]
     true, logits = random_run(len(evil), 4)
@@ -264,7 +253,7 @@ def test_hostile_names_are_text(browser, tmp_path):
     write_images(tmp_path / "images", evil)
     model = "<script>hacked = 1</script>"
     (tmp_path / "t.csv").write_text(HEADER + "1,0,%s,%s,5,1,1,,,,,,%r\n" % (model, model, fusion["instance_acc"]))
-    script("tools/compare.py", "result/dumpOutput_device0", "result/dumpOutput_device0", "--json", "c.json", cwd=tmp_path)
+    script("tools/compare.py", RESULTS, RESULTS, "--json", "c.json", cwd=tmp_path)
     edit(tmp_path / "c.json", lambda comparison: comparison.update(a=model + "\ud800", worst_images=[
         {"name": evil[0].split(".")[0], "max_difference": 1, "attribute": attributes[0], "flipped": attributes}]))
     made(tmp_path, "--throughput", "t.csv", "--compare", "c.json")
@@ -289,9 +278,6 @@ def test_nothing_is_fetched_or_run(browser, run):
             asked.append(self.path)
             self.send_error(404)
 
-        def log_message(self, *_):
-            pass
-
     inject = """new Promise(done => {
         const host = document.createElement('div'), script = document.createElement('script');
         host.innerHTML = `<img src="HERE/image" onerror="hacked = 1"><link rel=stylesheet href="HERE/style">
@@ -311,9 +297,9 @@ def test_nothing_is_fetched_or_run(browser, run):
         server.shutdown()
 
 
-def write_perf(folder, batch_size, device, text=PERF):
+def write_perf(folder, batch_size, device):
     name = "perf_vision_batchsize_%d_device_%d.txt" % (batch_size, device)
-    (folder / name).write_text(text)
+    (folder / name).write_text(PERF)
     return name
 
 
@@ -343,19 +329,19 @@ def test_the_guides_files_are_enough(browser, small):
 
 
 def test_the_verdict_allows_a_drop_of_one_point(small):
-    acc = json.loads((small / "fusion_result.json").read_text())["instance_acc"]
+    acc = score(small)["instance_acc"]
     for drop, verdict in ((0.0099, "PASS</strong>"), (0.0101, "FAIL</strong>"), (-0.2, "PASS</strong>")):
-        script("postprocess_deepmar_pytorch.py", "result/dumpOutput_device0", "label.json", "--published", acc + drop, cwd=small)
+        score(small, "--published", acc + drop)
         made(small)
         page = (small / "report.html").read_text(encoding="utf-8")
         assert verdict in page and "a drop of %.2f percentage points" % (100 * drop) in page
 
 
 def test_probabilities_are_noticed(small):
-    for path in (small / "result" / "dumpOutput_device0").iterdir():
+    for path in (small / RESULTS).iterdir():
         path.write_bytes(probabilities(np.fromfile(str(path), "<f4")).astype("<f4").tobytes())
     for values, doubted in (("probabilities", False), ("logits", True)):
-        script("postprocess_deepmar_pytorch.py", "result/dumpOutput_device0", "label.json", "--values", values, cwd=small)
+        score(small, "--values", values)
         done = make(small)
         assert done.returncode == 0 and ("all values lie between 0 and 1" in done.stderr) == doubted, done.stderr
         page = (small / "report.html").read_text(encoding="utf-8")
@@ -368,15 +354,14 @@ def edit(path, change):
     path.write_text(json.dumps(value))
 
 
-def test_files_that_do_not_belong_together_are_refused(small):
-    (small / "report.html").write_text("the earlier page")
-    fusion, label, results = small / "fusion_result.json", small / "label.json", small / "result" / "dumpOutput_device0"
+def test_figures_of_other_results_are_refused(small):
+    fusion = small / "fusion_result.json"
     kept = fusion.read_text()
+    (small / "report.html").write_text("the earlier page")
     for key, value, text in (("instance_acc", 0.5, "its instance_acc is 0.5, but the results and labels give 0."),
                              ("mA", None, "its mA is None"), ("instance_F1", float("nan"), "is not what postprocess"),
-                             ("images", 7, "is of 7 images, but the results are of 6"), ("images", "6", "is not what"),
-                             ("published_acc", 78.9, "published_acc 78.9"), ("thresholds", 3, "is not what"),
-                             ("attributes", [], "its number of attributes is 0"), ("attributes", [{}], "is not what")):
+                             ("images", 7, "is of 7 images, but the results are of 6"), ("thresholds", 3, "is not what"),
+                             ("published_acc", 78.9, "published_acc 78.9"), ("attributes", [], "its number of attributes is 0")):
         edit(fusion, lambda content: content.update({key: value}))
         check_error(make(small), "report.py: error: fusion_result.json: ", text)
         fusion.write_text(kept)
@@ -384,19 +369,21 @@ def test_files_that_do_not_belong_together_are_refused(small):
     check_error(make(small), "fusion_result.json: its label_acc of personalLess60 is 0.25")
     fusion.write_text("[" * 100000)
     check_error(make(small), "fusion_result.json: is not JSON")
-    fusion.write_text(kept)
-
-    (small / "image.txt").write_text("0.png\n1.png\n2.png\n3.png\n4.png\n")
-    check_error(make(small), "image.txt: has nothing for 1 images of the run: 5;")
-    (small / "image.txt").write_text("".join("%d.png\n" % i for i in range(7)))
-    check_error(make(small), "result/dumpOutput_device0: has nothing for 1 images of the run: 6;")
-    (results / "6_1.bin").write_bytes(bytes(140))
-    check_error(make(small), "label.json: has nothing for 1 images of the run: 6;")
-    (results / "6_1.bin").unlink()
-    (small / "image.txt").write_text("".join("%d.png\n" % i for i in range(6)))
-    edit(label, lambda labels: labels.update({"0.png": [1] * 35}))
-    check_error(make(small), "fusion_result.json: its instance_acc is ", "run postprocess_deepmar_pytorch.py on these")
     assert (small / "report.html").read_text() == "the earlier page" and not list(small.glob("*.partial"))
+
+
+def test_lists_labels_and_results_of_other_images_are_refused(small):
+    good = (small / "image.txt").read_text()
+    (small / "image.txt").write_text(good.replace("5.png\n", ""))
+    check_error(make(small), "image.txt: has nothing for 1 images of the run: 5;")
+    (small / "image.txt").write_text(good + "6.png\n")
+    check_error(make(small), RESULTS + ": has nothing for 1 images of the run: 6;")
+    (small / RESULTS / "6_1.bin").write_bytes(bytes(140))
+    check_error(make(small), "label.json: has nothing for 1 images of the run: 6;")
+    (small / RESULTS / "6_1.bin").unlink()
+    (small / "image.txt").write_text(good)
+    edit(small / "label.json", lambda labels: labels.update({"0.png": [1] * 35}))
+    check_error(make(small), "fusion_result.json: its instance_acc is ", "run postprocess_deepmar_pytorch.py on these")
 
 
 def test_pictures_that_cannot_be_read_are_named(small):
@@ -415,20 +402,18 @@ def test_throughput_of_another_run_is_refused(small):
     for text, message in ((HEADER + good + "8,0,b,m,7,1,2,,,,,,%r\n" % acc, "line 3 is of a run over 7 images, but the results are of 6"),
                           (HEADER + "1,0,b,m,6,1,2,,,,,,0.5\n", "no line has the results' instance_acc"),
                           (good, "its first line is not batch_size,devices"), (HEADER + "1,0,b,m,6,1,2\n", "line 2 is not of the form"),
-                          (HEADER + good[:-1] + ",1\n", "line 2 is not"), (HEADER + good.replace(",2,", ",nan,"), "line 2 is not"),
-                          (HEADER + good.replace("1,0,", "1,x,"), "line 2 is not"), (HEADER + '1,"0', "is not a CSV file")):
+                          (HEADER + good.replace(",2,", ",nan,"), "line 2 is not"), (HEADER + '1,"0', "is not a CSV file")):
         (small / "t.csv").write_text(text)
         check_error(make(small, "--throughput", "t.csv"), "report.py: error: t.csv: ", message)
     check_error(make(small, "--throughput", "absent.csv"), "absent.csv")
-    perf = write_perf(small, 1, 0, PERF.replace("326.049", "inf"))
-    check_error(make(small, "--perf", perf), "%s: is not a perf_vision" % perf)
-    (small / "perf.txt").write_text(PERF)
-    check_error(make(small, "--perf", "perf.txt"), "perf.txt: is not a perf_vision")
+    for perf, text in (("perf_vision_batchsize_1_device_0.txt", PERF.replace("326.049", "inf")), ("perf.txt", PERF)):
+        (small / perf).write_text(text)
+        check_error(make(small, "--perf", perf), "%s: is not a perf_vision" % perf)
     check_error(make(small, "--perf", perf, "--throughput", "t.csv"), "not allowed with", code=2)
 
 
 def test_a_comparison_of_other_results_is_refused(small):
-    script("tools/compare.py", "result/dumpOutput_device0", "result/dumpOutput_device0", "--labels", "label.json",
+    script("tools/compare.py", RESULTS, RESULTS, "--labels", "label.json",
            "--json", "good.json", cwd=small)
     made(small, "--compare", "good.json")
     other = {"name": "x", "max_difference": 1, "attribute": "a", "flipped": []}

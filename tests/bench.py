@@ -79,6 +79,11 @@ def script(name, *arguments, **settings):
     return run(sys.executable, os.path.join(ROOT, name), *arguments, **settings)
 
 
+def read_json(path):
+    with open(path) as f:
+        return json.load(f)
+
+
 def new_folder():
     """Makes an empty folder. Nothing is deleted between rounds, because ext4 then creates files ten times slower."""
     return tempfile.mkdtemp(dir=".")
@@ -138,8 +143,7 @@ def guides_preprocess(arguments):
 
 
 def decode(name):
-    with Image.open(os.path.join("images", name)) as image:
-        image.resize((224, 224), Image.BILINEAR)
+    Image.open(os.path.join("images", name)).resize((224, 224), Image.BILINEAR)
 
 
 def decode_all(names, processes):
@@ -171,8 +175,7 @@ def row_preprocess(quick):
 def guides_postprocess(arguments):
     """The guide's method: a loop over the folder with an array for each file, then the metrics."""
     folder, label_file = arguments
-    with open(label_file) as f:
-        labels = json.load(f)
+    labels = read_json(label_file)
     predicted, true = [], []
     for name in os.listdir(folder):
         logits = np.fromfile(os.path.join(folder, name), dtype=np.float32)
@@ -248,11 +251,6 @@ def run_stages(work):
         script(name, *arguments, cwd=work)
 
 
-def run_all(work, count):
-    run("bash", os.path.join(ROOT, "run_all.sh"), "--work-dir", work, "--sample-size", count, "--backend", "onnxruntime",
-        "--stage", 1, "--stop-stage", 7, env=dict(os.environ, python=sys.executable))
-
-
 def row_run(quick):
     count = make_sample(quick)
 
@@ -260,7 +258,11 @@ def row_run(quick):
         work = new_folder()
         os.symlink(os.path.abspath("sample"), os.path.join(work, "sample"))
         return work
-    yield from compare(quick, "run_all.sh, stages 1 to 7", "s", lambda: clock(run_all, new_work(), count), {
+
+    def run_all(work):
+        run("bash", os.path.join(ROOT, "run_all.sh"), "--work-dir", work, "--sample-size", count, "--backend", "onnxruntime",
+            "--stage", 1, "--stop-stage", 7, env=dict(os.environ, python=sys.executable))
+    yield from compare(quick, "run_all.sh, stages 1 to 7", "s", lambda: clock(run_all, new_work()), {
         "its stages alone": (0.95, lambda: clock(run_stages, new_work()))}, rounds=2)
 
 
@@ -277,11 +279,10 @@ def make_model(quick, batch):
 
 
 def make_bins(quick):
-    """Makes the folder 'input_bin' with the sample's bins, on the disk and not only in memory. Returns their paths."""
+    """Makes the folder 'input_bin' with the sample's bins. Returns their paths."""
     if not os.path.exists("input_bin"):
         make_sample(quick)
         script("preprocess_deepmar_pytorch.py", "sample/images", "input_bin", "sample/image.txt")
-        os.sync()
     return [os.path.abspath(os.path.join("input_bin", name)) for name in sorted(os.listdir("input_bin"))]
 
 
@@ -297,27 +298,20 @@ def stage_6(model, batch, bins):
                    r"e2e\] throughputRate: (\S+),")
 
 
-def stage_6_from_disk(model, batch, bins):
-    for path in bins:
-        with open(path, "rb") as f:
-            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # it is no longer in memory
-    return stage_6(model, batch, bins)
-
-
 def pure_inference(model, batch, images):
     """Returns the stand-in's seconds for an image, of the model alone."""
     return rate_in(script("tools/benchmark.py", "-batch_size=%d" % batch, "-om_path=" + model, "-round=%d" % (images // batch)),
                    r"ave_throughputRate = ([0-9.]+)")
 
 
-def bare_session(model, batch, bins):
+def bare_session(model, batch, images):
     """Runs ONNX Runtime on the same batch, with all threads on each. Returns the seconds for an image, as the next functions do."""
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = CORES  # by itself, ONNX Runtime 1.10 would use half of the cores
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     feed = {"actual_input_1": random_batch(batch)}
-    return measure(lambda times: [session.run(None, feed) for _ in range(times)], batch, len(bins))
+    return measure(lambda times: [session.run(None, feed) for _ in range(times)], batch, images)
 
 
 def plain_loop(model, batch, bins):
@@ -369,13 +363,10 @@ def measure(infer, batch, images):
 def row_standin(quick):
     bins = make_bins(quick)
     for batch in (1, 8) if quick else (1, 8, 64):
-        model, some, stage = make_model(quick, batch), bins[:max(96, 4 * batch)], "stand-in, batch %d" % batch
-        bare = 0.97, lambda: in_child(bare_session, model, batch, some)
-        loop = 1.05 if batch == 1 else 1, lambda: in_child(plain_loop, model, batch, some)
-        yield from compare(quick, stage, "images/s", lambda: stage_6(model, batch, some), {"bare session": bare, "plain loop": loop})
-        if batch == 1:
-            yield from compare(quick, stage + ", bins on the disk", "images/s", lambda: stage_6_from_disk(model, batch, some), {
-                "bare session": bare}, rounds=1)
+        model, some = make_model(quick, batch), bins[:max(96, 4 * batch)]
+        yield from compare(quick, "stand-in, batch %d" % batch, "images/s", lambda: stage_6(model, batch, some), {
+            "bare session": (0.97, lambda: in_child(bare_session, model, batch, len(some))),
+            "plain loop": (1.05 if batch == 1 else 1, lambda: in_child(plain_loop, model, batch, some))})
 
 
 def row_inference(quick):
@@ -475,10 +466,7 @@ def print_row(rows):
 
 def print_results(paths):
     """Prints the results in these files as one table."""
-    results = []
-    for path in paths:
-        with open(path) as f:
-            results.append(json.load(f))
+    results = [read_json(path) for path in paths]
     print_head(results)
     found = [{(row["stage"], row["against"]): row for row in result["rows"]} for result in results]
     for key in {key: None for rows in found for key in rows}:

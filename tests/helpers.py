@@ -2,7 +2,6 @@
 import contextlib
 import ctypes
 import gc
-import io
 import json
 import os
 import re
@@ -17,16 +16,17 @@ from unittest import mock
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from lib.script import seen_notes
+from lib.session import cpu_session
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SIZE = 12  # the number of images in run_all.sh's sample
-FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+FLOAT = TensorProto.FLOAT
+MACHINE = os.uname().machine
 
 
 # --- scripts ----------------------------------------------------------------------------------------------------------
@@ -37,23 +37,22 @@ def script(name, *arguments, cwd=None):
     Libraries are not imported again, which saves seconds. What a script changes in its process is undone.
     """
     path, arguments = os.path.join(ROOT, str(name)), [str(argument) for argument in arguments]
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output, tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         with redirected("stdout", output), redirected("stderr", errors), own_state(path, arguments, cwd):
+            code = 1
             try:
                 runpy.run_path(path, run_name="__main__")
                 code = 0
             except SystemExit as stop:
-                code = stop.code
+                if isinstance(stop.code, str):
+                    print(stop.code, file=sys.stderr)
+                else:
+                    code = stop.code or 0
             except Exception:
                 traceback.print_exc()
-                code = 1
-            if isinstance(code, str):
-                print(code, file=sys.stderr)
-        texts = []
-        for file in (output, errors):
-            file.seek(0)
-            texts.append(io.TextIOWrapper(file, "utf-8").read())
-    return subprocess.CompletedProcess([path] + arguments, 1 if isinstance(code, str) else code or 0, *texts)
+        output.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess([path] + arguments, code, output.read(), errors.read())
 
 
 @contextlib.contextmanager
@@ -76,7 +75,7 @@ def redirected(name, file):
 @contextlib.contextmanager
 def own_state(path, arguments, cwd):
     """Gives a script the state that a new Python would have, as far as scripts notice it; restores this process's state."""
-    folder, paths, argv, collects = os.getcwd(), sys.path[:], sys.argv, gc.isenabled()
+    folder, paths, argv = os.getcwd(), sys.path[:], sys.argv
     # A copy of export_onnx.py in another checkout imports that one's network, which a test may change within a second.
     networks = {} if path.startswith(ROOT) else {name: module for name, module in sys.modules.items() if is_network(name)}
     try:
@@ -94,8 +93,7 @@ def own_state(path, arguments, cwd):
     finally:
         os.chdir(folder)
         sys.path[:], sys.argv = paths, argv
-        if collects:
-            gc.enable()
+        gc.enable()
         if not path.startswith(ROOT):
             for name in list(filter(is_network, sys.modules)):
                 del sys.modules[name]
@@ -132,7 +130,7 @@ CALLS = {"flock": (73, 32), "clone": (56, 220), "clone3": (435, 435), "fork": (5
 
 def refused(error, *calls):
     """Returns a preexec_fn after which these system calls fail with this error, as they do on some machines."""
-    number = {"x86_64": 0, "aarch64": 1}[os.uname().machine]
+    number = ["x86_64", "aarch64"].index(MACHINE)
     load, equal, end, allow, fail = 0x20, 0x15, 0x06, 0x7fff0000, 0x00050000 | error  # of linux/filter.h, linux/seccomp.h
     rules = [(load, 0, 0, 0)]
     for call in calls:
@@ -184,10 +182,8 @@ def tiny_data(folder):
 
 def own_data(work, **changes):
     """Returns options that give the sample as the user's own data, with absolute paths."""
-    options = {"checkpoint": "checkpoint.pth.tar", "images": "images", "image-list": "image.txt",
-               "label-file": "label.json"}
-    options = {name: os.path.join(work, "sample", value) for name, value in options.items()}
-    options.update(changes)
+    files = {"checkpoint": "checkpoint.pth.tar", "images": "images", "image-list": "image.txt", "label-file": "label.json"}
+    options = dict({name: os.path.join(work, "sample", file) for name, file in files.items()}, **changes)
     return [str(text) for name, value in options.items() for text in ("--" + name, value)]
 
 
@@ -249,13 +245,18 @@ def between(*middle):
     return [node("Relu", "x", "r")] + list(middle) + [node("AveragePool", "p", "y", **POOL)]
 
 
+def keep_weights_outside(model):
+    """Changes a model, so that its first weight is in a file of this machine, which nobody may read through a model."""
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="/etc/passwd")
+
+
 def outputs_of(model):
     """Returns what a model of model_of() computes of random values."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     x = np.random.RandomState(0).standard_normal(SHAPE).astype(np.float32)
-    return session.run(None, {"x": x})
+    return cpu_session(model.SerializeToString()).run(None, {"x": x})
 
 
 # What stands in for the network where export_onnx.py is tested: % what it returns for x, an expression
@@ -388,7 +389,6 @@ def write_case(folder, logits, labels, extension=".png", output=1, prefix="", fi
 # --- the card's stand-ins ---------------------------------------------------------------------------------------------
 
 STANDINS = os.path.join(ROOT, "tests", "standins")
-MACHINE = os.uname().machine
 BINARY = "benchmark." + MACHINE
 RUNTIME = os.path.join(STANDINS, "aclruntime")
 PACKAGES = "%s:%s" % (os.path.join(STANDINS, "packages"), RUNTIME)

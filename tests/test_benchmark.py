@@ -2,7 +2,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -15,7 +14,7 @@ from lib import providers
 from lib.providers import PROVIDERS
 from lib.session import open_session
 import benchmark
-from helpers import ROOT, check_error, script, write_model
+from helpers import check_error, keep_weights_outside, script, started, write_model
 
 TOOL = "tools/benchmark.py"
 COUNT = 70  # images: more than two groups of writes, and no multiple of the batch size
@@ -49,8 +48,7 @@ def results(folder, device):
     return np.stack([np.fromfile(str(path / ("%05d_1.bin" % i)), "<f4") for i in range(COUNT)])
 
 
-@pytest.mark.parametrize("batch, device, more", [(1, 0, []), (1, 4, ["-threads=5"]), (8, 3, []), (8, 5, ["-threads=1", "-calls=4"]),
-                                                 (8, 6, ["-threads=3", "-calls=1"])])
+@pytest.mark.parametrize("batch, device, more", [(1, 0, []), (8, 3, ["-threads=5"]), (8, 5, ["-threads=1", "-calls=4"])])
 def test_results_are_the_models_and_the_files_the_tools(folder, batch, device, more):
     earlier = folder / "result" / ("dumpOutput_device%d" % device)
     os.makedirs(str(earlier), exist_ok=True)
@@ -61,47 +59,39 @@ def test_results_are_the_models_and_the_files_the_tools(folder, batch, device, m
     expected = np.concatenate([session.run(None, {"actual_input_1": image[None]})[0] for image in np.load(str(folder / "images.npy"))])
     np.testing.assert_allclose(results(folder, device), expected, rtol=1e-5, atol=1e-6)
     perf = (folder / "result" / ("perf_vision_batchsize_%d_device_%d.txt" % (batch, device))).read_text()
-    number = r"[0-9.e+-]+"
-    assert re.match("\\n".join([
-        r"\[e2e\] throughputRate: N, latency: N", r"\[data read\] throughputRate: N, moduleLatency: N",
-        r"\[preprocess\] throughputRate: N, moduleLatency: N",
-        r"\[infer\] throughputRate: N, Interface throughputRate: N, moduleLatency: N",
-        r"\[post\] throughputRate: N, moduleLatency: N\n$"]).replace("N", number), perf), perf
+    assert re.sub("[0-9.][0-9.e+-]*", "N", perf.replace("[e2e]", "[end]")) == (
+        "[end] throughputRate: N, latency: N\n[data read] throughputRate: N, moduleLatency: N\n"
+        "[preprocess] throughputRate: N, moduleLatency: N\n"
+        "[infer] throughputRate: N, Interface throughputRate: N, moduleLatency: N\n[post] throughputRate: N, moduleLatency: N\n")
     assert perf in process.stdout and "CPUExecutionProvider" in process.stdout
-    with open(str(earlier) + "_summary.json") as f:
-        summary = json.load(f)
+    summary = json.loads((folder / "result" / ("dumpOutput_device%d_summary.json" % device)).read_text())
     times, calls = summary["npu_compute_time_list"], -(-COUNT // batch)
     assert len(times) == calls == summary["NPU_compute_time"]["count"]
     assert set(summary["NPU_compute_time"]) == {"min", "max", "mean", "median", "percentile(99%)", "count"}
     assert summary["NPU_compute_time"]["percentile(99%)"] == pytest.approx(np.percentile(times, 99))
-    assert summary["throughput"] == pytest.approx(float(re.search("Interface throughputRate: ([^,]*)", perf).group(1)), rel=1e-4)
+    interface = float(re.search("Interface throughputRate: ([^,]*),", perf).group(1))
+    assert summary["throughput"] == pytest.approx(interface, rel=1e-4)
     assert "latency of a call in ms: p50 %.4g, p95 %.4g, p99 %.4g, min %.4g, max %.4g\n" % (
         tuple(np.percentile(times, (50, 95, 99))) + (min(times), max(times))) in process.stdout
     assert ("latency of an image in ms: p50 %.4g," % (np.median(times) / batch) in process.stdout) == (batch > 1)
     # what the parsers of other people take: the eighth value between a colon and a comma
     values = [float(value) for value in re.findall(":(.*?),", perf.replace("\n", ",") + ",")]
-    assert values[7] == float(re.search("Interface throughputRate: (%s)," % number, perf).group(1))
+    assert values[7] == interface
     assert abs(values[0] * values[1] / 1000 - COUNT) < 0.01 and values[7] >= values[6] >= values[0] * 0.5
 
 
-def test_pure_inference_takes_the_models_size(folder, tmp_path):
-    """-round has no widths and heights, as in the binary: they are the model's."""
-    write_model(tmp_path / "tall.onnx", 2, size=(256, 128))
-    process = script(TOOL, "-round=3", "-om_path=tall.onnx", "-batch_size=2", "-calls=2", cwd=tmp_path)
+@pytest.mark.parametrize("batch, size", [(1, (224, 224)), (2, (256, 128))])
+def test_pure_inference_takes_the_models_size_and_writes_the_tools_files(tmp_path, batch, size):
+    """-round has no widths and heights, as in the binary."""
+    write_model(tmp_path / "m.onnx", batch, size=size)
+    process = script(TOOL, "-round=5", "-om_path=m.onnx", "-device_id=0", "-batch_size=%d" % batch, "-calls=2", cwd=tmp_path)
     assert process.returncode == 0 and "calls at a time: 2" in process.stdout, process.stderr
-    with open(str(tmp_path / "result" / "PureInfer_perf_of_tall_in_device_0_summary.json")) as f:
-        assert len(json.load(f)["npu_compute_time_list"]) == 3
-
-
-@pytest.mark.parametrize("batch", [1, 8])
-def test_pure_inference_writes_the_tools_file(folder, batch):
-    process = script(TOOL, "-round=5", "-om_path=bs%d.onnx" % batch, "-device_id=0", "-batch_size=%d" % batch, cwd=folder)
-    assert process.returncode == 0, process.stderr
-    path = "./result/PureInfer_perf_of_bs%d_in_device_0.txt" % batch
-    assert "[INFO] PureInfer result saved in %s\n" % path in process.stdout
-    text = (folder / path).read_text()
+    path = "./result/PureInfer_perf_of_m_in_device_0"
+    assert "[INFO] PureInfer result saved in %s.txt\n" % path in process.stdout
+    text = (tmp_path / (path + ".txt")).read_text()
     rate, latency = re.match(r"ave_throughputRate = ([0-9.e+-]+)samples/s, ave_latency = ([0-9.e+-]+)ms\n$", text).groups()
     assert abs(float(rate) * float(latency) / 1000 - 1) < 1e-3
+    assert len(json.loads((tmp_path / (path + "_summary.json")).read_text())["npu_compute_time_list"]) == 5
 
 
 # --- providers --------------------------------------------------------------------------------------------------------
@@ -143,14 +133,13 @@ def test_missing_provider_is_refused(folder):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 9) or os.uname().machine != "x86_64", reason="onnxruntime-ep-openvino has no package for it")
-@pytest.mark.parametrize("batch", [1, 8])
-def test_openvino_gives_the_same_results(folder, batch):
-    """The genuine plug-in: float32 as the CPU provider, several calls at a time."""
-    process = run(folder, "bs%d.onnx" % batch, batch, "-provider=OpenVINOExecutionProvider", "-calls=2", device_id=11)
+def test_openvino_gives_the_same_results(folder):
+    """It is the genuine plug-in."""
+    process = run(folder, "bs8.onnx", 8, "-provider=OpenVINOExecutionProvider", "-calls=2", device_id=11)
     if "has no provider OpenVINOExecutionProvider" in process.stderr:
         pytest.skip("NOT RUN: OpenVINO's plug-in offers no device on this CPU")
-    assert process.returncode == 0 and "OpenVINOExecutionProvider, bs%d.onnx" % batch in process.stdout, process.stderr
-    run(folder, "bs%d.onnx" % batch, batch, device_id=10)
+    assert process.returncode == 0 and "OpenVINOExecutionProvider, bs8.onnx" in process.stdout, process.stderr
+    run(folder, "bs8.onnx", 8, device_id=10)
     cpu, openvino = results(folder, 10), results(folder, 11)
     assert np.abs(cpu - openvino).max() <= 1e-3 * np.abs(cpu).max()
 
@@ -174,14 +163,13 @@ def test_provider_that_did_not_load_is_named(folder, monkeypatch, capsys):
     assert "did not load" not in capsys.readouterr().out
 
 
-def test_onnxruntime_of_numpy_1_with_numpy_2_is_explained(folder, tmp_path):
+def test_onnxruntime_of_numpy_1_with_numpy_2_is_explained(folder, tmp_path, monkeypatch):
     """As of onnxruntime-cann 1.24.4: NumPy prints a page that begins so, then the import fails."""
     (tmp_path / "onnxruntime.py").write_text(
         "import sys\nsys.stderr.write('\\nA module that was compiled using NumPy 1.x cannot be run in\\nNumPy 2.4.6 as it'\n"
         "                 ' may crash.\\nTraceback (most recent call last):\\n')\nraise ImportError('import numpy failed')\n")
-    process = subprocess.run([sys.executable, os.path.join(ROOT, TOOL), "-batch_size=1", "-om_path=bs1.onnx", "-round=1"], cwd=str(folder),
-                             env=dict(os.environ, PYTHONPATH=str(tmp_path)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             universal_newlines=True)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    process = started(TOOL, "-batch_size=1", "-om_path=bs1.onnx", "-round=1", cwd=folder)
     check_error(process, "was built for NumPy 1", "-m pip install 'numpy<2'")
 
 
@@ -196,14 +184,13 @@ def test_usage_errors(folder):
 
 
 def test_models_that_do_not_fit_are_refused(folder, tmp_path):
-    check_error(run(folder, "bs1.onnx", 8), "bs1.onnx", "[8,3,224,224]")
-    check_error(run(folder, "nowhere.onnx", 1), "nowhere.onnx")
     (tmp_path / "cut.onnx").write_bytes((folder / "bs1.onnx").read_bytes()[:-200])
-    check_error(run(folder, tmp_path / "cut.onnx", 1), "cut.onnx")
     write_model(tmp_path / "double.onnx", type=TensorProto.DOUBLE)
-    check_error(run(folder, tmp_path / "double.onnx", 1), "double.onnx")
     write_model(tmp_path / "small.onnx", size=(112, 112))
-    check_error(run(folder, tmp_path / "small.onnx", 1), "small.onnx", "112")
+    for model, batch, text in ((folder / "bs1.onnx", 8, "[8,3,224,224]"), (tmp_path / "nowhere.onnx", 1, "nowhere.onnx"),
+                               (tmp_path / "cut.onnx", 1, "cut.onnx"), (tmp_path / "double.onnx", 1, "double.onnx"),
+                               (tmp_path / "small.onnx", 1, "112")):
+        check_error(run(folder, model, batch), model.name, text)
 
 
 @pytest.mark.parametrize("lines, text", [
@@ -226,8 +213,8 @@ def test_bad_info_and_bins_leave_earlier_results(folder, lines, text):
     assert not (folder / "result" / "dumpOutput_device7.partial").exists()
 
 
-@pytest.mark.parametrize("line", [b"0 \xff.bin 224 224", b"0 a\0.bin 224 224", b"9" * 5000 + b" a.bin 224 224",
-                                  b"0 a.bin 224 " + b"9" * 5000, b"0 " + b"a" * 5000 + b".bin 224 224", b"\0" * 10000])
+@pytest.mark.parametrize("line", [b"0 \xff.bin 224 224", b"9" * 5000 + b" a.bin 224 224", b"0 " + b"a" * 5000 + b".bin 224 224",
+                                  b"\0" * 10000])
 def test_hostile_info_is_refused_in_a_short_line(folder, line):
     (folder / "hostile.info").write_bytes(line)
     process = run(folder, "bs1.onnx", 1, input_text_path="hostile.info", device_id=12)
@@ -237,11 +224,8 @@ def test_hostile_info_is_refused_in_a_short_line(folder, line):
 
 def test_a_model_that_would_read_another_file_is_refused(folder):
     model = onnx.load(str(folder / "bs1.onnx"))
-    weight = model.graph.initializer[0]
-    weight.ClearField("raw_data")
-    weight.data_location = onnx.TensorProto.EXTERNAL
-    weight.external_data.add(key="location", value="/etc/passwd")
+    keep_weights_outside(model)
     (folder / "outside.onnx").write_bytes(model.SerializeToString())
     check_error(run(folder, "outside.onnx", 1), "outside.onnx: keeps its weights in")
-    check_error(script("tools/benchmark.py", "-batch_size=1", "-om_path=outside.onnx", "-round=1", cwd=folder), "keeps its weights in")
+    check_error(script(TOOL, "-batch_size=1", "-om_path=outside.onnx", "-round=1", cwd=folder), "keeps its weights in")
     check_error(script("tools/predict.py", __file__, "--onnx=outside.onnx", cwd=folder), "outside.onnx: keeps its weights in")

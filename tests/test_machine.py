@@ -16,7 +16,7 @@ import time
 import pytest
 from PIL import Image
 
-from helpers import NETWORK, ROOT, check_error, contents, namespaces, refused, write_bins, write_images, write_model
+from helpers import NETWORK, ROOT, check_error, contents, mounting, refused, write_bins, write_images, write_model
 from lib import machine
 from lib.files import replaced_folder
 from lib.labels import ASSUMED
@@ -27,6 +27,7 @@ GET_INFO = ["get_info.py", "input_bin", "deepmar.info", "224", "224"]
 BENCHMARK = ["tools/benchmark.py", "-batch_size=4", "-om_path=model.onnx", "-input_text_path=deepmar.info"]
 PREDICT = ["tools/predict.py", "images", "--onnx=model.onnx"]
 QUANTIZE = ["tools/quantize.py", "model.onnx", "input_bin", "int8.onnx"]
+NO_MORE_PROCESSES = refused(errno.EAGAIN, "clone", "clone3", "fork", "vfork")
 EARLIER = {"earlier.bin": b"earlier"}
 
 
@@ -81,10 +82,9 @@ def test_a_full_disk_is_named(folder):
 
 
 def test_a_mounted_folder_is_named(folder):
-    alone = namespaces("--mount")
     (folder / "images" / "other").mkdir()
     for mount in ("-t tmpfs tmpfs input_bin", "--bind images/other input_bin"):  # the second is of the same device
-        process = finish(start(folder, STAGE_4, alone + ["sh", "-c", "mount %s && exec \"$@\"" % mount, "sh"]))
+        process = finish(start(folder, STAGE_4, mounting(mount)))
         check_refused(folder, process, "input_bin: something is mounted there", "give a folder inside it")
 
 
@@ -106,25 +106,20 @@ def test_a_file_system_without_locks_is_noted(folder):
     assert "has no locks" in process.stderr
 
 
-def no_more_processes():
-    return refused(errno.EAGAIN, "clone", "clone3", "fork", "vfork")
-
-
 def test_one_line_names_the_limit_of_processes(folder):
-    check_refused(folder, finish(start(folder, STAGE_4, preexec_fn=no_more_processes())), "cannot be started", "ulimit -u")
+    check_refused(folder, finish(start(folder, STAGE_4, preexec_fn=NO_MORE_PROCESSES)), "cannot be started", "ulimit -u")
 
 
 @pytest.mark.parametrize("command", [BENCHMARK, QUANTIZE], ids=["benchmark", "quantize"])
 def test_one_line_names_the_limit_of_threads(bins_folder, command):
     """And ONNX Runtime does not wait for ever for a thread that did not start."""
     before = sorted(os.listdir(str(bins_folder)))
-    check_error(finish(start(bins_folder, command, preexec_fn=no_more_processes())), "threads", "ulimit -u")
+    check_error(finish(start(bins_folder, command, preexec_fn=NO_MORE_PROCESSES)), "threads", "ulimit -u")
     assert sorted(os.listdir(str(bins_folder))) == before
 
 
 def test_without_shared_memory_it_works_or_says_why(folder):
-    alone = namespaces("--mount")
-    process = finish(start(folder, STAGE_4, alone + ["sh", "-c", "mount -t tmpfs -o ro tmpfs /dev/shm && exec \"$@\"", "sh"]))
+    process = finish(start(folder, STAGE_4, mounting("-t tmpfs -o ro tmpfs /dev/shm")))
     if process.returncode:
         check_refused(folder, process, "Read-only")
     else:

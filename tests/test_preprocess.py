@@ -29,13 +29,11 @@ def images(tmp_path):
         pixels = random.randint(0, 256, (random.randint(1, 200), random.randint(1, 90), 3), np.uint8)
         Image.fromarray(pixels).save(str(folder / ("%05d.png" % i)))
     picture = Image.fromarray(pixels)
-    picture.save(str(folder / "photo.jpg"))
-    picture.convert("L").save(str(folder / "grey.png"))
-    picture.convert("CMYK").save(str(folder / "cmyk.jpg"))
+    for name, mode in (("photo.jpg", "RGB"), ("grey.png", "L"), ("cmyk.jpg", "CMYK"), ("sub/alpha.png", "RGBA"),
+                       ("<img src=x onerror=alert(1)>.png", "RGB")):
+        picture.convert(mode).save(str(folder / name))
     picture.convert("P").save(str(folder / "palette.png"), transparency=3)
-    picture.convert("RGBA").save(str(folder / "sub" / "alpha.png"))
     Image.new("RGB", (1, 1), (255, 0, 9)).save(str(folder / "one.x1.png"))
-    picture.save(str(folder / "<img src=x onerror=alert(1)>.png"))
     names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.*"))]
     (tmp_path / "image.txt").write_text("\n".join(names))
     return tmp_path
@@ -111,30 +109,24 @@ def test_a_list_may_have_blank_lines_and_crlf(tmp_path):
 
 @pytest.mark.parametrize("content, text", [
     (b"\n \r\n", "names no image"), (b"a.png\na/../../x.png", "line 2"), (b"/etc/passwd", "line 1"), (b"a\0b.png", "line 1"),
-    (b"\xff\xfe", "UTF-8"), (b".png", "line 1"), (b"a.png\nb.png\na.jpg", "lines 1 and 3"), (b"x/a.png\ny/a.png", "lines 1 and 2")])
-def test_bad_lists_are_refused(images, content, text):
-    (images / "bad.txt").write_bytes(content)
-    check_error(script(NAME, "images", "input_bin", "bad.txt", cwd=images), "bad.txt", text)
-    assert not (images / "input_bin").exists()
+    (b"\xff\xfe", "UTF-8"), (b".png", "line 1"), (b"a.png\nb.png\na.jpg", "lines 1 and 3"), (b"x/a.png\ny/a.png", "lines 1 and 2"),
+    (b"a\x1b[2Jb.png", "is not a file name"), ("a\x9bb.png".encode(), "is not a file name"), (b"x" * 5000, "is not a file name")])
+def test_bad_lists_are_refused_in_a_short_printable_line(tmp_path, content, text):
+    (tmp_path / "bad.txt").write_bytes(content)
+    process = script(NAME, ".", "input_bin", "bad.txt", cwd=tmp_path)
+    check_error(process, "bad.txt", text)
+    assert process.stderr.rstrip("\n").isprintable() and len(process.stderr) < 3000 and not (tmp_path / "input_bin").exists()
 
 
 def test_missing_images_are_counted_and_a_thousand_named(tmp_path):
-    """A list of 100,000 names also takes only seconds."""
     (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "000001.png").write_bytes(b"")
     (tmp_path / "image.txt").write_text("".join("%06d.png\n" % i for i in range(100000)))
     process = script(NAME, "images", "input_bin", "image.txt", cwd=tmp_path)
-    check_error(process, "100000 of the 100000 images", "000000.png, 000001.png", "000999.png, ...")
+    check_error(process, "99999 of the 100000 images", "000000.png, 000002.png", "001000.png, ...")
     check_error(script(NAME, "nowhere", "input_bin", "image.txt", cwd=tmp_path), "nowhere")
     check_error(script(NAME, "images", "input_bin", "nowhere.txt", cwd=tmp_path), "nowhere.txt")
     assert not list(tmp_path.glob("input_bin*"))
-
-
-@pytest.mark.parametrize("name", ["a\x1b[2Jb.png", "a\x7f.png", "a\x9bb.png", "x" * 5000, '{"a": ' + "[0, 1], " * 9999])
-def test_names_that_would_break_a_message_are_escaped(tmp_path, name):
-    (tmp_path / "image.txt").write_text("good.png\n%s\n" % name, encoding="utf-8")
-    process = script(NAME, ".", "input_bin", "image.txt", cwd=tmp_path)
-    check_error(process, "image.txt: line 2: ", "is not a file name")
-    assert process.stderr.rstrip("\n").isprintable() and len(process.stderr) < 3000
 
 
 def test_bad_images_are_named_and_the_earlier_bins_stay(images):

@@ -194,21 +194,19 @@ def test_pads_of_random_graphs_in_an_if_are_removed(case, constants_outside):
 
 
 def test_the_script_writes_the_model_and_names_the_pads(tmp_path):
-    onnx.save(model_of(between(node("Pad", "r c", "p")), [("c", ZEROS)]), str(tmp_path / "a.onnx"))
-    onnx.save(model_of(between(node("Pad", "r c", "p")), [("c", PADS)]), str(tmp_path / "pads.onnx"))
-    onnx.save(model_of([node("Relu", "x", "y")]), str(tmp_path / "none.onnx"))
-    process = script("remove_pad.py", "a.onnx", "b.onnx", cwd=tmp_path)
-    assert process.returncode == 0 and process.stderr == "" and "removed Pad_p" in process.stdout
+    models = {"a": model_of(between(node("Pad", "r c", "p")), [("c", ZEROS)]),
+              "pads": model_of(between(node("Pad", "r c", "p")), [("c", PADS)]), "none": model_of([node("Relu", "x", "y")])}
+    for name, model in models.items():
+        onnx.save(model, str(tmp_path / (name + ".onnx")))
+    for arguments, text in ((["a.onnx", "b.onnx"], "removed Pad_p"),
+                            (["--model_name=pads.onnx", "--output_name=c.onnx"], "kept Pad_p: it pads by [0, 0, 1, 1, 0, 0, 1, 1]\n"),
+                            (["none.onnx", "d.pnnx"], "no Pad to remove; the model is unchanged"), (["a.onnx", "a.onnx"], "removed Pad_p")):
+        process = script("remove_pad.py", *arguments, cwd=tmp_path)
+        assert process.returncode == 0 and text in process.stdout, (process.stdout, process.stderr)
+        assert ("note: d.pnnx does not end in .onnx" in process.stderr) == ("d.pnnx" in arguments)
     assert "Pad" not in types(onnx.load(str(tmp_path / "b.onnx")))
-    process = script("remove_pad.py", "--model_name=pads.onnx", "--output_name=c.onnx", cwd=tmp_path)
-    assert process.returncode == 0 and "kept Pad_p: it pads by [0, 0, 1, 1, 0, 0, 1, 1]" in process.stdout
-    assert "unchanged" in process.stdout
-    process = script("remove_pad.py", "none.onnx", "d.pnnx", cwd=tmp_path)
-    assert process.returncode == 0 and "no Pad to remove" in process.stdout and "d.pnnx" in process.stderr
-    for a, b in (("pads.onnx", "c.onnx"), ("none.onnx", "d.pnnx")):
-        assert (tmp_path / a).read_bytes() == (tmp_path / b).read_bytes()
-    assert script("remove_pad.py", "a.onnx", "a.onnx", cwd=tmp_path).returncode == 0
-    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    for before, after in (("pads.onnx", "c.onnx"), ("none.onnx", "d.pnnx"), ("a.onnx", "b.onnx")):
+        assert (tmp_path / before).read_bytes() == (tmp_path / after).read_bytes()
     assert not [name for name in os.listdir(str(tmp_path)) if "partial" in name]
 
 

@@ -68,10 +68,10 @@ def clock(function, *arguments):
 
 def run(*arguments, **settings):
     """Runs a command and returns its output. Raises ValueError with the output if the command fails."""
-    process = subprocess.run([str(argument) for argument in arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             universal_newlines=True, **settings)
+    command = [str(argument) for argument in arguments]
+    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **settings)
     if process.returncode:
-        raise ValueError("%s failed: %s" % (" ".join(map(str, arguments)), process.stdout[-2000:]))
+        raise ValueError("%s failed: %s" % (" ".join(command), process.stdout[-2000:]))
     return process.stdout
 
 
@@ -116,13 +116,12 @@ def make_row(stage, against, unit, goal, theirs, ours, ratio):
 
 def draw_images(quick):
     """Makes the folder 'images' with drawings in PETA's sizes, and the list image.txt. Returns the names."""
+    from sample import pedestrians
     names = ["%05d.png" % i for i in range(40 if quick else 500)]
-    if not os.path.exists("images"):
-        from sample import pedestrians
-        os.mkdir("images")
-        for name, image in zip(names, itertools.cycle(pedestrians(min(len(names), 250), 3)[0])):
-            image.save(os.path.join("images", name))
-        write_text("image.txt", "\n".join(names))
+    os.makedirs("images", exist_ok=True)
+    for name, image in zip(names, itertools.cycle(pedestrians(min(len(names), 250), 3)[0])):
+        image.save(os.path.join("images", name))
+    write_text("image.txt", "\n".join(names))
     return names
 
 
@@ -194,11 +193,11 @@ def peak_memory(main, arguments):
 def row_postprocess(quick):
     random = np.random.RandomState(0)
     for count in (100, 1000) if quick else (7600, 100000):
-        folder, names, stage = new_folder(), ["%06d" % i for i in range(count)], "postprocess, {:,} images".format(count)
-        for name, logits in zip(names, random.standard_normal((count, 35)).astype("<f4")):
-            logits.tofile(os.path.join(folder, name + "_1.bin"))
+        folder, stage = new_folder(), "postprocess, {:,} images".format(count)
+        for i, logits in enumerate(random.standard_normal((count, 35)).astype("<f4")):
+            logits.tofile(os.path.join(folder, "%06d_1.bin" % i))
         labels = random.randint(0, 2, (count, 35)).tolist()
-        write_text("label.json", json.dumps({name + ".png": label for name, label in zip(names, labels)}))
+        write_text("label.json", json.dumps({"%06d.png" % i: label for i, label in enumerate(labels)}))
         arguments = [folder, "label.json"]
         in_child(guides_postprocess, arguments)  # in a virtual machine, the first use of memory is slow
         yield from compare(quick, stage, "images/s", lambda: in_child(clock, postprocess.main, arguments) / count, {
@@ -222,7 +221,7 @@ def row_get_info(quick):
 
 def row_startup(quick):
     rows = []
-    for path in glob.glob(os.path.join(ROOT, "*.py")) + glob.glob(os.path.join(ROOT, "tools", "*.py")):
+    for path in glob.glob(ROOT + "/*.py") + glob.glob(ROOT + "/tools/*.py"):
         if os.path.basename(path) != "DeepMAR.py":  # it has no options
             rows += compare(quick, os.path.relpath(path, ROOT), "s", lambda: clock(run, sys.executable, path, "--help"), {
                 "python3 -c 'import numpy'": (0.67, lambda: clock(run, sys.executable, "-c", "import numpy"))}, rounds=5)
@@ -442,10 +441,9 @@ def print_line(texts):
 
 def print_head(results):
     """Prints the machines of one or several results and the head of their table."""
-    for result in results:
-        print(", ".join("%s %s" % item for item in result["machine"].items()) + "\n")
     texts = ["stage", "against", "unit", "goal"]
     for result in results:
+        print(", ".join("%s %s" % item for item in result["machine"].items()) + "\n")
         texts += [result["machine"]["python"], "ours", "ratio", "met"]
     print_line(texts)
     print("|---|---|---|---|" + "--:|--:|--:|---|" * len(results))
@@ -480,7 +478,7 @@ def keep_busy(parent):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--only", nargs="+", choices=sorted(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--quick", action="store_true", help="few images and rounds; the figures mean nothing")
     parser.add_argument("--busy", action="store_true", help="run a busy process on half of the cores (%s)" % ", ".join(BUSY_ROWS))
     parser.add_argument("--json", metavar="FILE", type=os.path.abspath, help="also write the result into this file")

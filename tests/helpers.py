@@ -75,11 +75,12 @@ def redirected(name, file):
 @contextlib.contextmanager
 def own_state(path, arguments, cwd):
     """Gives a script the state that a new Python would have, as far as scripts notice it; restores this process's state."""
-    folder, paths, argv = os.getcwd(), sys.path[:], sys.argv
+    folder = os.getcwd()
     # A copy of export_onnx.py in another checkout imports that one's network, which a test may change within a second.
     networks = {} if path.startswith(ROOT) else {name: module for name, module in sys.modules.items() if is_network(name)}
     try:
-        with warnings.catch_warnings(), mock.patch.dict(os.environ), mock.patch.object(sys, "dont_write_bytecode", True):
+        with warnings.catch_warnings(), mock.patch.dict(os.environ), mock.patch.multiple(
+                sys, dont_write_bytecode=True, path=sys.path[:], argv=[path] + arguments):
             warnings.resetwarnings()  # pytest would collect the warnings
             warnings.showwarning = lambda *warning: sys.stderr.write(warnings.formatwarning(*warning[:4]))
             for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
@@ -87,12 +88,10 @@ def own_state(path, arguments, cwd):
             for name in networks:
                 del sys.modules[name]
             seen_notes.clear()
-            sys.argv = [path] + arguments
             os.chdir(str(cwd or "."))
             yield
     finally:
         os.chdir(folder)
-        sys.path[:], sys.argv = paths, argv
         gc.enable()
         if not path.startswith(ROOT):
             for name in list(filter(is_network, sys.modules)):
@@ -108,8 +107,7 @@ def is_network(module):
 def started(name, *arguments, cwd=None):
     """Runs ROOT/name with a new Python. Returns the same as script(). It shows what script() cannot, such as a failed import."""
     return subprocess.run([sys.executable, os.path.join(ROOT, name)] + [str(argument) for argument in arguments],
-                          cwd=str(cwd) if cwd else None, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          universal_newlines=True)
+                          cwd=cwd, capture_output=True, text=True)
 
 
 def check_error(process, *texts, code=1):
@@ -148,36 +146,37 @@ def refused(error, *calls):
     return refuse
 
 
-def namespaces(*options):
-    """Returns the beginning of a command that runs in new Linux namespaces. options: those of unshare."""
-    command = ["unshare"] + ["--map-root-user"] * (os.getuid() != 0) + list(options)
+def mounting(options):
+    """Returns the beginning of a command that runs in a new Linux namespace, where this is mounted. options: those of mount."""
+    command = ["unshare", "--mount"]
+    if os.getuid():
+        command.append("--map-root-user")
     if subprocess.call(command + ["true"], stderr=subprocess.DEVNULL):
         pytest.skip("NOT RUN: this user may not make namespaces; run it as root")
-    return command
+    return command + ["sh", "-c", 'mount %s && exec "$@"' % options, "sh"]
 
 
 def run_all(*arguments, root=ROOT, cwd=None, path=None, **variables):
     """Runs run_all.sh with this Python. Returns the finished process."""
-    environment = dict(os.environ, PYTHON=sys.executable, sample_size=str(SIZE), set_env="/dev/null")  # ignore this machine's CANN
-    environment.update(variables)
+    settings = {"PYTHON": sys.executable, "sample_size": str(SIZE), "set_env": "/dev/null"}  # ignore this machine's CANN
     if path:
-        environment["PATH"] = "%s:%s" % (path, environment["PATH"])
+        settings["PATH"] = "%s:%s" % (path, os.environ["PATH"])
     return subprocess.run(["bash", os.path.join(str(root), "run_all.sh")] + [str(argument) for argument in arguments],
-                          cwd=str(cwd or root), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          universal_newlines=True)
+                          cwd=cwd or root, env={**os.environ, **settings, **variables}, capture_output=True, text=True)
 
 
 def tiny_data(folder):
     """Writes folder/sample like the sample's folder, but with a fake checkpoint, for stages that read no checkpoint."""
     from sample import pedestrians
-    (folder / "sample" / "images").mkdir(parents=True)
+    sample = folder / "sample"
+    (sample / "images").mkdir(parents=True)
     images, labels = pedestrians(SIZE, 0)
     names = ["%05d.png" % (i + 1) for i in range(SIZE)]
     for name, image in zip(names, images):
-        image.save(str(folder / "sample" / "images" / name))
-    (folder / "sample" / "image.txt").write_text("".join(name + "\n" for name in names))
-    (folder / "sample" / "label.json").write_text(json.dumps(dict(zip(names, labels.tolist()))))
-    (folder / "sample" / "checkpoint.pth.tar").write_bytes(b"none")
+        image.save(str(sample / "images" / name))
+    (sample / "image.txt").write_text("\n".join(names) + "\n")
+    (sample / "label.json").write_text(json.dumps(dict(zip(names, labels.tolist()))))
+    (sample / "checkpoint.pth.tar").write_bytes(b"none")
 
 
 def own_data(work, **changes):
@@ -321,7 +320,7 @@ def run_stage_6(folder, model, batch_size, device=0, height=224, width=224):
 def parse_predictions(text):
     """What predict.py prints -> {image: [(marked, percent, name, logit)]}."""
     images, current = {}, None
-    for line in text.strip().split("\n"):
+    for line in text.splitlines():
         match = re.match(r"  ([+ ]) +([\d.]+) %  (.+?) +logit (\S+)$", line)
         if match:
             mark, percent, name, logit = match.groups()
@@ -403,8 +402,7 @@ def standin(path, name):
 
 def write_om(path, onnx):
     """Makes an OM of the stand-ins of an ONNX model."""
-    with open(str(path), "wb") as om, open(str(onnx), "rb") as f:
-        om.write(b"IMOD" + f.read())
+    path.write_bytes(b"IMOD" + onnx.read_bytes())
 
 
 class FrontEnd(object):
@@ -422,13 +420,12 @@ class FrontEnd(object):
 
     def run(self, folder, **options):
         """Runs it in a folder by hand; options replace the usual ones, and one of None goes."""
-        options = {"model": "m.om", "input": "in", "output": "out", "output_dirname": "d", "outfmt": "BIN", "batchsize": 2,
-                   **options}
         command = [sys.executable, "-m", "ais_bench"]
-        for name, value in options.items():
+        for name, value in {"model": "m.om", "input": "in", "output": "out", "output_dirname": "d", "outfmt": "BIN", "batchsize": 2,
+                            **options}.items():
             command += [] if value is None else ["--" + name, str(value)]
-        return subprocess.run(command, cwd=str(folder), env=dict(os.environ, **self.variables()), stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, universal_newlines=True, errors="replace", timeout=300)
+        return subprocess.run(command, cwd=folder, env=dict(os.environ, **self.variables()), stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True, errors="replace", timeout=300)
 
 
 FRONT_ENDS = [FrontEnd(os.path.join(STANDINS, "packages"), year) for year in (2023, 2024, 2025)]

@@ -2,33 +2,33 @@
 
 Stage 4 stands for all scripts: it reads and writes many files in several processes. Of what a script writes: tests/test_files.py.
 """
-import contextlib
 import errno
 import glob
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import NETWORK, ROOT, check_error, contents, namespaces, refused, write_images, write_model
+from helpers import NETWORK, ROOT, check_error, contents, mounting, refused, write_bins, write_images, write_model
 from lib import machine
 from lib.files import replaced_folder
 from lib.labels import ASSUMED
 
+NAMES = ["im%d.png" % i for i in range(8)]
 STAGE_4 = ["preprocess_deepmar_pytorch.py", "images", "input_bin", "image.txt"]
 GET_INFO = ["get_info.py", "input_bin", "deepmar.info", "224", "224"]
 BENCHMARK = ["tools/benchmark.py", "-batch_size=4", "-om_path=model.onnx", "-input_text_path=deepmar.info"]
-PREDICT = ["tools/predict.py"] + ["images/im%d.png" % i for i in range(8)] + ["--onnx=model.onnx"]
+PREDICT = ["tools/predict.py", "images", "--onnx=model.onnx"]
 QUANTIZE = ["tools/quantize.py", "model.onnx", "input_bin", "int8.onnx"]
+NO_MORE_PROCESSES = refused(errno.EAGAIN, "clone", "clone3", "fork", "vfork")
 EARLIER = {"earlier.bin": b"earlier"}
-NAMES = ["im%d.png" % i for i in range(8)]
 
 
 @pytest.fixture
@@ -37,32 +37,28 @@ def folder(tmp_path):
     write_images(tmp_path / "images", len(NAMES))
     (tmp_path / "image.txt").write_text("\n".join(NAMES))
     (tmp_path / "input_bin").mkdir()
-    for name, content in EARLIER.items():
-        (tmp_path / "input_bin" / name).write_bytes(content)
+    (tmp_path / "input_bin" / "earlier.bin").write_bytes(EARLIER["earlier.bin"])
     return tmp_path
 
 
 @pytest.fixture
-def bins_folder(tmp_path):
+def bins_folder(folder):
     """Images, their bins and a model, for the scripts that run it."""
-    write_images(tmp_path / "images", len(NAMES))
-    (tmp_path / "image.txt").write_text("\n".join(NAMES))
-    write_model(tmp_path / "model.onnx", 4)
-    (tmp_path / "input_bin").mkdir()
-    for i, name in enumerate(NAMES):
-        (tmp_path / "input_bin" / name.replace("png", "bin")).write_bytes(np.full(3 * 224 * 224, i, "<f4").tobytes())
-    (tmp_path / "deepmar.info").write_text("".join("%d ./input_bin/im%d.bin 224 224\n" % (i, i) for i in range(len(NAMES))))
-    return tmp_path
+    write_model(folder / "model.onnx", 4)
+    write_bins(folder, NAMES)
+    return folder
 
 
 def start(folder, command, prefix=(), **settings):
     """Starts a script in a new Python and a new process group. prefix: goes before the whole command."""
+    settings = dict({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}, **settings)
     return subprocess.Popen(list(prefix) + [sys.executable, "-B", os.path.join(ROOT, command[0])] + command[1:], cwd=str(folder),
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, start_new_session=True, **settings)
+                            universal_newlines=True, start_new_session=True, **settings)
 
 
 def finish(process):
-    process.stdout, process.stderr = process.communicate()
+    """Waits for the end of a process, and of all that it has started and that has its output."""
+    process.stdout, process.stderr = process.communicate(timeout=120)
     return process
 
 
@@ -86,10 +82,9 @@ def test_a_full_disk_is_named(folder):
 
 
 def test_a_mounted_folder_is_named(folder):
-    alone = namespaces("--mount")
     (folder / "images" / "other").mkdir()
     for mount in ("-t tmpfs tmpfs input_bin", "--bind images/other input_bin"):  # the second is of the same device
-        process = finish(start(folder, STAGE_4, alone + ["sh", "-c", "mount %s && exec \"$@\"" % mount, "sh"]))
+        process = finish(start(folder, STAGE_4, mounting(mount)))
         check_refused(folder, process, "input_bin: something is mounted there", "give a folder inside it")
 
 
@@ -111,27 +106,20 @@ def test_a_file_system_without_locks_is_noted(folder):
     assert "has no locks" in process.stderr
 
 
-def no_more_processes():
-    return refused(errno.EAGAIN, "clone", "clone3", "fork", "vfork")
-
-
 def test_one_line_names_the_limit_of_processes(folder):
-    check_refused(folder, finish(start(folder, STAGE_4, preexec_fn=no_more_processes())), "cannot be started", "ulimit -u")
+    check_refused(folder, finish(start(folder, STAGE_4, preexec_fn=NO_MORE_PROCESSES)), "cannot be started", "ulimit -u")
 
 
 @pytest.mark.parametrize("command", [BENCHMARK, QUANTIZE], ids=["benchmark", "quantize"])
 def test_one_line_names_the_limit_of_threads(bins_folder, command):
     """And ONNX Runtime does not wait for ever for a thread that did not start."""
     before = sorted(os.listdir(str(bins_folder)))
-    process = start(bins_folder, command, preexec_fn=no_more_processes())
-    process.stdout, process.stderr = process.communicate(timeout=60)
-    check_error(process, "threads", "ulimit -u")
+    check_error(finish(start(bins_folder, command, preexec_fn=NO_MORE_PROCESSES)), "threads", "ulimit -u")
     assert sorted(os.listdir(str(bins_folder))) == before
 
 
 def test_without_shared_memory_it_works_or_says_why(folder):
-    alone = namespaces("--mount")
-    process = finish(start(folder, STAGE_4, alone + ["sh", "-c", "mount -t tmpfs -o ro tmpfs /dev/shm && exec \"$@\"", "sh"]))
+    process = finish(start(folder, STAGE_4, mounting("-t tmpfs -o ro tmpfs /dev/shm")))
     if process.returncode:
         check_refused(folder, process, "Read-only")
     else:
@@ -139,24 +127,6 @@ def test_without_shared_memory_it_works_or_says_why(folder):
 
 
 # --- stopped runs, and two at the same time --------------------------------------------------------------------------
-
-def living(group):
-    """Whether a process group has a process that is no zombie."""
-    for process in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open("/proc/%s/stat" % process) as f:  # it may just have gone
-            state, _, its_group = f.read().rpartition(")")[2].split()[:3]
-            if int(its_group) == group and state not in "ZX":
-                return True
-    return False
-
-
-def check_stopped(process):
-    """A process that has been interrupted or killed leaves no process behind."""
-    process.stdout, process.stderr = process.communicate(timeout=60)
-    deadline = time.time() + 10
-    while living(process.pid):
-        assert time.time() < deadline, "left processes behind"
-
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("part", [0, 0.3, 0.6, 0.9])
@@ -167,7 +137,7 @@ def test_stage_4_stopped_at_any_moment_leaves_whole_bins(folder, number, part):
     process = start(folder, STAGE_4)
     time.sleep(duration * (part + 0.1 * random.random()))
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)  # a terminal interrupts the whole group
-    check_stopped(process)
+    finish(process)
     if (folder / "input_bin").exists():  # otherwise it was killed between two renames, of which tests/test_files.py
         assert contents(folder / "input_bin") == complete
     check_complete(folder, finish(start(folder, STAGE_4)))
@@ -178,8 +148,7 @@ def test_the_export_interrupted_at_any_moment_leaves_a_whole_model(tmp_path):
     """Most of its time goes into imports, in which torch turns an interrupt into other errors."""
     (tmp_path / "baseline" / "model").mkdir(parents=True)
     (tmp_path / "baseline" / "model" / "DeepMAR.py").write_text(NETWORK % "x")
-    with open(os.path.join(ROOT, "export_onnx.py")) as f:
-        (tmp_path / "export_onnx.py").write_text(f.read())
+    shutil.copy(os.path.join(ROOT, "export_onnx.py"), str(tmp_path))
     (tmp_path / "any.pth").write_bytes(b"")
     command = [str(tmp_path / "export_onnx.py"), "any.pth", "out.onnx", "2"]
     began = time.time()
@@ -188,7 +157,7 @@ def test_the_export_interrupted_at_any_moment_leaves_a_whole_model(tmp_path):
     process = start(tmp_path, command)
     time.sleep(duration * random.random())
     os.killpg(process.pid, signal.SIGINT)
-    check_stopped(process)
+    finish(process)
     assert (tmp_path / "out.onnx").read_bytes() == complete and not list(tmp_path.glob("*.partial"))
 
 
@@ -206,7 +175,7 @@ def test_slow_images_do_not_hold_up_ctrl_c(tmp_path):
     time.sleep(1)
     began = time.time()
     os.killpg(process.pid, signal.SIGINT)
-    check_stopped(process)
+    finish(process)
     assert time.time() - began < 10  # all of the images would take far longer
     assert process.stderr == "preprocess_deepmar_pytorch.py: interrupted; no file is half written\n"
     assert not (tmp_path / "bins.partial").exists()
@@ -226,28 +195,26 @@ def test_a_second_run_for_the_same_folder_stops(folder):
 # --- fewer cores than one sees ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("table, quotas, cores", [
-    # A container of today, a session of a group that has a quota, no quota, a part of a core
-    ("0::/\n", {"cpu.max": "150000 100000\n"}, 2),
-    ("0::/user.slice/user-0.slice\n", {"user.slice/cpu.max": "400000 100000\n",
-                                       "user.slice/user-0.slice/cpu.max": "max 100000\n"}, 4),
-    ("0::/a/b\n", {"a/cpu.max": "400000 100000\n", "a/b/cpu.max": "100000 50000\n"}, 2),
-    ("0::/\n", {"cpu.max": "max 100000\n"}, None), ("0::/\n", {"cpu.max": "20000 100000\n"}, 1), ("0::/\n", {}, None),
-    # cgroup v1: a container, whose path is the host's; on the host; CentOS's order; no quota; the mixture of both versions
-    ("5:memory:/docker/ab\n4:cpu,cpuacct:/docker/ab\n", {"cpu/cpu.cfs_quota_us": "250000\n",
-                                                         "cpu/cpu.cfs_period_us": "100000\n"}, 3),
-    ("3:cpuacct,cpu:/system.slice/docker-1.scope\n1:name=systemd:/\n",
-     {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n",
-      "cpu/system.slice/docker-1.scope/cpu.cfs_quota_us": "100000\n",
-      "cpu/system.slice/docker-1.scope/cpu.cfs_period_us": "100000\n"}, 1),
-    ("2:cpu:/\n0::/init.scope\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
-    ("4:cpuset:/x\n2:cpu:/x\n0::/x\n", {"cpu/x/cpu.cfs_quota_us": "600000\n", "cpu/x/cpu.cfs_period_us": "100000\n"}, 6),
-    (None, {"cpu.max": "100000 100000\n"}, None)])
+    # A container of today, a session of a group that has a quota, a group in a group, no quota, a part of a core
+    ("0::/\n", {"": "150000 100000"}, 2), ("0::/u/s\n", {"u": "400000 100000", "u/s": "max 100000"}, 4),
+    ("0::/a/b\n", {"a": "400000 100000", "a/b": "100000 50000"}, 2), ("0::/\n", {"": "max 100000"}, None),
+    ("0::/\n", {"": "20000 100000"}, 1), ("0::/\n", {}, None), (None, {"": "100000 100000"}, None),
+    # cgroup v1: a container, whose path is the host's; CentOS's order, on the host; no quota; the mixture of both versions
+    ("5:memory:/docker/ab\n4:cpu,cpuacct:/docker/ab\n", {"cpu": "250000 100000"}, 3),
+    ("3:cpuacct,cpu:/s/d\n1:name=systemd:/\n", {"cpu": "-1 100000", "cpu/s/d": "100000 100000"}, 1),
+    ("2:cpu:/\n0::/init.scope\n", {"cpu": "-1 100000"}, None),
+    ("4:cpuset:/x\n2:cpu:/x\n0::/x\n", {"cpu/x": "600000 100000"}, 6)])
 def test_quotas_of_processor_time_are_read(tmp_path, table, quotas, cores):
+    """quotas: {group: "quota period"}."""
     if table is not None:
         (tmp_path / "table").write_text(table)
-    for name, text in quotas.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+    for group, text in quotas.items():
+        (tmp_path / group).mkdir(parents=True, exist_ok=True)
+        if group.startswith("cpu"):  # version 1
+            for name, value in zip(("cpu.cfs_quota_us", "cpu.cfs_period_us"), text.split()):
+                (tmp_path / group / name).write_text(value + "\n")
+        else:
+            (tmp_path / group / "cpu.max").write_text(text + "\n")
     assert machine.cgroup_cores(str(tmp_path), str(tmp_path / "table")) == cores
 
 
@@ -285,16 +252,13 @@ def test_a_missing_package_is_named(bins_folder, tmp_path_factory, package, comm
     check_error(process, "error: No module named %s; install the packages in requirements.txt" % package)
 
 
-@pytest.mark.parametrize("command", [PREDICT, GET_INFO],
-                         ids=["more than a buffer holds", "less"])
+@pytest.mark.parametrize("command", [PREDICT, GET_INFO], ids=["more than a buffer holds", "less"])
 def test_a_reader_that_leaves_is_no_error(bins_folder, command):
     reader, writer = os.pipe()
     os.close(reader)
-    process = subprocess.Popen([sys.executable, os.path.join(ROOT, command[0])] + command[1:], cwd=str(bins_folder), stdout=writer,
-                               stderr=subprocess.PIPE)
+    process = finish(start(bins_folder, command, stdout=writer))
     os.close(writer)
-    _, errors = process.communicate()
-    assert process.returncode == 141 and errors in (b"", b"note: %s\n" % ASSUMED.encode()), errors
+    assert process.returncode == 141 and process.stderr in ("", "note: %s\n" % ASSUMED), process.stderr
 
 
 @pytest.mark.parametrize("redirection, status", [(">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), (">/dev/full", 1)])

@@ -2,7 +2,6 @@
 import os
 import pathlib
 import signal
-import stat
 import struct
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import ROOT, check_error, guide, script, write_images
+from helpers import ROOT, check_error, contents, guide, script, started, write_images
 from lib.images import ORIENTATION, SIZE, preprocess
 from lib.names import read_list
 
@@ -30,15 +29,12 @@ def images(tmp_path):
         pixels = random.randint(0, 256, (random.randint(1, 200), random.randint(1, 90), 3), np.uint8)
         Image.fromarray(pixels).save(str(folder / ("%05d.png" % i)))
     picture = Image.fromarray(pixels)
-    picture.save(str(folder / "photo.jpg"))
-    picture.convert("L").save(str(folder / "grey.png"))
-    picture.convert("CMYK").save(str(folder / "cmyk.jpg"))
+    for name, mode in (("photo.jpg", "RGB"), ("grey.png", "L"), ("cmyk.jpg", "CMYK"), ("sub/alpha.png", "RGBA"),
+                       ("<img src=x onerror=alert(1)>.png", "RGB")):
+        picture.convert(mode).save(str(folder / name))
     picture.convert("P").save(str(folder / "palette.png"), transparency=3)
-    picture.convert("RGBA").save(str(folder / "sub" / "alpha.png"))
     Image.new("RGB", (1, 1), (255, 0, 9)).save(str(folder / "one.x1.png"))
-    picture.save(str(folder / "<img src=x onerror=alert(1)>.png"))
-    names = sorted(os.path.relpath(os.path.join(parent, name), str(folder))
-                   for parent, _, files in os.walk(str(folder)) for name in files)
+    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.*"))]
     (tmp_path / "image.txt").write_text("\n".join(names))
     return tmp_path
 
@@ -63,13 +59,10 @@ def test_bins_equal_the_guides_to_the_bit(images):
 
 
 def test_bins_of_another_size_equal_the_guides(images):
-    for form in (["images", "input_bin", "image.txt", "--size", "256", "128"],
-                 ["--size", 256, 128, "--file_path=images", "--bin_path=input_bin", "--image_info=image.txt"]):
-        process = script(NAME, *form, cwd=images)
-        assert process.returncode == 0 and "47 bins of float32 [3,256,128]" in process.stdout, process.stderr
-        for name in ("00001", "photo"):
-            path, = (images / "images").glob(name + ".*")
-            assert (images / "input_bin" / (name + ".bin")).read_bytes() == guide(path, 128, 256).tobytes()
+    process = script(NAME, "images", "input_bin", "image.txt", "--size", "256", "128", cwd=images)
+    assert process.returncode == 0 and "47 bins of float32 [3,256,128]" in process.stdout, process.stderr
+    for name in ("00001.png", "photo.jpg"):
+        assert (images / "input_bin" / (name[:-3] + "bin")).read_bytes() == guide(images / "images" / name, 128, 256).tobytes()
     process = script("get_info.py", "input_bin", "deepmar.info", 128, 256, cwd=images)
     assert process.returncode == 0 and "0 input_bin/00000.bin 128 256\n" in (images / "deepmar.info").read_text()
 
@@ -89,11 +82,11 @@ def test_the_exif_orientation_is_ignored_and_counted(images):
 
 
 def test_arguments_are_given_in_order_or_by_name_and_not_mixed(images):
-    assert script(NAME, "--file_path=images", "--bin_path=a", "--image_info=image.txt", cwd=images).returncode == 0
+    named = ["--size", "9", "9", "--file_path=images", "--bin_path=a", "--image_info=image.txt"]
+    assert script(NAME, *named, cwd=images).returncode == 0
     assert len(os.listdir(str(images / "a"))) == 47
-    for wrong in (["images", "b", "image.txt", "--size", "0", "9"], ["images", "b", "image.txt", "--size", "9"],
-                  [], ["images"], ["images", "a"], ["images", "b", "image.txt", "x"],
-                  ["images", "b", "--image_info", "image.txt"], ["--file_path", "images", "--bin_path", "b"]):
+    for wrong in (["images", "b", "image.txt", "--size", "0", "9"], ["images", "b", "image.txt", "--size", "9"], [], ["images", "b"],
+                  ["images", "b", "image.txt", "x"], ["images", "b", "--image_info=image.txt"], ["--file_path=images", "--bin_path=b"]):
         check_error(script(NAME, *wrong, cwd=images), code=2)
     assert not (images / "b").exists()
 
@@ -116,54 +109,31 @@ def test_a_list_may_have_blank_lines_and_crlf(tmp_path):
 
 @pytest.mark.parametrize("content, text", [
     (b"\n \r\n", "names no image"), (b"a.png\na/../../x.png", "line 2"), (b"/etc/passwd", "line 1"), (b"a\0b.png", "line 1"),
-    (b"\xff\xfe", "UTF-8"), (b".png", "line 1"), (b"a.png\nb.png\na.jpg", "lines 1 and 3"), (b"x/a.png\ny/a.png", "lines 1 and 2")])
-def test_bad_lists_are_refused(images, content, text):
-    (images / "bad.txt").write_bytes(content)
-    check_error(script(NAME, "images", "input_bin", "bad.txt", cwd=images), "bad.txt", text)
-    assert not (images / "input_bin").exists()
+    (b"\xff\xfe", "UTF-8"), (b".png", "line 1"), (b"a.png\nb.png\na.jpg", "lines 1 and 3"), (b"x/a.png\ny/a.png", "lines 1 and 2"),
+    (b"a\x1b[2Jb.png", "is not a file name"), ("a\x9bb.png".encode(), "is not a file name"), (b"x" * 5000, "is not a file name")])
+def test_bad_lists_are_refused_in_a_short_printable_line(tmp_path, content, text):
+    (tmp_path / "bad.txt").write_bytes(content)
+    process = script(NAME, ".", "input_bin", "bad.txt", cwd=tmp_path)
+    check_error(process, "bad.txt", text)
+    assert process.stderr.rstrip("\n").isprintable() and len(process.stderr) < 3000 and not (tmp_path / "input_bin").exists()
 
 
-def test_a_long_list_takes_linear_time(tmp_path):
-    seconds = []
-    for count in (30000, 300000):
-        path = tmp_path / ("%d.txt" % count)
-        path.write_text("".join("%07d.png\n" % i for i in range(count)))
-        began = time.process_time()
-        assert len(read_list(str(path))) == count
-        seconds.append(time.process_time() - began)
-    assert seconds[1] < 25 * seconds[0], seconds
-
-
-def test_100000_missing_images_are_counted_and_a_thousand_named(tmp_path):
+def test_missing_images_are_counted_and_a_thousand_named(tmp_path):
     (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "000001.png").write_bytes(b"")
     (tmp_path / "image.txt").write_text("".join("%06d.png\n" % i for i in range(100000)))
     process = script(NAME, "images", "input_bin", "image.txt", cwd=tmp_path)
-    check_error(process, "100000 of the 100000 images", "000000.png, 000001.png", "000999.png, ...")
-    assert not (tmp_path / "input_bin").exists()
-
-
-@pytest.mark.parametrize("name", ["a\x1b[2Jb.png", "a\x7f.png", "a\x9bb.png", "x" * 5000, '{"a": ' + "[0, 1], " * 9999])
-def test_names_that_would_break_a_message_are_escaped(tmp_path, name):
-    (tmp_path / "image.txt").write_text("good.png\n%s\n" % name, encoding="utf-8")
-    process = script(NAME, ".", "input_bin", "image.txt", cwd=tmp_path)
-    check_error(process, "image.txt: line 2: ", "is not a file name")
-    assert process.stderr.rstrip("\n").isprintable() and len(process.stderr) < 3000
-
-
-def test_missing_images_are_all_named(images):
-    (images / "bad.txt").write_text("00001.png\nx.png\n00002.png\ny.png\n")
-    check_error(script(NAME, "images", "input_bin", "bad.txt", cwd=images), "2 of the 4", "x.png, y.png")
-    assert not (images / "input_bin").exists() and not (images / "input_bin.partial").exists()
-    check_error(script(NAME, "nowhere", "input_bin", "image.txt", cwd=images), "nowhere")
-    check_error(script(NAME, "images", "input_bin", "nowhere.txt", cwd=images), "nowhere.txt")
+    check_error(process, "99999 of the 100000 images", "000000.png, 000002.png", "001000.png, ...")
+    check_error(script(NAME, "nowhere", "input_bin", "image.txt", cwd=tmp_path), "nowhere")
+    check_error(script(NAME, "images", "input_bin", "nowhere.txt", cwd=tmp_path), "nowhere.txt")
+    assert not list(tmp_path.glob("input_bin*"))
 
 
 def test_bad_images_are_named_and_the_earlier_bins_stay(images):
     folder = images / "images"
     assert script(NAME, "images", "input_bin", "image.txt", cwd=images).returncode == 0
-    before = (images / "input_bin" / "00001.bin").read_bytes()
-    good = (folder / "00001.png").read_bytes()
-    (folder / "cut.png").write_bytes(good[:len(good) // 2])
+    before = contents(images / "input_bin")
+    (folder / "cut.png").write_bytes((folder / "00001.png").read_bytes()[:-100])
     (folder / "text.png").write_text("<html>")
     (folder / "empty.png").write_bytes(b"")
     (folder / "folder.png").mkdir()
@@ -174,9 +144,7 @@ def test_bad_images_are_named_and_the_earlier_bins_stay(images):
     (images / "bad.txt").write_text("\n".join(["00001.png", "00002.png"] + bad))
     process = script(NAME, "images", "input_bin", "bad.txt", cwd=images)
     check_error(process, "7 of 9", "other 2", *bad)
-    assert len(os.listdir(str(images / "input_bin"))) == 47
-    assert (images / "input_bin" / "00001.bin").read_bytes() == before
-    assert not (images / "input_bin.partial").exists()
+    assert contents(images / "input_bin") == before and not (images / "input_bin.partial").exists()
 
 
 def chunk(kind, data):
@@ -189,9 +157,8 @@ def test_images_of_rare_kinds_are_read_as_the_guide_reads_them(tmp_path):
     # 16 bits a channel in colour, which Pillow reads as 8, as it should: the high byte of each
     pixels = np.random.RandomState(0).randint(0, 65536, (9, 5, 3)).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 5, 9, 16, 2, 0, 0, 0))
-    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows))
-                                        + chunk(b"IEND", b""))
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 5, 9, 16, 2, 0, 0, 0))
+                                        + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
     for name in ("animated.gif", "deep.png"):
         assert np.array_equal(preprocess(str(tmp_path / name)), guide(tmp_path / name))
     assert np.array_equal(np.asarray(Image.open(str(tmp_path / "deep.png")))[0, 0], pixels[0, 0] >> 8)
@@ -203,11 +170,10 @@ def test_hostile_images_are_named_and_the_others_counted(tmp_path, monkeypatch):
     text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(10 ** 8)))  # 100 kB that become 100 MB
     (tmp_path / "images" / "text.png").write_bytes(good[:33] + text + good[33:])
     # Pillow lets Ghostscript run an EPS file; this one stands for it.
-    (tmp_path / "images" / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
-                                                  b"showpage\n%%EOF\n")
+    (tmp_path / "images" / "eps.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "gs").write_text("#!/bin/sh\ntouch '%s'\n" % (tmp_path / "canary"))
-    os.chmod(str(tmp_path / "bin" / "gs"), stat.S_IRWXU)
+    (tmp_path / "bin" / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", "%s:%s" % (tmp_path / "bin", os.environ["PATH"]))
     (tmp_path / "image.txt").write_text("im0.png\ntext.png\nim1.png\neps.png\nim2.png\n")
     check_error(script(NAME, "images", "input_bin", "image.txt", cwd=tmp_path), "2 of 5 images", "the other 3 are fine",
@@ -228,7 +194,8 @@ def test_a_folder_with_other_files_is_not_replaced(images):
 
 def test_a_killed_worker_is_an_error_and_keeps_the_earlier_bins(images):
     """The kernel kills one if the memory is exhausted."""
-    assert script(NAME, "images", "input_bin", "image.txt", cwd=images).returncode == 0
+    (images / "input_bin").mkdir()
+    (images / "input_bin" / "earlier.bin").write_bytes(b"earlier")
     for i in range(2000):
         os.link(str(images / "images" / "00001.png"), str(images / "images" / ("n%d.png" % i)))
     (images / "long.txt").write_text("".join("n%d.png\n" % i for i in range(2000)))
@@ -237,21 +204,21 @@ def test_a_killed_worker_is_an_error_and_keeps_the_earlier_bins(images):
     deadline = time.time() + 30
     while not (images / "input_bin.partial").exists() or not os.listdir(str(images / "input_bin.partial")):
         assert time.time() < deadline and process.poll() is None
-    workers = (pathlib.Path("/proc") / str(process.pid) / "task" / str(process.pid) / "children").read_text().split()
+    workers = pathlib.Path("/proc/{0}/task/{0}/children".format(process.pid)).read_text().split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     process.stdout, process.stderr = process.communicate(timeout=30)
     check_error(process, "a worker process was killed; was the memory exhausted?")
-    assert len(os.listdir(str(images / "input_bin"))) == 47 and not (images / "input_bin.partial").exists()
+    assert contents(images / "input_bin") == {"earlier.bin": b"earlier"} and not (images / "input_bin.partial").exists()
     assert not any(os.path.exists("/proc/" + worker) for worker in workers)
 
 
-def test_it_imports_only_numpy_and_pillow(tmp_path):
+def test_it_imports_only_numpy_and_pillow(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     for name in ("torch", "onnx", "onnxruntime", "tqdm", "scipy"):
         (tmp_path / (name + ".py")).write_text("raise ImportError('imported %s')" % name)
     Image.new("RGB", (5, 9)).save(str(tmp_path / "a.png"))
     (tmp_path / "image.txt").write_text("a.png")
     for arguments in (["--help"], [".", "out", "image.txt"]):
-        process = subprocess.run([sys.executable, os.path.join(ROOT, NAME)] + arguments, cwd=str(tmp_path),
-                                 env=dict(os.environ, PYTHONPATH=str(tmp_path)), stderr=subprocess.PIPE)
-        assert process.returncode == 0 and process.stderr == b"", process.stderr
+        process = started(NAME, *arguments, cwd=tmp_path)
+        assert process.returncode == 0 and process.stderr == "", process.stderr
     assert os.listdir(str(tmp_path / "out")) == ["a.bin"]

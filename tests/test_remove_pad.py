@@ -8,11 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from helpers import PADS, POOL, ZEROS, between, check_error, constant, model_of, node, outputs_of, script
+from helpers import (FLOAT, PADS, POOL, SHAPE, ZEROS, between, check_error, constant, keep_weights_outside, model_of, node, outputs_of,
+                     script, tensor_info)
 from remove_pad import remove_pads
-
-FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
-SHAPE = [1, 2, 4, 4]
 
 
 def clean(model, removed, kept=0):
@@ -37,18 +35,15 @@ def names(model):
     return {tensor.name for tensor in model.graph.initializer}
 
 
-LISTED = helper.make_tensor_value_info("c", INT64, [8])
-
-
 @pytest.mark.parametrize("middle, initializers, more", [
     ([node("Pad", "r", "p", pads=[0] * 8)], [], {"opset": 7}),
     ([node("Pad", "r", "p", pads=[0] * 8)], [], {"opset": 10}),
     ([node("Pad", "r c", "p")], [("c", ZEROS)], {}),
-    ([node("Pad", "r c", "p")], [("c", ZEROS)], {"inputs": [LISTED]}),  # as older exporters write it
+    ([node("Pad", "r c", "p")], [("c", ZEROS)], {"inputs": [tensor_info("c", [8], TensorProto.INT64)]}),  # as older exporters write it
     ([constant("c", ZEROS), node("Pad", "r c", "p", mode="constant")], [], {}),
     ([constant("c", ZEROS), constant("v", np.array(3, np.float32)), node("Pad", "r c v", "p")], [], {}),
     ([node("Pad", "r c", "p")], [("c", ZEROS)],
-     {"value_info": [helper.make_tensor_value_info(name, FLOAT, SHAPE) for name in ("r", "p")]})],
+     {"value_info": [tensor_info(name, SHAPE) for name in ("r", "p")]})],
     ids=["attribute, opset 7", "attribute, opset 10", "initializer", "initializer listed as an input", "Constant",
          "Constant with a value to pad with", "shapes"])
 def test_a_pad_that_pads_nothing_is_removed(middle, initializers, more):
@@ -74,13 +69,13 @@ def chain(values):
             node("Reshape", "all two", "pairs"), constant("start", np.array([-1])),
             constant("end", np.array([-9223372036854775807])), constant("axis", np.array([0])),
             node("Slice", "pairs start end axis start", "reversed"), node("Transpose", "reversed", "t", perm=[1, 0]),
-            constant("flat", np.array([-1])), node("Reshape", "t flat", "list"), node("Cast", "list", "pads", to=INT64)]
+            constant("flat", np.array([-1])), node("Reshape", "t flat", "list"), node("Cast", "list", "pads", to=TensorProto.INT64)]
 
 
 def test_pads_computed_from_constants_are_known():
-    model = clean(model_of(between(*(chain([0, 0, 0, 0]) + [node("Pad", "r pads", "p")]))), 1)
+    model = clean(model_of(between(*chain([0, 0, 0, 0]), node("Pad", "r pads", "p"))), 1)
     assert types(model) == ["Relu", "AveragePool"]
-    model = clean(model_of(between(*(chain([1, 1, 1, 1]) + [node("Pad", "r pads", "p")]))), 0, 1)
+    model = clean(model_of(between(*chain([1, 1, 1, 1]), node("Pad", "r pads", "p"))), 0, 1)
     assert "Pad" in types(model) and "ConstantOfShape" in types(model)
 
 
@@ -121,7 +116,7 @@ def test_the_graphs_outputs_keep_their_names():
 
 def test_pads_in_the_branches_of_an_if_are_removed():
     def branch(name, *nodes):
-        return helper.make_graph(list(nodes), name, [], [helper.make_tensor_value_info("o", FLOAT, list("nchw"))])
+        return helper.make_graph(list(nodes), name, [], [tensor_info("o", list("nchw"))])
     then = branch("then", node("Pad", "q outer", "i"), node("Relu", "i", "o"))
     other = branch("else", constant("own", ZEROS), node("Tanh", "q", "i"), node("Pad", "i own", "o"))
     nodes = [node("Pad", "x outer", "q"), constant("condition", np.array(True)),
@@ -134,28 +129,27 @@ def test_pads_in_the_branches_of_an_if_are_removed():
 def graphs(draw):
     """Returns (a random graph of Pads, Identity, Relu and Add; how many Pads pad nothing; how many Pads it has)."""
     nodes, initializers, tensors = [], [("c0", ZEROS), ("c1", PADS)], {"x": 0}  # {tensor: how many Pads have enlarged it}
+    removable = pad_count = 0
     for i in range(draw(st.integers(1, 12))):
         kind = draw(st.sampled_from(["Pad", "Pad", "Pad", "Identity", "Relu", "Add", "Constant"]))
         source = draw(st.sampled_from(sorted(tensors)))
         name = "t%d" % i
         if kind == "Pad":
             grows = draw(st.booleans()) and tensors[source] < 2
-            origin = draw(st.sampled_from(["shared", "own", "node", "identity", "sum"]))
-            pads = "c%d" % grows
-            if origin == "own":
-                pads = "own%d" % i
+            shared, pads = "c%d" % grows, "pads%d" % i
+            origin = draw(st.sampled_from(["shared", "initializer", "Constant", "Identity", "Mul"]))
+            if origin == "shared":
+                pads = shared
+            elif origin == "initializer":
                 initializers.append((pads, PADS if grows else ZEROS))
-            elif origin == "node":
-                pads = "n%d" % i
+            elif origin == "Constant":
                 nodes.append(constant(pads, PADS if grows else ZEROS))
-            elif origin == "identity":
-                nodes.append(node("Identity", pads, "i%d" % i))
-                pads = "i%d" % i
-            elif origin == "sum":
-                nodes.append(node("Mul", pads + " c1", "m%d" % i))
-                pads = "m%d" % i
+            else:
+                nodes.append(node(origin, {"Identity": shared, "Mul": shared + " c1"}[origin], pads))
             nodes.append(node("Pad", "%s %s" % (source, pads), name))
             tensors[name] = tensors[source] + grows
+            removable += not grows
+            pad_count += 1
         elif kind == "Add":
             same = [tensor for tensor in sorted(tensors) if tensors[tensor] == tensors[source]]
             nodes.append(node("Add", "%s %s" % (source, draw(st.sampled_from(same))), name))
@@ -168,21 +162,14 @@ def graphs(draw):
             tensors[name] = tensors[source]
     made = sorted(set(tensors) - {"x"})
     outputs = draw(st.lists(st.sampled_from(made), min_size=1, max_size=4, unique=True))
-    zero = {name for name, array in initializers if not array.any()}  # the tensors that are 0
-    for item in nodes:
-        if item.op_type == "Constant" and not numpy_helper.to_array(item.attribute[0].t).any() \
-                or item.op_type in ("Identity", "Mul") and item.input[0] in zero:
-            zero.add(item.output[0])
-    pads = [item for item in nodes if item.op_type == "Pad"]
-    return model_of(nodes, initializers, outputs), sum(item.input[1] in zero for item in pads), len(pads)
+    return model_of(nodes, initializers, outputs), removable, pad_count
 
 
 @settings(max_examples=150, deadline=None, database=None)
 @given(graphs())
 def test_pads_of_random_graphs_are_removed(case):
     model, removable, pads = case
-    result = clean(model, removable, pads - removable)
-    assert types(result).count("Pad") == pads - removable
+    assert types(clean(model, removable, pads - removable)).count("Pad") == pads - removable
 
 
 @settings(max_examples=60, deadline=None, database=None)
@@ -195,13 +182,10 @@ def test_pads_of_random_graphs_in_an_if_are_removed(case, constants_outside):
         outside = [(tensor.name, numpy_helper.to_array(tensor)) for tensor in branch.initializer]
         del branch.initializer[:]
     del branch.input[:]  # x is the outer graph's
-    other = onnx.GraphProto()
-    other.name = "other"
-    other.node.extend(helper.make_node("Identity", ["x"], ["else_%s" % value.name]) for value in branch.output)
-    for value in branch.output:
-        other.output.add().CopyFrom(value)
-        other.output[-1].name = "else_" + value.name
-    outputs = ["if_" + value.name for value in branch.output]
+    names = [value.name for value in branch.output]
+    other = helper.make_graph([node("Identity", "x", "else_" + name) for name in names], "other", [],
+                              [tensor_info("else_" + name, list("nchw")) for name in names])
+    outputs = ["if_" + name for name in names]
     nodes = [helper.make_node("If", ["condition"], outputs, then_branch=branch, else_branch=other)]
     whole = model_of(nodes, [("condition", np.array(True))] + outside, outputs)
     result = clean(whole, removable, pads - removable)
@@ -210,43 +194,34 @@ def test_pads_of_random_graphs_in_an_if_are_removed(case, constants_outside):
 
 
 def test_the_script_writes_the_model_and_names_the_pads(tmp_path):
-    onnx.save(model_of(between(node("Pad", "r c", "p")), [("c", ZEROS)]), str(tmp_path / "a.onnx"))
-    onnx.save(model_of(between(node("Pad", "r c", "p")), [("c", PADS)]), str(tmp_path / "pads.onnx"))
-    onnx.save(model_of([node("Relu", "x", "y")]), str(tmp_path / "none.onnx"))
-    process = script("remove_pad.py", "a.onnx", "b.onnx", cwd=tmp_path)
-    assert process.returncode == 0 and process.stderr == "" and "removed Pad_p" in process.stdout
+    models = {"a": model_of(between(node("Pad", "r c", "p")), [("c", ZEROS)]),
+              "pads": model_of(between(node("Pad", "r c", "p")), [("c", PADS)]), "none": model_of([node("Relu", "x", "y")])}
+    for name, model in models.items():
+        onnx.save(model, str(tmp_path / (name + ".onnx")))
+    for arguments, text in ((["a.onnx", "b.onnx"], "removed Pad_p"),
+                            (["--model_name=pads.onnx", "--output_name=c.onnx"], "kept Pad_p: it pads by [0, 0, 1, 1, 0, 0, 1, 1]\n"),
+                            (["none.onnx", "d.pnnx"], "no Pad to remove; the model is unchanged"), (["a.onnx", "a.onnx"], "removed Pad_p")):
+        process = script("remove_pad.py", *arguments, cwd=tmp_path)
+        assert process.returncode == 0 and text in process.stdout, (process.stdout, process.stderr)
+        assert ("note: d.pnnx does not end in .onnx" in process.stderr) == ("d.pnnx" in arguments)
     assert "Pad" not in types(onnx.load(str(tmp_path / "b.onnx")))
-    process = script("remove_pad.py", "--model_name=pads.onnx", "--output_name=c.onnx", cwd=tmp_path)
-    assert process.returncode == 0 and "kept Pad_p: it pads by [0, 0, 1, 1, 0, 0, 1, 1]" in process.stdout
-    assert "unchanged" in process.stdout
-    process = script("remove_pad.py", "none.onnx", "d.pnnx", cwd=tmp_path)
-    assert process.returncode == 0 and "no Pad to remove" in process.stdout and "d.pnnx" in process.stderr
-    for a, b in (("pads.onnx", "c.onnx"), ("none.onnx", "d.pnnx")):
-        assert (tmp_path / a).read_bytes() == (tmp_path / b).read_bytes()
-    assert script("remove_pad.py", "a.onnx", "a.onnx", cwd=tmp_path).returncode == 0
-    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    for before, after in (("pads.onnx", "c.onnx"), ("none.onnx", "d.pnnx"), ("a.onnx", "b.onnx")):
+        assert (tmp_path / before).read_bytes() == (tmp_path / after).read_bytes()
     assert not [name for name in os.listdir(str(tmp_path)) if "partial" in name]
 
 
 def test_bad_models_and_arguments_are_errors(tmp_path):
-    good = model_of(between(node("Pad", "r c", "p")), [("c", ZEROS)])
-    data = good.SerializeToString()
-    outside = onnx.ModelProto()
-    outside.CopyFrom(good)
-    tensor = outside.graph.initializer[0]
-    tensor.ClearField("raw_data")
-    tensor.data_location = TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="/etc/passwd")
+    model = model_of(between(node("Pad", "r c", "p")), [("c", ZEROS)])
+    data = model.SerializeToString()
+    keep_weights_outside(model)
     broken = model_of([node("Relu", "x", "y")])
     broken.graph.node[0].op_type = "Nonsense"
-    bad = {"empty": b"", "text": b"<html>", "cut": data[:-30], "outside": outside.SerializeToString(),
-           "broken": broken.SerializeToString()}
+    bad = {"empty": b"", "text": b"<html>", "cut": data[:-30], "outside": model.SerializeToString(), "broken": broken.SerializeToString()}
     (tmp_path / "out.onnx").write_text("earlier")
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
-        check_error(script("remove_pad.py", name, "out.onnx", cwd=tmp_path), name)
-    check_error(script("remove_pad.py", "nowhere", "out.onnx", cwd=tmp_path), "nowhere")
-    check_error(script("remove_pad.py", ".", "out.onnx", cwd=tmp_path), ".")
+    for name in list(bad) + ["nowhere", "."]:
+        check_error(script("remove_pad.py", name, "out.onnx", cwd=tmp_path), "error: " + name + ": ")
     for wrong in ([], ["a"], ["a", "b", "c"], ["a", "--output_name=b"], ["--model_name=a"]):
         check_error(script("remove_pad.py", *wrong, cwd=tmp_path), code=2)
     assert (tmp_path / "out.onnx").read_text() == "earlier"

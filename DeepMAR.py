@@ -104,19 +104,19 @@ DEPTH = 5                       # search this many levels of dicts and lists for
 # Functions that build a tensor. They take storage, offset, size and stride first. The last one is torch_npu's (Ascend).
 TENSORS = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_npu_tensor"}
 # Functions that take a tensor first and return it as a parameter or on another device.
-AROUND_TENSORS = {"_rebuild_parameter", "_rebuild_parameter_with_state", "_rebuild_device_tensor_from_cpu_tensor"}
+TENSOR_WRAPPERS = {"_rebuild_parameter", "_rebuild_parameter_with_state", "_rebuild_device_tensor_from_cpu_tensor"}
 # Functions that build a tensor with Python attributes. They take (function to call, class, its arguments, attributes).
-WITH_ATTRIBUTES = {"_rebuild_from_type", "_rebuild_from_type_v2"}
+ATTRIBUTE_WRAPPERS = {"_rebuild_from_type", "_rebuild_from_type_v2"}
 
 # torch's storage types -> numpy's types. numpy has no bfloat16, which is the upper half of a float32.
-TYPES = {"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": "u2", "Long": "i8", "Int": "i4", "Short": "i2",
+STORAGE_TYPES = {"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": "u2", "Long": "i8", "Int": "i4", "Short": "i2",
          "Char": "i1", "Byte": "u1", "Bool": "?", "Untyped": "u1", "ComplexFloat": "c8", "ComplexDouble": "c16",
          "QInt8": "i1", "QUInt8": "u1", "QInt32": "i4", "QUInt4x2": "u1", "QUInt2x4": "u1"}
 SAFETENSORS_TYPES = {"F64": "Double", "F32": "Float", "F16": "Half", "BF16": "BFloat16", "I64": "Long", "I32": "Int",
                      "I16": "Short", "I8": "Char", "U8": "Byte", "BOOL": "Bool"}
 
 # Training scripts store the model's state dict under these names. The first name that a file has is used.
-MAIN = ["state_dict", "state_dicts", "model_state_dict", "model", "module", "net", "network", "weights", "params"]
+MODEL_NAMES = ["state_dict", "state_dicts", "model_state_dict", "model", "module", "net", "network", "weights", "params"]
 UNKNOWN = float("inf")  # the rank of all other names
 # Prefixes that DataParallel, PyTorch Lightning and torch.compile add to the network's keys.
 WRAPPERS = {"module", "model", "_orig_mod"}
@@ -290,7 +290,7 @@ def read_old(data):
         if not isinstance(key, str):
             raise Refused("is damaged, or made to do harm (a storage's name is not text)")
         count, = struct.unpack_from("<q", data, position)
-        begin, position = position + 8, position + 8 + count * np.dtype(TYPES[reader.kinds[key]]).itemsize
+        begin, position = position + 8, position + 8 + count * np.dtype(STORAGE_TYPES[reader.kinds[key]]).itemsize
         if not begin <= position <= len(data):
             raise Refused("is damaged or cut off (it ends within the values of its tensors)")
         storages[key] = memoryview(data)[begin:position]
@@ -355,9 +355,9 @@ def unwrap(value):
     for _ in range(9):  # torch.save puts at most two calls around it
         if not isinstance(value, Named) or not isinstance(value.arguments, tuple) or not value.arguments:
             break
-        if value.function in AROUND_TENSORS:
+        if value.function in TENSOR_WRAPPERS:
             value = value.arguments[0]
-        elif value.function in WITH_ATTRIBUTES and len(value.arguments) > 2 and isinstance(value.arguments[0], Named):
+        elif value.function in ATTRIBUTE_WRAPPERS and len(value.arguments) > 2 and isinstance(value.arguments[0], Named):
             value = Named(value.arguments[0].name, value.arguments[2])
     return value
 
@@ -403,7 +403,7 @@ def networks(path, entries):
         first = keys.get("classifier.weight", [None])[0]
         if isinstance(entries.get(first), Named):
             place = path + before
-            rank = [part if isinstance(part, int) else MAIN.index(part) if part in MAIN else UNKNOWN for part in place]
+            rank = [part if isinstance(part, int) else MODEL_NAMES.index(part) if part in MODEL_NAMES else UNKNOWN for part in place]
             result.append(Network(".".join(map(str, place)), rank, entries, keys, KEY.fullmatch(first).group(1), others))
     return result
 
@@ -480,14 +480,14 @@ def make_array(value, read, most):
             and len(size) == len(stride) <= 8
             and all(isinstance(number, int) and 0 <= number < 1 << 62 for number in (offset,) + size + stride)):
         raise Refused("is not a tensor as torch.save writes it; the file is damaged, or made to do harm")
-    if storage.kind not in TYPES or storage.kind.startswith("Complex"):
+    if storage.kind not in STORAGE_TYPES or storage.kind.startswith("Complex"):
         raise Refused("has values of the type %s; save model.float().state_dict()" % shown(storage.kind))
     count = 1
     for number in size:
         count *= number
     if max((count,) + size) > most:
         raise Refused("and the tensors before it have more values than the file has bytes")
-    dtype = np.dtype("<" + TYPES[storage.kind])
+    dtype = np.dtype("<" + STORAGE_TYPES[storage.kind])
     if not count:
         return np.zeros(size, "f4"), dtype.name
     data = read(storage.key)
@@ -572,7 +572,8 @@ def build_model(state, last_conv_stride=2):
     unexpected = [shown(key) for key in state if key not in expected]
     shapes = ["%s %s instead of %s" % (key, list(state[key].shape), list(expected[key].shape))
               for key in expected if key in state and state[key].shape != expected[key].shape]
-    whole = [key for key in expected if key in state and expected[key].is_floating_point() > state[key].is_floating_point()]
+    whole = [key for key in expected if key in state
+             and expected[key].is_floating_point() and not state[key].is_floating_point()]
     problems = ["%s: %s" % (what, some(keys)) for what, keys in (
         ("missing", missing), ("unexpected", unexpected), ("wrong shapes", shapes),
         ("whole numbers instead of weights, as in a quantised model", whole)) if keys]

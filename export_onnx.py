@@ -80,8 +80,8 @@ def read_names(path):
     try:
         with open(path, encoding="utf-8-sig") as f:
             names = [line.strip() for line in f.read().split("\n") if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError("%s: is not UTF-8 text; it must hold the attributes' names, one per line" % path)
+    except UnicodeDecodeError as error:
+        raise ValueError("%s: is not UTF-8 text (byte %d); convert it: iconv -f GBK -t UTF-8" % (path, error.start))
     if len(set(names)) < len(names):
         raise ValueError("%s: holds a name more than once: %s" % (path, max(names, key=names.count)))
     return names

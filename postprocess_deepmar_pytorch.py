@@ -23,7 +23,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 from lib.files import write_text
 from lib.labels import ASSUMED, PETA, attribute_names, check_not_tuned_on, read_thresholds
-from lib.metrics import MAX_DROP, evaluate, label_acc_interval, metric_intervals
+from lib.metrics import MAX_DROP, METRICS, evaluate, label_acc_interval, metric_intervals
 from lib.results import read_scored
 from lib.script import command, importing, in_order_or_by_name
 
@@ -31,7 +31,6 @@ with importing():
     import numpy as np
 
 RESULT = "fusion_result.json"
-METRICS = ["instance_acc", "instance_precision", "instance_recall", "instance_F1", "mA"]
 
 
 def range_text(interval):

@@ -68,14 +68,13 @@ def normalise(image, out):
     return out
 
 
-def preprocess(path, out=None, upright=False, size=(SIZE, SIZE)):
-    """Returns an image file as the network's input, float32 [3,height,width]. Writes it into the array out if given.
+def preprocess(path, out=None, upright=False):
+    """Returns an image file as the network's input, float32 [3,224,224]. Writes it into the array out if given.
 
-    size: (height, width), if out is not given. upright: follow the image's EXIF orientation. Raises Pillow's errors, or
-    ValueError.
+    out: of empty_input(), of any size. upright: follow the image's EXIF orientation. Raises Pillow's errors, or ValueError.
     """
     if out is None:
-        out = empty_input(size)
+        out = empty_input((SIZE, SIZE))
     return normalise(read_image(path, upright)[0], out)
 
 
@@ -94,7 +93,8 @@ def convert(images, bins, size, uint8):
         except Exception as error:  # Pillow raises nearly anything on damaged files
             reasons.append("%s: %s" % (path, one_line(error)))
             continue
-        turned += orientation != 1
+        if orientation != 1:
+            turned += 1
         with open(os.path.join(bins, name), "wb") as f:
             # ext4 needs a third less time if the file's space is allocated at once. If that fails, write() reports why.
             with contextlib.suppress(OSError):

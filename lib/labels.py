@@ -21,12 +21,15 @@ lowerBodyShortSkirt footwearSneaker upperBodyThinStripes accessorySunglasses low
 upperBodyOther upperBodyVNeck""".split()
 ASSUMED = "PETA's names are assumed; --attributes FILE gives others"
 # The parts of tools/thresholds.py's file that are read, as a shape for fits().
-THRESHOLDS_FILE = {"attributes": [{"name": str, "threshold": NUMBER}], "names_assumed": bool, "goal": str, "images": int,
+THRESHOLDS_SHAPE = {"attributes": [{"name": str, "threshold": NUMBER}], "names_assumed": bool, "goal": str, "images": int,
                    "checksum": str, "tuned_on": dict}
 
 
 def label_row(values):
-    """Returns one image's label as bytes, which may exceed 1. Raises TypeError or ValueError if it cannot be a label."""
+    """Returns one image's label as bytes. Raises TypeError or ValueError if it cannot be a label.
+
+    It does not check for values above 1; read_labels() does so for all rows at once.
+    """
     if not isinstance(values, list) or not values:
         raise ValueError
     try:
@@ -124,7 +127,7 @@ def read_thresholds(path, names):
     """
     if path is None:
         return names, np.zeros(len(names), np.float32), None
-    content = read_json(path, THRESHOLDS_FILE, "tools/thresholds.py")
+    content = read_json(path, THRESHOLDS_SHAPE, "tools/thresholds.py")
     thresholds = np.array([row["threshold"] for row in content["attributes"]], np.float32)
     theirs = names if content["names_assumed"] else [row["name"] for row in content["attributes"]]
     if len(thresholds) != len(names) or theirs != names and not assumed(names):

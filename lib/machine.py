@@ -45,8 +45,10 @@ def check_threads(count):
 
     Call this before a library starts threads: ONNX Runtime may wait for ever if only some of them start.
     """
-    def running():  # the kernel's count of this process's threads
-        return len(os.listdir("/proc/self/task"))
+    def running():  # the kernel's count of this process's threads, or 0 without /proc
+        with contextlib.suppress(OSError):
+            return len(os.listdir("/proc/self/task"))
+        return 0
 
     go, started, before = threading.Event(), [], running()
     try:
@@ -84,7 +86,8 @@ def worker_pool(count, function):
     try:
         pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), start_worker, (os.getpid(), function))
     except OSError as error:
-        raise OSError("processes cannot be started, because /dev/shm cannot be written: %s" % error.strerror)
+        raise OSError("processes cannot be started (%s); see that /dev/shm can be written, and that ulimit -n is not reached"
+                      % error.strerror)
 
     def run(items):
         try:

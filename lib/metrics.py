@@ -2,7 +2,7 @@
 
 Li et al., "A Richly Annotated Dataset for Pedestrian Attribute Recognition" (arXiv:1603.07054), section 5.
 
-The metrics over images get a bootstrap interval. DRAWS times, as many images as the run has are drawn from it with
+The metrics over images get a bootstrap interval. Each of DRAWS draws takes as many images as the run has, with
 replacement. The interval holds the middle 95 % of the draws' metrics. Two models over the same images get the same draws, so
 that an image that is easy or hard for both does not widen the interval of their difference.
 
@@ -14,13 +14,14 @@ from lib.script import importing
 with importing():
     import numpy as np
 
+METRICS = ["instance_acc", "instance_precision", "instance_recall", "instance_F1", "mA"]
 MAX_DROP = 0.01  # a converted model may be this far below the published accuracy: the guide's 1 % (percentage points)
-DRAWS = 2000     # this many times the bootstrap draws as many images as there are
+DRAWS = 2000     # the number of draws of the bootstrap
 SEED = 0
 MIN_IMAGES = 10  # with fewer images than this, there is no interval
 BLOCK = 10 ** 6  # this many draws x images are in memory at a time
 Z = 1.959964     # a normal distribution has 95 % within this many standard deviations
-DIGITS = 6       # intervals are rounded to this: 2000 draws give no more, and BLAS libraries differ in the 16th digit
+DECIMALS = 6     # intervals are rounded to this: 2000 draws give no more, and BLAS libraries differ in the 16th digit
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -79,8 +80,8 @@ def evaluate(logits, labels):
 
     Returns (dict of the instance metrics and mA, dict of the arrays per attribute: positives, negatives, label_pos_acc
     = TP/P, label_neg_acc = TN/N, label_acc = their mean). A figure is NaN if no image has the attribute, or if all have it.
-    The instance metrics leave out images without a true attribute. mA leaves out attributes without a label_acc, and is None if
-    there is none with one. Raises ValueError if no image has a true attribute.
+    The instance metrics leave out images without a true attribute. mA leaves out attributes without a label_acc. It is None if
+    no attribute has one. Raises ValueError if no image has a true attribute.
     """
     true = np.asarray(labels) == 1
     if not true.any():
@@ -88,8 +89,7 @@ def evaluate(logits, labels):
     figures, (tp, positives, tn) = score(np.asarray(logits) >= 0, true)
     negatives = len(true) - positives
     of_positives, of_negatives = ratio(tp, positives), ratio(tn, negatives)
-    names = ["instance_acc", "instance_precision", "instance_recall", "instance_F1", "mA"]
-    return ({name: None if np.isnan(figures[name]) else figures[name] for name in names},
+    return ({name: None if np.isnan(figures[name]) else figures[name] for name in METRICS},
             {"positives": positives, "negatives": negatives, "label_pos_acc": of_positives, "label_neg_acc": of_negatives,
              "label_acc": (of_positives + of_negatives) / 2})
 
@@ -126,7 +126,7 @@ def drawn(sides, true, draws=DRAWS):
 def interval(values):
     """Returns the interval [low, high] that holds 95 % of the draws' values, or None if there are too few values."""
     values = values[~np.isnan(values)]
-    return np.round(np.percentile(values, [2.5, 97.5]), DIGITS).tolist() if len(values) > 1 else None
+    return np.round(np.percentile(values, [2.5, 97.5]), DECIMALS).tolist() if len(values) > 1 else None
 
 
 def metric_intervals(predicted, true, names):
@@ -159,5 +159,5 @@ def label_acc_interval(row):
     (low_p, high_p), (low_n, high_n) = (wilson(*share) for share in shares)
     (positive, _), (negative, _) = shares
     acc = (positive + negative) / 2
-    return [round(float(acc - np.hypot(positive - low_p, negative - low_n) / 2), DIGITS),
-            round(float(acc + np.hypot(high_p - positive, high_n - negative) / 2), DIGITS)]
+    return [round(float(acc - np.hypot(positive - low_p, negative - low_n) / 2), DECIMALS),
+            round(float(acc + np.hypot(high_p - positive, high_n - negative) / 2), DECIMALS)]

@@ -10,7 +10,7 @@ PREFIX = "deepmar."  # the names of our entries in an ONNX file's metadata begin
 TEXTS = ("layout", "output", "checkpoint_sha256", "version")  # these entries are plain text, the others JSON
 
 
-def parse(path):
+def read_unchecked(path):
     """Returns the onnx.ModelProto in a file, unchecked. Raises OSError, or ValueError if it is not a model."""
     with importing():
         import onnx
@@ -63,7 +63,7 @@ def load(path):
     Raises OSError if it cannot be read, ValueError if it is not a valid model or keeps its weights in other files. Such a
     model could make its reader open any file, and a DeepMAR easily fits into one file.
     """
-    model = parse(path)
+    model = read_unchecked(path)
     check(model, path)
     return model
 
@@ -89,7 +89,7 @@ def description(path):
     if path.endswith(".om"):
         path = path[:-len(".om")] + ".json"
     if path.endswith(".onnx"):
-        found = {entry.key[len(PREFIX):]: entry.value for entry in parse(path).metadata_props if entry.key.startswith(PREFIX)}
+        found = {entry.key[len(PREFIX):]: entry.value for entry in read_unchecked(path).metadata_props if entry.key.startswith(PREFIX)}
         try:
             found = {key: value if key in TEXTS else json.loads(value) for key, value in found.items()}
         except (ValueError, RecursionError) as error:

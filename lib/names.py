@@ -8,7 +8,7 @@ import unicodedata
 from lib.files import read_lines
 from lib.script import joined, note
 
-DIGITS = re.compile("[0-9]+")
+RUN_OF_DIGITS = re.compile("[0-9]+")
 # In a folder, files with these endings are images.
 ENDINGS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -28,7 +28,7 @@ def stem(name):
 
 def natural(name):
     """Returns a sort key that orders runs of up to 20 digits by their value: 2.bin, 10.bin."""
-    return DIGITS.sub(lambda run: run.group().zfill(20), name)
+    return RUN_OF_DIGITS.sub(lambda run: run.group().zfill(20), name)
 
 
 def undecodable(name):

@@ -97,7 +97,7 @@ def read_summary(path):
             content = json.load(f)
         times = [figure(item[1] - item[0] if isinstance(item, list) else item) for item in content["npu_compute_time_list"]]
         return figure(content["throughput"]), times
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
         raise ValueError("%s: is not a summary of ais_bench or tools/benchmark.py; run stage 6 again" % path)
 
 

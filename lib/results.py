@@ -94,23 +94,23 @@ def look_like_probabilities(values):
 
 
 def logits_from(chances):
-    """Returns the logits of probabilities, float32. Those of 0 and 1 are limited to about -16 and 16."""
+    """Returns the logits of probabilities, float32. Probabilities of 0 and 1 become about -16 and 16."""
     chances = np.clip(chances.astype(np.float64), 1e-7, 1 - 1e-7)
     return np.log(chances / (1 - chances)).astype(np.float32)
 
 
 def as_logits(values, source, declared=None, ask=False):
-    """Returns a model's output as logits. Every tool decides here whether it holds logits or probabilities.
+    """Returns a model's output as logits. Every tool but the gallery decides here what it holds.
 
-    source: the file or folder of the values, for messages. declared: "logits" or "probabilities", if that is known. Otherwise
-    the values decide: probabilities are converted with a note or, if ask is set, are an error, because a wrong guess would
-    give a wrong accuracy.
+    The gallery asks ends_in_sigmoid(), because the values of a single shard may mislead. source: the file or folder of the
+    values, for messages. declared: "logits" or "probabilities", if that is known. Otherwise the values decide: probabilities are
+    converted with a note or, if ask is set, are an error, because a wrong guess would give a wrong accuracy.
     """
     if declared == "logits":
         return values
     likely = look_like_probabilities(values)
     if declared == "probabilities" and not likely:
-        raise ValueError("%s: holds values below 0 or above 1, so they are not probabilities; leave out --values" % source)
+        raise ValueError("%s: holds values below 0 or above 1, so they are not probabilities; leave out --values probabilities" % source)
     if not likely:
         return values
     if declared is None and ask:

@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import errno
+import importlib.util
 import os
 import signal
 import sys
@@ -37,6 +38,14 @@ def importing(ends=True):
     finally:
         if main:
             signal.signal(signal.SIGINT, before)
+
+
+def has_module(name):
+    """Returns whether this Python has a module."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:  # a plain module has the package's name
+        return False
 
 
 def script_name():
@@ -90,7 +99,7 @@ def number(kind, low, high=float("inf")):
     def convert(text):
         with contextlib.suppress(ValueError):
             value = kind(text)
-            if low <= value <= high:
+            if low <= value <= high and value < float("inf"):
                 return value
         raise argparse.ArgumentTypeError("must be a %s of at least %g%s, not %r" % (
             "whole number" if kind is int else "number", low, "" if high == float("inf") else " and at most %g" % high, text))

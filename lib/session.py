@@ -154,15 +154,16 @@ def callers(calls):
 
 # --- running batches --------------------------------------------------------------------------------------------------
 
-def run_batches(session, items, fill, calls=1, call=None, size=None, runner=None, reader=None):
-    """Runs a model over any number of items. Yields (a batch's items, why each has no input or None, their logits), in order.
+def run_batches(session, items, fill, calls=1, call=None, shape=None, runner=None, reader=None):
+    """Runs a model over any number of items. Yields (items, reasons, logits) of each batch, in order.
 
-    items: an iterable. fill(item, row) writes an item's input into a row of a batch and returns None, or why it cannot; the row
-    is then 0. Zeros also fill up the last batch. call(batch) returns the logits, float32 [N,attributes] (default:
-    session.run()). calls: how many of these run at the same time. size: (batch size, height, width) (default: the model's).
-    runner, reader: the pools of threads for call() and fill(), if the caller has them. Raises what items, fill and call raise.
+    A reason is None, or says why an item has no input. items: an iterable. fill(item, row) writes an item's input into a row of
+    a batch and returns None, or why it cannot; the row is then 0. Zeros also fill up the last batch. call(batch) returns the
+    logits, float32 [N,attributes] (default: session.run()). calls: how many of these run at the same time. shape: (batch size,
+    height, width) (default: the model's). runner, reader: the pools of threads for call() and fill(), if the caller has them.
+    Raises what items, fill and call raise.
     """
-    size, name = size or input_size(session), session.get_inputs()[0].name
+    shape, name = shape or input_size(session), session.get_inputs()[0].name
     call = call or (lambda batch: session.run(None, {name: batch})[0])
 
     def read(item, row):
@@ -176,13 +177,13 @@ def run_batches(session, items, fill, calls=1, call=None, size=None, runner=None
         buffer[len(reasons):] = 0
         return reasons, call(buffer)[:len(reasons)]
 
-    items, free, running = iter(items), [empty_batch(session, *size) for _ in range(calls + PREFETCH)], collections.deque()
+    items, free, running = iter(items), [empty_batch(session, *shape) for _ in range(calls + PREFETCH)], collections.deque()
     with contextlib.ExitStack() as pools:
         runner = runner or pools.enter_context(callers(calls))
         reader = reader or pools.enter_context(ThreadPoolExecutor(1))
         try:
             while True:
-                batch = list(itertools.islice(items, size[0])) if free else []
+                batch = list(itertools.islice(items, shape[0])) if free else []
                 if batch:
                     buffer = free.pop()
                     filling = [reader.submit(read, item, row) for item, row in zip(batch, buffer)]
@@ -258,11 +259,11 @@ class Clock(object):
                 self.seconds += time.perf_counter() - self.start
 
 
-def run(session, bins, size, folder, report, calls=1):
+def run(session, bins, shape, folder, advance, calls=1):
     """Runs the model over the bins [(name, path)] and writes folder/NAME_1.bin for each, float32 [attributes].
 
-    size: (batch size, height, width). calls: how many calls of session.run() run at the same time. Reading, inference and writing
-    overlap. Calls report(images) after every batch. Returns {module: Clock} and the seconds of each call. Raises ValueError for
+    shape: (batch size, height, width). calls: how many calls of session.run() run at the same time. Reading, inference and writing
+    overlap. Calls advance(images) after every batch. Returns {module: Clock} and the seconds of each call. Raises ValueError for
     a bin that has shrunk or holds NaN.
     """
     name, seconds = session.get_inputs()[0].name, []
@@ -288,17 +289,17 @@ def run(session, bins, size, folder, report, calls=1):
                     f.write(logits.astype("<f4").data)
 
     with callers(calls) as runner, ThreadPoolExecutor(1) as writer:
-        warm_up = {name: empty_batch(session, *size)}  # the first calls also allocate memory
+        warm_up = {name: empty_batch(session, *shape)}  # the first calls also allocate memory
         list(runner.map(lambda _: session.run(None, warm_up), range(calls)))
         with clocks["e2e"]:
             results, writing = [], None
-            for batch, _, logits in run_batches(session, bins, fill, calls, call, size, runner):
+            for batch, _, logits in run_batches(session, bins, fill, calls, call, shape, runner):
                 results += [(image, row) for (image, _), row in zip(batch, logits)]
                 if len(results) >= RESULTS_PER_WRITE:
                     if writing:
                         writing.result()
                     writing, results = writer.submit(write, results), []
-                report(len(batch))
+                advance(len(batch))
             if writing:
                 writing.result()
             write(results)

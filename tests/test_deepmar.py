@@ -610,7 +610,7 @@ def test_ambiguous_state_dicts_are_refused(tmp_path):
 def test_the_only_state_dict_is_found_anywhere(tmp_path, kind):
     """An optimizer that knows the parameters' names, and other entries with these names, are no state dicts."""
     optimizer = {"state": {"classifier.weight": {"exp_avg": torch.ones(2, 3)}, "classifier.bias": {"exp_avg": torch.ones(2)}}}
-    for where in DeepMAR.MAIN + ["anything", "ema.module"]:
+    for where in DeepMAR.MODEL_NAMES + ["anything", "ema.module"]:
         content = kind()
         content.update(STATE)
         for part in reversed(where.split(".")):
@@ -618,7 +618,7 @@ def test_the_only_state_dict_is_found_anywhere(tmp_path, kind):
             content.update({part: inner, "epoch": 3, "optimizer": optimizer, "train": {"classifier.weight": 0.1}})
         state, notes = read(saved(tmp_path / "c.pth", content))
         assert same(state)
-        assert notes == ([] if where in DeepMAR.MAIN else ["took its only state dict, " + where])
+        assert notes == ([] if where in DeepMAR.MODEL_NAMES else ["took its only state dict, " + where])
 
 
 @both_formats

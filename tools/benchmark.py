@@ -29,11 +29,11 @@ with importing():
     import numpy as np
 
 
-def vision(session, bins, size, calls, args):
+def vision(session, bins, shape, calls, args):
     """Runs the model over the bins. Returns the lines to print."""
     folder = os.path.join("result", "dumpOutput_device%d" % args.device_id)
     with replaced_folder(folder) as partial, progress(len(bins), "image") as bar:
-        clocks, seconds = run(session, bins, size, partial, bar.update, calls)
+        clocks, seconds = run(session, bins, shape, partial, bar.update, calls)
     lines = perf_lines(clocks, len(bins))
     write_text("result/perf_vision_batchsize_%d_device_%d.txt" % (args.batch_size, args.device_id),
                "\n".join(lines) + "\n")
@@ -70,9 +70,9 @@ def write_summary(path, session, seconds, throughput):
     write_text(path, json.dumps(summary(seconds, throughput, copies)))
 
 
-def first_batch(session, bins, size):
+def first_batch(session, bins, shape):
     """Returns a batch for trying out a provider: the first bins, or random input if there are no bins."""
-    batch = empty_batch(session, *size)
+    batch = empty_batch(session, *shape)
     if bins:
         for (_, path), row in zip(bins, batch):
             read_bin(path, row)
@@ -131,12 +131,12 @@ def main(argv=None):
     threads = args.threads or cores()
     calls = args.calls or calls_at_once(threads, count_images(args), args.batch_size, args.input_height, args.input_width)
     session = open_session(args.om_path, args.device_id, threads, calls, args.provider, exact=args.tolerance <= TOLERANCE)
-    size = args.batch_size, args.input_height, args.input_width
+    shape = args.batch_size, args.input_height, args.input_width
     if args.round:
-        size = (args.batch_size,) + input_size(session)[1:]
-    check_shape(session, args.om_path, *size)
-    bins = None if args.round else read_info(args.input_text_path, *size[1:], takes_uint8(session))
-    batch = first_batch(session, bins, size)
+        shape = (args.batch_size,) + input_size(session)[1:]
+    check_shape(session, args.om_path, *shape)
+    bins = None if args.round else read_info(args.input_text_path, *shape[1:], takes_uint8(session))
+    batch = first_batch(session, bins, shape)
     check_precision(session, args.om_path, batch, args.tolerance)
     onnxruntime = import_onnxruntime()
     provider = session.get_providers()[0]
@@ -152,7 +152,7 @@ def main(argv=None):
     else:
         print("[INFO] threads: %d, calls at a time: %d" % (threads, calls))
     sys.stdout.flush()
-    for line in vision(session, bins, size, calls, args) if bins else pure_inference(session, batch, calls, args):
+    for line in vision(session, bins, shape, calls, args) if bins else pure_inference(session, batch, calls, args):
         print(line)
 
 

@@ -33,7 +33,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.bins import list_bins
 from lib.faults import FACTOR, MAX_IMAGES, explain, judge, layers, overflow
 from lib.files import write_text
-from lib.labels import ASSUMED, PETA, attribute_names, labels_of
+from lib.labels import ASSUMED, PETA, attribute_names, labels_of, read_labels
 from lib.metrics import effect
 from lib.names import composed
 from lib.results import as_logits, attributes_in, list_results, read_logits
@@ -43,7 +43,7 @@ from lib.session import compute, input_size, open_session, takes_uint8
 with importing():
     import numpy as np
 
-MAX_DIFFERENCE = 0.1
+MAX_LOGIT_DIFFERENCE = 0.1
 MAX_FLIP_SHARE = 0.001
 WORST_IMAGES = 5    # the report names this many
 WORST_LAYERS = 10   # --layers names this many
@@ -141,7 +141,7 @@ def parse(argv):
     parser.add_argument("--attributes", metavar="FILE",
                         help="a file with the attributes' names, one per line (default: PETA's, if there are 35)")
     parser.add_argument("--max-difference", type=number(float, 0), metavar="X",
-                        help="allowed difference of a logit (default: %s)" % MAX_DIFFERENCE)
+                        help="allowed difference of a logit (default: %s)" % MAX_LOGIT_DIFFERENCE)
     parser.add_argument("--max-flips", type=number(int, 0), metavar="N",
                         help="allowed number of flips (default: one in 1000 of images x attributes)")
     parser.add_argument("--json", metavar="FILE", help="also write the result here")
@@ -212,7 +212,7 @@ def check_overflow(sides, args):
         why = overflow(args.onnx, models, [sides.bins[name] for name in names[bad][:MAX_IMAGES]])
         raise ValueError("%s: NaN or infinite logits for %d of %d images (%s): %s" % (
             path, bad.sum(), len(names), some(names[bad]),
-            why or "they overflow although no value of %s is beyond float16, so the model or the input is another one" % args.onnx))
+            why or "no value of %s exceeds float16, so these results are of another model or another input" % args.onnx))
 
 
 def rank(args, images, bins):
@@ -238,7 +238,7 @@ def vendors_command(args, path):
 def judge_fixed(report, max_difference, max_flips):
     """Judges a report by fixed tolerances, None for the default. Returns (entries for the report, texts about what exceeds them)."""
     if max_difference is None:
-        max_difference = MAX_DIFFERENCE
+        max_difference = MAX_LOGIT_DIFFERENCE
     if max_flips is None:
         max_flips = int(MAX_FLIP_SHARE * report["decisions"])
     problems = []
@@ -275,6 +275,10 @@ def causes_by_twin(sides, attributes, args):
 
 def main(argv=None):
     args = parse(argv)
+    if args.labels is not None:  # fail before the work
+        read_labels(args.labels)
+    if args.attributes is not None:
+        attribute_names(None, args.attributes)
     sides = read_sides(args)
     count = sides.a.shape[1]
     attributes = attribute_names(count, args.attributes)

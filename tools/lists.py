@@ -44,10 +44,10 @@ with importing():
 
 PETA_COLUMN = 4  # the first attribute's column in PETA's data; the image's number and three others come before it
 RAP_COUNT = 51   # RAP's benchmark uses the first 51 of 92 attributes, which are frequent enough
-UNCLEAR = 2      # RAP's label if the annotators could not decide
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp")  # the endings in PETA's folders
+UNCLEAR_LABEL = 2      # RAP's label if the annotators could not decide
+PETA_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp")  # the endings in PETA's folders
 BITS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
-SECONDS = 300    # the most processor time for reading a file. The largest file takes 3, but a hostile one could take for ever
+MAX_CPU_SECONDS = 300    # the most processor time for reading a file. The largest file takes 3, but a hostile one could take for ever
 LISTS = ["image.txt", "label.json", "attributes.txt"]
 
 # The content of a file. names: of the images. labels: integers [images, columns]. attributes: the columns' names. used: the
@@ -228,7 +228,7 @@ def read_folders(path):
         lines = [line.split() for line in read_lines(os.path.join(archive, "Label.txt"))]
         # PETA.mat calls this attribute footwearSneaker.
         words = {line[0]: {word.replace("footwearSneakers", "footwearSneaker") for word in line[1:]} for line in lines if line}
-        for file in sorted(file for file in os.listdir(archive) if file.lower().endswith(ENDINGS)):
+        for file in sorted(file for file in os.listdir(archive) if file.lower().endswith(PETA_ENDINGS)):
             root = os.path.splitext(file)[0]
             found = [words[key] for key in (file, root, root.split("_")[0]) if key in words]
             names.append("%s/archive/%s" % (folder, file))
@@ -305,12 +305,12 @@ def select_attributes(annotations, wanted):
         if not len(used) or min(used) < 0 or max(used) >= len(attributes):
             raise ValueError("its benchmark has attributes that it does not have")
         labels, attributes = labels[:, used], [attributes[i] for i in used]
-    wrong = ((labels < 0) | (labels > UNCLEAR)).any(axis=1)
+    wrong = ((labels < 0) | (labels > UNCLEAR_LABEL)).any(axis=1)
     if wrong.any():
         raise ValueError("%s has a label that is neither 0 nor 1" % names[wrong.argmax()])
-    unclear = labels == UNCLEAR
+    unclear = labels == UNCLEAR_LABEL
     if unclear.any():
-        note("%d of %d labels are %d (unclear); they count as 0" % (unclear.sum(), labels.size, UNCLEAR))
+        note("%d of %d labels are %d (unclear); they count as 0" % (unclear.sum(), labels.size, UNCLEAR_LABEL))
     return (labels == 1).astype(np.uint8), attributes
 
 
@@ -365,7 +365,7 @@ def read_apart(data_set, path, *more):
 
 def read_in_worker(arguments):
     """Runs read() in the worker process. The kernel kills the process if read() takes too long."""
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_SECONDS, MAX_CPU_SECONDS))
     return read(*arguments)
 
 

@@ -52,11 +52,11 @@ def image_paths(paths):
     return list(dict.fromkeys(found))
 
 
-def predict(session, paths, source, report):
+def predict(session, paths, source, advance):
     """Runs the model over image files as stages 4 to 6 do, except that images with an EXIF orientation are turned upright.
 
     Returns {path: logits float32 [attributes]} and, for images that cannot be read, {path: why}. source: the model's path.
-    Calls report(images) after every batch. Raises ValueError for NaN or infinite logits.
+    Calls advance(images) after every batch. Raises ValueError for NaN or infinite logits.
     """
     import PIL  # noqa: F401 - import it here, so that a missing package is not reported as a bad image
 
@@ -73,7 +73,7 @@ def predict(session, paths, source, report):
                 predictions[path] = row
             else:
                 bad[path] = reason
-        report(len(batch))
+        advance(len(batch))
     wrong = [path for path, row in predictions.items() if not np.isfinite(row).all()]
     if wrong:
         raise ValueError("%s: gives NaN or infinite logits for %s" % (source, some(wrong)))

@@ -26,7 +26,7 @@ from lib.models import load
 from lib.names import composed
 from lib.providers import CPU
 from lib.script import command, importing, number, one_line
-from lib.session import compute, empty_batch, input_size, open_session, takes_uint8
+from lib.session import compute, empty_batch, input_size, open_session, session_options, takes_uint8
 
 with importing():
     import numpy as np
@@ -96,10 +96,9 @@ def quiet_in(folder):
 def fold(path, folded):
     """Writes the model at path with BatchNormalization folded into the convolutions. It still has only standard operators."""
     import onnxruntime
-    options = onnxruntime.SessionOptions()
+    options = session_options(1)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = folded
-    options.log_severity_level = 3  # log only errors
     onnxruntime.InferenceSession(path, options, providers=[CPU])
 
 

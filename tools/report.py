@@ -26,7 +26,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.files import NUMBER, fits, read_json, whole_file
 from lib.images import check_image
 from lib.labels import assumed, attribute_names, read_labels, read_thresholds
-from lib.metrics import MAX_DROP, evaluate, label_acc_interval, metric_intervals
+from lib.metrics import MAX_DROP, METRICS, evaluate, label_acc_interval, metric_intervals
 from lib.models import description
 from lib.names import find_listed, read_list, stem
 from lib.rates import COLUMNS, figure, read_perf
@@ -37,28 +37,27 @@ with importing():
     import numpy as np
 
 PICTURES = 300     # the page shows at most this many
-WORST = 150        # this many of them have the lowest accuracy; the others are the worst of each attribute
+WORST_PICTURES = 150        # this many of them have the lowest accuracy; the others are the worst of each attribute
 THUMB = (128, 256)  # largest width and height of a picture, in pixels; PETA's images are not much larger
-WEAKEST = 5        # this many attributes are marked
+WEAK_ATTRIBUTES = 5        # this many attributes are marked
 KINDS = [("missed", "○", "Missed"), ("wrong", "✗", "Wrongly predicted"), ("right", "✓", "Right")]
-METRICS = ["instance_acc", "instance_precision", "instance_recall", "instance_F1", "mA"]
 SPEEDS = [name for name in COLUMNS if name.endswith(("images_per_s", "_ms"))]
 UNKNOWN = "not recorded"
 
 # The parts of the JSON files that are read, as shapes for fits().
-MAYBE = NUMBER + (type(None),)
+NUMBER_OR_NULL = NUMBER + (type(None),)
 FUSION = {"instance_acc": NUMBER, "instance_precision": NUMBER, "instance_recall": NUMBER, "instance_F1": NUMBER,
-          "mA": MAYBE, "images": int, "published_acc": MAYBE,
-          "attributes": [{"name": str, "positives": int, "negatives": int, "label_pos_acc": MAYBE,
-                          "label_neg_acc": MAYBE, "label_acc": MAYBE}]}
-TUNED = {"goal": str, "images": int}  # present if the thresholds are not 0
+          "mA": NUMBER_OR_NULL, "images": int, "published_acc": NUMBER_OR_NULL,
+          "attributes": [{"name": str, "positives": int, "negatives": int, "label_pos_acc": NUMBER_OR_NULL,
+                          "label_neg_acc": NUMBER_OR_NULL, "label_acc": NUMBER_OR_NULL}]}
+TUNING_SHAPE = {"goal": str, "images": int}  # present if the thresholds are not 0
 COMPARISON = {"a": str, "b": str, "images": int, "attributes": int, "max_difference": NUMBER, "mean_difference": NUMBER,
               "cosine_similarity": NUMBER, "lowest_cosine_similarity": NUMBER, "lowest_cosine_similarity_image": str,
               "flips": int, "decisions": int, "images_with_flips": int, "allowed_difference": NUMBER,
               "allowed_flips": int, "within_tolerances": bool, "metrics": (dict, type(None)),
               "flipped_attributes": [{"name": str, "flips": int, "gained": int, "lost": int}],
               "worst_images": [{"name": str, "max_difference": NUMBER, "attribute": str, "flipped": [str]}]}
-CHANGE = {"a": MAYBE, "b": MAYBE, "change": MAYBE}
+CHANGE = {"a": NUMBER_OR_NULL, "b": NUMBER_OR_NULL, "change": NUMBER_OR_NULL}
 
 
 def same(a, b):
@@ -155,7 +154,7 @@ def read_comparison(path, stems, attributes, accuracy):
 def images_to_show(accuracy, logits, true):
     """Returns the indexes of at most PICTURES images, the worst first.
 
-    accuracy: of each image. logits, true: [images, attributes]; a logit >= 0 means yes. The WORST images of all come first. Then
+    accuracy: of each image. logits, true: [images, attributes]; a logit >= 0 means yes. The WORST_PICTURES images of all come first. Then
     come in turn, for each attribute, the image where the model is surest of a wrong no and the one where it is surest of a wrong
     yes. Then the others.
     """
@@ -167,7 +166,7 @@ def images_to_show(accuracy, logits, true):
             images = np.flatnonzero(mistaken[:, column])
             queues.append(images[np.argsort(-np.abs(logits[images, column]), kind="stable")][:PICTURES].tolist())
     turns = (image for turn in itertools.zip_longest(*queues) for image in turn if image is not None)
-    chosen = set(list(dict.fromkeys(itertools.chain(order[:WORST], turns, order)))[:PICTURES])
+    chosen = set(list(dict.fromkeys(itertools.chain(order[:WORST_PICTURES], turns, order)))[:PICTURES])
     return [image for image in order if image in chosen]
 
 
@@ -296,7 +295,7 @@ def read_fusion(path):
     """Returns the content of stage 7's fusion_result.json. Raises OSError or ValueError."""
     fusion = read_json(path, FUSION, "postprocess_deepmar_pytorch.py")
     tuned = fusion.get("thresholds")
-    if not fits([row.get("threshold", 0) for row in fusion["attributes"]], [NUMBER]) or tuned is not None and not fits(tuned, TUNED):
+    if not fits([row.get("threshold", 0) for row in fusion["attributes"]], [NUMBER]) or tuned is not None and not fits(tuned, TUNING_SHAPE):
         raise ValueError("%s: is not what postprocess_deepmar_pytorch.py writes" % path)
     return fusion
 
@@ -346,7 +345,7 @@ def page_values(args, scores, doubt, speeds, comparison, pictures):
     return {
         "scores": scores, "drop": drop, "max_drop": MAX_DROP, "passed": drop is None or drop <= MAX_DROP + 1e-9,
         "metrics": [(name, scores[name], scores["intervals"][name]) for name in METRICS], "run": facts, "rows": speeds,
-        "attributes": by_accuracy, "weakest": [row for row in by_accuracy if row["label_acc"] not in (None, 1)][:WEAKEST],
+        "attributes": by_accuracy, "weakest": [row for row in by_accuracy if row["label_acc"] not in (None, 1)][:WEAK_ATTRIBUTES],
         "comparison": comparison, "doubt": doubt, "cards": pictures, "kinds": KINDS}
 
 

@@ -22,18 +22,18 @@ from lib.images import MEAN, SIZE, STD
 from lib.labels import PETA
 from lib.machine import check_threads, cores
 from lib.metrics import evaluate
-from lib.script import command, importing, pixels, progress
+from lib.script import command, importing, number, pixels, progress
 
 with importing():
     import numpy as np
 
-TRAIN = 120          # the classifier is fitted to at least this many drawings: the test images and others
+MIN_DRAWINGS = 120          # the classifier is fitted to at least this many drawings: the test images and others
 STATISTICS = 32      # BatchNorm takes its statistics from this many of the others, the first ones
 BATCH = 8            # it is small because PyTorch allocates the feature maps of large batches anew each time
 BN3_WEIGHT = 0.2     # the weight of each residual block's last BatchNorm; it keeps a random network's features from growing
 RIDGE = 1            # regularisation, relative to the mean squared norm of the features. With less, the classifier learns the
                      # drawings by heart. No logit is then near 0, and a small fault of the pipeline changes no attribute
-MADE_WITH = "made_with.txt"  # holds the options with which a sample was made
+OPTIONS_FILE = "made_with.txt"  # holds the options with which a sample was made
 WIDTH, HEIGHT = 160, 400  # size of the canvas; drawings are scaled down from it
 
 # Each thing has its own colour. A random network's features, averaged over the picture, distinguish colours and textures far
@@ -197,10 +197,10 @@ def pedestrians(count, seed):
     return images, labels
 
 
-def forward(function, images, size, report, calls):
+def forward(function, images, size, advance, calls):
     """Yields a function's results for batches of the images, in order. The images go through torchvision's transforms.
 
-    function: takes a tensor [up to BATCH,3,height,width]. calls: how many run at the same time. Calls report(images) after every
+    function: takes a tensor [up to BATCH,3,height,width]. calls: how many run at the same time. Calls advance(images) after every
     batch.
     """
     import torch
@@ -218,7 +218,7 @@ def forward(function, images, size, report, calls):
         for part in parts + [None] * calls:
             if len(running) == calls or part is None and running:
                 result, count = running.popleft().result()
-                report(count)
+                advance(count)
                 yield result
             if part is not None:
                 running.append(runner.submit(work, part))
@@ -270,16 +270,13 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("folder", help="the folder to write; an earlier sample there is replaced")
-    parser.add_argument("--images", type=int, default=200, help="test images to draw (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, help="the seed of all random numbers (default: 0)")
+    parser.add_argument("--images", type=number(int, 1), default=200, help="test images to draw (default: 200)")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="the seed of all random numbers (default: 0)")
     parser.add_argument("--size", nargs=2, type=pixels, default=(SIZE, SIZE), metavar=("H", "W"),
                         help="height and width of the network's input (default: 224 224)")
     parser.add_argument("--last-conv-stride", type=int, choices=(1, 2), default=2, help="the network's stride in layer4 (default: 2)")
     parser.add_argument("--keep", action="store_true", help="do nothing if the folder already has such a sample")
-    args = parser.parse_args(argv)
-    if args.images < 1 or args.seed < 0:
-        parser.error("--images must be positive, and --seed must not be negative")
-    return args
+    return parser.parse_args(argv)
 
 
 def write(folder, model, images, labels, accuracy, made_with):
@@ -298,7 +295,7 @@ def write(folder, model, images, labels, accuracy, made_with):
     for name, text in (("label.json", json.dumps(dict(zip(names, labels.tolist())))),
                        ("image.txt", "".join(name + "\n" for name in names)),
                        ("attributes.txt", "".join(name + "\n" for name in PETA)),
-                       ("accuracy.txt", "%r\n" % accuracy), (MADE_WITH, made_with)):
+                       ("accuracy.txt", "%r\n" % accuracy), (OPTIONS_FILE, made_with)):
         with open(os.path.join(folder, name), "w") as f:
             f.write(text)
 
@@ -310,7 +307,7 @@ def main(argv=None):
     folder = os.path.realpath(args.folder)
     if os.path.exists(folder):
         try:
-            with open(os.path.join(folder, MADE_WITH)) as f:
+            with open(os.path.join(folder, OPTIONS_FILE)) as f:
                 same = f.read() == made_with
         except OSError:
             raise ValueError("%s: exists and is not an earlier sample; give another folder" % args.folder)
@@ -324,7 +321,7 @@ def main(argv=None):
     check_threads(calls)
     torch.set_num_threads(calls)
     with replaced_folder(folder, ending="") as partial:
-        others, other_labels = pedestrians(max(TRAIN - args.images, STATISTICS), args.seed + 1)
+        others, other_labels = pedestrians(max(MIN_DRAWINGS - args.images, STATISTICS), args.seed + 1)
         images, labels = pedestrians(args.images, args.seed + 2)
         model, logits = make_model(others + images, np.concatenate([other_labels, labels]), size=size,
                                    last_conv_stride=stride, seed=args.seed, calls=calls)

@@ -28,8 +28,8 @@ with importing():
     import numpy as np
 
 FOLDS = 5
-METRICS = ["label_precision", "label_recall", "label_F1", "mA", "instance_acc", "instance_precision", "instance_recall",
-           "instance_F1"]
+GAIN_METRICS = ["label_precision", "label_recall", "label_F1", "mA", "instance_acc", "instance_precision", "instance_recall",
+                "instance_F1"]
 
 
 def find_threshold(logits, true, precision=None, recall=None):
@@ -84,9 +84,9 @@ def figures(predicted, true):
 def gain(tuned, at_0, true):
     """Returns the metrics of predictions with tuned thresholds and with 0, {metric: {"at_0", "tuned", "gain", "interval"}}."""
     of_tuned, of_0 = score(tuned, true)[0], score(at_0, true)[0]
-    intervals = change_intervals(tuned, at_0, true, METRICS)
+    intervals = change_intervals(tuned, at_0, true, GAIN_METRICS)
     return {name: {"at_0": of_0[name], "tuned": of_tuned[name], "gain": of_tuned[name] - of_0[name],
-                   "interval": intervals[name]} for name in METRICS if not np.isnan(of_tuned[name] + of_0[name])}
+                   "interval": intervals[name]} for name in GAIN_METRICS if not np.isnan(of_tuned[name] + of_0[name])}
 
 
 def table(rows):
@@ -154,7 +154,7 @@ def lines_of(content, path):
         yield "stay at 0 (target not reached): %s" % ", ".join(missed)
     if few:
         yield "stay at 0 (fewer than %d images have it, or do not have it): %s" % (MIN_IMAGES, ", ".join(few))
-    yield "gain on images that the thresholds were not found on (%d-fold cross-validation; 95 %% intervals):" % FOLDS
+    yield "gain on images that were not used to find the thresholds (%d-fold cross-validation; 95 %% intervals):" % FOLDS
     for name, values in content["gain"].items():
         line = "  %-18s %.4f -> %.4f  %+.4f" % (name, values["at_0"], values["tuned"], values["gain"])
         yield line + " (%+.4f to %+.4f)" % tuple(values["interval"]) if values["interval"] else line

@@ -249,6 +249,13 @@ class Worker(object):
         Several calls may run at the same time. Raises an error if the shard should be tried again.
         """
         self.under_way[number] = 0
+        try:
+            return self.compute(number, shard)
+        finally:
+            del self.under_way[number]
+
+    def compute(self, number, shard):
+        """Does the work of work()."""
         paths, reasons, parts = [], [], [np.zeros((0, len(self.job["names"])), np.float32)]
         for batch, unread, values in run_batches(self.session, images(shard), read, self.job["calls"], runner=self.runners,
                                                  reader=self.readers):
@@ -258,7 +265,6 @@ class Worker(object):
             parts.append(self.converted(values))
             self.under_way[number] += len(batch)
         write_part(part_name(self.job["output"], number), self.job["names"], paths, np.concatenate(parts), reasons)
-        del self.under_way[number]
         bad = [(path, reason) for path, reason in zip(paths, reasons) if reason is not None]
         return len(paths), len(bad), bad[:1]
 

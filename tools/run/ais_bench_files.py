@@ -15,7 +15,6 @@ Versions since 2024 refuse symbolic links, names with characters other than A-Z 
 or others may write, and files of another user and another group.
 """
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -25,34 +24,26 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))))
 from lib.names import natural
-from lib.script import command, note  # both work without packages, because ais_bench's Python may have few
+from lib.script import command, has_module, note  # both work without packages, because ais_bench's Python may have few
 
-SAFE = re.compile("[A-Za-z0-9_./-]+").fullmatch
-
-
-def has(module):
-    """Returns whether this Python has a module."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:  # a plain module has the package's name
-        return False
+SAFE_NAME = re.compile("[A-Za-z0-9_./-]+")
 
 
 def check(work, *paths):
     """Raises ValueError with the remedy if ais_bench cannot run on these paths."""
     pip = sys.executable + " -m pip"
     install = "%s install aclruntime-VERSION-linux_%s.whl ais_bench-VERSION-py3-none-any.whl" % (pip, os.uname().machine)
-    if has("ais_bench") and not has("ais_bench.infer"):
+    if has_module("ais_bench") and not has_module("ais_bench.infer"):
         raise ValueError("backend ais_bench: the package of %s has no ais_bench.infer: it is not the inference tool, but probably "
                          "PyPI's ais_bench_benchmark for language models; run: %s uninstall ais_bench_benchmark && %s"
                          % (sys.executable, pip, install))
-    missing = [module for module in ("ais_bench", "aclruntime") if not has(module)]
+    missing = [module for module in ("ais_bench", "aclruntime") if not has_module(module)]
     if missing:
         raise ValueError("backend ais_bench: %s has no %s; run: %s" % (sys.executable, " and no ".join(missing), install))
-    if not has("pkg_resources"):
+    if not has_module("pkg_resources"):
         note("%s has no pkg_resources, with which ais_bench finds aclruntime's version. Without it, ais_bench of 2024 fails, and "
              "others run in an older mode; run: %s install 'setuptools<81'" % (sys.executable, pip))
-    if not SAFE(os.path.realpath(work)):
+    if not SAFE_NAME.fullmatch(os.path.realpath(work)):
         raise ValueError("%s: ais_bench takes only paths of A-Z a-z 0-9 _ - / and the dot; choose another --work-dir"
                          % os.path.realpath(work))
     for path in paths:
@@ -94,7 +85,7 @@ def check_log(model, batch_size, log):
 def staged_names(bins):
     """Returns {name for ais_bench: name} of a folder's bins. If one of the names is not safe, all names for ais_bench are numbers."""
     names = sorted((name for name in os.listdir(bins) if name.endswith(".bin")), key=natural)
-    safe = all(map(SAFE, names))
+    safe = all(map(SAFE_NAME.fullmatch, names))
     return {name if safe else "%08d.bin" % number: name for number, name in enumerate(names)}
 
 

@@ -13,7 +13,6 @@
 The script needs no packages. No other file reads npu-smi's table and CANN's folders.
 """
 import glob
-import importlib.util
 import json
 import os
 import re
@@ -24,9 +23,9 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))))
 from lib.files import write_text
 from lib.names import read_list
-from lib.script import command
+from lib.script import command, has_module
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+ROOT = sys.path[0]  # the checkout
 MACHINE = os.uname().machine
 INPUT_STAGES = {"checkpoint": [1], "images": [4, 8], "image_list": [4, 7], "label_file": [7]}  # the stages that need an input
 TOOLKIT = "bash ./Ascend-cann-toolkit_VERSION_linux-%s.run --install" % MACHINE
@@ -45,15 +44,10 @@ PACKAGES = {"attr": "attrs", "decorator": "decorator", "numpy": "numpy", "psutil
 
 # These programs run in other Pythons and print JSON.
 MODULES_PROGRAM = """
-import importlib.util, json, sys
-missing = []
-for name in sys.argv[1:]:
-    try:
-        found = importlib.util.find_spec(name)
-    except ImportError:
-        found = None
-    if not found:
-        missing.append(name)
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from lib.script import has_module
+missing = [name for name in sys.argv[2:] if not has_module(name)]
 numpy = None if "numpy" in missing else __import__("numpy").__version__
 print(json.dumps([list(sys.version_info[:3]), missing, numpy]))
 """
@@ -111,14 +105,6 @@ def read(path):
             return f.read()
     except OSError:
         return ""
-
-
-def has(module):
-    """Returns whether this Python has a module."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:
-        return False
 
 
 def library(name):
@@ -202,13 +188,13 @@ def chip(name, count, device, needed):
         count = count or chips_of(chips, short(name), device)
     except (OSError, ValueError) as error:
         if needed and not name:
-            raise ValueError(str(error) if "chip" in str(error) else "%s; run it by hand, or set chip_name" % error)
+            raise ValueError(str(error) if re.search("chip[_-]name", str(error)) else "%s; run it by hand, or set chip_name" % error)
         if not name and shutil.which("npu-smi"):
             note = str(error)
     name = short(name)
     if name and not int(count or 0):
         count = 4 if name == "310" else 1
-        note = "chips per card: %d (Ascend%s), assumed, because no npu-smi counts them; --chips sets another number" % (count, name)
+        note = "chips per card: %d (Ascend%s), assumed, because npu-smi did not count them; --chips sets another number" % (count, name)
     return "%s %d %s" % ("Ascend" + name if name else "unknown", int(count or 0), note)
 
 
@@ -346,13 +332,13 @@ class Check(object):
         names = self.values["packages"].split()
         modules = {{"Pillow": "PIL"}.get(name, name) for name in names} | {"google" for name in names if "onnx" in name}
         self.python, found = sys.executable, "%d.%d.%d, %s" % (sys.version_info[:3] + (sys.executable,))
-        missing = sorted(module for module in modules if not has(module))
+        missing = sorted(module for module in modules if not has_module(module))
         if missing:
             found += ", without " + ", ".join(missing)
             folder = os.path.join(ROOT, ".venv-%d.%d" % sys.version_info[:2])
             self.python = os.path.join(folder, "bin", "python")
             try:
-                missing = ask(self.python, MODULES_PROGRAM, *modules)[1]
+                missing = ask(self.python, MODULES_PROGRAM, ROOT, *modules)[1]
                 found += "; the run uses " + folder
             except OSError:
                 self.python = None
@@ -447,7 +433,7 @@ class Check(object):
     def atc_python(self):
         python = shutil.which("python3") or "python3"
         try:
-            version, missing, numpy = ask(python, MODULES_PROGRAM, *PACKAGES)
+            version, missing, numpy = ask(python, MODULES_PROGRAM, ROOT, *PACKAGES)
         except OSError as error:
             return self.row("3", "atc's Python", self.lack(self.converts), str(error), PYTHON_REMEDY)
         found = "%s, %s" % (".".join(map(str, version)), python)

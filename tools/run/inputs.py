@@ -46,7 +46,7 @@ def load(path):
         with open(path, encoding="utf-8") as f:
             content = json.load(f)
         return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
@@ -97,7 +97,7 @@ def present(name, variables):
     path = variables.get(name, name)
     if name in variables and name not in PATHS:
         return path
-    if not path or not os.path.exists(path):
+    if not path or not os.path.exists(path) or name == "images" and not variables["image_list"]:
         return None
     if name != "images":
         return content(path)
@@ -141,7 +141,7 @@ def verify(product, stage, variables, seen):
         return
     seen.add(product)
     record = load(record_path(product))
-    if not record.get("product"):
+    if not record.get("product") or not isinstance(record.get("inputs"), dict):
         raise ValueError("%s: stage %s did not finish; run stage %s again" % (where, stage, stage))
     for name in record["inputs"]:
         if name not in variables and os.path.exists(name):  # before the product itself: the error must name the earliest stage

@@ -24,7 +24,7 @@ from lib.files import NUMBER, read_json, write_text
 from lib.rates import COLUMNS, figures
 from lib.script import command
 
-MAX_DIFFERENCE = 0.0001  # allowed difference of instance_acc: in an image or two, rounding may move a logit across 0
+MAX_ACC_DIFFERENCE = 0.0001  # allowed difference of instance_acc: in an image or two, rounding may move a logit across 0
 
 
 def row(batch_size, folder, model, backend, devices, chips):
@@ -83,7 +83,7 @@ def main(argv=None):
     if len({r["images"] for r in rows}) > 1:
         raise ValueError("%s.csv: the batch sizes have results of different numbers of images: %s; run stage 6 again for all of them"
                          % (args.output, ", ".join("%(images)d at %(batch_size)d" % r for r in rows)))
-    if difference > MAX_DIFFERENCE:
+    if difference > MAX_ACC_DIFFERENCE:
         raise ValueError("%s.csv: instance_acc differs between the batch sizes, by %.6f; compare two of their result "
                          "folders with tools/compare.py" % (args.output, difference))
     if len(rows) > 1:

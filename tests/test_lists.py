@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import pickletools
+import sys
 
 import numpy as np
 import pytest
@@ -35,26 +36,36 @@ def content():
     data[:, 4:] = random.randint(0, 2, (IMAGES, ATTRIBUTES))
     return {"data": data, "attribute": cells(["attribute %d" % i for i in range(ATTRIBUTES)]),
             "selected_attribute": np.arange(5, 5 + SELECTED, dtype=np.uint8)[None],
-            "partion_attribute": cells([dict(zip(["train", "val", "test"], parts)) for parts in orders([20, 5, 15], (-1, 1))])}
-
-
-def write_peta(path, change=lambda peta: None):
-    """Writes PETA's layout, with a change of its content. Returns ({split: [(names, labels) of each partition]}, attributes)."""
-    peta = content()
-    data, partitions = peta["data"], peta["partion_attribute"].ravel()
-    splits = {part: [partition[part] for partition in partitions] for part in ("train", "val", "test")}
-    splits["trainval"] = [np.concatenate([partition["train"], partition["val"]]) for partition in partitions]
-    result = expected(["%05d.png" % (i + 1) for i in range(IMAGES)], data[data[:, 0].argsort(), 4:4 + SELECTED], splits)
-    change(peta)
-    savemat(str(path), {"peta": peta}, do_compression=True)
-    return result, ["attribute %d" % i for i in range(SELECTED)]
+            "partion_attribute": cells(orders({"train": 20, "val": 5, "test": 15}, (-1, 1)))}
 
 
 def orders(sizes, shape):
-    """Five partitions of shuffled image numbers from 1, cut into parts."""
-    random = np.random.RandomState(1)
-    return [[(part + 1).astype(np.uint16).reshape(shape)
-             for part in np.split(random.permutation(sum(sizes)), np.cumsum(sizes)[:-1])] for _ in range(5)]
+    """Returns five partitions of shuffled image numbers from 1, [{part: numbers}]. sizes: of the parts."""
+    random, ends = np.random.RandomState(1), np.cumsum(list(sizes.values()))
+    return [{part: (numbers + 1).astype(np.uint16).reshape(shape)
+             for part, numbers in zip(sizes, np.split(random.permutation(ends[-1]), ends[:-1]))} for _ in range(5)]
+
+
+def expected(names, labels, partitions):
+    """Returns {split: [(names, labels) of each partition]}. names, labels: of all images."""
+    splits = {}
+    for partition in partitions:
+        numbers = {part: values.ravel() for part, values in partition.items()}
+        if "train" in numbers:
+            numbers["trainval"] = np.concatenate([numbers["train"], numbers["val"]])
+        for split, values in numbers.items():
+            splits.setdefault(split, []).append(([names[i - 1] for i in values], labels[values - 1]))
+    return splits
+
+
+def write_peta(path, change=lambda peta: None):
+    """Writes PETA's layout, with a change of its content. Returns what expected() gives, and the attributes."""
+    peta = content()
+    labels = peta["data"][peta["data"][:, 0].argsort(), 4:4 + SELECTED]
+    splits = expected(["%05d.png" % (i + 1) for i in range(IMAGES)], labels, peta["partion_attribute"].ravel())
+    change(peta)
+    savemat(str(path), {"peta": peta}, do_compression=True)
+    return splits, ["attribute %d" % i for i in range(SELECTED)]
 
 
 def write_rap(path):
@@ -63,14 +74,13 @@ def write_rap(path):
     names = ["CAM%02d_frame%d.png" % (i % 3, i) for i in random.permutation(30)]
     labels = random.randint(0, 2, (30, 92)).astype(np.uint8)
     labels[3, 7] = labels[9, 80] = 2  # unclear; the second one is of no attribute of the benchmark
-    partitions, attributes = orders([24, 6], (1, -1)), ["attribute-%d" % i for i in range(51)]
+    partitions, attributes = orders({"trainval": 24, "test": 6}, (1, -1)), ["attribute-%d" % i for i in range(51)]
     savemat(str(path), {"RAP_annotation": {
-        "partion": cells([dict(zip(["train_index", "test_index"], parts)) for parts in partitions]), "label": labels,
+        "partion": cells([dict(zip(["train_index", "test_index"], parts.values())) for parts in partitions]), "label": labels,
         "attribute_chinese": cells(["\u5c5e\u6027%d" % i for i in range(92)]),
         "attribute_eng": cells(["english-%d" % i for i in range(92)]), "position": np.zeros((30, 16), np.int16),
         "imagesname": cells(names), "attribute_exp": cells(attributes)}})
-    splits = dict(zip(["trainval", "test"], zip(*partitions)))
-    return expected(names, np.where(labels == 2, 0, labels)[:, :51], splits), attributes
+    return expected(names, np.where(labels == 2, 0, labels)[:, :51], partitions), attributes
 
 
 def write_rap2(path):
@@ -80,38 +90,26 @@ def write_rap2(path):
     labels = random.randint(0, 2, (30, 152)).astype(np.int32)
     labels[:, 120:] = random.randint(3, 900, (30, 32))  # coordinates of body parts
     selected = np.sort(random.permutation(110)[:54])
-    partitions = orders([18, 6, 6], (1, -1))
+    partitions = orders({"train": 18, "val": 6, "test": 6}, (1, -1))
     savemat(str(path), {"RAP_annotation": {
         "name": cells(names), "data": labels, "attribute": cells(["attr-%d" % i for i in range(152)]),
         "selected_attribute": (selected + 1).astype(np.uint8)[None],
-        "partition_attribute": cells([dict(zip(["train_index", "val_index", "test_index"], parts)) for parts in partitions],
-                                     (1, -1)),
+        "partition_attribute": cells([{part + "_index": parts[part] for part in parts} for parts in partitions], (1, -1)),
         "person_identity": np.zeros((30, 1), np.int16), "partition_reid": {"train": np.arange(3), "test": np.arange(3)}}})
-    train, val, test = zip(*partitions)
-    both = [np.concatenate(pair, axis=1) for pair in zip(train, val)]
-    return (expected(names, labels[:, selected], {"train": train, "val": val, "trainval": both, "test": test}),
-            ["attr-%d" % i for i in selected])
-
-
-def expected(names, labels, splits):
-    return {split: [([names[i - 1] for i in numbers.ravel()], labels[numbers.ravel() - 1]) for numbers in partitions]
-            for split, partitions in splits.items()}
+    return expected(names, labels[:, selected], partitions), ["attr-%d" % i for i in selected]
 
 
 def write_pa100k(path, sizes=(8, 3, 5)):
     """Writes PA-100K's layout. Returns the same as write_peta()."""
     random = np.random.RandomState(4)
-    numbers, attributes = random.permutation(sum(sizes)) + 1, ["Attribute%d&Co" % i for i in range(26)]
-    mat, result, end = {"attributes": cells(attributes)}, {}, 0
-    for part, size in zip(["train", "val", "test"], sizes):
-        names = ["%06d.jpg" % number for number in numbers[end:end + size]]
-        result[part] = [(names, random.randint(0, 2, (size, 26)).astype(np.uint8))]
-        mat[part + "_images_name"], mat[part + "_label"] = cells(names), result[part][0][1]
-        end += size
+    names = ["%06d.jpg" % (i + 1) for i in random.permutation(sum(sizes))]
+    labels, attributes = random.randint(0, 2, (len(names), 26)).astype(np.uint8), ["Attribute%d&Co" % i for i in range(26)]
+    parts = dict(zip(["train", "val", "test"], np.split(np.arange(len(names)) + 1, np.cumsum(sizes)[:-1])))
+    mat = {"attributes": cells(attributes)}
+    for part, numbers in parts.items():
+        mat[part + "_images_name"], mat[part + "_label"] = cells([names[i - 1] for i in numbers]), labels[numbers - 1]
     savemat(str(path), mat)
-    (names, labels), (more_names, more_labels) = result["train"][0], result["val"][0]
-    result["trainval"] = [(names + more_names, np.concatenate([labels, more_labels]))]
-    return result, attributes
+    return expected(names, labels, [parts]), attributes
 
 
 class EasyDict(dict):
@@ -125,26 +123,23 @@ class EasyDict(dict):
 EasyDict.__module__ = "easydict"
 
 
-def write_pkl(path, partitions, monkeypatch):
-    """The layout of dataset_all.pkl, or of dataset_zs_run0.pkl where there is one partition; returns the same."""
-    import sys
+def write_pkl(path, count, monkeypatch):
+    """Writes the layout of dataset_all.pkl, or of dataset_zs_run0.pkl if it has one partition. Returns the same as write_peta()."""
     random = np.random.RandomState(5)
     names = [np.array("%05d.png" % i)[()] for i in range(30)]  # numpy's strings, as scipy gives them
-    labels = np.asfortranarray(random.randint(0, 3, (30, 8)).astype("u2"))
-    used = [5, 0, 3]
-    parts = [[part.ravel().astype("i8") - 1 for part in order] for order in orders([18, 6, 6], -1)][:partitions]
-    arrays = dict(zip(["train", "val", "test"], zip(*parts)))
-    arrays["trainval"] = [np.concatenate(pair) for pair in zip(arrays["train"], arrays["val"])]
-    splits = {split: list(value) if partitions > 1 else value[0] for split, value in arrays.items()}
+    labels, used = np.asfortranarray(random.randint(0, 3, (30, 8)).astype("u2")), [5, 0, 3]
+    partitions = orders({"train": 18, "val": 6, "test": 6}, -1)[:count]
+    splits = {part: [parts[part].astype("i8") - 1 for parts in partitions] for part in ("train", "val", "test")}
+    splits["trainval"] = [np.concatenate(pair) for pair in zip(splits["train"], splits["val"])]
+    if count == 1:
+        splits = {part: arrays[0] for part, arrays in splits.items()}
     monkeypatch.setitem(sys.modules, "easydict", sys.modules[__name__])
     path.write_bytes(pickle.dumps(EasyDict(
         description="peta", image_name=names, label=labels, attr_name=[np.array("attr-%d" % i)[()] for i in range(8)],
         label_idx=EasyDict(eval=used, color=[1, 2], extra=range(6, 8)), partition=EasyDict(**splits),
         weight_train=[labels.mean(axis=0)]), protocol=4))
     monkeypatch.undo()
-    return (expected(list(map(str, names)), (labels == 1)[:, used].astype(int),
-                     {split: [array + 1 for array in value] for split, value in arrays.items()}),
-            ["attr-%d" % i for i in used])
+    return expected(names, (labels == 1)[:, used].astype(int), partitions), ["attr-%d" % i for i in used]
 
 
 def read_lists(folder):
@@ -415,7 +410,7 @@ def test_all_stages_run_with_51_attributes_and_one_name_in_two_folders(tmp_path)
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 50), (60 * i, 90, 25 * i)).save(str(tmp_path / "images" / name))
     run("csv", tmp_path / "people.csv", "--images", tmp_path / "images", "--flatten", tmp_path / "flat", "--output", tmp_path / "lists")
-    flat, labels, attributes = read_lists(tmp_path / "lists")
+    _, labels, attributes = read_lists(tmp_path / "lists")
     work, lists = tmp_path / "work", tmp_path / "lists"
     work.mkdir()
     write_model(work / "deepmar_bs1_nopad.onnx", attributes=51, size=(32, 32))
@@ -426,6 +421,5 @@ def test_all_stages_run_with_51_attributes_and_one_name_in_two_folders(tmp_path)
     fusion = json.loads((work / "fusion_result.json").read_text())
     assert fusion["images"] == len(names) and [row["name"] for row in fusion["attributes"]] == attributes
     assert [row["positives"] for row in fusion["attributes"]] == np.sum(labels, axis=0).tolist()
-    assert {name[:-len(".bin")] for name in os.listdir(str(work / "input_bin"))} == {name.partition(".")[0] for name in flat}
     page = (work / "report.html").read_text(encoding="utf-8")
     assert all(">%s<" % name in page for name in attributes)

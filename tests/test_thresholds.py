@@ -181,8 +181,8 @@ def test_images_that_thresholds_were_tuned_on_are_not_scored(tmp_path, tuned):
     score(tmp_path, *write_case(tmp_path / "same_names", logits, labels), *options[2:])
     # run_all.sh checks this before any work.
     (tmp_path / "image.txt").write_text("".join("%05d.png\n" % i for i in range(300)))
-    done = script("tools/run/inputs.py", "lists", "--image-list", "image.txt", "--label-file", val / "label.json", *options[2:], cwd=tmp_path)
-    check_error(done, message % (300, 300))
+    lists = ["lists", "--image-list", "image.txt", "--label-file", val / "label.json"]
+    check_error(script("tools/run/inputs.py", *lists, *options[2:], cwd=tmp_path), message % (300, 300))
 
 
 def test_predict_marks_attributes_by_the_thresholds(tmp_path):
@@ -244,7 +244,8 @@ def test_thresholds_of_other_attributes_and_bad_files_are_refused(tmp_path, tune
     assert names(good) == "ABCDEF"  # and here those of the results
     text = json.dumps(good)
     for change in (lambda c: c.pop("tuned_on"), lambda c: c["attributes"].pop(), lambda c: c["attributes"][0].update(threshold="1"),
-                   lambda c: c["attributes"][0].update(threshold=float("nan"))):
+                   lambda c: c["attributes"][0].update(threshold=float("nan")),
+                   lambda c: c["attributes"][0].update(threshold=10 ** 400)):
         content = json.loads(text)
         change(content)
         with pytest.raises(ValueError, match="thresholds.json: (is not what tools|holds the thresholds of other)"):

@@ -68,16 +68,13 @@ def write(path, text=""):
     return path
 
 
-def info(package, version):
-    return "package_name=%s\nversion=%s\narch=%s\nos=linux\n" % (package, version, MACHINE)
-
-
 def install(root, version, *families):
     """Installs a CANN below root in the layout of its version. Returns its folder."""
     new = version >= "8.5"
     home = root / ("cann-" + version if new else "ascend-toolkit/" + version)
     linux = home / (MACHINE + "-linux")
-    write(linux / "ascend_toolkit_install.info", info("Ascend-cann-toolkit", version))
+    info = "package_name=Ascend-cann-%s\nversion=%s\narch=%s\nos=linux\n"
+    write(linux / "ascend_toolkit_install.info", info % ("toolkit", version, MACHINE))
     write(linux / "bin" / "atc", "#!/bin/sh\n").chmod(0o755)
     write(linux / "lib64" / "libascendcl.so")
     for folder in ("bin", "lib64"):
@@ -85,7 +82,7 @@ def install(root, version, *families):
     for family in families:
         write(home / "opp/built-in/op_impl/ai_core/tbe/config" / family / ("aic-%s-ops-info.json" % family), "{}")
         if new:
-            write(linux / "ascend_ops_install.info", info("Ascend-cann-%s-ops" % family.replace("ascend", ""), version))
+            write(linux / "ascend_ops_install.info", info % (family.replace("ascend", "") + "-ops", version, MACHINE))
     (home / "opp").mkdir(exist_ok=True)
     (root / "ascend-toolkit").mkdir(exist_ok=True)
     latest = root / "ascend-toolkit" / "latest"

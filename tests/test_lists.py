@@ -1,5 +1,4 @@
 """tools/lists.py on small files with each data set's structure, and run_all.sh with its lists."""
-import csv
 import json
 import os
 import pickle
@@ -8,11 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
 from scipy.io import savemat
 
 import lists as tool
-from helpers import check_error, run_all, script, write_model
+from helpers import check_error, run_all, script, write_images, write_model
 from lib.labels import PETA, labels_of
 from lib.names import read_list
 
@@ -99,12 +97,12 @@ def write_rap2(path):
     return expected(names, labels[:, selected], partitions), ["attr-%d" % i for i in selected]
 
 
-def write_pa100k(path, sizes=(8, 3, 5)):
+def write_pa100k(path):
     """Writes PA-100K's layout. Returns the same as write_peta()."""
     random = np.random.RandomState(4)
-    names = ["%06d.jpg" % (i + 1) for i in random.permutation(sum(sizes))]
-    labels, attributes = random.randint(0, 2, (len(names), 26)).astype(np.uint8), ["Attribute%d&Co" % i for i in range(26)]
-    parts = dict(zip(["train", "val", "test"], np.split(np.arange(len(names)) + 1, np.cumsum(sizes)[:-1])))
+    names = ["%06d.jpg" % (i + 1) for i in random.permutation(16)]
+    labels, attributes = random.randint(0, 2, (16, 26)).astype(np.uint8), ["Attribute%d&Co" % i for i in range(26)]
+    parts = {"train": np.arange(1, 9), "val": np.arange(9, 12), "test": np.arange(12, 17)}
     mat = {"attributes": cells(attributes)}
     for part, numbers in parts.items():
         mat[part + "_images_name"], mat[part + "_label"] = cells([names[i - 1] for i in numbers]), labels[numbers - 1]
@@ -237,16 +235,12 @@ def test_petas_folders_are_listed_and_flattened(tmp_path):
     assert "1 images have no line in Label.txt: CUHK/archive/0003.png" in refusal(*command)
 
 
-def write_csv(path, names, labels, attributes):
-    with open(str(path), "w", encoding="utf-8-sig", newline="") as f:
-        csv.writer(f).writerows([["image"] + attributes] + [[name] + list(row) for name, row in zip(names, labels)])
-
-
 def test_a_table_is_listed_and_bad_ones_are_refused(tmp_path):
-    names, attributes = ["b.png", "a, b.jpg", "sub/\u4eba.png"], ["Male", "Bag, small", "\u5e3d\u5b50"]
-    write_csv(tmp_path / "t.csv", names, [[0, 1, 1], ["1.0", "0.0", "1.0"], ["True", "False", "false"]], attributes)
+    (tmp_path / "t.csv").write_text('\ufeffimage,Male,"Bag, small",\u5e3d\u5b50\r\nb.png,0,1,1\r\n"a, b.jpg",1.0,0.0,1.0\r\n'
+                                    "sub/\u4eba.png,True,False,false\r\n", encoding="utf-8")
     run("csv", tmp_path / "t.csv", "--output", tmp_path / "out")
-    assert read_lists(tmp_path / "out") == (names, [[0, 1, 1], [1, 0, 1], [1, 0, 0]], attributes)
+    assert read_lists(tmp_path / "out") == (["b.png", "a, b.jpg", "sub/\u4eba.png"], [[0, 1, 1], [1, 0, 1], [1, 0, 0]],
+                                            ["Male", "Bag, small", "\u5e3d\u5b50"])
     for text, message in [("image,a\n", "first line is not"), ("image;a\nx.png;1\n", "separated by commas"),
                           ("image,a\nx.png,2\n", "line 2 (x.png)"), ("image,a\n\nx.png,1,1\n", "line 3 (x.png)"),
                           ("image,a\n%s,1\n" % ("x" * 2 ** 18), "line 2: field larger"),
@@ -274,13 +268,7 @@ def test_missing_images_are_named(tmp_path):
     assert "2 of the 15 images" in error and error.endswith("%s, %s" % tuple(names[:2]))
     for name in names[:2]:
         (images / name).mkdir()
-    assert "2 of the 15 images are not files" in refusal(*command)
-    assert not output.exists()
-    for name in names[:2]:
-        (images / name).rmdir()
-        (images / name).write_bytes(b"")
-    run(*command)
-    assert read_lists(output)[0] == names
+    assert "2 of the 15 images are not files" in refusal(*command) and not output.exists()
     assert "absent: no such folder" in refusal("peta", path, "--images", tmp_path / "absent")
 
 
@@ -295,7 +283,6 @@ def test_an_own_list_is_flattened(tmp_path):
     command = ["list", tmp_path / "image.txt", "--labels", tmp_path / "label.json", "--images", tmp_path / "images"]
     error = script("preprocess_deepmar_pytorch.py", "images", "bins", "image.txt", cwd=tmp_path)
     check_error(error, "would both write 0002.bin", "tools/lists.py list --flatten")
-    assert "share their name" in refusal(*command, "--output", tmp_path / "out")
     assert "image.txt: would be overwritten" in refusal(*command, "--flatten", tmp_path / "flat", "--output", tmp_path)
     command += ["--flatten", tmp_path / "flat", "--output", tmp_path / "out"]
     run(*command)
@@ -308,8 +295,7 @@ def test_an_own_list_is_flattened(tmp_path):
     (tmp_path / "flat" / flat[0]).unlink()
     (tmp_path / "flat" / flat[0]).write_text("mine")
     assert "exists already" in refusal(*command) and (tmp_path / "flat" / flat[0]).read_text() == "mine"
-    run("list", tmp_path / "image.txt", "--images", tmp_path / "images", "--flatten", tmp_path / "new",
-        "--output", tmp_path / "o")
+    run("list", tmp_path / "image.txt", "--images", tmp_path / "images", "--flatten", tmp_path / "new", "--output", tmp_path / "o")
     assert os.listdir(str(tmp_path / "o")) == ["image.txt"]
     for bad, message in [("{}", "has no label for 8 of its 8 images"), ("[", "Expecting value"),
                          (json.dumps(dict(labels, **{names[1]: [1]})), "different lengths"),
@@ -332,7 +318,7 @@ def test_an_own_list_is_flattened(tmp_path):
     (lambda peta: peta.update(partion_attribute=np.zeros((5, 1))), "partition 0 is not one struct"),
     (lambda peta: peta["partion_attribute"][0, 0].update(val=np.array([[41]])), "val holds image 41, which the file does not have"),
     (lambda peta: peta["partion_attribute"][0, 0].update(val=np.array([[3], [3]])), "partition 0 holds 00003.png twice"),
-    (lambda peta: peta["partion_attribute"][0, 0].update(test=np.zeros((0, 1))), "no image in test"),
+    (lambda peta: peta["partion_attribute"][0, 0].update(test=np.zeros((0, 1))), "no image in test; it has train, val"),
 ])
 def test_another_content_is_refused(tmp_path, change, message):
     path = tmp_path / "PETA.mat"
@@ -349,8 +335,6 @@ def test_the_file_of_another_set_is_refused(tmp_path):
     assert "it has no peta" in refusal("peta", path) and "it has no attributes" in refusal("pa100k", path)
     write_rap2(path)
     assert "not the RAP_annotation.mat that lists.py rap takes: field 6 is not" in refusal("rap", path)
-    write_pa100k(path, (3, 3, 0))
-    assert "no image in test; it has train, val" in refusal("pa100k", path)
 
 
 def test_damaged_files_are_refused(tmp_path):
@@ -364,7 +348,6 @@ def test_damaged_files_are_refused(tmp_path):
         for data_set in ("peta", "pkl"):
             error = refusal(data_set, path, "--output", tmp_path / "out")
             assert error.startswith("%s: " % path) and ("-v7" in error) == (bad == hdf5 and data_set != "pkl"), error
-    check_error(script("tools/lists.py", "peta", path, "--output", tmp_path / "out"), "save this one again in MATLAB")
     assert not (tmp_path / "out").exists()
 
 
@@ -394,7 +377,6 @@ def test_a_pickle_runs_nothing(tmp_path, monkeypatch):
 def test_a_reader_that_crashes_or_takes_for_ever_is_an_error(tmp_path, monkeypatch, read):
     path = tmp_path / "PETA.mat"
     write_peta(path)
-    assert len(tool.read_apart("peta", str(path))[0]) == IMAGES
     monkeypatch.setattr(tool, "SECONDS", 1)
     monkeypatch.setattr(tool, "read", read)
     with pytest.raises(ValueError, match="PETA.mat: is damaged, and the library that reads it crashes"):
@@ -404,22 +386,21 @@ def test_a_reader_that_crashes_or_takes_for_ever_is_an_error(tmp_path, monkeypat
 # --- all stages -------------------------------------------------------------------------------------------------------
 
 def test_all_stages_run_with_51_attributes_and_one_name_in_two_folders(tmp_path):
-    names = ["a/0002.png", "b/0002.png", "b/0002.jpg", "b/0003.png"]
-    write_csv(tmp_path / "people.csv", names, np.random.RandomState(0).randint(0, 2, (4, 51)), ["ub-%02d" % i for i in range(51)])
-    for i, name in enumerate(names):
-        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 50), (60 * i, 90, 25 * i)).save(str(tmp_path / "images" / name))
-    run("csv", tmp_path / "people.csv", "--images", tmp_path / "images", "--flatten", tmp_path / "flat", "--output", tmp_path / "lists")
-    _, labels, attributes = read_lists(tmp_path / "lists")
-    work, lists = tmp_path / "work", tmp_path / "lists"
-    work.mkdir()
-    write_model(work / "deepmar_bs1_nopad.onnx", attributes=51, size=(32, 32))
-    done = run_all("--work-dir", work, "--images", tmp_path / "flat", "--image-list", lists / "image.txt", "--label-file",
-                   lists / "label.json", "--attributes", lists / "attributes.txt", "--backend", "onnxruntime", "--stage", 4,
-                   "--size", "32 32")
+    names, attributes = ["a/im0.png", "a/im1.png", "b/im0.png", "b/im1.png"], ["ub-%02d" % i for i in range(51)]
+    labels = np.random.RandomState(0).randint(0, 2, (4, 51))
+    (tmp_path / "images").mkdir()
+    for folder in ("a", "b"):
+        write_images(tmp_path / "images" / folder, 2)
+    (tmp_path / "people.csv").write_text("".join("%s,%s\n" % (name, ",".join(map(str, row)))
+                                                 for name, row in zip(["image"] + names, [attributes] + labels.tolist())))
+    run("csv", tmp_path / "people.csv", "--images", tmp_path / "images", "--flatten", tmp_path / "flat", "--output", tmp_path)
+    (tmp_path / "work").mkdir()
+    write_model(tmp_path / "work" / "deepmar_bs1_nopad.onnx", attributes=51, size=(32, 32))
+    done = run_all("--work-dir", "work", "--images", "flat", "--image-list", "image.txt", "--label-file", "label.json", "--attributes",
+                   "attributes.txt", "--backend", "onnxruntime", "--stage", 4, "--size", "32 32", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    fusion = json.loads((work / "fusion_result.json").read_text())
+    fusion = json.loads((tmp_path / "work" / "fusion_result.json").read_text())
     assert fusion["images"] == len(names) and [row["name"] for row in fusion["attributes"]] == attributes
-    assert [row["positives"] for row in fusion["attributes"]] == np.sum(labels, axis=0).tolist()
-    page = (work / "report.html").read_text(encoding="utf-8")
+    assert [row["positives"] for row in fusion["attributes"]] == labels.sum(axis=0).tolist()
+    page = (tmp_path / "work" / "report.html").read_text(encoding="utf-8")
     assert all(">%s<" % name in page for name in attributes)

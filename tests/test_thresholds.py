@@ -92,7 +92,6 @@ def test_the_gain_is_honest():
         gains.append([mean_f1(thresholds.cross_validate(logits, true, tunable, {}), true) - at_0,
                       mean_f1(logits >= found, true) - at_0, mean_f1(new_logits >= found, new_true) - new_at_0])
     reported, optimistic, real = np.mean(gains, axis=0)
-    print("gain: reported %.4f, real %.4f, on the images it was found on %.4f" % (reported, real, optimistic))
     assert 0.15 < real - 0.02 < reported < real + 0.005 < real + 0.015 < optimistic
 
 

@@ -35,7 +35,7 @@ def test_recorded_tables_are_read(name):
 
 def test_other_texts_are_refused_as_tables():
     text = table("25.2.0_300i_duo")
-    without_chips, half_a_chip = (["\n".join(text.splitlines()[:count]) for count in (6, 7)])
+    without_chips, half_a_chip = ("\n".join(text.splitlines()[:count]) for count in (6, 7))
     for wrong in ("", "Illegal instruction", without_chips, half_a_chip, text[text.index("| NPU     Chip"):]):
         with pytest.raises(ValueError):
             doctor.read_table(wrong)

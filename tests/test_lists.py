@@ -168,8 +168,7 @@ def test_the_default_is_the_test_set_of_partition_0(tmp_path):
     done = script("tools/lists.py", "peta", "../PETA.mat", cwd=tmp_path / "here")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "15 images (partition 0, test) and 6 attributes" in done.stdout
-    names, labels = splits["test"][0]
-    assert read_lists(tmp_path / "here") == (names, labels.tolist(), attributes)
+    assert read_lists(tmp_path / "here") == (splits["test"][0][0], splits["test"][0][1].tolist(), attributes)
 
 
 @pytest.mark.parametrize("data_set, make, partitions", [

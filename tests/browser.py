@@ -2,9 +2,7 @@
 import json
 import os
 import select
-import shutil
 import subprocess
-import tempfile
 
 OPTIONS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
            "--disable-sync", "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe"]
@@ -12,16 +10,15 @@ PATIENCE = 60  # seconds within which the browser must answer
 
 
 class Browser(object):
-    """One chromium with one tab. Call open() with a page, then examine it."""
+    """One chromium with one tab, whose profile is in a folder. Call open() with a page, then examine it."""
 
-    def __init__(self):
-        self.folder = tempfile.mkdtemp()
+    def __init__(self, folder):
         read_there, self.write = os.pipe()
         self.read, write_there = os.pipe()
         # chromium reads commands from 3 and writes answers to 4, each ended by a NUL
         self.process = subprocess.Popen(
             ["bash", "-c", 'exec "$@" 3<&%d 4>&%d' % (read_there, write_there), "bash", os.environ.get("CHROMIUM", "chromium"),
-             "--user-data-dir=" + self.folder] + OPTIONS + ["about:blank"],
+             "--user-data-dir=%s" % folder] + OPTIONS + ["about:blank"],
             pass_fds=(read_there, write_there), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(read_there)
         os.close(write_there)
@@ -36,16 +33,13 @@ class Browser(object):
         self.process.wait()
         os.close(self.write)
         os.close(self.read)
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def receive(self):
-        """Returns the browser's next message. Raises RuntimeError if there is none."""
+        """Returns the browser's next message."""
         while b"\0" not in self.rest:
-            if not select.select([self.read], [], [], PATIENCE)[0]:
-                raise RuntimeError("chromium does not answer")
+            assert select.select([self.read], [], [], PATIENCE)[0], "chromium does not answer"
             data = os.read(self.read, 1 << 20)
-            if not data:
-                raise RuntimeError("chromium ended; does it start by hand?")
+            assert data, "chromium ended; does it start by hand?"
             self.rest += data
         message, _, self.rest = self.rest.partition(b"\0")
         return json.loads(message.decode())
@@ -60,8 +54,7 @@ class Browser(object):
         while True:
             answer = self.receive()
             if answer.get("id") == self.number:
-                if "error" in answer:
-                    raise RuntimeError("%s: %s" % (method, answer["error"]))
+                assert "error" not in answer, (method, answer)
                 return answer["result"]
             self.events.append(answer)
 

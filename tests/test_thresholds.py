@@ -92,7 +92,6 @@ def test_the_gain_is_honest():
         gains.append([mean_f1(thresholds.cross_validate(logits, true, tunable, {}), true) - at_0,
                       mean_f1(logits >= found, true) - at_0, mean_f1(new_logits >= found, new_true) - new_at_0])
     reported, optimistic, real = np.mean(gains, axis=0)
-    print("gain: reported %.4f, real %.4f, on the images it was found on %.4f" % (reported, real, optimistic))
     assert 0.15 < real - 0.02 < reported < real + 0.005 < real + 0.015 < optimistic
 
 
@@ -181,8 +180,8 @@ def test_images_that_thresholds_were_tuned_on_are_not_scored(tmp_path, tuned):
     score(tmp_path, *write_case(tmp_path / "same_names", logits, labels), *options[2:])
     # run_all.sh checks this before any work.
     (tmp_path / "image.txt").write_text("".join("%05d.png\n" % i for i in range(300)))
-    done = script("tools/run/inputs.py", "lists", "--image-list", "image.txt", "--label-file", val / "label.json", *options[2:], cwd=tmp_path)
-    check_error(done, message % (300, 300))
+    lists = ["lists", "--image-list", "image.txt", "--label-file", val / "label.json"]
+    check_error(script("tools/run/inputs.py", *lists, *options[2:], cwd=tmp_path), message % (300, 300))
 
 
 def test_predict_marks_attributes_by_the_thresholds(tmp_path):
@@ -244,7 +243,8 @@ def test_thresholds_of_other_attributes_and_bad_files_are_refused(tmp_path, tune
     assert names(good) == "ABCDEF"  # and here those of the results
     text = json.dumps(good)
     for change in (lambda c: c.pop("tuned_on"), lambda c: c["attributes"].pop(), lambda c: c["attributes"][0].update(threshold="1"),
-                   lambda c: c["attributes"][0].update(threshold=float("nan"))):
+                   lambda c: c["attributes"][0].update(threshold=float("nan")),
+                   lambda c: c["attributes"][0].update(threshold=10 ** 400)):
         content = json.loads(text)
         change(content)
         with pytest.raises(ValueError, match="thresholds.json: (is not what tools|holds the thresholds of other)"):
@@ -254,10 +254,6 @@ def test_thresholds_of_other_attributes_and_bad_files_are_refused(tmp_path, tune
 def test_too_few_images_and_wrong_arguments_are_errors(tmp_path):
     few = write_case(tmp_path / "few", *random_run(19))
     check_error(script(TOOL, *few, cwd=tmp_path), "label.json: has no attribute that at least 10 images have and as many do not have")
-    with pytest.raises(ValueError, match="absent.json: no such file"):
-        tune(tmp_path, few[0], tmp_path / "absent.json")
-    for wrong in (["--target-precision", "0"], ["--target-recall", "1.1"], ["--target-recall", "0.5", "--target-precision", "1"],
-                  ["--values", "both"]):
+    for wrong in (["--target-precision", "0"], ["--target-recall", "1.1"], ["--target-recall", "0.5", "--target-precision", "1"]):
         check_error(script(TOOL, *few, *wrong), code=2)
-    check_error(script(TOOL, few[0]), code=2)
     assert not (tmp_path / "thresholds.json").exists()

@@ -36,7 +36,7 @@ def test_the_files_of_a_sample_are_complete(tmp_path, monkeypatch, capsys):
     """Of a small network; the real one's are those of run_all.sh's tests."""
     monkeypatch.chdir(str(tmp_path))
     monkeypatch.setattr(DeepMAR, "BLOCKS", [1, 1, 1, 1])
-    monkeypatch.setattr(sample, "TRAIN", 6)
+    monkeypatch.setattr(sample, "MIN_DRAWINGS", 6)
     monkeypatch.setattr(sample, "STATISTICS", 2)
     sample.main(["sample", "--images=2"])
     assert capsys.readouterr().out.startswith("sample: 2 drawn pedestrians with labels, ")

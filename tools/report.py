@@ -25,12 +25,12 @@ import warnings
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.files import NUMBER, fits, read_json, whole_file
 from lib.images import check_image
-from lib.labels import assumed, attribute_names, read_labels, read_thresholds
+from lib.labels import assumed, attribute_names, read_thresholds
 from lib.metrics import MAX_DROP, METRICS, evaluate, label_acc_interval, metric_intervals
 from lib.models import description
 from lib.names import find_listed, read_list, stem
 from lib.rates import COLUMNS, figure, read_perf
-from lib.results import PROBABILITIES, as_logits, list_results, look_like_probabilities, probabilities, read_logits
+from lib.results import PROBABILITIES, look_like_probabilities, probabilities, read_scored
 from lib.script import command, importing, note, one_line, progress, some
 
 with importing():
@@ -274,21 +274,17 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def read_results(args):
-    """Returns (image names, stage 6's values float32, truth bool) of a run; both arrays are [images, attributes], in the list's order.
+def read_results(args, declared):
+    """Returns (image names, logits float32, truth bool) of a run; both arrays are [images, attributes], in the list's order.
 
-    Raises OSError, or ValueError if the list, results and labels are not of the same images.
+    declared: what the results hold, as stage 7 noted it. Raises OSError, or ValueError if the list, results and labels are not
+    of the same images.
     """
     names = read_list(args.list)
-    stems = [stem(name) for name in names]
-    rows, labels = read_labels(args.labels)
-    results = list_results(args.results)
-    for where, missing in ((", ".join(args.results), set(stems) - set(results)), (args.list, set(results) - set(stems)),
-                           (args.labels, set(stems) - set(rows))):
-        if missing:
-            raise ValueError("%s: has nothing for %d images of the run: %s; give the results, list and labels of "
-                             "one run" % (where, len(missing), some(sorted(missing))))
-    return names, read_logits([results[name] for name in stems], labels.shape[1]), labels[[rows[name] for name in stems]] == 1
+    images, logits, labels, _ = read_scored(args.results, args.labels, args.list, declared)
+    rows = {image: row for row, image in enumerate(images)}
+    order = [rows[stem(name)] for name in names]
+    return names, logits[order], labels[order] == 1
 
 
 def read_fusion(path):
@@ -351,10 +347,9 @@ def page_values(args, scores, doubt, speeds, comparison, pictures):
 
 def main(argv=None):
     args = parse(argv)
-    names, logits, true = read_results(args)
     fusion = read_fusion(args.fusion)
     declared = "probabilities" if fusion.get("values") == "probabilities" else "logits"
-    logits = as_logits(logits, ", ".join(args.results), declared)
+    names, logits, true = read_results(args, declared)
     doubt = PROBABILITIES if declared == "logits" and look_like_probabilities(logits) else None
     thresholds, scores = check_run(args, fusion, logits, true)
     speeds = read_perf_files(args.perf)

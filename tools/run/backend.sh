@@ -9,8 +9,7 @@ ais_bench_files() { "$python" "$here/tools/run/ais_bench_files.py" "$@"; }
 cores() { PYTHONPATH=$here "$python" -c 'from lib.machine import cores; print(cores())'; } # unlike nproc, this respects a CPU quota
 has_atc() { command -v atc >/dev/null; }
 has_om() { # returns whether there will be an OM for every batch size
-    local batch
-    runs 3 && has_atc && return
+    local batch && runs 3 && has_atc && return
     for batch in $batch_size; do [ -e "$work_dir/deepmar_bs$batch.om" ] || return; done
 }
 

@@ -37,7 +37,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "tools")]
 import get_info
 import postprocess_deepmar_pytorch as postprocess
 import preprocess_deepmar_pytorch as preprocess
-from lib.files import write_text
+from lib.files import read_lines, write_text
 from lib.machine import cores
 from lib.metrics import evaluate
 from lib.script import command, note
@@ -129,12 +129,9 @@ def guides_preprocess(arguments):
     """The guide's method in plain code: one process, float32, tofile."""
     images, folder, image_txt = arguments
     os.mkdir(folder)
-    with open(image_txt) as f:
-        names = f.read().split()
-    for name in names:
+    for name in read_lines(image_txt):
         image = Image.open(os.path.join(images, name)).convert("RGB").resize((224, 224), Image.BILINEAR)
-        array = np.array(image, dtype=np.float32).transpose(2, 0, 1)
-        array = array / 255
+        array = np.array(image, dtype=np.float32).transpose(2, 0, 1) / 255
         for channel, (mean, std) in enumerate(zip([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])):
             array[channel] -= mean
             array[channel] /= std
@@ -238,8 +235,7 @@ def make_sample(quick):
 
 
 def run_stages(work):
-    with open(os.path.join(work, "sample/accuracy.txt")) as f:
-        accuracy = f.read().strip()
+    accuracy = read_json(os.path.join(work, "sample/accuracy.txt"))
     for name, *arguments in (
             ("export_onnx.py", "sample/checkpoint.pth.tar", "deepmar_bs1.onnx", "1"),
             ("remove_pad.py", "deepmar_bs1.onnx", "deepmar_bs1_nopad.onnx"),

@@ -280,8 +280,7 @@ def load_model(path, last_conv_stride, state_dict, say):
 def guide(path, width=224, height=224):
     """The guide's arithmetic, written down plainly: float32 throughout."""
     image = Image.open(str(path)).convert("RGB").resize((width, height), Image.BILINEAR)
-    array = np.array(image, dtype=np.float32).transpose(2, 0, 1)
-    array = array / 255
+    array = np.array(image, dtype=np.float32).transpose(2, 0, 1) / 255
     for channel, (mean, std) in enumerate(zip([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])):
         array[channel] -= mean
         array[channel] /= std
@@ -300,10 +299,10 @@ def write_images(folder, number):
     return names
 
 
-def write_bins(folder, names, height=224, width=224):
-    """Runs stages 4 and 5 on folder/images; leaves folder/input_bin and folder/deepmar.info."""
+def write_bins(folder, names, height=224, width=224, *options):
+    """Runs stages 4 and 5 on folder/images; leaves folder/input_bin and folder/deepmar.info. options: those of stage 4."""
     (folder / "image.txt").write_text("\n".join(names))
-    for command in (["preprocess_deepmar_pytorch.py", "images", "input_bin", "image.txt", "--size", height, width],
+    for command in (["preprocess_deepmar_pytorch.py", "images", "input_bin", "image.txt", "--size", height, width] + list(options),
                     ["get_info.py", "input_bin", "deepmar.info", width, height]):
         done = script(*command, cwd=folder)
         assert done.returncode == 0, done.stderr
@@ -359,8 +358,7 @@ def independent(logits, labels):
         neg = [scores[i] < 0 for scores, row in zip(logits, labels) if row[i] == 0]
         per_attribute.append((sum(pos) / len(pos) if pos else None, sum(neg) / len(neg) if neg else None))
     means = [(p + n) / 2 for p, n in per_attribute if p is not None and n is not None]
-    return ([acc, precision, recall, 2 * precision * recall / (precision + recall)], per_attribute,
-            sum(means) / len(means))
+    return [acc, precision, recall, 2 * precision * recall / (precision + recall)], per_attribute, sum(means) / len(means)
 
 
 def random_case(images=300, attributes=35, seed=0):

@@ -1,13 +1,16 @@
 """tools/gallery.py: the pipeline's logits, every kind of input, and each image once, whatever is killed on a real cluster."""
+import fcntl
 import io
 import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
+import termios
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -114,16 +117,12 @@ def compute(model, output, *arguments, **more):
 @pytest.mark.parametrize("batch_size, size, uint8", [(1, (224, 224), False), (8, (128, 64), False), (8, (224, 224), True)])
 def test_logits_are_the_pipelines_to_the_bit(tmp_path, batch_size, size, uint8):
     names = write_images(tmp_path / "images", 19)
-    model = write_model(tmp_path / "m.onnx", batch_size, size=size)
+    model, options = write_model(tmp_path / "m.onnx", batch_size, size=size), []
     if uint8:
         done = script("tools/rehearse.py", "aipp", model, tmp_path / "aipp.onnx")
         assert done.returncode == 0, done.stderr
-        model = tmp_path / "aipp.onnx"
-        (tmp_path / "image.txt").write_text("\n".join(names))
-        script("preprocess_deepmar_pytorch.py", "images", "input_bin", "image.txt", "--uint8", cwd=tmp_path)
-        script("get_info.py", "input_bin", "deepmar.info", *size, cwd=tmp_path)
-    else:
-        write_bins(tmp_path, names, *size)
+        model, options = tmp_path / "aipp.onnx", ["--uint8"]
+    write_bins(tmp_path, names, *size, *options)
     result = run_stage_6(tmp_path, model, batch_size, 0, *size)
     (tmp_path / "out").mkdir()
     assert compute(model, tmp_path / "out", tmp_path / "image.txt", "--root", tmp_path / "images", "--shard-size", 10, calls=2) == [
@@ -320,6 +319,7 @@ def test_bar_moves_before_a_part_is_there(cluster, folder, many, tmp_path):
     names = many * 100  # one part, which would take minutes
     (tmp_path / "list.txt").write_text("\n".join(names))
     terminal, other = os.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     process = start(folder, tmp_path / "list.txt", "--root", "many", "--shard-size", len(names), "--output", tmp_path / "out",
                     "--address", cluster.address, stderr=other)
     os.close(other)
@@ -395,9 +395,7 @@ def test_missing_ray_is_named(folder, tmp_path):
     (tmp_path / "ray.py").write_text("raise ImportError('No module named ray')")
     done = run(folder, "images", "--output", tmp_path / "out", PYTHONPATH=str(tmp_path))
     check_error(done, "No module named ray; run: ", "-m pip install -r ", "tools/requirements-gallery.txt")
-    requirements = done.stderr.split(" -r ")[1].strip()
-    with open(requirements) as f:
-        assert "ray" in f.read()
+    assert os.path.exists(done.stderr.split(" -r ")[1].strip())
 
 
 # --- on an S3 server -------------------------------------------------------------------------------------------------------------
@@ -545,8 +543,7 @@ def wait_for(output, parts, process):
 def finish(process, output, names, lost, again):
     """Waits for the end. Every image must be there once, with its values. lost, again: the expected lost workers and repeated shards."""
     text, errors = process.communicate()
-    assert process.returncode == 0 and "Traceback" not in errors, (text, errors)
-    assert [line for line in errors.split("\n") if line and not line.startswith("note: ")] == []
+    assert process.returncode == 0 and all(line.startswith("note: ") for line in errors.splitlines()), (text, errors)
     found = check_once(output, names)
     for number, name in enumerate(sorted(names)):  # each tenth is the same picture
         assert found[name][0] is None and found[name][1].tobytes() == found["%04d.png" % (number % 10)][1].tobytes()

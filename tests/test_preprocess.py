@@ -5,7 +5,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 import zlib
 
 import numpy as np
@@ -63,8 +62,6 @@ def test_bins_of_another_size_equal_the_guides(images):
     assert process.returncode == 0 and "47 bins of float32 [3,256,128]" in process.stdout, process.stderr
     for name in ("00001.png", "photo.jpg"):
         assert (images / "input_bin" / (name[:-3] + "bin")).read_bytes() == guide(images / "images" / name, 128, 256).tobytes()
-    process = script("get_info.py", "input_bin", "deepmar.info", 128, 256, cwd=images)
-    assert process.returncode == 0 and "0 input_bin/00000.bin 128 256\n" in (images / "deepmar.info").read_text()
 
 
 def test_the_exif_orientation_is_ignored_and_counted(images):
@@ -92,19 +89,14 @@ def test_arguments_are_given_in_order_or_by_name_and_not_mixed(images):
 
 
 def test_a_second_run_leaves_nothing_stale(images):
+    """Its list has a byte order mark, CRLF, blank lines and no last newline."""
     assert script(NAME, "images", "input_bin", "image.txt", cwd=images).returncode == 0
-    (images / "few.txt").write_text("00003.png\n")
+    (images / "few.txt").write_bytes(b"\xef\xbb\xbf00003.png\r\n\r\n  \nsub/alpha.png  ")
     (images / "input_bin.partial").mkdir()
     (images / "input_bin.partial" / "junk.bin").write_text("left by a run that was killed")
     assert script(NAME, "images", "input_bin", "few.txt", cwd=images).returncode == 0
-    assert os.listdir(str(images / "input_bin")) == ["00003.bin"]
+    assert sorted(os.listdir(str(images / "input_bin"))) == ["00003.bin", "alpha.bin"]
     assert sorted(os.listdir(str(images))) == ["few.txt", "image.txt", "images", "input_bin"]
-
-
-def test_a_list_may_have_blank_lines_and_crlf(tmp_path):
-    path = tmp_path / "image.txt"
-    path.write_bytes(b"\xef\xbb\xbfa.png\r\n\r\n  \nb.c.png  \nsub/d e.png")
-    assert read_list(str(path)) == ["a.png", "b.c.png", "sub/d e.png"]
 
 
 @pytest.mark.parametrize("content, text", [
@@ -185,10 +177,9 @@ def test_hostile_images_are_named_and_the_others_counted(tmp_path, monkeypatch):
 
 
 def test_a_folder_with_other_files_is_not_replaced(images):
-    check_error(script(NAME, "images", ".", "image.txt", cwd=images), "only .bin files")
     (images / "full").mkdir()
     (images / "full" / "thesis.doc").write_text("mine")
-    check_error(script(NAME, "images", "full", "image.txt", cwd=images), "thesis.doc")
+    check_error(script(NAME, "images", "full", "image.txt", cwd=images), "thesis.doc", "only .bin files")
     assert (images / "full" / "thesis.doc").read_text() == "mine"
 
 
@@ -201,9 +192,8 @@ def test_a_killed_worker_is_an_error_and_keeps_the_earlier_bins(images):
     (images / "long.txt").write_text("".join("n%d.png\n" % i for i in range(2000)))
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, NAME), "images", "input_bin", "long.txt"],
                                cwd=str(images), stderr=subprocess.PIPE, universal_newlines=True)
-    deadline = time.time() + 30
-    while not (images / "input_bin.partial").exists() or not os.listdir(str(images / "input_bin.partial")):
-        assert time.time() < deadline and process.poll() is None
+    while not list(images.glob("input_bin.partial/*")):
+        assert process.poll() is None
     workers = pathlib.Path("/proc/{0}/task/{0}/children".format(process.pid)).read_text().split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     process.stdout, process.stderr = process.communicate(timeout=30)
@@ -218,7 +208,6 @@ def test_it_imports_only_numpy_and_pillow(tmp_path, monkeypatch):
         (tmp_path / (name + ".py")).write_text("raise ImportError('imported %s')" % name)
     Image.new("RGB", (5, 9)).save(str(tmp_path / "a.png"))
     (tmp_path / "image.txt").write_text("a.png")
-    for arguments in (["--help"], [".", "out", "image.txt"]):
-        process = started(NAME, *arguments, cwd=tmp_path)
-        assert process.returncode == 0 and process.stderr == "", process.stderr
+    process = started(NAME, ".", "out", "image.txt", cwd=tmp_path)
+    assert process.returncode == 0 and process.stderr == "", process.stderr
     assert os.listdir(str(tmp_path / "out")) == ["a.bin"]

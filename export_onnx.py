@@ -22,7 +22,6 @@ import io
 import json
 import os
 import re
-import secrets
 import signal
 import sys
 import warnings
@@ -119,7 +118,7 @@ def whole_file(path):
         with contextlib.suppress(OSError), open(left, "r+b") as file:  # NFS cannot lock a file that is open only for reading
             if lock(file):
                 os.remove(left)
-    temporary = "%s.%s.partial" % (path, secrets.token_hex(4))
+    temporary = "%s.%s.partial" % (path, os.urandom(4).hex())
     try:
         with open(temporary, "x+b") as file:
             lock(file)

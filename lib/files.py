@@ -5,7 +5,6 @@ import fcntl
 import glob
 import json
 import os
-import secrets
 import shutil
 
 from lib.script import note
@@ -25,7 +24,7 @@ def whole_file(path):
         with contextlib.suppress(OSError), open(left, "r+b") as file:  # NFS cannot lock a file that is open only for reading
             if lock(file):
                 os.remove(left)
-    temporary = "%s.%s.partial" % (path, secrets.token_hex(4))
+    temporary = "%s.%s.partial" % (path, os.urandom(4).hex())
     try:
         with open(temporary, "x+b") as file:
             lock(file)

@@ -25,11 +25,9 @@ import os
 import shlex
 import sys
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))))
 from lib.files import write_text
-from lib.machine import cores
 from lib.names import find_listed, read_list, stem
 from lib.script import command, some
 
@@ -76,6 +74,8 @@ def identities(paths):
     states = [[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in stats]
     unknown = [i for i, (key, state) in enumerate(zip(keys, states)) if seen.get(key, [])[:4] != state]
     if unknown:
+        from concurrent.futures import ThreadPoolExecutor  # most calls find nothing new to read, and run_all.sh makes many of them
+        from lib.machine import cores
         with ThreadPoolExecutor(cores()) as readers:
             for i, value in zip(unknown, readers.map(checksum, [paths[i] for i in unknown])):
                 seen[keys[i]] = states[i] + [value]

@@ -5,21 +5,18 @@ The harmful parts replace the 'scores' entry of an otherwise valid checkpoint. I
 import argparse
 import copyreg
 import datetime
-import functools
 import json
 import multiprocessing
 import os
 import pathlib
 import pickle
 import resource
-import signal
 import struct
 import sys
 import tarfile
 import time
 import zipfile
-from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from unittest import mock
+from collections import Counter, OrderedDict, defaultdict, deque
 
 import numpy as np
 import pytest
@@ -55,6 +52,10 @@ def same(state, expected=STATE):
     return set(state) == set(expected) and all(torch.equal(state[key], expected[key]) for key in expected)
 
 
+def prefixed(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
 def refusal(path, *arguments):
     """Returns the error of a file that is refused. It must be one line that begins with the file's name."""
     with pytest.raises(ValueError) as error:
@@ -75,41 +76,27 @@ def succeeds(function):
 # --- the network ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Networks begin without random weights, which take time, where others replace them or nobody looks at them."""
-    for function in ("kaiming_normal_", "kaiming_uniform_"):
-        monkeypatch.setattr(torch.nn.init, function, lambda tensor, *_, **__: tensor)
-
-
-@pytest.fixture(scope="module")
-def small_state():
-    with mock.patch.object(DeepMAR, "BLOCKS", [1, 1, 1, 1]):
-        return DeepMAR_ResNet50(num_att=26).state_dict()
-
-
-@pytest.fixture
-def small(monkeypatch, small_state, quick):
+def small(monkeypatch):
     """The state dict of a small network, which load_model then takes for a DeepMAR."""
     monkeypatch.setattr(DeepMAR, "BLOCKS", [1, 1, 1, 1])
-    return small_state
+    return DeepMAR_ResNet50(num_att=26).state_dict()
 
 
-def images(height, width):
-    return torch.from_numpy(np.random.RandomState(0).standard_normal((1, 3, height, width)).astype(np.float32))
+def backbone(network):
+    """Returns the state dict of torchvision's network with the keys of the open-source repository's resnet.py."""
+    return prefixed("base.", {key: value for key, value in network.state_dict().items() if not key.startswith("fc.")})
 
 
-def test_keys_are_those_of_the_open_source_model(quick):
-    """torchvision's names below base., without fc; the open-source repository's resnet.py has the same."""
-    state = DeepMAR_ResNet50().state_dict()
-    backbone = {"base." + key for key in torchvision.models.resnet50().state_dict() if not key.startswith("fc.")}
-    assert set(state) == backbone | {"classifier.weight", "classifier.bias"}
-    assert state["classifier.weight"].shape == (35, 2048) and "base.layer4.2.bn3.running_var" in state
+def test_keys_and_pretrained_weights_are_those_of_torchvision(monkeypatch):
+    imagenet = torchvision.models.resnet50()
+    monkeypatch.setattr(torchvision.models, "resnet50", lambda **arguments: imagenet)
+    state = DeepMAR_ResNet50(pretrained=True).state_dict()
+    assert state.pop("classifier.weight").shape == (35, 2048) and state.pop("classifier.bias").shape == (35,)
+    assert same(state, backbone(imagenet)) and "base.layer4.2.bn3.running_var" in state
 
 
-def test_training_changes_all_parameters_and_dropout_acts_only_then(monkeypatch):
+def test_training_changes_all_parameters_and_dropout_acts_only_then(small):
     """In a child process, because a backward pass of torch 1.6 was seen to damage the heap."""
-    monkeypatch.setattr(DeepMAR, "BLOCKS", [1, 1, 1, 1])
-
     def train():
         torch.manual_seed(1)
         model = DeepMAR_ResNet50(num_att=4, last_conv_stride=1, drop_pool5=True, drop_pool5_rate=0.5, pretrained=False)
@@ -120,77 +107,53 @@ def test_training_changes_all_parameters_and_dropout_acts_only_then(monkeypatch)
         torch.optim.SGD(model.parameters(), lr=1e-5).step()
         assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
         assert not torch.equal(model(batch), model(batch))
-        model.drop_pool5 = False
-        assert torch.equal(model(batch), model(batch))
-        model.drop_pool5 = True
         assert torch.equal(model.eval()(batch), model(batch))
+        model.drop_pool5 = False
+        assert torch.equal(model.train()(batch), model(batch))
     assert succeeds(train)
 
 
-def test_pretrained_weights_are_those_of_torchvision(small, monkeypatch):
-    imagenet = ResNet(Bottleneck, [1, 1, 1, 1])
-    torch.nn.init.ones_(imagenet.conv1.weight)
-    monkeypatch.setattr(torchvision.models, "resnet50", lambda **arguments: imagenet)
-    assert same(DeepMAR_ResNet50(pretrained=True).base.conv1.state_dict(), imagenet.conv1.state_dict())
-
-
-def test_extract_feature_restores_the_mode(small):
-    model = DeepMAR_ResNet50().train()
-    result = DeepMAR_ResNet50_ExtractFeature(model=model)(images(64, 64))
-    assert model.training and isinstance(result, np.ndarray) and result.shape == (1, 35)
-    with pytest.raises(ValueError, match="^imgs must be a torch.Tensor, not ndarray$"):
-        DeepMAR_ResNet50_ExtractFeature(model)(images(64, 64).numpy())
-
-
-def test_every_form_gives_the_same_network(tmp_path, small):
-    for form, zipped in (
-            ({"epoch": 3, "arch": "DeepMAR", "state_dict": {"module." + key: value for key, value in small.items()}}, True),  # Ascend's
-            ({"state_dicts": [small, OPTIMIZER], "ep": 150, "scores": 0}, False),  # the open-source repository's
-            ({key: value for key, value in small.items() if not key.endswith("num_batches_tracked")}, False)):  # torch < 0.4.1
-        model = load_model(saved(tmp_path / "c.pth", form, zipped))
+def test_every_form_fits_each_stride_and_image_size_and_the_extractor_restores_the_mode(tmp_path, small):
+    uncounted = {key: value for key, value in small.items() if not key.endswith("num_batches_tracked")}
+    for form, zipped, stride, size in (
+            ({"epoch": 3, "arch": "DeepMAR", "state_dict": prefixed("module.", small)}, True, 1, (100, 60)),  # Ascend's
+            ({"state_dicts": [small, OPTIMIZER], "ep": 150, "scores": 0}, False, 2, (100, 60)),  # the open-source repository's
+            (uncounted, False, 2, (7, 5))):  # of torch < 0.4.1
+        model = load_model(saved(tmp_path / "c.pth", form, zipped), last_conv_stride=stride)
         assert not model.training and model.num_att == 26 and same(model.state_dict(), small)
+        batch = torch.rand(1, 3, *size)
+        with torch.no_grad():
+            features = model.base(batch)
+            assert features.shape[2:] == tuple(-(-side // (16 * stride)) for side in size)
+            pooled = torch.nn.functional.linear(features.mean((2, 3)), model.classifier.weight, model.classifier.bias)
+        logits = DeepMAR_ResNet50_ExtractFeature(model=model.train())(batch)
+        assert isinstance(logits, np.ndarray) and np.allclose(logits, pooled.numpy(), rtol=1e-4, atol=1e-5) and model.training
+    with pytest.raises(ValueError, match="^imgs must be a torch.Tensor, not ndarray$"):
+        DeepMAR_ResNet50_ExtractFeature(model)(logits)
 
 
 def test_what_does_not_fit_is_named(tmp_path, small):
-    def message(changed):
+    conv = "base.conv1.weight"
+    classifier = {key: small[key] for key in STATE}
+    for changed, message in (
+            ({key: value for key, value in small.items() if key != conv}, "missing: " + conv),
+            (dict(small, **{"base.extra": torch.zeros(1)}), "unexpected: base.extra"),
+            (dict(small, **{conv: torch.zeros(64, 3, 3, 3)}), "wrong shapes: %s [64, 3, 3, 3] instead of [64, 3, 7, 7]" % conv),
+            (dict(small, **{conv: small[conv].to(torch.int8)}), "whole numbers instead of weights, as in a quantised model: " + conv),
+            (dict(backbone(ResNet(Bottleneck, [1, 1, 2, 1])), **classifier),
+             "another backbone ([1, 1, 2, 1] residual blocks; ResNet-50 has [1, 1, 1, 1]"),
+            (dict(backbone(ResNet(BasicBlock, [1, 1, 1, 1])), **classifier),
+             "another backbone ([1, 1, 1, 1] residual blocks of two convolutions; ResNet-50"),
+            ({"fc.weight": torch.zeros(2, 2)}, "none instead of classifier.weight [num_att,2048]; its keys are fc.weight")):
         with pytest.raises(ValueError, match="^not a DeepMAR ResNet-50 checkpoint: ") as error:
             build_model(changed)
-        return str(error.value)
-
-    less = {key: value for key, value in small.items() if key != "base.layer3.0.conv1.weight"}
-    assert "missing: base.layer3.0.conv1.weight" in message(less)
-    assert "unexpected: base.extra" in message(dict(small, **{"base.extra": torch.zeros(1)}))
-    assert "wrong shapes: base.conv1.weight [64, 3, 3, 3] instead of [64, 3, 7, 7]" in message(
-        dict(small, **{"base.conv1.weight": torch.zeros(64, 3, 3, 3)}))
-    for network, blocks in ((ResNet(Bottleneck, [1, 1, 2, 1]), "[1, 1, 2, 1] residual blocks; ResNet-50 has [1, 1, 1, 1]"),
-                            (ResNet(BasicBlock, [1, 1, 1, 1]), "[1, 1, 1, 1] residual blocks of two convolutions; ResNet-50")):
-        other = {"base." + key: value for key, value in network.state_dict().items() if not key.startswith("fc.")}
-        other.update((key, small[key]) for key in ("classifier.weight", "classifier.bias"))
-        assert "another backbone (%s" % blocks in message(other)
-    quantised = dict(small, **{"base.conv1.weight": small["base.conv1.weight"].to(torch.int8)})
-    assert "whole numbers instead of weights, as in a quantised model: base.conv1.weight" in message(quantised)
-    assert "none instead of classifier.weight [num_att,2048]; its keys are fc.weight" in message({"fc.weight": torch.zeros(2, 2)})
-    many = torch.zeros(1).expand(10 ** 9, 1)  # a network with so many attributes would not fit into the memory
-    assert "[1000000000, 1] instead of classifier.weight [num_att,2048]" in message({"classifier.weight": many})
-    with pytest.raises(ValueError, match="c.pth: not a DeepMAR ResNet-50 checkpoint: "):
+        assert message in str(error.value)
+    with pytest.raises(ValueError, match=r"c.pth: not a DeepMAR ResNet-50 checkpoint: \[2, 3\] instead of classifier.weight"):
         load_model(saved(tmp_path / "c.pth", STATE))
-
-
-def test_a_checkpoint_fits_each_stride_and_image_size(tmp_path, small):
-    path = saved(tmp_path / "c.pth", small)
-    models = {stride: load_model(path, last_conv_stride=stride) for stride in (1, 2)}
-    for stride, size in ((1, (100, 60)), (2, (100, 60)), (2, (96, 64)), (2, (7, 5))):
-        model = models[stride]
-        with torch.no_grad():
-            features = model.base(images(*size))
-            assert features.shape[2:] == tuple(-(-side // (16 * stride)) for side in size)
-            pooled = torch.nn.functional.linear(features.mean((2, 3)), model.classifier.weight, model.classifier.bias)
-        assert np.allclose(DeepMAR_ResNet50_ExtractFeature(model)(images(*size)), pooled.numpy(), rtol=1e-4, atol=1e-5)
 
 
 # --- files made to do harm ------------------------------------------------------------------------------------------
 
-MAGIC = pickle.dumps(DeepMAR.MAGIC, 2)
 MARK = "MARK-MARK"
 MARKED = pickle.dumps(MARK, 2)[2:-3]  # without PROTO, BINPUT 0 and STOP
 EXTENSION = 0x70  # the number of posix.system in copyreg's table, while a test runs
@@ -214,10 +177,9 @@ def call(module, function, *arguments):
 
 def payloads(canary):
     """Returns {what it uses: opcodes}. pickle.loads would create the file canary; of the last two, torch.load might."""
-    shell, python = "echo > " + canary, "open(%r, 'w').close()" % canary
+    shell = "echo > " + canary
     return {
         "REDUCE": call("os", "system", shell),
-        "Python 2's name": call("__builtin__", "eval", python),
         "dotted name": call("shutil", "os.system", shell),
         "getattr": call("builtins", "getattr", call("importlib", "import_module", "os"), "system") + b"(" + text(shell) + b"tR",
         "INST": b"(" + text(shell) + b"iposix\nsystem\n",
@@ -263,12 +225,12 @@ def with_payload(path, zipped, payload, names=("scores", "state_dict")):
     return replaced(path, zipped, {names[0]: MARK, names[1]: STATE}, {MARKED: payload})
 
 
-def repacked(source, path, compression=zipfile.ZIP_STORED, root="archive/", folders=(), **members):
+def repacked(source, path, root="archive/", folders=(), **members):
     """Packs a file of torch.save again, as zip -0 -r does. members: changes of their content, by name."""
     content = dict.fromkeys(folders, b"")
     with zipfile.ZipFile(source) as archive:
         content.update((member.split("/", 1)[1], archive.read(member)) for member in archive.namelist())
-    with zipfile.ZipFile(str(path), "w", compression) as changed:
+    with zipfile.ZipFile(str(path), "w") as changed:
         for member, data in dict(content, **members).items():
             changed.writestr(root + member, data)
     return str(path)
@@ -276,19 +238,14 @@ def repacked(source, path, compression=zipfile.ZIP_STORED, root="archive/", fold
 
 @pytest.fixture
 def guarded(tmp_path, monkeypatch):
-    """A folder. Afterwards, no payload may have run in it, and the reader may have imported nothing.
-
-    Only the subclass may use Python's unpickler: its functions that import and call are replaced.
-    """
+    """A folder. Afterwards, no payload may have run in it. The reader may have imported nothing, and used only its own unpickler."""
     load_checkpoint(with_payload(tmp_path / "bad.pth", True, b"N"))  # imports what zip files need
     calls = []
-    for module, function in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load"), (torch.jit, "load"),
-                             (pickle._Unpickler, "find_class"), (pickle._Unpickler, "get_extension"),
-                             (pickle._Unpickler, "load_build"), (pickle._Unpickler, "load_newobj"),
-                             (pickle._Unpickler, "load_reduce")):
-        monkeypatch.setattr(module, function, lambda *_: calls.append(1))
+    for module, functions in ((pickle, "load loads Unpickler"), (torch, "load"), (torch.jit, "load"),
+                              (pickle._Unpickler, "find_class get_extension load_build load_newobj load_reduce")):
+        for function in functions.split():
+            monkeypatch.setattr(module, function, lambda *_: calls.append(1))
     monkeypatch.setitem(copyreg._inverted_registry, EXTENSION, ("posix", "system"))
-    monkeypatch.setitem(copyreg._extension_cache, EXTENSION, os.system)
     modules = set(sys.modules)
     yield tmp_path
     assert not calls and set(sys.modules) == modules and os.listdir(str(tmp_path)) == ["bad.pth"]
@@ -298,14 +255,10 @@ def test_the_payloads_are_live(tmp_path, monkeypatch):
     """pickle.loads, as torch.load uses it, does create the file."""
     monkeypatch.setitem(copyreg._inverted_registry, EXTENSION, ("posix", "system"))
     canary = tmp_path / "canary"
-    for payload, opcodes in payloads(str(canary)).items():
-        if payload not in ("persistent id", "rebuild"):
-            try:
-                pickle.loads(b"\x80\x02" + opcodes + b".")
-            except TypeError:
-                assert payload == "NEWOBJ_EX"  # Popen without arguments
-            assert canary.exists(), payload
-            canary.unlink()
+    for payload, opcodes in list(payloads(str(canary)).items())[:-2]:
+        pickle.loads(b"\x80\x02" + opcodes + b".")
+        assert canary.exists(), payload
+        canary.unlink()
 
 
 @both_formats
@@ -313,47 +266,23 @@ def test_the_payloads_are_live(tmp_path, monkeypatch):
 def test_no_code_of_a_file_runs(guarded, zipped, place):
     path = guarded / "bad.pth"
     for payload, opcodes in payloads(str(guarded / "canary")).items():
-        with_payload(path, zipped, PLACES[place](opcodes))
+        opcodes = PLACES[place](opcodes)
+        with_payload(path, zipped, opcodes)
         if payload == "extension":
             assert "(UnpicklingError: it has an extension of copyreg, which nothing needs)" in refusal(path)
         elif place == "called":
             assert "(UnpicklingError: it calls a value that is no function)" in refusal(path)
         else:
             assert same(load_checkpoint(path)), payload
-
-
-@both_formats
-def test_no_code_runs_inside_the_state_dict_and_the_error_names_the_key(guarded, zipped):
-    """The payload is the weight and the bias, or stands where a tensor's parts do."""
-    path = guarded / "bad.pth"
-
-    def arguments(function):
-        return lambda p: name("torch._utils", function) + b"(" + p + p + b"(" + p + b"t" + p + b"tR"
-    inside = [PLACES["value"], PLACES["tensor"], arguments("_rebuild_parameter_with_state"), arguments("_rebuild_from_type_v2")]
-    for payload, opcodes in payloads(str(guarded / "canary")).items():
-        for wrapped in inside:
-            entries = [text(key) + wrapped(opcodes) for key in STATE]
-            # It replaces the scores, which come before the good state dict. The scores are named state_dict now.
-            with_payload(path, zipped, b"}(" + b"".join(entries) + b"u", ("state_dict", "scores"))
+        if place in ("value", "state", "tensor"):  # now it is a weight, and the good state dict is named scores
+            with_payload(path, zipped, b"}" + text("classifier.weight") + opcodes + b"s", ("state_dict", "scores"))
             assert (": classifier.weight is " in refusal(path)) == (payload != "extension"), payload
-
-
-def test_no_code_runs_in_any_of_the_five_pickles(guarded):
-    """The earlier format has pickles of a magic number, a version, the system, the content and the storages' names."""
-    for opcodes in payloads(str(guarded / "canary")).values():
-        for place in range(5):
-            pickles_ = [MAGIC] + [pickle.dumps(value, 2) for value in (1001, {"little_endian": True}, {}, [])]
-            pickles_[place] = b"\x80\x02" + opcodes + b"."
-            (guarded / "bad.pth").write_bytes(b"".join(pickles_))
-            refusal(guarded / "bad.pth")
 
 
 LEVELS = 10 ** 4
 BOMBS = {
     "nested calls": b"ca\nb\n" * LEVELS + b"N" + b"\x85R" * LEVELS, "a list full of itself": b"]q\x01(" + b"h\x01" * 1000 + b"e",
-    "a key of nested tuples": b"})" + b"\x85" * 15 * LEVELS + b"K\x01s", "marks": b"(" * 200 * LEVELS + b"N",
-    "keys of 2 ** 100 tuples": b"})" + b"2\x86" * 100 + b"q\x01K\x01s\x8f(h\x01\x90(h\x01\x91(h\x01Nd",
-    "a number of a million digits": b"\x95" + struct.pack("<Q", 10 ** 6 + 2) + b"I" + b"9" * 10 ** 6 + b"\n",
+    "marks": b"(" * 200 * LEVELS + b"N", "keys of 2 ** 100 tuples": b"})" + b"2\x86" * 100 + b"q\x01K\x01s\x8f(h\x01\x90(h\x01\x91(h\x01Nd",
     "state dicts below a long key": b"}" + text("x" * 10 ** 6) + b"](" + (b"}" + text("classifier.weight") + b"ca\nb\ns") * 1000 + b"es",
     "bytearray of 2 ** 40": b"\x96" + struct.pack("<q", 2 ** 40),
 }
@@ -375,16 +304,15 @@ def test_a_bomb_takes_neither_time_nor_memory(tmp_path):
     assert succeeds(load_all)
 
 
-def test_a_line_is_limited():
+def test_a_line_is_limited_and_each_python_reads_protocol_5():
     """Before 3.7.14, Python takes hours for a number of a million digits."""
+    def load(opcodes):
+        return pickles.Unpickler(pickles.Pickle(opcodes)).load()
     for frame in (b"", b"\x95" + struct.pack("<Q", 10 ** 4 + 2)):
-        assert pickles.Unpickler(pickles.Pickle(frame + b"V" + b"x" * 1000 + b"\n.")).load() == "x" * 1000
+        assert load(frame + b"V" + b"x" * 1000 + b"\n.") == "x" * 1000
         with pytest.raises(KeyError):  # the rest of the line is no opcode
-            pickles.Unpickler(pickles.Pickle(frame + b"V" + b"x" * 10 ** 4 + b"\n.")).load()
-
-
-def test_protocol_5_is_read_by_each_python():
-    assert pickles.Unpickler(pickles.Pickle(b"\x80\x05\x96" + struct.pack("<q", 3) + b"abc.")).load() == b"abc"
+            load(frame + b"V" + b"x" * 10 ** 4 + b"\n.")
+    assert load(b"\x80\x05\x96" + struct.pack("<q", 3) + b"abc.") == b"abc"
 
 
 def test_the_two_copies_of_the_reader_are_one():
@@ -395,7 +323,18 @@ def test_the_two_copies_of_the_reader_are_one():
     assert all(hasattr(DeepMAR, name_) for name_ in vars(pickles) if name_[0] != "_")  # the same imports
 
 
-# --- Python 2.7 ----------------------------------------------------------------------------------------------------
+# --- the earlier format, also of Python 2.7 -----------------------------------------------------------------------------
+
+def earlier(path, content, storages, little_endian=True):
+    """Writes the format before the zip format. storages: {opcodes of the name: the number of values and the values}."""
+    header = b"".join(pickle.dumps(value, 2) for value in (DeepMAR.MAGIC, 1001, {"little_endian": little_endian}))
+    path.write_bytes(header + b"\x80\x02" + content + b".\x80\x02](" + b"".join(storages) + b"e." + b"".join(storages.values()))
+    return path
+
+
+def counted(values, kind="<f4"):
+    return struct.pack("<q", len(values)) + np.array(values, kind).tobytes()
+
 
 def string(value):
     return b"U" + bytes([len(value)]) + value.encode()
@@ -412,86 +351,60 @@ def python2_tensor(key, kind, count, size, stride, part=b"N"):
             + b"".join(b"K%c" % n for n in stride) + b"t\x89" + ordered() + b"tR")
 
 
-def python2_file(path, content, storages):
-    """Writes what Python 2.7's cPickle and torch 1.4 wrote, in the opcodes of a real file. storages: {name: values}."""
-    path.write_bytes(b"".join([
-        MAGIC, b"\x80\x02M\xe9\x03.\x80\x02}q\x01(U\x10protocol_versionq\x02M\xe9\x03U\ntype_sizesq\x03}q\x04(U\x03intq\x05K\x04"
-        b"U\x05shortq\x06K\x02U\x04longq\x07K\x04uU\rlittle_endianq\x08\x88u.\x80\x02", content, b".\x80\x02]q\x01("]
-        + [string(key) for key in storages] + [b"e."]
-        + [struct.pack("<q", values.size) + values.tobytes() for values in storages.values()]))
-    return path
-
-
 def test_files_of_python_2_are_read(tmp_path):
+    """With the opcodes of a real file of Python 2.7 and torch 1.4."""
     tensors = [python2_tensor("93840475000000", "FloatStorage", 6, (2, 3), (3, 1)), python2_tensor("1", "FloatStorage", 2, (2,), (1,)),
                python2_tensor("2", "LongStorage", 1, (), ())]
     model = ordered(*zip(map(string, ("classifier.weight", "classifier.bias", "count")), tensors)) + (
         b"}" + string("_metadata") + ordered((string(""), b"}" + string("version") + b"K\x01s")) + b"sb")
-    optimizer = (b"}(" + string("state") + b"}I139640614320640\n}" + string("momentum_buffer") + tensors[0] + b"ss" + string("param_groups")
-                 + b"]}(" + string("nesterov") + b"\x89" + string("params") + b"](I139640614320640\nI139640605219328\neuau")
+    optimizer = b"}" + string("state") + b"}I139640614320640\n}" + string("momentum_buffer") + tensors[0] + b"sss"
     # A numpy scalar's bytes are text in Python 2, and not UTF-8.
     scalar = (b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(U\x02f8K\x00K\x01tR(K\x03U\x01<NNN"
               b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tbU\x08\x9a\x99\x99\x99\x99\x99\xe9?tR")
-    for scores in (b"K\x00", scalar, b"](" + scalar + scalar + b"e"):
-        path = python2_file(tmp_path / "c.pth", b"}(" + string("state_dicts") + b"](" + model + optimizer + b"e" + string("ep") + b"K\x96"
-                            + string("scores") + scores + b"u",
-                            {"93840475000000": np.arange(6, dtype="<f4"), "1": np.ones(2, "<f4"), "2": np.array([7], "<i8")})
-        state = load_checkpoint(path)
-        assert list(state) == list(STATE) + ["count"] and same(state, dict(STATE, count=torch.tensor(7)))
-    options = {"weights_only": False} if "weights_only" in torch.load.__code__.co_varnames else {}
-    assert same(torch.load(str(path), "cpu", encoding="latin1", **options)["state_dicts"][0], state)  # torch reads the same
+    content = b"}(" + string("state_dicts") + b"](" + model + optimizer + b"e" + string("scores") + scalar + b"u"
+    state = load_checkpoint(earlier(tmp_path / "c.pth", content, {
+        string("93840475000000"): counted(range(6)), string("1"): counted([1, 1]), string("2"): counted([7], "<i8")}))
+    assert list(state) == list(STATE) + ["count"] and same(state, dict(STATE, count=torch.tensor(7)))
 
 
 def test_a_part_of_a_storage_is_read(tmp_path):
     """Before torch 0.4, a tensor's values could lie in a part of another one's storage."""
     def file(begin, length):
         tensor = python2_tensor("1", "FloatStorage", 20, (2, 3), (3, 1), b"(" + string("2") + b"\x8a\x01%c\x8a\x01%ct" % (begin, length))
-        return python2_file(tmp_path / "c.pth", ordered((string("classifier.weight"), tensor)), {"1": np.arange(20, dtype="<f4")})
+        return earlier(tmp_path / "c.pth", ordered((string("classifier.weight"), tensor)), {string("1"): counted(range(20))})
     assert load_checkpoint(file(4, 6))["classifier.weight"].tolist() == [[4, 5, 6], [7, 8, 9]]
     assert "classifier.weight reaches beyond its 5 values in the file" in refusal(file(4, 5))
 
 
+def test_damage_of_the_earlier_format_is_named(tmp_path):
+    storage = b"(" + text("storage") + name("torch", "FloatStorage") + text("0") + text("cpu") + b"K\x04tQ"
+    for content, storages, message in (
+            (b"}", {b"K\x00": b""}, "is damaged, or made to do harm (a storage's name is not text)"),
+            (storage, {text("0"): counted(range(4))[:-1]}, "is damaged or cut off (it ends within the values of its tensors)"),
+            (b"K\x00Q", {}, "is damaged or cut off (UnpicklingError: it has a persistent id that torch.save does not write)")):
+        assert message in refusal(earlier(tmp_path / "c.pth", content, storages))
+
+
 # --- right files -------------------------------------------------------------------------------------------------------
 
-class Config(dict):
-    """A dict with attributes, as EasyDict and yacs's CfgNode are."""
-
-    def __init__(self, **entries):
-        super(Config, self).__init__(entries)
-        self.__dict__ = self
-
-
-Point = namedtuple("Point", "x y")
 KEPT = [
-    np.float64(0.789), np.arange(5.), np.array(["a"], dtype=object), np.dtype("f4"), {"scores": [np.int64(1)]},
-    argparse.Namespace(lr=0.001, best=np.float32(3)), Counter([50, 100]), pathlib.PurePosixPath("/data/peta"), pathlib.Path("."),
-    datetime.datetime(2024, 5, 6), datetime.timedelta(1), torch.device("cuda:1"), torch.float16, torch.Size([2]), torch.strided,
-    {1, "a", (2, 3)}, frozenset([1]), defaultdict(list, a=[1]),
-    deque([1, 2], 5), OrderedDict([((1, 2), 3)]), Config(lr=0.1, model=Config(name="DeepMAR")), 1 + 2j, slice(1, 2), range(9),
-    bytearray(b"abc"), b"abc", Ellipsis, NotImplemented, functools.partial(int, base=2), len, signal.SIGINT, Point(1, 2), Point,
-    {torch.device("cpu"): 1, signal.SIGINT: 2, pathlib.PurePath("a"): 3, (1, (2,)): 4, None: 5},
-    torch.optim.SGD([torch.zeros(1)], 0.1), torch.nn.Linear(2, 2), np.random.RandomState(0).get_state(), ValueError("x")]
+    np.float64(0.789), np.arange(5.), np.array(["a"], dtype=object), np.dtype("f4"), argparse.Namespace(best=np.float32(3)), Counter([50]),
+    pathlib.Path("."), datetime.datetime(2024, 5, 6), torch.device("cuda:1"), torch.float16, torch.Size([2]), {1, (2, 3)}, frozenset([1]),
+    defaultdict(list, a=[1]), deque([1, 2], 5), OrderedDict([((1, 2), 3)]), 1 + 2j, range(9), bytearray(b"abc"), b"abc", Ellipsis, len,
+    {torch.device("cpu"): 1, (1, (2,)): 4, None: 5}, torch.optim.SGD([torch.zeros(1)], 0.1), torch.nn.Linear(2, 2), ValueError("x")]
 
 
-@pytest.mark.parametrize("arguments", [{}, {"zipped": False}, {"pickle_protocol": 1}, {"pickle_protocol": 4},
-                                       {"zipped": False, "pickle_protocol": pickle.HIGHEST_PROTOCOL}], ids=str)
-def test_what_a_training_run_keeps_with_the_state_dict_is_ignored(tmp_path, monkeypatch, arguments):
-    """All of it is left alone, and none of it is imported."""
-    content = OrderedDict([("kept%d" % number, kept) for number, kept in enumerate(KEPT)] + [("state_dict", STATE), ("after", KEPT)])
-    path = saved(tmp_path / "c.pth", content, **arguments)
-    monkeypatch.delitem(sys.modules, __name__)  # where some of the classes are
-    state, notes = read(path)
-    assert same(state) and notes == [] and __name__ not in sys.modules
+@pytest.mark.parametrize("arguments", [{}, {"zipped": False}, {"pickle_protocol": 1}, {"pickle_protocol": pickle.HIGHEST_PROTOCOL}])
+def test_what_a_training_run_keeps_with_the_state_dict_is_ignored(tmp_path, arguments):
+    state, notes = read(saved(tmp_path / "c.pth", {"kept": KEPT, "state_dict": STATE, "after": KEPT}, **arguments))
+    assert same(state) and notes == []
 
 
-class Rebuilt(object):
-    """Pickles as a call of a function by its name, which need not exist."""
-
-    def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
+class Rebuilt(tuple):
+    """(function, its arguments), pickled as a call of the function by its name, which need not exist."""
 
     def __reduce__(self):
-        return self.function, self.arguments
+        return tuple(self)
 
 
 def stand_in():
@@ -508,55 +421,49 @@ def parts(tensor):
 
 @both_formats
 def test_tensors_of_an_npu_are_read(tmp_path, zipped):
-    weight = torch.arange(20.)[2:8].view(3, 2).t()  # a part of its storage, turned
-    expected = OrderedDict([("classifier.weight", weight), ("classifier.bias", torch.ones(2))])
+    expected = {"classifier.weight": torch.arange(20.)[2:8].view(3, 2).t(), "classifier.bias": torch.ones(2)}  # a part, turned
+    state = {"module." + key: Rebuilt((stand_in, parts(value) + (MARK,))) for key, value in expected.items()}
+    momentum = Rebuilt((stand_in, parts(torch.ones(3)) + (MARK,)))
     for format_ in (b"K\x02", call("torch_npu.npu._format", "Format", b"K\x02")):
-        state = {"module." + key: Rebuilt(stand_in, *(parts(value) + (MARK,))) for key, value in expected.items()}
-        momentum = Rebuilt(stand_in, *(parts(torch.ones(3)) + (MARK,)))
-        for content in ({"state_dict": state, "optimizer": [momentum]}, {"optimizer": {"state": [momentum]}, "model": expected}):
-            assert same(load_checkpoint(replaced(tmp_path / "c.pth", zipped, content, {
-                FUNCTION: name("torch_npu.utils.storage", "_rebuild_npu_tensor"), MARKED: format_, text("cpu"): text("npu:0")})), expected)
+        path = replaced(tmp_path / "c.pth", zipped, {"state_dict": state, "optimizer": [momentum]}, {
+            FUNCTION: name("torch_npu.utils.storage", "_rebuild_npu_tensor"), MARKED: format_, text("cpu"): text("npu:0")})
+        assert same(load_checkpoint(path), expected)
 
 
 @both_formats
 def test_calls_around_a_tensor_are_followed(tmp_path, zipped):
-    """Parameters and attributes as this torch and later ones write them, a tensor of an XLA device, one call in another.
-
-    Ascend marks a format that the values in the file do not have.
-    """
+    """Parameters and attributes as this torch and later ones write them, a tensor of an XLA device, one call in another."""
     rebuild = torch._utils._rebuild_tensor_v2
-    plain, parameter = Rebuilt(rebuild, *parts(torch.ones(2, 3))), torch.nn.Parameter(torch.ones(2, 3))
+    plain, parameter = Rebuilt((rebuild, parts(torch.ones(2, 3)))), torch.nn.Parameter(torch.ones(2, 3))
     noted, attributes = torch.nn.Parameter(torch.ones(2, 3)), {"note": torch.device("cpu")}
-    noted.note, expected = {"optim": "sgd", "device": torch.device("cpu")}, {"classifier.weight": torch.ones(2, 3)}
-    with_hooks = (plain, True, OrderedDict())
-    for value in (parameter, noted, Rebuilt(torch._utils._rebuild_parameter, parameter, True, OrderedDict()),
-                  Rebuilt(rebuild, *(plain.arguments + ({"npu_format_/FRACTAL_Z": True},)))):
-        assert same(load_checkpoint(saved(tmp_path / "c.pth", {"classifier.weight": value}, zipped)), expected)
-    for function, arguments in (("_rebuild_parameter_with_state", with_hooks + (attributes,)),
-                                ("_rebuild_from_type_v2", (rebuild, torch.Tensor, plain.arguments, attributes)),
-                                ("_rebuild_from_type_v2", (torch._utils._rebuild_parameter, torch.Tensor, with_hooks, None)),
-                                ("_rebuild_device_tensor_from_cpu_tensor", (plain, torch.float32, "xla:0"))):
-        path = replaced(tmp_path / "c.pth", zipped, {"classifier.weight": Rebuilt(stand_in, *arguments)},
-                        {FUNCTION: name("torch._utils", function)})
-        assert same(load_checkpoint(path), expected), function
+    noted.note, with_hooks = attributes, (plain, True, OrderedDict())
+    for function, value in (
+            (None, parameter), (None, noted), (None, Rebuilt((torch._utils._rebuild_parameter, (parameter, True, OrderedDict())))),
+            (None, Rebuilt((rebuild, plain[1] + ({"npu_format_/FRACTAL_Z": True},)))),  # a mark of Ascend's
+            ("_rebuild_parameter_with_state", Rebuilt((stand_in, with_hooks + (attributes,)))),
+            ("_rebuild_from_type_v2", Rebuilt((stand_in, (rebuild, torch.Tensor, plain[1], attributes)))),
+            ("_rebuild_from_type_v2", Rebuilt((stand_in, (torch._utils._rebuild_parameter, torch.Tensor, with_hooks, None)))),
+            ("_rebuild_device_tensor_from_cpu_tensor", Rebuilt((stand_in, (plain, torch.float32, "xla:0"))))):
+        path = replaced(tmp_path / "c.pth", zipped, {"classifier.weight": value},
+                        {FUNCTION: name("torch._utils", function)} if function else {})
+        assert same(load_checkpoint(path), {"classifier.weight": torch.ones(2, 3)}), function
 
 
 def test_prefixes_are_removed(tmp_path):
-    for prefix in ("", "module.", "_orig_mod.", "module.module.", "_orig_mod.module.", "model.module."):
-        content = {"state_dict": {prefix + key: value for key, value in STATE.items()}}
-        assert read(saved(tmp_path / "c.pth", content))[1] == [] and same(load_checkpoint(tmp_path / "c.pth"))
+    for prefix in ("", "module.", "_orig_mod.", "model.module.", "_orig_mod.module."):
+        assert read(saved(tmp_path / "c.pth", {"state_dict": prefixed(prefix, STATE)}))[1] == []
+        assert same(load_checkpoint(tmp_path / "c.pth"))
         # in a key, and only in some keys
         for keys in (("classifier.%sweight" % prefix, "classifier.bias"), ("classifier.weight", prefix + "classifier.bias")):
             assert same(load_checkpoint(saved(tmp_path / "c.pth", dict(zip(keys, STATE.values())))))
     for prefix, named in (("net.", "net"), ("model.backbone.", "backbone"), ("classifier.", "classifier"), ("base.", "base")):
-        state, notes = read(saved(tmp_path / "c.pth", {"state_dict": {prefix + key: value for key, value in STATE.items()}}))
+        state, notes = read(saved(tmp_path / "c.pth", {"state_dict": prefixed(prefix, STATE)}))
         assert same(state) and notes == ([] if named == "net" else ["took its only state dict, state_dict." + named])
 
 
 def test_keys_that_become_one_must_have_equal_values(tmp_path):
-    twice = OrderedDict(STATE)
-    twice.update(("model.module." + key, value.clone()) for key, value in STATE.items())
-    assert same(load_checkpoint(saved(tmp_path / "equal.pth", {"state_dict": twice})))
+    twice = dict(STATE, **prefixed("model.module.", OrderedDict((key, value.clone()) for key, value in STATE.items())))
+    assert same(load_checkpoint(saved(tmp_path / "c.pth", {"state_dict": twice})))
     for changed in (STATE["classifier.bias"] + 1, STATE["classifier.bias"][:1], STATE["classifier.bias"].half() * 1.01):
         twice["model.module.classifier.bias"] = changed
         assert ("c.pth: classifier.bias and model.module.classifier.bias are the same key of the network, but their values differ; "
@@ -565,9 +472,8 @@ def test_keys_that_become_one_must_have_equal_values(tmp_path):
 
 def test_what_does_not_belong_to_the_network_is_left_out(tmp_path):
     """torch's AveragedModel counts; a Lightning module has its loss's weights next to the model."""
-    wrapped = {"model." + key: value for key, value in STATE.items()}
-    averaged = {"module." + key: value for key, value in STATE.items()}
-    for content, left in ((dict(averaged, n_averaged=torch.tensor(5)), "n_averaged"),
+    wrapped = prefixed("model.", STATE)
+    for content, left in ((dict(prefixed("module.", STATE), n_averaged=torch.tensor(5)), "n_averaged"),
                           ({"state_dict": dict(wrapped, **{"criterion.pos_weight": torch.ones(2)})}, "criterion.pos_weight"),
                           (dict(STATE, epoch=3, path=pathlib.Path("a"), ema_decay=0.9), "epoch, path, ema_decay")):
         state, notes = read(saved(tmp_path / "c.pth", content))
@@ -577,11 +483,9 @@ def test_what_does_not_belong_to_the_network_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("content, taken, other", [
-    ({"state_dict": STATE, "state_dict_ema": OTHER, "optimizer": OPTIMIZER}, "state_dict", "state_dict_ema"),
     ({"ema": {"module": OTHER, "decay": 0.99}, "model": STATE}, "model", "ema.module"),
-    ({"state_dict": {"ema": OTHER, "net": STATE}}, "state_dict.net", "state_dict.ema"),
     ({"state_dicts": [STATE, OTHER, OPTIMIZER], "ep": 3}, "state_dicts.0", "state_dicts.1"),
-    ({"state_dict": dict(STATE, **{"ema.module." + key: value for key, value in OTHER.items()})}, "state_dict", "state_dict.ema"),
+    ({"state_dict": dict(STATE, **prefixed("ema.module.", OTHER))}, "state_dict", "state_dict.ema"),
     ({"epoch": 3, "weights": STATE, "best": {"swa": {"weights": OTHER}}}, "weights", "best.swa.weights"),
     (dict(STATE, ema=OTHER), "(top level)", "ema"), ([STATE, {"teacher": OTHER}], "0", "1.teacher")])
 def test_the_likelier_of_several_state_dicts_is_taken_and_the_others_are_named(tmp_path, content, taken, other):
@@ -594,10 +498,8 @@ def test_the_likelier_of_several_state_dicts_is_taken_and_the_others_are_named(t
 
 
 def test_ambiguous_state_dicts_are_refused(tmp_path):
-    flat = {"fast." + key: value for key, value in STATE.items()}
-    flat.update(("slow." + key, value) for key, value in OTHER.items())
-    for content, names in (({"student": STATE, "teacher": OTHER}, "student, teacher"), (flat, "fast, slow"),
-                           ({"nets": [STATE, OTHER]}, "nets.0, nets.1")):
+    for content, names in (({"student": STATE, "teacher": OTHER}, "student, teacher"), ({"nets": [STATE, OTHER]}, "nets.0, nets.1"),
+                           (dict(prefixed("fast.", STATE), **prefixed("slow.", OTHER)), "fast, slow")):
         path = saved(tmp_path / "c.pth", content)
         assert "has several state dicts: %s; choose one with --state-dict NAME" % names in refusal(path)
     # The beginning of a name is enough if only one name has it.
@@ -606,16 +508,13 @@ def test_ambiguous_state_dicts_are_refused(tmp_path):
     assert "has more than one state dict ema; it has: model, ema.fast, ema.slow" in refusal(path, "ema")
 
 
-@pytest.mark.parametrize("kind", [dict, OrderedDict, Config, defaultdict])
-def test_the_only_state_dict_is_found_anywhere(tmp_path, kind):
+def test_the_only_state_dict_is_found_anywhere(tmp_path):
     """An optimizer that knows the parameters' names, and other entries with these names, are no state dicts."""
-    optimizer = {"state": {"classifier.weight": {"exp_avg": torch.ones(2, 3)}, "classifier.bias": {"exp_avg": torch.ones(2)}}}
+    optimizer = {"state": {key: {"exp_avg": torch.ones(2)} for key in STATE}}
     for where in DeepMAR.MODEL_NAMES + ["anything", "ema.module"]:
-        content = kind()
-        content.update(STATE)
+        content = defaultdict(list, STATE)
         for part in reversed(where.split(".")):
-            inner, content = content, kind()
-            content.update({part: inner, "epoch": 3, "optimizer": optimizer, "train": {"classifier.weight": 0.1}})
+            content = defaultdict(list, {part: content, "epoch": 3, "optimizer": optimizer, "train": {"classifier.weight": 0.1}})
         state, notes = read(saved(tmp_path / "c.pth", content))
         assert same(state)
         assert notes == ([] if where in DeepMAR.MODEL_NAMES else ["took its only state dict, " + where])
@@ -628,24 +527,20 @@ def test_a_file_without_a_state_dict_says_what_it_has(tmp_path, zipped):
             ({"epoch": 3, "model": linear, "best": {}, "a": None}, "holds no state dict with classifier.weight; save "
              "model.state_dict(). It has: epoch (int), model (torch.nn.modules.linear.Linear), best (dict), a (NoneType)"),
             (linear, "holds an object of torch.nn.modules.linear.Linear, not a state dict; save model.state_dict()"),
-            ({"fc.weight": torch.ones(1)}, "It has: fc.weight (a tensor)"), ({"state_dicts": []}, "no state dict"),
-            ({"key%d" % i: i for i in range(30)}, "and 18 more"), ([1], "not a state dict"), ({}, "not a state dict"),
-            (3, "holds an object of int, not a state dict; save model.state_dict()")):
+            ({"fc.weight": torch.ones(1)}, "It has: fc.weight (a tensor)"), ({"key%d" % i: i for i in range(30)}, "and 18 more"),
+            ([1], "not a state dict"), ({}, "not a state dict"), (3, "holds an object of int, not a state dict")):
         assert message in refusal(saved(tmp_path / "c.pth", content, zipped))
 
 
 def test_what_is_not_a_plain_tensor_is_named(tmp_path):
-    rebuild = torch._utils._rebuild_tensor_v2
+    rebuild, arguments = torch._utils._rebuild_tensor_v2, parts(torch.ones(2))
     plain = "not a plain tensor; save model.state_dict() of the whole model, not sharded or quantised"
     for value, message in (
-            (3, "is int, " + plain), ("x", "is str, " + plain), (None, "is NoneType, " + plain),
-            (np.ones(2), "is %s._reconstruct," % np.ones(2).__reduce__()[0].__module__),
-            (Rebuilt(Point, 1, 2), "is test_deepmar.Point,"),
+            (3, "is int, " + plain), (None, "is NoneType, " + plain), (Rebuilt((stand_in, (1, 2))), "is test_deepmar.stand_in, " + plain),
             (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "is torch._utils._rebuild_qtensor,"),
             (torch.ones(2).to_sparse(), "is torch._utils._rebuild_sparse_tensor,"),
             # torch 2 can write -x as x and a mark.
-            (Rebuilt(rebuild, *(parts(torch.ones(2)) + ({"neg": True},))), "is torch._utils._rebuild_tensor_v2,"),
-            (Rebuilt(rebuild, *(parts(torch.ones(2)) + ({"conj": True},))), "is torch._utils._rebuild_tensor_v2,"),
+            (Rebuilt((rebuild, arguments + ({"neg": True},))), "is torch._utils._rebuild_tensor_v2,"),
             (torch.ones(2, dtype=torch.complex64), "has values of the type ComplexFloat; save model.float().state_dict()")):
         path = saved(tmp_path / "c.pth", {"state_dict": dict(STATE, **{"classifier.bias": value})})
         assert "c.pth: classifier.bias " + message in refusal(path)
@@ -680,17 +575,15 @@ def test_whole_numbers_and_shared_expanded_and_turned_tensors_keep_their_values(
 
 def test_an_unpacked_checkpoint_can_be_packed_again(tmp_path):
     """A browser may have unpacked it. The error's command packs it."""
-    source = saved(tmp_path / "c.pth", {"state_dict": STATE})
+    source, outer = saved(tmp_path / "c.pth", {"state_dict": STATE}), tmp_path / "un packed"
     with zipfile.ZipFile(source) as archive:
-        archive.extractall(str(tmp_path / "un packed"))
-    folder = [tmp_path / "un packed" / name_ for name_ in os.listdir(str(tmp_path / "un packed"))][0]
-    for given in (folder, tmp_path / "un packed"):
-        message = refusal(given)
-        assert "is an unpacked checkpoint; pack its folder again: " in message
-    assert message.split("again: ")[1] == "(cd '%s' && zip -0 -r %s.pth %s)" % (tmp_path / "un packed", folder.name, folder.name)
-    for root, folders in (("", ()), (folder.name + "/", ("", "data/")), ("a/b/c/", ("", "data/"))):  # what zip makes of it
+        archive.extractall(str(outer))
+    inner, = os.listdir(str(outer))
+    for given in (outer / inner, outer):
+        assert refusal(given).endswith(": is an unpacked checkpoint; pack its folder again: (cd '%s' && zip -0 -r %s.pth %s)" % (
+            outer, inner, inner))
+    for root, folders in (("", ()), (inner + "/", ("", "data/")), ("a/b/c/", ("", "data/"))):  # what zip makes of it
         assert same(load_checkpoint(repacked(source, tmp_path / "again.pth", root=root, folders=folders)))
-    assert "zip -0 -r" in refusal(repacked(source, tmp_path / "small.pth", zipfile.ZIP_DEFLATED))
     assert "is a folder, not a checkpoint file" in refusal(tmp_path)
 
 
@@ -700,16 +593,7 @@ def test_a_zip_file_without_checksums_is_read(tmp_path):
     with zipfile.ZipFile(saved(path, STATE)) as archive:
         for member in archive.infolist():
             path.write_bytes(path.read_bytes().replace(struct.pack("<I", member.CRC), bytes(4)))
-    with zipfile.ZipFile(str(path)) as archive:
-        assert archive.testzip() and not any(member.CRC for member in archive.infolist())
     assert same(load_checkpoint(path))
-
-
-def test_files_of_a_big_endian_machine_are_refused(tmp_path):
-    message, path = "it was saved on a big-endian machine, whose files are not supported", tmp_path / "big.pth"
-    assert message in refusal(repacked(saved(tmp_path / "c.pth", STATE), path, byteorder=b"big"))
-    path.write_bytes(MAGIC + pickle.dumps(1001, 2) + pickle.dumps({"little_endian": False}, 2))
-    assert message in refusal(path)
 
 
 def write_safetensors(path, tensors):
@@ -719,12 +603,11 @@ def write_safetensors(path, tensors):
         header[key] = {"dtype": kind, "shape": shape, "data_offsets": [len(data), len(data) + len(values)]}
         data += values
     header = json.dumps(header).encode()
-    header += b" " * (-len(header) % 8)
     path.write_bytes(struct.pack("<Q", len(header)) + header + data)
     return path
 
 
-def test_safetensors_are_read(tmp_path):
+def test_safetensors_are_read(tmp_path, monkeypatch):
     """With the real package, which tests/requirements.txt has."""
     six = np.arange(6, dtype="<f4")
     for kind, values, names, file in (
@@ -736,31 +619,24 @@ def test_safetensors_are_read(tmp_path):
         state, notes = read(path)
         assert same(state, dict(STATE, **{"base.count": torch.tensor(7)}))
         assert notes == ["converted the weights from %s to float32" % name_ for name_ in names]
-    whole = path.read_bytes()
-    for cut in (4, 9, 40, len(whole) - 10):
-        (tmp_path / "cut.safetensors").write_bytes(whole[:cut])
-        assert "cut.safetensors: is damaged or cut off" in refusal(tmp_path / "cut.safetensors")
-    path = write_safetensors(tmp_path / "f8.safetensors", {"classifier.weight": ("F8_E4M3", [2], b"ab")})
+    path, whole = tmp_path / "m.safetensors", path.read_bytes()
+    for cut in (4, 40, len(whole) - 10):
+        path.write_bytes(whole[:cut])
+        assert "is damaged or cut off" in refusal(path)
+    write_safetensors(path, {"classifier.weight": ("F8_E4M3", [2], b"ab")})
     assert "classifier.weight has values of the type F8_E4M3" in refusal(path)
-
-
-def test_safetensors_need_their_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    message = refusal(write_safetensors(tmp_path / "m.safetensors", {"classifier.weight": ("F32", [1], bytes(4))}))
-    assert "is a safetensors file, and the package that reads it is missing " in message
-    assert message.endswith("install it: python3 -m pip install --prefer-binary safetensors")
-    assert same(load_checkpoint(saved(tmp_path / "c.pth", STATE)))  # needs no package
+    assert "is a safetensors file, and the package that reads it is missing (" in refusal(path)
+    assert refusal(path).endswith("install it: python3 -m pip install --prefer-binary safetensors")
 
 
 def test_files_of_other_kinds_are_named(tmp_path):
-    path = tmp_path / "file"
-    for mode in ("w", "w:gz"):
-        with tarfile.open(str(path), mode) as archive:
-            archive.add(saved(tmp_path / "c.pth", STATE), "c.pth")
-        assert "is a tar archive, not a checkpoint; unpack it with tar -xf and give the file in it" in refusal(path)
+    path, source = tmp_path / "file", saved(tmp_path / "c.pth", STATE)
+    with tarfile.open(str(path), "w:gz") as archive:
+        archive.add(source, "c.pth")
+    assert "is a tar archive, not a checkpoint; unpack it with tar -xf and give the file in it" in refusal(path)
     torch.jit.save(torch.jit.script(torch.nn.ReLU()), str(path))
-    assert "is a TorchScript archive, not a checkpoint; save model.state_dict()" in refusal(
-        repacked(str(path), tmp_path / "script.pth"))  # torch 1.6 compresses it
+    assert "is a TorchScript archive, not a checkpoint; save model.state_dict()" in refusal(path)
     for data, message in ((pickle.dumps({"classifier.weight": np.ones(2)}, 2),
                            "is a pickle, but not from torch.save; save the checkpoint with torch.save"),
                           (b"", "is not a PyTorch checkpoint (it begins with b'')"),
@@ -774,35 +650,19 @@ def test_files_of_other_kinds_are_named(tmp_path):
         with zipfile.ZipFile(str(path), "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr(member, bytes(10 ** 7))
         assert message in refusal(path)
-    with pytest.raises(OSError, match="nowhere: no such file; the first argument is the trained checkpoint"):
-        load_checkpoint(tmp_path / "nowhere")
+    for big in (repacked(source, path, byteorder=b"big"), earlier(tmp_path / "big", b"}", {}, little_endian=False)):
+        assert "it was saved on a big-endian machine, whose files are not supported" in refusal(big)
     with pytest.raises(OSError, match="^/proc/self/mem: cannot be read: Input/output error$"):
         load_checkpoint("/proc/self/mem")
 
 
 def test_names_that_would_break_a_message_are_escaped(tmp_path):
-    for wild in ["a\nerror: all is well", "\x1b[2J", "x" * 10 ** 5, "\ud800"]:
-        for content, given in (({wild: STATE, "b": OTHER}, None), ({"state_dict": STATE, wild: OTHER}, None),
-                               ({wild: 1}, None), ({"state_dict": STATE}, wild),
-                               (dict(STATE, **{"module." + wild: torch.ones(1)}), None),
-                               ({"classifier.weight": STATE["classifier.weight"], wild: 3}, None)):
-            lines = []
-            try:
-                load_checkpoint(saved(tmp_path / "c.pth", content), given, lines.append)
-            except ValueError as error:
-                lines.append(str(error))
-            assert all(line.isprintable() and len(line) < 1000 for line in lines), lines
-
-
-def test_damage_of_the_earlier_format_is_named(tmp_path):
-    path, storage = tmp_path / "c.pth", b"(" + text("storage") + name("torch", "FloatStorage") + text("0") + text("cpu") + b"K\x04tQ."
-    for content, keys, message in (
-            (b"}.", b"]K\x00a.", "is damaged, or made to do harm (a storage's name is not text)"),
-            (storage, b"]" + text("0") + b"a." + struct.pack("<q", 5) + bytes(16),
-             "is damaged or cut off (it ends within the values of its tensors)"),
-            (b"K\x00Q.", b"].", "is damaged or cut off (UnpicklingError: it has a persistent id that torch.save does not write)")):
-        path.write_bytes(MAGIC + pickle.dumps(1001, 2) + pickle.dumps({}, 2) + b"\x80\x02" + content + b"\x80\x02" + keys)
-        assert message in refusal(path)
+    for wild in ["a\nerror: all is well\x1b[2J", "x" * 10 ** 5, "\ud800"]:
+        for content, given in (({wild[:150]: STATE, "b": OTHER}, None), ({wild: 1}, None), ({"state_dict": STATE}, wild)):
+            refusal(saved(tmp_path / "c.pth", content), given)
+        for content in ({"state_dict": STATE, wild[:150]: OTHER}, {wild[:150]: STATE}, dict(STATE, **{wild: 3})):
+            note, = read(saved(tmp_path / "c.pth", content))[1]
+            assert note.isprintable() and len(note) < 1000
 
 
 @both_formats
@@ -811,9 +671,8 @@ def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path, zipped):
     beyond, much = "reaches beyond its 4 values in the file", "and the tensors before it have more values than the file has bytes"
     wrong = "is not a tensor as torch.save writes it; the file is damaged, or made to do harm"
     for offset, size, stride, message in (
-            (0, (2,), (2 ** 62,), wrong), (0, (3,), (2 ** 61,), beyond), (0, (2, 3), (2 ** 62, 2 ** 62), wrong), (0, (-1,), (1,), wrong),
-            (0, (2 ** 32, 2 ** 32), (1, 0), much), (100, (1,), (1,), beyond), (-50, (2,), (1,), wrong), (0, (5,), (1,), beyond),
-            (0, (50,), (1,), beyond), (0, (10 ** 4,) * 3, (0,) * 3, much)):
-        tensor = Rebuilt(torch._utils._rebuild_tensor_v2, parts(torch.zeros(4))[0], offset, size, stride, False, OrderedDict())
+            (0, (2,), (2 ** 62,), wrong), (0, (3,), (2 ** 61,), beyond), (0, (-1,), (1,), wrong), (-50, (2,), (1,), wrong),
+            (0, (2 ** 32, 2 ** 32), (1, 0), much), (100, (1,), (1,), beyond), (0, (5,), (1,), beyond), (0, (10 ** 4,) * 3, (0,) * 3, much)):
+        tensor = Rebuilt((torch._utils._rebuild_tensor_v2, (torch.zeros(4).storage(), offset, size, stride, False, OrderedDict())))
         path = replaced(tmp_path / "c.pth", zipped, {"classifier.weight": tensor}, {b"K\x04": b"K\x63"})
         assert "classifier.weight " + message in refusal(path)

@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 from lib.models import description
@@ -52,27 +51,13 @@ def test_export_writes_the_description(exported):
     onnx.checker.check_model(onnx.shape_inference.infer_shapes(model), full_check=True)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 11)]
     assert {entry.key: entry.value for entry in model.metadata_props}["deepmar.size"] == "[64, 32]"
-    image = np.random.RandomState(0).standard_normal((1, 3, 64, 32)).astype(np.float32)
-    logits = []
-    for _ in range(2):  # and without it, the same logits to the bit
-        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        logits.append(session.run(None, {"actual_input_1": image})[0])
-        del model.metadata_props[:]
-    assert (logits[0] == logits[1]).all()
 
 
-@pytest.mark.parametrize("text, message", [
-    (b"one\ntwo\n", "names.txt: holds 2 names, but any.pth has 35 attributes"),
-    (b"hat\nbag\nhat\n", "names.txt: holds a name more than once: hat"),
-    (b"\xff", "names.txt: is not UTF-8 text"), (None, "names.txt")])
-def test_export_refuses_wrong_names(exported, tmp_path, text, message):
-    folder = exported[0]
-    file = tmp_path / "names.txt"
-    if text is not None:
-        file.write_bytes(text)
-    before = (folder / "out.onnx").read_bytes()
-    check_error(export(folder, "--attributes", file), message)
-    assert (folder / "out.onnx").read_bytes() == before
+def test_export_refuses_wrong_names(exported, tmp_path):
+    for text, message in (("one\ntwo\n", "names.txt: holds 2 names, but any.pth has 35 attributes"),
+                          ("hat\nbag\nhat\n", "names.txt: holds a name more than once: hat")):
+        (tmp_path / "names.txt").write_text(text)
+        check_error(export(exported[0], "--attributes", tmp_path / "names.txt"), message)
 
 
 def test_remove_pad_and_quantize_keep_the_description(tmp_path):
@@ -99,8 +84,10 @@ def test_describe_writes_the_json_of_an_om(exported, tmp_path):
     assert json.loads(script("tools/describe.py", tmp_path / "out.json").stdout)["attributes"] == names
     write_model(tmp_path / "plain.onnx")
     assert script("tools/describe.py", tmp_path / "plain.onnx").stdout == "{}\n"
-    check_error(script("tools/describe.py", tmp_path / "absent.onnx"), "absent.onnx")
-    check_error(script("tools/describe.py", tmp_path / "absent.json"), "absent.json")
+    (tmp_path / "bad.onnx").write_bytes(b"<html>")
+    (tmp_path / "bad.json").write_text("<html>")
+    for name, message in (("bad.onnx", "bad.onnx: is not a valid ONNX model"), ("bad.om", "bad.json: is not JSON"), ("no.json", "no.json")):
+        check_error(script("tools/describe.py", tmp_path / name), message)
 
 
 def test_predict_takes_the_models_names(tmp_path):
@@ -127,9 +114,8 @@ def test_stage_7_and_report_take_the_models_names(exported, tmp_path):
     result, label = write_case(tmp_path, logits[:20], labels[:20])
     images = ["%05d.png" % i for i in range(20)]
     (tmp_path / "image.txt").write_text("\n".join(images))
-    shutil.move(str(tmp_path / "images" / write_images(tmp_path / "images", 1)[0]), str(tmp_path / "images" / images[0]))
-    for name in images[1:]:
-        shutil.copy(str(tmp_path / "images" / images[0]), str(tmp_path / "images" / name))
+    for written, name in zip(write_images(tmp_path / "images", 20), images):
+        (tmp_path / "images" / written).rename(tmp_path / "images" / name)
     script("tools/describe.py", folder / "out.onnx", tmp_path / "out.json")
     (tmp_path / "others.txt").write_text("\n".join("other %d" % i for i in range(35)))
 
@@ -154,21 +140,11 @@ def test_stage_7_and_report_take_the_models_names(exported, tmp_path):
 @pytest.mark.parametrize("entries, message", [
     ({"attributes": '["hat", "bag"]'}, "is a model of 2 attributes, but there are 3"),
     ({"attributes": '["hat", "bag", "hat"]'}, "its attributes are not a list of different names"),
-    ({"attributes": '["hat", "bag", "a\\nb"]'}, "its attributes are not"),
-    ({"attributes": '["hat", "bag", ""]'}, "its attributes are not"),
-    ({"attributes": '["hat", "bag", 3]'}, "its attributes are not"), ({"attributes": '{"hat": 1}'}, "its attributes are not"),
-    ({"attributes": "hat"}, "its metadata is damaged"), ({"attributes": "[" * 100000}, "its metadata is damaged"),
-    ({"size": ""}, "its metadata is damaged")])
+    ({"attributes": '["hat", "bag", "a\\nb"]'}, "its attributes are not"), ({"attributes": '{"hat": 1}'}, "its attributes are not"),
+    ({"attributes": "[" * 100000}, "its metadata is damaged"), ({"size": ""}, "its metadata is damaged")])
 def test_damaged_metadata_is_refused(tmp_path, entries, message):
     from lib.labels import attribute_names
     model = str(put(write_model(tmp_path / "m.onnx", attributes=3), **entries))
     with pytest.raises(ValueError) as error:
         attribute_names(3, None, model)
     assert str(error.value).startswith(model) and message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_files_that_are_no_models_are_refused(tmp_path):
-    (tmp_path / "m.onnx").write_bytes(b"<html>")
-    (tmp_path / "m.json").write_text("<html>")
-    for name, message in (("m.onnx", "m.onnx: is not a valid ONNX model"), ("m.json", "m.json: is not JSON"), ("m.om", "m.json: is not")):
-        check_error(script("tools/describe.py", name, cwd=tmp_path), message)

@@ -2,7 +2,6 @@
 import json
 import os
 import pickle
-import pickletools
 import sys
 
 import numpy as np
@@ -239,8 +238,7 @@ def test_a_table_is_listed_and_bad_ones_are_refused(tmp_path):
     assert read_lists(tmp_path / "out") == (["b.png", "a, b.jpg", "sub/\u4eba.png"], [[0, 1, 1], [1, 0, 1], [1, 0, 0]],
                                             ["Male", "Bag, small", "\u5e3d\u5b50"])
     for text, message in [("image,a\n", "first line is not"), ("image;a\nx.png;1\n", "separated by commas"),
-                          ("image,a\nx.png,2\n", "line 2 (x.png)"), ("image,a\n\nx.png,1,1\n", "line 3 (x.png)"),
-                          ("image,a\n%s,1\n" % ("x" * 2 ** 18), "line 2: field larger"),
+                          ("image,a\n\nx.png,2\n", "line 3 (x.png)"), ("image,a\nx.png,1,1\n", "line 2 (x.png)"),
                           ("image,a,a\nx.png,1,1\n", "holds a twice"), ("image,a,\nx.png,1,1\n", "name is empty"),
                           ("image,a\nx.png,1\nx.png,0\n", "holds x.png twice"), ("image,a\n../x.png,1\n", "not a file name"),
                           ("image,a\n.png,1\n", "not a file name"), ("image,a\nx.png,1\nx.jpg,1\n", "1 images share their name")]:
@@ -260,12 +258,8 @@ def test_missing_images_are_named(tmp_path):
     images.mkdir()
     for name in names[2:]:
         (images / name).write_bytes(b"")
-    command = ["peta", path, "--images", images, "--output", output]
-    error = refusal(*command)
-    assert "2 of the 15 images" in error and error.endswith("%s, %s" % tuple(names[:2]))
-    for name in names[:2]:
-        (images / name).mkdir()
-    assert "2 of the 15 images are not files" in refusal(*command) and not output.exists()
+    error = refusal("peta", path, "--images", images, "--output", output)
+    assert "2 of the 15 images" in error and error.endswith("%s, %s" % tuple(names[:2])) and not output.exists()
     assert "absent: no such folder" in refusal("peta", path, "--images", tmp_path / "absent")
 
 
@@ -309,10 +303,7 @@ def test_an_own_list_is_flattened(tmp_path):
     (lambda peta: peta.update(data=peta["data"][:, :-1]), "9 attributes and labels of the shape [40, 8]"),
     (lambda peta: peta.update(data=peta["data"] + 0.5), "data is not an array of whole numbers"),
     (lambda peta: peta.update(data=peta["data"] * ([1] + [3] * 12)), "neither 0 nor 1"),
-    (lambda peta: peta.update(attribute=cells([np.zeros((2, 2))] * ATTRIBUTES)), "attribute is not a list of names"),
     (lambda peta: peta.update(selected_attribute=peta["selected_attribute"] - 1), "attributes that it does not have"),
-    (lambda peta: peta.update(partion_attribute=peta["partion_attribute"][:4]), "it has 4 partitions"),
-    (lambda peta: peta.update(partion_attribute=np.zeros((5, 1))), "partition 0 is not one struct"),
     (lambda peta: peta["partion_attribute"][0, 0].update(val=np.array([[41]])), "val holds image 41, which the file does not have"),
     (lambda peta: peta["partion_attribute"][0, 0].update(val=np.array([[3], [3]])), "partition 0 holds 00003.png twice"),
     (lambda peta: peta["partion_attribute"][0, 0].update(test=np.zeros((0, 1))), "no image in test; it has train, val"),
@@ -365,7 +356,7 @@ def test_a_pickle_runs_nothing(tmp_path, monkeypatch):
         path.write_bytes(b"c" + name.replace(b" ", b"\n") + b"\n(Vtouch %s\ntR." % os.fsencode(str(tmp_path / "ran")))
         assert "pkl takes: " in refusal("pkl", path)
     assert not (tmp_path / "ran").exists()
-    for end in [op[2] for op in pickletools.genops(good)][5::90] + [len(good) - 1]:
+    for end in (5, len(good) // 2, len(good) - 1):
         path.write_bytes(good[:end])
         assert "pkl takes: " in refusal("pkl", path)
 

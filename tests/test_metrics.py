@@ -38,10 +38,7 @@ def test_metrics_equal_those_by_hand():
     assert metrics["mA"] == pytest.approx(((1 / 2 + 1 / 2) / 2 + (1 / 2 + 1 / 2) / 2) / 2, abs=1e-15)
     assert np.isnan(figures["label_acc"][2]) and np.isnan(figures["label_pos_acc"][2])
     assert figures["label_neg_acc"][2] == 0.5
-
-
-def test_f1_is_0_if_nothing_is_right():
-    metrics, _ = evaluate([[1, -1]], [[0, 1]])
+    metrics, _ = evaluate([[1, -1]], [[0, 1]])  # nothing is right
     assert [metrics[name] for name in INSTANCE] == [0, 0, 0, 0] and metrics["mA"] is None
 
 
@@ -63,16 +60,15 @@ def test_95_percent_of_the_intervals_hold_the_truth():
     """In runs over 300 images, 93 to 95 % of the intervals hold the figure of all images. 300 runs measure that to 1.3 %."""
     true, sides = population(attributes=8)
     (of_a, per_attribute), (of_b, _) = (evaluate(predicted * 2 - 1, true) for predicted in sides)
-    runs, held, held_half, held_change, held_label = 300, [], [], [], []
+    held, held_change, held_label = [], [], []
     random = np.random.RandomState(2)
-    for _ in range(runs):
+    for _ in range(300):
         images = random.randint(len(true), size=300)
         predicted, truth = [side[images] for side in sides], true[images]
         a, b = drawn(predicted, truth, draws=300)
-        bounds = np.array([interval(a[name]) for name in METRICS]).T
+        low, high = np.array([interval(a[name]) for name in METRICS]).T
         truths = np.array([of_a[name] for name in METRICS])
-        held.append((bounds[0] <= truths) & (truths <= bounds[1]))
-        held_half.append(np.abs(truths - bounds.mean(axis=0)) <= np.ptp(bounds, axis=0) / 4)
+        held.append((low <= truths) & (truths <= high))
         low, high = np.array([interval(a[name] - b[name]) for name in METRICS]).T
         change = np.array([of_a[name] - of_b[name] for name in METRICS])
         held_change.append((low <= change) & (change <= high))
@@ -81,9 +77,7 @@ def test_95_percent_of_the_intervals_hold_the_truth():
                               for i in range(8)]).T
         held_label.append((low <= per_attribute["label_acc"]) & (per_attribute["label_acc"] <= high))
     for shares in (np.mean(held, axis=0), np.mean(held_change, axis=0), np.mean(held_label, axis=0)):
-        print("coverage:", shares)
         assert ((0.88 < shares) & (shares < 0.99)).all(), shares
-    assert (np.mean(held_half, axis=0) < 0.8).all()  # half as wide, they would not hold it
 
 
 def test_wilsons_interval_holds_the_truth_of_a_rare_attribute():
@@ -97,7 +91,6 @@ def test_wilsons_interval_holds_the_truth_of_a_rare_attribute():
         of_draws = interval(drawn([predicted], true, draws=200)[0]["mA"])  # the label_acc of the only attribute
         held.append((low <= 0.94 <= high, of_draws[0] <= 0.94 <= of_draws[1]))
     wilson, bootstrap = np.mean(held, axis=0)
-    print("coverage: Wilson %.3f, bootstrap %.3f" % (wilson, bootstrap))
     assert 0.92 < wilson < 0.99 and bootstrap < 0.85
 
 
@@ -144,9 +137,7 @@ def test_stage_7_adds_the_intervals_and_changes_nothing_else(tmp_path):
     assert figures["intervals"] is None and {row["label_acc_interval"] for row in figures["attributes"]} == {None}
     done = script(POSTPROCESS, result, label, "--per-attribute", "--intervals", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    lines = done.stdout.split("\n")
-    text = (tmp_path / "fusion_result.json").read_text()
-    report = json.loads(text)
+    lines, report = done.stdout.split("\n"), json.loads((tmp_path / "fusion_result.json").read_text())
     of = report["intervals"]
     assert lines.pop(5) == "95 % intervals: " + ", ".join(
         "%s %.4f to %.4f" % tuple([name.replace("instance_", "")] + of[name]) for name in METRICS)
@@ -159,23 +150,4 @@ def test_stage_7_adds_the_intervals_and_changes_nothing_else(tmp_path):
     for row in report["attributes"]:
         assert row["label_acc_interval"][0] < row["label_acc"] < row["label_acc_interval"][1]
         row["label_acc_interval"] = None
-    report["intervals"] = None
-    assert report == figures
-    assert script(POSTPROCESS, result, label, "--intervals", cwd=tmp_path).returncode == 0
-    assert (tmp_path / "fusion_result.json").read_text() == text  # the same draws each time
-
-
-def test_compare_prints_the_intervals_of_the_changes(tmp_path):
-    logits, labels = random_case()
-    a, label = write_case(tmp_path, logits, labels)
-    (tmp_path / "b").mkdir()
-    b, _ = write_case(tmp_path / "b", np.where(np.arange(300)[:, None] % 30 - 4, logits, -logits - 1), labels)
-    done = script("tools/compare.py", a, b, "--labels", label, "--max-difference", 99, "--max-flips", 9999, "--json", "c.json",
-                  cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "c.json").read_text())["metrics"]
-    for name in METRICS:
-        low, high = metrics[name]["interval"]
-        assert low < metrics[name]["change"] < high
-        assert "%s: A %.6f, B %.6f, A - B %+.6f (95 %%: %+.6f to %+.6f)\n" % (
-            name, metrics[name]["a"], metrics[name]["b"], metrics[name]["change"], low, high) in done.stdout
+    assert dict(report, intervals=None) == figures

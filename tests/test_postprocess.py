@@ -68,23 +68,20 @@ def test_a_drop_of_more_than_1_percent_is_an_error(tmp_path, published, images, 
 def test_probabilities_must_be_declared(tmp_path):
     logits, labels = random_case()
     result, label = write_case(tmp_path, logits, labels)
-    assert script(POSTPROCESS, result, label, cwd=tmp_path).returncode == 0
-    expected = json.loads((tmp_path / "fusion_result.json").read_text())
+
+    def scored(*options):
+        assert script(POSTPROCESS, result, label, *options, cwd=tmp_path).returncode == 0
+        return json.loads((tmp_path / "fusion_result.json").read_text())
+
+    expected = scored()
     check_error(script(POSTPROCESS, result, label, "--values=probabilities", cwd=tmp_path), "values below 0 or above 1")
     write_case(tmp_path, probabilities(logits), labels)
     check_error(script(POSTPROCESS, result, label, cwd=tmp_path), "look like probabilities", "--values probabilities")
-    assert json.loads((tmp_path / "fusion_result.json").read_text()) == expected
-    done = script(POSTPROCESS, result, label, "--values", "probabilities", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "fusion_result.json").read_text())
-    assert report == dict(expected, values="probabilities") and expected["values"] == "logits"
-    assert script(POSTPROCESS, result, label, "--values=logits", cwd=tmp_path).returncode == 0
-    report = json.loads((tmp_path / "fusion_result.json").read_text())
-    assert report["instance_recall"] == 1 and report["values"] == "logits"  # every image is predicted to have every attribute
+    assert scored("--values", "probabilities") == dict(expected, values="probabilities") and expected["values"] == "logits"
+    assert scored("--values=logits")["instance_recall"] == 1  # every image is predicted to have every attribute
 
 
-@pytest.mark.parametrize("attributes, extension, output, prefix",
-                         [(35, ".jpg", 1, ""), (26, ".png", 0, ""), (51, ".a.jpeg", 1, "train/seq1/")])
+@pytest.mark.parametrize("attributes, extension, output, prefix", [(26, ".png", 0, ""), (51, ".a.jpeg", 1, "train/seq1/")])
 def test_data_sets_with_other_attributes_and_names_are_scored(tmp_path, attributes, extension, output, prefix):
     logits, labels = random_case(attributes=attributes)
     result, label = write_case(tmp_path, logits, labels, extension, output, prefix)
@@ -101,47 +98,34 @@ def test_data_sets_with_other_attributes_and_names_are_scored(tmp_path, attribut
 def test_the_names_of_attributes_are_checked(tmp_path):
     assert attribute_names(35) == PETA and attribute_names(2) == ["attribute0", "attribute1"]
     names = tmp_path / "names.txt"
-    names.write_text("a\nb\n")
-    with pytest.raises(ValueError, match="names.txt: holds 2 names, but there are 3 attributes"):
-        attribute_names(3, str(names))
-    names.write_text("a\nb\na\n")
-    with pytest.raises(ValueError, match="names.txt: holds a name more than once: a"):
-        attribute_names(3, str(names))
-    names.write_bytes(b"a\nb\n\xff\n")
-    with pytest.raises(ValueError, match="not UTF-8"):
-        attribute_names(3, str(names))
-    with pytest.raises(OSError, match="absent.txt: no such file"):
-        attribute_names(3, str(tmp_path / "absent.txt"))
+    for content, message in ((b"a\nb\n", "names.txt: holds 2 names, but there are 3 attributes"),
+                             (b"a\nb\na\n", "names.txt: holds a name more than once: a"), (b"a\nb\n\xff\n", "names.txt: is not UTF-8")):
+        names.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            attribute_names(3, str(names))
 
 
-@pytest.mark.parametrize("text", ['{"a.png": [0, 1], "b.png": [1, 1]}', '\ufeff{"a.png": [0, 1], "b.png": [1, 1]}',
-                                  '{"a.png": [0.0, 1], "b.png": [1.0, 1e0]}'])
-def test_labels_are_read(tmp_path, text):
+def test_labels_are_read(tmp_path):
     path = tmp_path / "label.json"
-    path.write_bytes(text.encode("utf-8"))
+    path.write_text('\ufeff{"a.png": [0.0, 1], "b.png": [1, 1e0]}', encoding="utf-8")
     rows, labels = read_labels(str(path))
     assert rows == {"a": 0, "b": 1} and labels.tolist() == [[0, 1], [1, 1]] and labels.dtype == np.uint8
 
 
 @pytest.mark.parametrize("text, message", [
     ('{"a.png": [0, 1], "b.png": [0, 2]}', "'b.png': its label is not a list of 0 and 1"),
-    ('{"a.png": [0, 1], "b.png": [0, 0.5]}', "'b.png'"),
     ('{"a.png": [0, 1], "b.png": [0, 1%s]}' % ("0" * 400), "'b.png'"),
     ('{"a.png": [0, 1], "b.png": [0, NaN]}', "'b.png'"),
     ('{"a.png": [0, 1], "b.png": ["0", "1"]}', "'b.png'"),
     ('{"a.png": [0, 1], "b.png": {"0": 1}}', "'b.png'"),
-    ('{"a.png": [0, 1], "b.png": 2}', "'b.png'"),
     ('{"a.png": []}', "'a.png'"),
     ('{"a.png": [0, 1], "b.png": [0, 1, 1]}', "'b.png' has 3 values, but the rows before it have 2"),
     ('{"a.png": [0, 1], "b.png": [1, 1], "a.png": [0, 1]}', "'a.png' and 'a.png' are the same image"),
     ('{"a.png": [0, 1], "x/a.jpg": [0, 1]}', "'a.png' and 'x/a.jpg' are the same image"),
     ('{}', "is not {image file name"),
     ('[[0, 1]]', "is not {image file name"),
-    ('3', "is not {image file name"),
-    ('', "is not JSON"),
     ('{"a.png": [0, 1]', "is not JSON"),
     ('{"a.png": ' + "[" * 100000, "is not JSON"),
-    ("[" * 100000 + "]" * 100000, "label.json"),
 ])
 def test_wrong_labels_are_refused(tmp_path, text, message):
     path = tmp_path / "label.json"
@@ -154,8 +138,6 @@ def test_wrong_labels_are_refused(tmp_path, text, message):
 def test_errors_of_the_label_file_are_one_line(tmp_path):
     result, label = write_case(tmp_path, [[2, 2]], [[0, 1]])
     check_error(script(POSTPROCESS, result, tmp_path / "absent.json", cwd=tmp_path), "absent.json: no such file")
-    (tmp_path / "label.json").write_bytes(b'{"a\xff": [0]}')
-    check_error(script(POSTPROCESS, result, label, cwd=tmp_path), "label.json: is not JSON")
     (tmp_path / "label.json").write_text('{"00000.png": [0, 0]}')
     check_error(script(POSTPROCESS, result, label, cwd=tmp_path), "no image has any true attribute")
     check_error(script(POSTPROCESS, result, label, "--attributes", label, cwd=tmp_path), "holds 1 names, but there are 2")
@@ -182,12 +164,11 @@ def test_wrong_results_are_refused(tmp_path):
     check_error(script(POSTPROCESS, result, label, cwd=tmp_path), "2 of 8 results have no label", "00006_1.bin", "00007_1.bin")
     result, label = write_case(tmp_path, logits, labels)
     file = tmp_path / "result" / "00002_1.bin"
-    for size in (136, 144, 0):
-        file.write_bytes(bytes(size))
-        check_error(script(POSTPROCESS, result, label, cwd=tmp_path), "1 of 8 results", "00002_1.bin (%d bytes)" % size)
-    for value in (np.nan, np.inf, -np.inf):
-        file.write_bytes(np.where(np.arange(35) == 4, value, 0).astype("<f4").tobytes())
-        check_error(script(POSTPROCESS, result, label, cwd=tmp_path), "1 of 8 results hold NaN or infinite", "00002_1.bin")
+    nan, infinite = (np.full(35, value, "<f4").tobytes() for value in (np.nan, -np.inf))
+    for content, message in ((bytes(136), "00002_1.bin (136 bytes)"), (b"", "00002_1.bin (0 bytes)"),
+                             (nan, "hold NaN or infinite"), (infinite, "hold NaN or infinite")):
+        file.write_bytes(content)
+        check_error(script(POSTPROCESS, result, label, cwd=tmp_path), "1 of 8 results ", "00002_1.bin", message)
     file.write_bytes(logits[2].tobytes())
     for stray in ("_1.bin", "00002.bin", "00002_2.bin"):
         (tmp_path / "result" / stray).write_bytes(bytes(140))
@@ -199,28 +180,17 @@ def test_wrong_results_are_refused(tmp_path):
     check_error(script(POSTPROCESS, tmp_path / "absent", label, cwd=tmp_path), "absent: no such folder")
 
 
-@pytest.fixture
-def eight_results(tmp_path):
-    """Results of 8 images, labels of 20."""
-    write_case(tmp_path, np.full((8, 2), 2), [])
-    (tmp_path / "label.json").write_text(json.dumps({"%05d.png" % i: [0, 1] for i in range(20)}))
-    return tmp_path
-
-
-@pytest.mark.parametrize("content", ["\n".join("%05d.png" % i for i in range(8)),
-                                     "\ufeff" + "".join("sub/%05d.png\r\n\r\n" % i for i in range(8))])
-def test_results_of_the_listed_images_are_scored(eight_results, content):
-    (eight_results / "image.txt").write_bytes(content.encode("utf-8"))
-    process = script(POSTPROCESS, "result", "label.json", "--image_list=image.txt", cwd=eight_results)
+def test_results_must_be_of_the_listed_images(tmp_path):
+    result, label = write_case(tmp_path, np.full((8, 2), 2), [[0, 1]] * 20)
+    command = [POSTPROCESS, result, label, "--image_list=image.txt"]
+    for images, message in (
+            (range(7), "image.txt: 1 of 8 results are of other images (00007); run stages 4 to 6 again"),
+            (range(20), "image.txt: 12 of its 20 images have no result (00008, 00009, 00010, 00011, 00012 and 7 more); run"),
+            (range(3, 9), "1 of its 6 images have no result (00008), and 3 of 8 results are of other images (00000, 00001, 00002); run"),
+            ([], "names no image")):
+        (tmp_path / "image.txt").write_text("".join("%05d.png\n" % i for i in images))
+        check_error(script(*command, cwd=tmp_path), message)
+    assert not (tmp_path / "fusion_result.json").exists()
+    (tmp_path / "image.txt").write_bytes(b"\xef\xbb\xbf" + b"".join(b"sub/%05d.png\r\n\r\n" % i for i in range(8)))
+    process = script(*command, cwd=tmp_path)
     assert process.returncode == 0 and "scored 8 images" in process.stdout, process.stderr
-
-
-@pytest.mark.parametrize("images, message", [
-    (range(7), "image.txt: 1 of 8 results are of other images (00007); run stages 4 to 6 again"),
-    (range(20), "image.txt: 12 of its 20 images have no result (00008, 00009, 00010, 00011, 00012 and 7 more); run"),
-    (range(3, 9), "1 of its 6 images have no result (00008), and 3 of 8 results are of other images (00000, 00001, 00002); run"),
-    ([], "names no image")])
-def test_results_of_other_images_are_refused(eight_results, images, message):
-    (eight_results / "image.txt").write_text("".join("%05d.png\n" % i for i in images))
-    check_error(script(POSTPROCESS, "result", "label.json", "--image_list", "image.txt", cwd=eight_results), message)
-    assert not (eight_results / "fusion_result.json").exists()

@@ -88,8 +88,6 @@ def test_bad_images_do_not_hide_the_others(tmp_path):
     check_error(done, "1 of 3 images cannot be read: images/im1.png")
     assert [key for key in parse_predictions(done.stdout) if not key.endswith(" found")] == [paths[0], paths[2]]
     assert sorted(os.listdir(str(tmp_path / "a" / "b"))) == ["im0_attributes.png", "im2_attributes.png"]
-    with Image.open(str(tmp_path / "a" / "b" / "im2_attributes.png")) as picture:
-        assert picture.mode == "RGB" and picture.format == "PNG"
 
 
 def test_nan_logits_are_an_error(tmp_path):
@@ -102,14 +100,10 @@ def test_nan_logits_are_an_error(tmp_path):
 
 @pytest.mark.parametrize("font", ["the system's", "Pillow's"])
 def test_picture_shows_the_photograph_names_and_bars(tmp_path, monkeypatch, font):
-    if font == "Pillow's":
+    if font == "Pillow's":  # no font file is found; Pillow's own comes as an open file
         real = ImageFont.truetype
-
-        def truetype(source, *args, **settings):  # no font file is found; Pillow's own comes as an open file
-            if isinstance(source, str):
-                raise OSError("cannot open resource")
-            return real(source, *args, **settings)
-        monkeypatch.setattr(ImageFont, "truetype", truetype)
+        monkeypatch.setattr(ImageFont, "truetype", lambda source, *more, **settings: real(
+            "absent.ttf" if isinstance(source, str) else source, *more, **settings))
     Image.new("RGB", (30, 80), (0, 200, 0)).save(str(tmp_path / "green.png"))
     logits = np.full(35, -40, np.float32)
     logits[[4, 9, 20]] = [40, 0, -1]
@@ -251,10 +245,7 @@ def test_folder_gives_the_same_as_its_files_by_name(folder):
 def test_file_names_that_are_not_utf8(folder):
     for path in BAD:
         (folder / path).unlink()
-    try:
-        os.rename(bytes(folder / "crops" / "im0.png"), bytes(folder / "crops") + b"/\xff,\n.png")
-    except OSError:
-        pytest.skip("this file system takes no such names")
+    os.rename(bytes(folder / "crops" / "im0.png"), bytes(folder / "crops") + b"/\xff,\n.png")
     done = run(folder, "crops", "--json", "out.json", "--csv", "out.csv")
     assert done.returncode == 0, done.stderr
     names = [row["image"] for row in json.loads((folder / "out.json").read_text())["images"]]

@@ -116,13 +116,10 @@ def test_the_file_and_the_screen_show_the_thresholds_and_the_gain(tmp_path):
     of_0, _ = score(tmp_path, result, label)
     for name in INSTANCE + ["mA"]:
         assert content["gain"][name]["at_0"] == pytest.approx(of_0[name], abs=1e-12)
-    again, _ = tune(tmp_path, result, label, "--attributes", "names.txt")
-    assert again == content
-    labels[299, 0] ^= 1
     logits[np.flatnonzero(labels[:, 5] == 0)[0], 5] = 9  # the largest logit is wrong, and few images have the attribute
     result, label = write_case(tmp_path / "other", logits, labels)
     other, screen = tune(tmp_path, result, label, "--target-precision", 0.95)
-    assert other["checksum"] != content["checksum"] and other["names_assumed"] is True
+    assert other["names_assumed"] is True
     assert other["goal"] == "precision >= 0.95" and "stay at 0 (target not reached): attribute5\n" in screen
     content, _ = tune(tmp_path, result, label, "--target-recall", 0.9)
     found = [row["cross_validated"]["recall"] for row in content["attributes"] if row["tuned"]]
@@ -168,20 +165,18 @@ def test_probabilities_are_scored_with_the_thresholds(tmp_path, tuned):
 def test_images_that_thresholds_were_tuned_on_are_not_scored(tmp_path, tuned):
     _, logits, labels, options = tuned
     val = options[3].parent / "val"
-    part = write_case(tmp_path / "part", *[values[:7] for values in random_run(300)])
     both = dict(json.loads((val / "label.json").read_text()), **{"%05d" % i: row.tolist() for i, row in enumerate(labels, 5000)})
     (tmp_path / "both.json").write_text(json.dumps(both))
-    message = "thresholds.json: was tuned on %d of these %d images (00000, 00001"
-    for files, count, images in (((val / "result", val / "label.json"), 300, 300), (part, 7, 7),
-                                 ((options[0], val / "result", tmp_path / "both.json"), 300, 420)):
-        check_error(script(POSTPROCESS, *files, *options[2:], cwd=tmp_path), message % (count, images), "the test split's")
+    message = "thresholds.json: was tuned on 300 of these %d images (00000, 00001"
+    for images, *files in ((300, val / "result", val / "label.json"), (420, options[0], val / "result", tmp_path / "both.json")):
+        check_error(script(POSTPROCESS, *files, *options[2:], cwd=tmp_path), message % images, "the test split's")
     assert not (tmp_path / "fusion_result.json").exists()
     # Other images may have the same names.
     score(tmp_path, *write_case(tmp_path / "same_names", logits, labels), *options[2:])
     # run_all.sh checks this before any work.
     (tmp_path / "image.txt").write_text("".join("%05d.png\n" % i for i in range(300)))
     lists = ["lists", "--image-list", "image.txt", "--label-file", val / "label.json"]
-    check_error(script("tools/run/inputs.py", *lists, *options[2:], cwd=tmp_path), message % (300, 300))
+    check_error(script("tools/run/inputs.py", *lists, *options[2:], cwd=tmp_path), message % 300)
 
 
 def test_predict_marks_attributes_by_the_thresholds(tmp_path):
@@ -215,10 +210,6 @@ def test_report_shows_the_thresholds(tmp_path, tuned):
                  'data-metric="mA">%s<' % fusion["mA"]):
         assert text in expected, text
     assert page("--thresholds", options[3]) == expected
-    fusion["attributes"][0]["threshold"] = "low"
-    (tmp_path / "fusion_result.json").write_text(json.dumps(fusion))
-    with pytest.raises(ValueError, match="fusion_result.json: is not what postprocess_deepmar_pytorch.py writes"):
-        page()
     score(tmp_path, *options[:2])
     assert "tuned for" not in page()
     with pytest.raises(ValueError, match="fusion_result.json: its instance_acc is "):
@@ -243,8 +234,7 @@ def test_thresholds_of_other_attributes_and_bad_files_are_refused(tmp_path, tune
     assert names(good) == "ABCDEF"  # and here those of the results
     text = json.dumps(good)
     for change in (lambda c: c.pop("tuned_on"), lambda c: c["attributes"].pop(), lambda c: c["attributes"][0].update(threshold="1"),
-                   lambda c: c["attributes"][0].update(threshold=float("nan")),
-                   lambda c: c["attributes"][0].update(threshold=10 ** 400)):
+                   lambda c: c["attributes"][0].update(threshold=float("nan"))):
         content = json.loads(text)
         change(content)
         with pytest.raises(ValueError, match="thresholds.json: (is not what tools|holds the thresholds of other)"):

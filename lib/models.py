@@ -76,7 +76,7 @@ def check(model, path, what=""):
             raise ValueError("%s: keeps its weights in other files; save it as one file" % path)
     try:
         onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, UnicodeDecodeError) as error:  # the second one: a name that is not UTF-8
         raise ValueError("%s: is not a valid ONNX model%s: %s" % (path, what, one_line(error)))
 
 

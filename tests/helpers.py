@@ -3,6 +3,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import multiprocessing
 import os
 import re
 import runpy
@@ -108,6 +109,14 @@ def started(name, *arguments, cwd=None):
     """Runs ROOT/name with a new Python. Returns the same as script(). It shows what script() cannot, such as a failed import."""
     return subprocess.run([sys.executable, os.path.join(ROOT, name)] + [str(argument) for argument in arguments],
                           cwd=cwd, capture_output=True, text=True)
+
+
+def succeeds(function):
+    """Calls a function in a child process. Returns whether it raised nothing and was not killed."""
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    process.join()
+    return process.exitcode == 0
 
 
 def check_error(process, *texts, code=1):

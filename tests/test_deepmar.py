@@ -6,7 +6,6 @@ import argparse
 import copyreg
 import datetime
 import json
-import multiprocessing
 import os
 import pathlib
 import pickle
@@ -63,14 +62,6 @@ def refusal(path, *arguments):
     message = str(error.value)
     assert message.startswith("%s: " % path) and message.isprintable() and len(message) < 1000
     return message
-
-
-def succeeds(function):
-    """Calls a function in a child process. Returns whether it raised nothing and was not killed."""
-    process = multiprocessing.get_context("fork").Process(target=function)
-    process.start()
-    process.join()
-    return process.exitcode == 0
 
 
 # --- the network ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from DeepMAR import load_checkpoint
-from helpers import ZEROS, between, constant, model_of, node, outputs_of
+from helpers import ZEROS, between, constant, model_of, node, outputs_of, succeeds
 from lib.bins import read_info
 from lib.labels import read_labels
 from lib.models import load
@@ -20,7 +20,6 @@ from lib.names import read_list, stem
 from lib.results import check_images
 from lib.session import open_session
 from remove_pad import remove_pads
-from test_deepmar import succeeds
 
 CAMPAIGN = int(os.environ.get("DEEPMAR_TEST_CAMPAIGN", "0"))
 

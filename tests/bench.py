@@ -28,6 +28,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -77,11 +78,6 @@ def run(*arguments, **settings):
 
 def script(name, *arguments, **settings):
     return run(sys.executable, os.path.join(ROOT, name), *arguments, **settings)
-
-
-def read_json(path):
-    with open(path) as f:
-        return json.load(f)
 
 
 def new_folder():
@@ -171,7 +167,7 @@ def row_preprocess(quick):
 def guides_postprocess(arguments):
     """The guide's method: a loop over the folder with an array for each file, then the metrics."""
     folder, label_file = arguments
-    labels = read_json(label_file)
+    labels = json.loads(Path(label_file).read_text())
     predicted, true = [], []
     for name in os.listdir(folder):
         logits = np.fromfile(os.path.join(folder, name), dtype=np.float32)
@@ -183,8 +179,7 @@ def guides_postprocess(arguments):
 def peak_memory(main, arguments):
     """Returns this process's peak memory in MB after a call."""
     main(arguments)
-    with open("/proc/self/status") as f:
-        return int(re.search(r"VmHWM:\s+([0-9]+) kB", f.read()).group(1)) * 1024 / 1e6
+    return int(re.search(r"VmHWM:\s+([0-9]+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024 / 1e6
 
 
 def row_postprocess(quick):
@@ -235,7 +230,7 @@ def make_sample(quick):
 
 
 def run_stages(work):
-    accuracy = read_json(os.path.join(work, "sample/accuracy.txt"))
+    accuracy = Path(work, "sample", "accuracy.txt").read_text().strip()
     for name, *arguments in (
             ("export_onnx.py", "sample/checkpoint.pth.tar", "deepmar_bs1.onnx", "1"),
             ("remove_pad.py", "deepmar_bs1.onnx", "deepmar_bs1_nopad.onnx"),
@@ -418,8 +413,7 @@ BUSY_ROWS = ["standin", "openvino"]
 
 def machine():
     """Returns the machine and the versions on which the figures are measured."""
-    with open("/proc/cpuinfo") as f:
-        processor = re.search("model name\t: (.+)|$", f.read()).group(1)
+    processor = re.search("model name\t: (.+)|$", Path("/proc/cpuinfo").read_text()).group(1)
     # After many deletions, ext4 creates files up to ten times slower for some minutes. At rest it needs 0.015 ms.
     creation = statistics.median(clock(os.mknod, "created%d" % i) for i in range(200))
     found = {"platform": platform.platform(), "processor": processor, "cores": CORES, "load": os.getloadavg()[0],
@@ -460,7 +454,7 @@ def print_row(rows):
 
 def print_results(paths):
     """Prints the results in these files as one table."""
-    results = [read_json(path) for path in paths]
+    results = [json.loads(Path(path).read_text()) for path in paths]
     print_head(results)
     found = [{(row["stage"], row["against"]): row for row in result["rows"]} for result in results]
     for key in {key: None for rows in found for key in rows}:

@@ -33,24 +33,23 @@ MACHINE = os.uname().machine
 # --- scripts ----------------------------------------------------------------------------------------------------------
 
 def script(name, *arguments, cwd=None):
-    """Runs ROOT/name in this process. Returns a finished process, with its output as text, as started() does.
+    """Runs ROOT/name in this process, which need not import libraries again. Returns the finished process, with its output as text.
 
-    Libraries are not imported again, which saves seconds. What a script changes in its process is undone.
+    What a script changes in its process is undone.
     """
     path, arguments = os.path.join(ROOT, str(name)), [str(argument) for argument in arguments]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output, tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         with redirected("stdout", output), redirected("stderr", errors), own_state(path, arguments, cwd):
-            code = 1
+            code = 0
             try:
                 runpy.run_path(path, run_name="__main__")
-                code = 0
             except SystemExit as stop:
-                if isinstance(stop.code, str):
-                    print(stop.code, file=sys.stderr)
-                else:
-                    code = stop.code or 0
+                code = stop.code or 0
             except Exception:
-                traceback.print_exc()
+                code = traceback.format_exc()
+            if isinstance(code, str):  # as Python ends
+                print(code, file=sys.stderr)
+                code = 1
         output.seek(0)
         errors.seek(0)
         return subprocess.CompletedProcess([path] + arguments, code, output.read(), errors.read())
@@ -76,9 +75,8 @@ def redirected(name, file):
 @contextlib.contextmanager
 def own_state(path, arguments, cwd):
     """Gives a script the state that a new Python would have, as far as scripts notice it; restores this process's state."""
-    folder = os.getcwd()
     # A copy of export_onnx.py in another checkout imports that one's network, which a test may change within a second.
-    networks = {} if path.startswith(ROOT) else {name: module for name, module in sys.modules.items() if is_network(name)}
+    folder, networks = os.getcwd(), {} if path.startswith(ROOT) else taken_networks()
     try:
         with warnings.catch_warnings(), mock.patch.dict(os.environ), mock.patch.multiple(
                 sys, dont_write_bytecode=True, path=sys.path[:], argv=[path] + arguments):
@@ -86,8 +84,6 @@ def own_state(path, arguments, cwd):
             warnings.showwarning = lambda *warning: sys.stderr.write(warnings.formatwarning(*warning[:4]))
             for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
                 warnings.simplefilter("ignore", category)
-            for name in networks:
-                del sys.modules[name]
             seen_notes.clear()
             os.chdir(str(cwd or "."))
             yield
@@ -95,18 +91,17 @@ def own_state(path, arguments, cwd):
         os.chdir(folder)
         gc.enable()
         if not path.startswith(ROOT):
-            for name in list(filter(is_network, sys.modules)):
-                del sys.modules[name]
+            taken_networks()
             sys.modules.update(networks)
 
 
-def is_network(module):
-    """Whether a module is DeepMAR, or one of the open-source repository's packages."""
-    return module == "DeepMAR" or module.partition(".")[0] == "baseline"
+def taken_networks():
+    """Removes DeepMAR and the open-source repository's packages from the imported modules. Returns them."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in ("DeepMAR", "baseline")}
 
 
 def started(name, *arguments, cwd=None):
-    """Runs ROOT/name with a new Python. Returns the same as script(). It shows what script() cannot, such as a failed import."""
+    """Runs ROOT/name with a new Python. Returns the finished process. It shows what script() cannot, such as a failed import."""
     return subprocess.run([sys.executable, os.path.join(ROOT, name)] + [str(argument) for argument in arguments],
                           cwd=cwd, capture_output=True, text=True)
 
@@ -137,12 +132,10 @@ CALLS = {"flock": (73, 32), "clone": (56, 220), "clone3": (435, 435), "fork": (5
 
 def refused(error, *calls):
     """Returns a preexec_fn after which these system calls fail with this error, as they do on some machines."""
-    number = ["x86_64", "aarch64"].index(MACHINE)
     load, equal, end, allow, fail = 0x20, 0x15, 0x06, 0x7fff0000, 0x00050000 | error  # of linux/filter.h, linux/seccomp.h
     rules = [(load, 0, 0, 0)]
-    for call in calls:
-        if CALLS[call][number] is not None:
-            rules += [(equal, 0, 1, CALLS[call][number]), (end, 0, 0, fail)]
+    for number in filter(None, (CALLS[call][["x86_64", "aarch64"].index(MACHINE)] for call in calls)):
+        rules += [(equal, 0, 1, number), (end, 0, 0, fail)]
     rules.append((end, 0, 0, allow))
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
     program = ctypes.create_string_buffer(struct.pack("HP", len(rules), ctypes.addressof(code)))

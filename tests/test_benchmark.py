@@ -3,6 +3,7 @@ import json
 import os
 import re
 import sys
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -67,16 +68,13 @@ def test_results_are_the_models_and_the_files_the_tools(folder, batch, device, m
     times, calls = summary["npu_compute_time_list"], -(-COUNT // batch)
     assert len(times) == calls == summary["NPU_compute_time"]["count"]
     assert set(summary["NPU_compute_time"]) == {"min", "max", "mean", "median", "percentile(99%)", "count"}
-    assert summary["NPU_compute_time"]["percentile(99%)"] == pytest.approx(np.percentile(times, 99))
     interface = float(re.search("Interface throughputRate: ([^,]*),", perf).group(1))
     assert summary["throughput"] == pytest.approx(interface, rel=1e-4)
     assert "latency of a call in ms: p50 %.4g, p95 %.4g, p99 %.4g, min %.4g, max %.4g\n" % (
         tuple(np.percentile(times, (50, 95, 99))) + (min(times), max(times))) in process.stdout
     assert ("latency of an image in ms: p50 %.4g," % (np.median(times) / batch) in process.stdout) == (batch > 1)
-    # what the parsers of other people take: the eighth value between a colon and a comma
-    values = [float(value) for value in re.findall(":(.*?),", perf.replace("\n", ",") + ",")]
-    assert values[7] == interface
-    assert abs(values[0] * values[1] / 1000 - COUNT) < 0.01 and values[7] >= values[6] >= values[0] * 0.5
+    rate, latency = map(float, re.match(r"\[e2e\] throughputRate: (\S+), latency: (\S+)", perf).groups())
+    assert abs(rate * latency / 1000 - COUNT) < 0.01
 
 
 @pytest.mark.parametrize("batch, size", [(1, (224, 224)), (2, (256, 128))])
@@ -95,25 +93,18 @@ def test_pure_inference_takes_the_models_size_and_writes_the_tools_files(tmp_pat
 
 # --- providers --------------------------------------------------------------------------------------------------------
 
-class Half(object):
-    """A session of another provider, which computes in float16."""
-
-    def __init__(self, path):
-        self.exact = open_session(path)
-
-    def __getattr__(self, name):
-        return getattr(self.exact, name)
-
-    def get_providers(self):
-        return ["FastExecutionProvider", "CPUExecutionProvider"]
-
-    def run(self, *arguments):
-        return [output.astype(np.float16).astype(np.float32) for output in self.exact.run(*arguments)]
+def of_float16(path, *_, **__):
+    """Returns a session of another provider, which computes in float16."""
+    exact = open_session(path)
+    session = mock.Mock(wraps=exact)
+    session.get_providers = lambda: ["FastExecutionProvider", "CPUExecutionProvider"]
+    session.run = lambda *arguments: [output.astype(np.float16).astype(np.float32) for output in exact.run(*arguments)]
+    return session
 
 
 def test_provider_of_other_precision_needs_tolerance(folder, monkeypatch, capsys):
     monkeypatch.chdir(str(folder))
-    monkeypatch.setattr(benchmark, "open_session", lambda path, *_, **__: Half(path))
+    monkeypatch.setattr(benchmark, "open_session", of_float16)
     command = ["-batch_size=8", "-om_path=bs8.onnx", "-input_text_path=deepmar.info", "-device_id=9", "-provider=FastExecutionProvider"]
     with pytest.raises(ValueError, match="bs8.onnx: in the first batch, the logits of Fast.* differ from the CPU's by up to .* "
                                          "give a -tolerance above"):
@@ -121,9 +112,6 @@ def test_provider_of_other_precision_needs_tolerance(folder, monkeypatch, capsys
     assert not os.path.exists("result/dumpOutput_device9")
     benchmark.main(command + ["-tolerance=0.01"])
     assert "FastExecutionProvider, bs8.onnx" in capsys.readouterr().out and results(folder, 9).shape == (COUNT, 35)
-    monkeypatch.setattr(Half, "run", lambda *_: [np.full((8, 35), np.nan, np.float32)])
-    with pytest.raises(ValueError, match="differ from the CPU's by up to nan"):
-        benchmark.main(command + ["-tolerance=1"])
 
 
 def test_missing_provider_is_refused(folder):
@@ -131,8 +119,7 @@ def test_missing_provider_is_refused(folder):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 9) or os.uname().machine != "x86_64", reason="onnxruntime-ep-openvino has no package for it")
-def test_openvino_gives_the_same_results(folder):
-    """It is the genuine plug-in."""
+def test_the_genuine_plug_in_of_openvino_gives_the_same_results(folder):
     process = run(folder, "bs8.onnx", 8, "-provider=OpenVINOExecutionProvider", "-calls=2", device_id=11)
     if "has no provider OpenVINOExecutionProvider" in process.stderr:
         pytest.skip("NOT RUN: OpenVINO's plug-in offers no device on this CPU")
@@ -142,29 +129,25 @@ def test_openvino_gives_the_same_results(folder):
     assert np.abs(cpu - openvino).max() <= 1e-3 * np.abs(cpu).max()
 
 
-def test_provider_that_did_not_load_is_named(folder, monkeypatch, capsys):
+@pytest.mark.parametrize("name", PROVIDERS[:2])
+def test_provider_that_did_not_load_is_named(folder, monkeypatch, capsys, name):
     """As onnxruntime-gpu does without a GPU, and onnxruntime-cann without CANN: the session runs on the CPU."""
     monkeypatch.chdir(str(folder))
     monkeypatch.setattr(providers, "default", lambda device_id: ["CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [name, "CPUExecutionProvider"])
     arguments = ["-batch_size=1", "-om_path=bs1.onnx", "-round=1"]
-    for name in PROVIDERS[:2]:
-        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [name, "CPUExecutionProvider"])
-        benchmark.main(arguments)
-        lines = capsys.readouterr().out.splitlines()
-        assert lines[0].startswith("[WARN] %s did not load, so the CPU runs the model; " % name)
-        assert lines[1] == "[INFO] ONNX Runtime %s, CPUExecutionProvider (%s did not load), bs1.onnx" % (onnxruntime.__version__, name)
-        with pytest.raises(ValueError, match=name + " did not load; "):
-            benchmark.main(arguments + ["-strict"])
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    benchmark.main(arguments + ["-strict"])
-    assert "did not load" not in capsys.readouterr().out
+    benchmark.main(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("[WARN] %s did not load, so the CPU runs the model; " % name)
+    assert lines[1] == "[INFO] ONNX Runtime %s, CPUExecutionProvider (%s did not load), bs1.onnx" % (onnxruntime.__version__, name)
+    with pytest.raises(ValueError, match=name + " did not load; "):
+        benchmark.main(arguments + ["-strict"])
 
 
 def test_onnxruntime_of_numpy_1_with_numpy_2_is_explained(folder, tmp_path, monkeypatch):
-    """As of onnxruntime-cann 1.24.4: NumPy prints a page that begins so, then the import fails."""
+    """As of onnxruntime-cann 1.24.4: NumPy prints a page, then the import fails."""
     (tmp_path / "onnxruntime.py").write_text(
-        "import sys\nsys.stderr.write('\\nA module that was compiled using NumPy 1.x cannot be run in\\nNumPy 2.4.6 as it'\n"
-        "                 ' may crash.\\nTraceback (most recent call last):\\n')\nraise ImportError('import numpy failed')\n")
+        "import sys\nsys.stderr.write('A module that was compiled using NumPy 1.x\\nTraceback ...\\n')\nraise ImportError('numpy')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     process = started(TOOL, "-batch_size=1", "-om_path=bs1.onnx", "-round=1", cwd=folder)
     check_error(process, "was built for NumPy 1", "-m pip install 'numpy<2'")
@@ -173,36 +156,33 @@ def test_onnxruntime_of_numpy_1_with_numpy_2_is_explained(folder, tmp_path, monk
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 def test_usage_errors(folder):
-    for changes in ({"batch_size": 0}, {"batch_size": "x"}, {"device_id": -1}, {"model_type": "nlp"}, {"useDvpp": "true"},
-                    {"om_path": "model.om"}, {"output_binary": "false"}, {"nonsense": 1}, {"tolerance": "x"}, {"tolerance": 1.1},
-                    {"calls": 0}, {"round": 3}):
+    for changes in ({"batch_size": 0}, {"device_id": -1}, {"model_type": "nlp"}, {"useDvpp": "true"}, {"om_path": "model.om"},
+                    {"output_binary": "false"}, {"nonsense": 1}, {"tolerance": 1.1}, {"calls": 0}, {"round": 3}):
         check_error(run(folder, "bs1.onnx", 1, **changes), code=2)
     check_error(script(TOOL, "-batch_size=1", "-om_path=bs1.onnx", cwd=folder), code=2)
 
 
-def test_models_that_do_not_fit_are_refused(folder, tmp_path):
+def test_models_that_do_not_fit_or_would_read_another_file_are_refused(folder, tmp_path):
     (tmp_path / "cut.onnx").write_bytes((folder / "bs1.onnx").read_bytes()[:-200])
     write_model(tmp_path / "double.onnx", type=TensorProto.DOUBLE)
     write_model(tmp_path / "small.onnx", size=(112, 112))
+    outside = onnx.load(str(folder / "bs1.onnx"))
+    keep_weights_outside(outside)
+    (tmp_path / "outside.onnx").write_bytes(outside.SerializeToString())
     for model, batch, text in ((folder / "bs1.onnx", 8, "[8,3,224,224]"), (tmp_path / "nowhere.onnx", 1, "nowhere.onnx"),
                                (tmp_path / "cut.onnx", 1, "cut.onnx"), (tmp_path / "double.onnx", 1, "double.onnx"),
-                               (tmp_path / "small.onnx", 1, "112")):
+                               (tmp_path / "small.onnx", 1, "112"), (tmp_path / "outside.onnx", 1, "keeps its weights in")):
         check_error(run(folder, model, batch), model.name, text)
 
 
 @pytest.mark.parametrize("info, text", [
     (b"0 ./input_bin/00000.bin 224 224\n2 ./input_bin/00001.bin 224 224", "line 2"),
-    (b"0 ./input_bin/00000.bin 224", "line 1"), (b"0 ./input_bin/00000.bin 112 224", "112"),
-    (b"0 ./input_bin/00000.bin 224 224\n1 ./input_bin/00000.bin 224 224", "two bins"),
-    (b"0 ./input_bin/x.bin 224 224\n1 /etc/passwd 224 224", "2 of 2"), (b"", "names no bin"),
-    (b"0 ./short.bin 224 224", "short.bin"), (b"0 ./nan.bin 224 224", "nan.bin"), (b"0 \xff.bin 224 224", "bad.info: "),
-    (b"9" * 5000 + b" a.bin 224 224", "bad.info: "), (b"0 " + b"a" * 5000 + b".bin 224 224", "bad.info: "), (b"\0" * 10000, "bad.info: ")],
+    (b"0 ./input_bin/00000.bin 112 224", "112"), (b"", "names no bin"), (b"0 \xff.bin 224 224", "bad.info: "),
+    (b"0 ./input_bin/00000.bin 224 224\n1 ./input_bin/00000.bin 224 224", "two bins"), (b"9" * 10000 + b" a.bin 224 224", "line 1"),
+    (b"0 ./input_bin/x.bin 224 224\n1 /etc/passwd 224 224", "2 of 2"), (b"0 ./nan.bin 224 224", "nan.bin")],
     ids=lambda value: value if isinstance(value, str) else "")
 def test_bad_info_and_bins_are_named_in_a_short_line_and_leave_earlier_results(folder, info, text):
-    (folder / "short.bin").write_bytes(b"\0" * 602108)
-    nan = np.zeros((3, 224, 224), "<f4")
-    nan[2, 100, 100] = np.nan
-    (folder / "nan.bin").write_bytes(nan.tobytes())
+    np.append(np.zeros(3 * 224 * 224 - 1, "<f4"), np.float32("nan")).tofile(str(folder / "nan.bin"))
     (folder / "bad.info").write_bytes(info)
     earlier = folder / "result" / "dumpOutput_device7"
     os.makedirs(str(earlier), exist_ok=True)
@@ -210,13 +190,3 @@ def test_bad_info_and_bins_are_named_in_a_short_line_and_leave_earlier_results(f
     process = run(folder, "bs8.onnx", 8, input_text_path="bad.info", device_id=7)
     check_error(process, text)
     assert len(process.stderr) < 6000 and contents(earlier) == {"a_1.bin": b"earlier"}
-    assert not (folder / "result" / "dumpOutput_device7.partial").exists()
-
-
-def test_a_model_that_would_read_another_file_is_refused(folder):
-    model = onnx.load(str(folder / "bs1.onnx"))
-    keep_weights_outside(model)
-    (folder / "outside.onnx").write_bytes(model.SerializeToString())
-    check_error(run(folder, "outside.onnx", 1), "outside.onnx: keeps its weights in")
-    check_error(script(TOOL, "-batch_size=1", "-om_path=outside.onnx", "-round=1", cwd=folder), "keeps its weights in")
-    check_error(script("tools/predict.py", __file__, "--onnx=outside.onnx", cwd=folder), "outside.onnx: keeps its weights in")

@@ -86,8 +86,6 @@ def test_benchmark_runs_at_several_batch_sizes(card_and_run):
         with open(str(made.work / folder / "fusion_result.json")) as f:
             assert json.load(f)["instance_acc"] == float(row["instance_acc"])
     assert "card (x 4)" in process.stdout and "instance_acc is the same at all batch sizes" in process.stdout
-    with open(str(made.work / "throughput.md")) as f:
-        assert f.read() in process.stdout
     with open(str(made.work / "fusion_result.json")) as f:  # stage 7's, not the one that atc leaves
         assert json.load(f)["images"] == SIZE
     process = made.run("--stage", 7, "--stop-stage", 7, "--batch-size", "1 5", "--chips", 2)
@@ -96,7 +94,7 @@ def test_benchmark_runs_at_several_batch_sizes(card_and_run):
 
 
 def test_several_devices_share_the_images(card):
-    process = card.run("--stage", 6, "--device-id", "0 3", DEVICES="4")
+    process = card.run("--stage", 6, "--device-id", "0 3", "--pure", "yes", DEVICES="4")
     assert process.returncode == 0, process.stderr
     both = card.results(device=0), card.results(device=3)
     assert sorted(both[0] + both[1]) == names(1) and len(both[0]) == len(both[1])
@@ -105,6 +103,7 @@ def test_several_devices_share_the_images(card):
     rate = sum(float(re.search(r"Interface throughputRate: (\S+),", text).group(1)) for text in perf)
     assert row["devices"] == "0 3" and float(row["interface_images_per_s"]) == pytest.approx(rate)
     assert row["card_images_per_s"] == row["interface_images_per_s"]  # measured, not multiplied
+    assert float(row["pure_images_per_s"]) > 0 and row["latency_p50_ms"] == ""  # the binary measures no latencies
     assert "scored %d images" % SIZE in process.stdout
 
     process = card.run("--stage", 6, "--device-id", "0 4 5", DEVICES="4")
@@ -114,6 +113,7 @@ def test_several_devices_share_the_images(card):
     process = card.run("--stage", 7, "--device-id", "3")
     assert process.returncode == 1 and "%d of" % (SIZE // 2) in process.stderr, process.stderr
     assert card.run("--stage", 6, "--stop-stage", 6).returncode == 0  # one device with all images
+    assert not list((card.work / "result").glob("PureInfer*_device_0.txt"))  # no earlier rate of pure inference
     process = card.run("--stage", 7, "--device-id", "0 3")
     assert process.returncode == 1 and "%d images have two results" % (SIZE // 2) in process.stderr, process.stderr
 
@@ -132,8 +132,6 @@ def test_failing_inference_tool_leaves_the_earlier_results(card):
 @pytest.mark.parametrize("fail, texts", [
     ("atc", ("atc ended with status 1; above", "E40000: the compiler is out of memory")),
     ("atc's operators", ("atc ended with status 1: ", "no operators for Ascend310P3; run: bash ./Ascend-cann-310p-ops_")),
-    ("atc's Python", ("atc ended with status 1: ", "pip install decorator")),
-    ("atc's library", ("atc ended with status 127: ", "devlib:$LD_LIBRARY_PATH")),
     ("atc leaves nothing", ("atc wrote no deepmar_bs5.om",))])
 def test_failing_atc_leaves_the_earlier_om(card, fail, texts):
     before = (card.work / "deepmar_bs5.om").stat()

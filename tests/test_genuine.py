@@ -8,27 +8,25 @@ tests/standins/aclruntime, which stands in for a card. The same tests show that 
 import concurrent.futures
 import csv
 import importlib.util
-import itertools
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
-from helpers import FRONT_ENDS, GENUINE, ROOT, RUNTIME, check_error, check_stopped, run_all, standin, write_images, write_model, write_om
+from helpers import (FRONT_ENDS, GENUINE, RUNTIME, check_error, check_stopped, own_data, run_all, standin, write_images, write_model,
+                     write_om)
 
 import ais_bench_files
 from lib.images import preprocess
 from lib.metrics import evaluate
 from lib.rates import read_summary
 from lib.results import list_results
+from lib.session import cpu_session
 
-SIZES = (1, 4, 8)
-PLAIN = ["im%d.png" % i for i in range(13)]
-ODD = ["im %d.png" % i if i % 3 else "行人%d.png" % i for i in range(11)] + ["00000003.png", "-a,b;c.png"]
+NAMES = ["im %d.png" % i if i % 3 else "行人%d.png" % i for i in range(11)] + ["00000003.png", "-a,b;c.png"]
 
 
 # If there is no genuine front end, the stand-in for the last year is enough for most tests.
@@ -56,17 +54,6 @@ def make_folder(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("front", FRONT_ENDS, ids=lambda front: front.name)
-def test_pure_inference_gives_one_result_and_a_summary_with_the_rate(front, make_folder, tmp_path):
-    folder = make_folder(tmp_path / "one")
-    process = front.run(folder, input=None, loop=20)
-    assert process.returncode == 0, process.stdout
-    assert os.listdir(str(folder / "out" / "d")) == ["pure_infer_data_0.bin"]
-    assert np.fromfile(str(folder / "out" / "d" / "pure_infer_data_0.bin"), "<f4").size == 2 * 35
-    rate, times = read_summary(str(folder / "out" / "d_summary.json"))
-    assert len(times) == 20 and rate == pytest.approx(1000 * 2 / np.mean(times))
-
-
 def results_in(folder):
     """Returns the results in a folder and its subfolders, {subfolder: {name: first logit}}."""
     return {str(sub.relative_to(folder)): {path.name: np.fromfile(str(path), "<f4")[0] for path in sub.glob("*.bin")}
@@ -74,7 +61,7 @@ def results_in(folder):
 
 
 @pytest.mark.parametrize("front", FRONT_ENDS, ids=lambda front: front.name)
-def test_results_log_and_summary_on_one_device(front, make_folder, tmp_path):
+def test_one_device_gives_results_a_log_and_a_summary_also_without_input(front, make_folder, tmp_path):
     one = make_folder(tmp_path / "one")
     process = front.run(one, batchsize=16)  # another one than the model's, which only changes the throughput
     assert process.returncode == 0, process.stdout
@@ -83,35 +70,29 @@ def test_results_log_and_summary_on_one_device(front, make_folder, tmp_path):
     slope = results["b9_0.bin"]  # the bins hold 0, 1, 2, 3, 4, and the model multiplies
     np.testing.assert_allclose([results[name] for name in ("b10_0.bin", "B2_0.bin", "a_0.bin", "c_0.bin")],
                                [0, 2 * slope, 3 * slope, 4 * slope], rtol=1e-5)
-    summary = json.loads((one / "out" / "d_summary.json").read_text())
-    assert {"filesinfo", "args", "NPU_compute_time", "H2D_latency", "D2H_latency", "throughput", "npu_compute_time_list",
-            "pid"} <= set(summary)
-    assert set(summary["NPU_compute_time"]) == {"min", "max", "mean", "median", "percentile(99%)", "count"}
-    assert summary["NPU_compute_time"]["count"] == 3 and len(summary["filesinfo"]) == 5
-    assert summary["throughput"] == pytest.approx(1000 * 16 / summary["NPU_compute_time"]["mean"])
-    assert summary["filesinfo"]["0"] == {"infiles": ["in/a.bin"], "outfiles": ["out/d/a_0.bin"]}
+    rate, times = read_summary(str(one / "out" / "d_summary.json"))
+    assert len(times) == 3 and rate == pytest.approx(1000 * 16 / np.mean(times))
+    files = json.loads((one / "out" / "d_summary.json").read_text())["filesinfo"]
+    assert len(files) == 5 and files["0"] == {"infiles": ["in/a.bin"], "outfiles": ["out/d/a_0.bin"]}
     assert "filesperbatch:2 runcount:3" in process.stdout
-    assert "throughput 1000*batchsize.mean(16)/NPU_compute_time.mean(" in process.stdout
+    process = front.run(one, input=None, output="pure", loop=20)
+    assert process.returncode == 0, process.stdout
+    assert set(results_in(one / "pure" / "d")["."]) == {"pure_infer_data_0.bin"}
+    rate, times = read_summary(str(one / "pure" / "d_summary.json"))
+    assert len(times) == 20 and rate == pytest.approx(1000 * 2 / np.mean(times))
 
 
 @pytest.mark.parametrize("front", FRONT_ENDS, ids=lambda front: front.name)
 def test_several_devices_get_contiguous_shares_in_natural_order(front, make_folder, tmp_path):
-    divided, undivided = make_folder(tmp_path / "divided"), make_folder(tmp_path / "undivided")
-    for folder in (divided / "out", divided / "out" / "d", undivided / "out", undivided / "out" / "d"):
-        folder.mkdir(0o750)  # the processes of the genuine front ends may collide when they make it
-    process = front.run(divided, device="1,2", divide_input=1 if front.year > 2023 else None)
+    folder = make_folder(tmp_path / "several")
+    for made in (folder / "out", folder / "out" / "d"):
+        made.mkdir(0o750)  # the processes of the genuine front ends may collide when they make it
+    process = front.run(folder, device="1,2", divide_input=1 if front.year > 2023 else None)
     assert process.returncode == 0, process.stdout
     names = ["device1", "device2"] if front.year == 2023 else ["device1_0", "device2_1"]
-    shares = results_in(divided / "out" / "d")
+    shares = results_in(folder / "out" / "d")
     assert [set(shares[name]) for name in names] == [{"a_0.bin", "B2_0.bin", "b9_0.bin"}, {"b10_0.bin", "c_0.bin"}]
-    assert process.stdout.count("open device 0 success") == 1  # to find the shares
-    rates = [json.loads((divided / "out" / "d" / (name + "_summary.json")).read_text())["throughput"] for name in names]
-    total = re.search(r"summary throughput: ?(\S+)", process.stdout).group(1)
-    assert float(total) == pytest.approx(sum(rates))
-    assert set(list_results([str(divided / "out" / "d")])) == {"a", "B2", "b9", "b10", "c"}
-    if front.year > 2023:  # without the option, each device gets all images
-        assert front.run(undivided, device="1,2").returncode == 0
-        assert {len(results_in(undivided / "out" / "d")[name]) for name in names} == {5}
+    assert set(list_results([str(folder / "out" / "d")])) == {"a", "B2", "b9", "b10", "c"}
 
 
 def link(path):
@@ -127,12 +108,6 @@ def output(mode):
     return make
 
 
-def spaced_folder(folder):
-    (folder / "a b").mkdir()
-    for name in ("in", "m.om"):
-        (folder / name).rename(folder / "a b" / name)
-
-
 # what is wrong: (the first year in which it is refused, a text in the output, a function that makes it wrong, other options)
 LEGAL, OWNER, WRITABLE, ALWAYS, NEVER = "illegal char", "owner or ownergroup", "group writable", 2023, 3000
 REFUSED = {
@@ -141,40 +116,23 @@ REFUSED = {
     "a bin is a link": (2024, "soft link", lambda f: link(f / "in" / "a.bin"), {}),
     "the output folder is a link": (2024, "soft link", lambda f: (output(0o750)(f), link(f / "out")), {}),
     "the group may write the model": (2024, WRITABLE, lambda f: (f / "m.om").chmod(0o664), {}),
-    "others may write the model": (2024, WRITABLE, lambda f: (f / "m.om").chmod(0o646), {}),
     "the group may write the input folder": (2024, WRITABLE, lambda f: (f / "in").chmod(0o775), {}),
-    "the group may write a bin": (2024, WRITABLE, lambda f: (f / "in" / "a.bin").chmod(0o664), {}),
-    "the group may write the output folder": (2024, WRITABLE, output(0o770), {}),
     "others may read the output folder": (2025, WRITABLE, output(0o755), {}),
     "an output folder of 0750": (NEVER, "", output(0o750), {}),
     "a space in a bin's name": (2024, LEGAL, lambda f: (f / "in" / "a.bin").rename(f / "in" / "a b.bin"), {}),
-    "Chinese letters in a bin's name": (2024, LEGAL, lambda f: (f / "in" / "a.bin").rename(f / "in" / "行.bin"), {}),
     "a space in the model's name": (2024, LEGAL, lambda f: (f / "m.om").rename(f / "a b.om"), {"model": "a b.om"}),
-    "a space in the output's name": (2024, LEGAL, None, {"output_dirname": "d e"}),
-    "a space in the current folder": (2025, LEGAL, spaced_folder, {}),
-    "no such model": (ALWAYS, "", lambda f: (f / "m.om").unlink(), {}),
-    "a model of another ending": (2024, "illegal", lambda f: (f / "m.om").rename(f / "m.bin"), {"model": "m.bin"}),
-    "no such input": (ALWAYS, "", lambda f: shutil.rmtree(str(f / "in")), {}),
     "no bin in the input": (ALWAYS, "not find valid file", lambda f: [path.unlink() for path in (f / "in").iterdir()], {}),
     "bins that do not fill the model's input": (ALWAYS, "not match", lambda f: (f / "in" / "a.bin").write_bytes(b"12345"), {}),
     "an absolute output_dirname": (2024, "abs path", None, {"output_dirname": "/nonexistent/d"}),
-    "an output_dirname alone": (ALWAYS, "output_dirname", None, {"output": None}),
-    "device 256": (ALWAYS, "256", None, {"device": 256}),
     "a device that does not exist": (ALWAYS, "device 3", None, {"device": 3}),
     "a second device that does not exist": (ALWAYS, "[ERROR] subprocess run failed", None, {"device": "0,3"}),
-    "batch size 0": (ALWAYS, "0", None, {"batchsize": 0}),
-    "batch size 4097": (2025, "4097", None, {"batchsize": 4097}),
-    "fewer images than devices": (ALWAYS, "", lambda f: [(f / "in" / name).unlink() for name in ("a.bin", "c.bin", "b9.bin")],
-                                  {"device": "0,1,2", "divide_input": 1}),
 }
 if os.geteuid() == 0:
     groups = os.getgroups()  # may lack the effective group
     REFUSED.update({
         "another user's model": (2024, OWNER, lambda f: os.chown(str(f / "m.om"), 12345, 12345), {}),
-        "another user's bin": (2024, OWNER, lambda f: os.chown(str(f / "in" / "a.bin"), 12345, 12345), {}),
         "another user's bin of the own group": (
-            NEVER if groups else 2024, "", lambda f: os.chown(str(f / "in" / "a.bin"), 12345, (groups or [0])[0]), {}),
-        "a bin of another group": (NEVER, "", lambda f: os.chown(str(f / "in" / "a.bin"), os.geteuid(), 12345), {})})
+            NEVER if groups else 2024, "", lambda f: os.chown(str(f / "in" / "a.bin"), 12345, (groups or [0])[0]), {})})
 
 
 @front_ends
@@ -185,60 +143,45 @@ def test_front_end_refuses_what_it_should(front, make_folder, tmp_path):
         folder = make_folder(tmp_path / re.sub("[^A-Za-z]", "_", what))
         if change:
             change(folder)
-        if front.year == 2023:
-            options = {name: value for name, value in options.items() if name != "divide_input"}
-        process = front.run(folder / "a b" if change is spaced_folder else folder, **options)
+        process = front.run(folder, **options)
         refused = front.year >= since
         if (process.returncode != 0) != refused or refused and text not in process.stdout:
             return "%s: status %d\n%s" % (what, process.returncode, process.stdout[-3000:])
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         wrong = [text for text in pool.map(problem, REFUSED) if text]
-    if front.year == 2023:
-        process = front.run(make_folder(tmp_path / "option"), divide_input=1)
-        if process.returncode != 2 or "--divide_input" not in process.stdout:
-            wrong.append("--divide_input: status %d\n%s" % (process.returncode, process.stdout))
     assert not wrong, "\n\n".join(wrong)
 
 
 class UserData(object):
-    """A user's images with plain and with odd names, OMs of all batch sizes, and the expected logits and accuracy."""
+    """A user's images with odd names, models of two batch sizes, and the expected logits and accuracy."""
 
     def __init__(self, folder):
-        self.folder, self.logits, self.accuracy = folder, {}, {}
-        (folder / "bin").mkdir()
+        self.folder, images = folder, folder / "sample" / "images"
+        for new in ("bin", "models", "sample"):
+            (folder / new).mkdir()
         standin(folder / "bin" / "atc", "atc.py")
-        for size in SIZES:
-            onnx = write_model(folder / ("deepmar_bs%d_nopad.onnx" % size), size)
-            write_om(folder / ("deepmar_bs%d.om" % size), onnx)
-        import onnxruntime
-        session = onnxruntime.InferenceSession(str(folder / "deepmar_bs1_nopad.onnx"), providers=["CPUExecutionProvider"])
-        for kind, names in (("plain", PLAIN), ("odd", ODD)):
-            (folder / kind).mkdir()
-            images = folder / kind / "images"
-            for written, name in zip(write_images(images, len(names)), names):
-                (images / written).rename(images / name)
-            labels = np.random.RandomState(3).randint(0, 2, (len(names), 35))
-            (folder / kind / "label.json").write_text(json.dumps(dict(zip(names, labels.tolist()))))
-            (folder / kind / "image.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
-            (folder / kind / "checkpoint").write_text("")
-            self.logits[kind] = {name[:-4]: session.run(None, {"actual_input_1": preprocess(str(images / name))[None]})[0][0]
-                                 for name in names}
-            logits = np.stack([self.logits[kind][name[:-4]] for name in names])
-            self.accuracy[kind] = evaluate(logits, labels)[0]["instance_acc"]
+        for size in (1, 8):
+            onnx = write_model(folder / "models" / ("deepmar_bs%d_nopad.onnx" % size), size)
+            write_om(folder / "models" / ("deepmar_bs%d.om" % size), onnx)
+        for written, name in zip(write_images(images, len(NAMES)), NAMES):
+            (images / written).rename(images / name)
+        labels = np.random.RandomState(3).randint(0, 2, (len(NAMES), 35))
+        (folder / "sample" / "label.json").write_text(json.dumps(dict(zip(NAMES, labels.tolist()))))
+        (folder / "sample" / "image.txt").write_text("\n".join(NAMES) + "\n", encoding="utf-8")
+        (folder / "sample" / "checkpoint.pth.tar").write_text("")
+        session = cpu_session(str(folder / "models" / "deepmar_bs1_nopad.onnx"))
+        self.logits = {name[:-4]: session.run(None, {"actual_input_1": preprocess(str(images / name))[None]})[0][0] for name in NAMES}
+        self.accuracy = evaluate(np.stack([self.logits[name[:-4]] for name in NAMES]), labels)[0]["instance_acc"]
 
-    def run(self, front, work, *arguments, kind="plain", umask=0o022, **variables):
-        """Runs stages 4 to 7 with ais_bench in a work folder. If the folder is new, it gets the OMs."""
-        data = {name: self.folder / kind / name for name in ("images", "image.txt", "label.json", "checkpoint")}
+    def run(self, front, work, *arguments, umask=0o022, **variables):
+        """Runs stages 4 to 7 with ais_bench in a work folder. If the folder is new, it gets the models."""
+        if not work.exists():
+            shutil.copytree(str(self.folder / "models"), str(work))
         before = os.umask(umask)
         try:
-            if not work.exists():
-                work.mkdir()
-                for size in SIZES:
-                    shutil.copyfile(str(self.folder / ("deepmar_bs%d.om" % size)), str(work / ("deepmar_bs%d.om" % size)))
-            return run_all("--stage", 4, "--stop-stage", 7, "--backend", "ais_bench", "--work-dir", work, "--checkpoint",
-                           data["checkpoint"], "--images", data["images"], "--image-list", data["image.txt"], "--label-file",
-                           data["label.json"], *arguments, **front.variables(**variables))
+            return run_all("--stage", 4, "--stop-stage", 7, "--backend", "ais_bench", "--work-dir", work, *own_data(str(self.folder)),
+                           *arguments, **front.variables(**variables))
         finally:
             os.umask(before)
 
@@ -248,28 +191,23 @@ def user_data(tmp_path_factory):
     return UserData(tmp_path_factory.mktemp("user_data"))
 
 
-RUNS = [(front, devices, umask, kind) for front in FRONT_ENDS if front.genuine
-        for devices, umask, kind in itertools.product(("0", "2 1"), (0o022, 0o002, 0o077), ("plain", "odd"))]
-RUNS += [(FRONT_ENDS[0], "2 1", 0o077, "plain"), (FRONT_ENDS[2], "2 1", 0o002, "odd")]
+RUNS = [(front, devices, umask) for front in FRONT_ENDS if front.genuine for devices in ("0", "2 1") for umask in (0o022, 0o002, 0o077)]
+RUNS += [(FRONT_ENDS[0], "2 1", 0o077), (FRONT_ENDS[2], "2 1", 0o002)]
 
 
-@pytest.mark.parametrize("front, devices, umask, kind", RUNS, ids=lambda value: getattr(value, "name", None) or (
+@pytest.mark.parametrize("front, devices, umask", RUNS, ids=lambda value: getattr(value, "name", None) or (
     "%03o" % value if isinstance(value, int) else value))
-def test_run_with_ais_bench_gives_the_expected_results_and_rates(front, devices, umask, kind, user_data, tmp_path):
+def test_run_with_ais_bench_gives_the_expected_results_and_rates(front, devices, umask, user_data, tmp_path):
     work = tmp_path / "work"
-    work.mkdir()
-    for size in SIZES:
-        shutil.copy(str(user_data.folder / ("deepmar_bs%d_nopad.onnx" % size)), str(work))
     process = user_data.run(front, work, "--stage", 3, "--batch-size", "1 8", "--device-id", devices, "--chip-name", "310P3",
-                        kind=kind, umask=umask, path=str(user_data.folder / "bin"))
+                            umask=umask, path=str(user_data.folder / "bin"))
     assert process.returncode == 0, process.stdout + process.stderr
     assert process.stdout.count("ATC run success") == 2
     with open(str(work / "throughput.csv"), newline="") as f:
         rows = list(csv.DictReader(f))
     assert [row["batch_size"] for row in rows] == ["1", "8"]
-    assert len({row["instance_acc"] for row in rows}) == 1
-    assert float(rows[0]["instance_acc"]) == pytest.approx(user_data.accuracy[kind], rel=1e-12)
     for row in rows:
+        assert float(row["instance_acc"]) == pytest.approx(user_data.accuracy, rel=1e-12)
         results, rates, written = {}, [], work / ("result_bs" + row["batch_size"])
         assert {path.name for path in written.iterdir()} == {"fusion_result.json"}.union(*(
             {"dumpOutput_device" + device, "dumpOutput_device%s_summary.json" % device} for device in devices.split()))
@@ -281,33 +219,20 @@ def test_run_with_ais_bench_gives_the_expected_results_and_rates(front, devices,
             rates.append(summary["throughput"])
             assert {os.path.basename(files["outfiles"][0])[:-len("_0.bin")]
                     for files in summary["filesinfo"].values()} == set(own)
-        assert set(results) == set(user_data.logits[kind])
+        assert set(results) == set(user_data.logits)
         for name, logits in results.items():
-            np.testing.assert_allclose(logits, user_data.logits[kind][name], atol=1e-5)
+            np.testing.assert_allclose(logits, user_data.logits[name], atol=1e-5)
         assert float(row["interface_images_per_s"]) == float(row["card_images_per_s"]) == pytest.approx(sum(rates))
         assert row["backend"] == "ais_bench" and row["e2e_images_per_s"] == ""
     assert not [name for name in os.listdir(str(work)) if "partial" in name]
 
 
 @front_ends
-def test_errors_of_ais_bench_are_shown_before_its_last_lines(front, user_data, make_folder, tmp_path):
+def test_errors_of_ais_bench_are_shown_before_its_last_lines(front, user_data, tmp_path):
     process = user_data.run(front, tmp_path / "work", "--device-id", "0 7")
     lines = [line for line in process.stderr.splitlines() if not line.startswith("note: ")]
     assert process.returncode == 1 and "[ERROR] " in lines[0], process.stderr
     assert "device 7" in process.stderr and "ais_bench ended with status 1" in process.stderr
-
-    if front.year > 2023:  # where it refuses a file, its last lines are its usage text
-        (tmp_path / "logs").mkdir()
-        folder = make_folder(tmp_path / "hand")
-        link(folder / "m.om")
-        process = front.run(folder)
-        assert process.returncode == 2
-        (tmp_path / "logs" / "log.log").write_text(process.stdout)
-        shown = subprocess.run(["bash", "-c", 'set -euo pipefail; here=. python=false work_dir=$1; fail() { echo "$*"; }; '
-                                '. tools/run/backend.sh; broken "It ended" log', "bash", str(tmp_path)], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True).stdout.splitlines()
-        assert "[ERROR]" in shown[0] and "soft link" in shown[0], shown
-        assert "illegal" in shown[-2] and shown[-1].startswith("It ended"), shown
 
 
 @front_ends
@@ -318,7 +243,7 @@ def test_wrong_paths_and_owners_are_named_before_any_work(front, user_data, tmp_
     if os.geteuid() == 0:
         work = tmp_path / "work"
         assert user_data.run(front, work, "--stop-stage", 5).returncode == 0
-        for name, stage in (("input_bin/im3.bin", 6), ("deepmar_bs1.om", 4)):
+        for name, stage in (("input_bin/00000003.bin", 6), ("deepmar_bs1.om", 4)):
             os.chown(str(work / name), 12345, 12345)
             process = user_data.run(front, work, "--stage", stage)
             check_error(process, name, "12345", "run: chown -R 0 %s" % (work / os.path.dirname(name)))
@@ -327,15 +252,11 @@ def test_wrong_paths_and_owners_are_named_before_any_work(front, user_data, tmp_
 
 def test_missing_or_broken_ais_bench_is_named_with_the_remedy(user_data, tmp_path):
     front = FRONT_ENDS[2]
-    for name in ("llm/ais_bench/__init__.py", "llm/ais_bench/benchmark/__init__.py", "broken/aclruntime.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("")
-    (tmp_path / "broken" / "aclruntime.py").write_text("raise ImportError('libascendcl.so: cannot open shared object file')")
+    (tmp_path / "aclruntime.py").write_text("raise ImportError('libascendcl.so: cannot open shared object file')")
     install = "%s -m pip install aclruntime" % sys.executable
     for path, texts in ((front.folder, ("has no aclruntime; run: " + install,)),
                         (RUNTIME, ("has no ais_bench; run: " + install,)),
-                        ("%s:%s" % (tmp_path / "llm", RUNTIME), ("ais_bench_benchmark", "pip uninstall", install)),
-                        ("%s:%s" % (tmp_path / "broken", front.folder), ("libascendcl.so", "set_env.sh"))):
+                        ("%s:%s" % (tmp_path, front.folder), ("libascendcl.so", "set_env.sh"))):
         process = user_data.run(front, tmp_path / "work", PYTHONPATH=path)
         check_error(process, *texts)
         assert "stage 4" not in process.stdout
@@ -346,10 +267,10 @@ def test_missing_or_broken_ais_bench_is_named_with_the_remedy(user_data, tmp_pat
 @front_ends
 def test_om_of_another_batch_size_and_too_many_devices_are_refused(front, user_data, tmp_path):
     work = tmp_path / "work"
-    work.mkdir()
-    shutil.copyfile(str(user_data.folder / "deepmar_bs4.om"), str(work / "deepmar_bs1.om"))
+    shutil.copytree(str(user_data.folder / "models"), str(work))
+    shutil.copyfile(str(work / "deepmar_bs8.om"), str(work / "deepmar_bs1.om"))
     process = user_data.run(front, work)
-    assert process.returncode == 1 and "deepmar_bs1.om takes 4 images at a time, not 1" in process.stderr, process.stderr
+    assert process.returncode == 1 and "deepmar_bs1.om takes 8 images at a time, not 1" in process.stderr, process.stderr
     process = user_data.run(front, work, "--stage", 6, "--device-id", ",".join(map(str, range(14))))
     assert process.returncode == 1 and "14 devices, but fewer images" in process.stderr, process.stderr
 

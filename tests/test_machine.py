@@ -3,11 +3,9 @@
 Stage 4 stands for all scripts: it reads and writes many files in several processes. Of what a script writes: tests/test_files.py.
 """
 import errno
-import glob
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +14,7 @@ import time
 import pytest
 from PIL import Image
 
-from helpers import NETWORK, ROOT, check_error, contents, mounting, refused, write_bins, write_images, write_model
+from helpers import ROOT, check_error, contents, mounting, refused, write_bins, write_images, write_model
 from lib import machine
 from lib.files import replaced_folder
 from lib.labels import ASSUMED
@@ -98,7 +96,7 @@ def test_few_files_and_no_temporary_folder_do_not_matter_and_nothing_is_written_
     assert list(home.iterdir()) == []
 
 
-# --- no locks, no threads and processes, no shared memory -----------------------------------------------------------
+# --- no locks, no threads and processes -------------------------------------------------------------------------------
 
 def test_a_file_system_without_locks_is_noted(folder):
     process = finish(start(folder, STAGE_4, preexec_fn=refused(errno.ENOLCK, "flock")))
@@ -118,47 +116,21 @@ def test_one_line_names_the_limit_of_threads(bins_folder, command):
     assert sorted(os.listdir(str(bins_folder))) == before
 
 
-def test_without_shared_memory_it_works_or_says_why(folder):
-    process = finish(start(folder, STAGE_4, mounting("-t tmpfs -o ro tmpfs /dev/shm")))
-    if process.returncode:
-        check_refused(folder, process, "Read-only")
-    else:
-        check_complete(folder, process)
-
-
 # --- stopped runs, and two at the same time --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-@pytest.mark.parametrize("part", [0, 0.3, 0.6, 0.9])
-def test_stage_4_stopped_at_any_moment_leaves_whole_bins(folder, number, part):
+def test_stage_4_stopped_at_any_moment_leaves_whole_bins(folder, number):
     began = time.time()
     check_complete(folder, finish(start(folder, STAGE_4)))
     complete, duration = contents(folder / "input_bin"), time.time() - began
     process = start(folder, STAGE_4)
-    time.sleep(duration * (part + 0.1 * random.random()))
+    time.sleep(duration * random.random())
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)  # a terminal interrupts the whole group
     finish(process)
     if (folder / "input_bin").exists():  # otherwise it was killed between two renames, of which tests/test_files.py
         assert contents(folder / "input_bin") == complete
     check_complete(folder, finish(start(folder, STAGE_4)))
     assert sorted(os.listdir(str(folder))) == ["image.txt", "images", "input_bin"]
-
-
-def test_the_export_interrupted_at_any_moment_leaves_a_whole_model(tmp_path):
-    """Most of its time goes into imports, in which torch turns an interrupt into other errors."""
-    (tmp_path / "baseline" / "model").mkdir(parents=True)
-    (tmp_path / "baseline" / "model" / "DeepMAR.py").write_text(NETWORK % "x")
-    shutil.copy(os.path.join(ROOT, "export_onnx.py"), str(tmp_path))
-    (tmp_path / "any.pth").write_bytes(b"")
-    command = [str(tmp_path / "export_onnx.py"), "any.pth", "out.onnx", "2"]
-    began = time.time()
-    assert finish(start(tmp_path, command)).returncode == 0
-    complete, duration = (tmp_path / "out.onnx").read_bytes(), time.time() - began
-    process = start(tmp_path, command)
-    time.sleep(duration * random.random())
-    os.killpg(process.pid, signal.SIGINT)
-    finish(process)
-    assert (tmp_path / "out.onnx").read_bytes() == complete and not list(tmp_path.glob("*.partial"))
 
 
 def test_slow_images_do_not_hold_up_ctrl_c(tmp_path):
@@ -195,14 +167,12 @@ def test_a_second_run_for_the_same_folder_stops(folder):
 # --- fewer cores than one sees ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("table, quotas, cores", [
-    # A container of today, a session of a group that has a quota, a group in a group, no quota, a part of a core
+    # version 2: a container, a group in a group that has a quota, no quota, no groups
     ("0::/\n", {"": "150000 100000"}, 2), ("0::/u/s\n", {"u": "400000 100000", "u/s": "max 100000"}, 4),
-    ("0::/a/b\n", {"a": "400000 100000", "a/b": "100000 50000"}, 2), ("0::/\n", {"": "max 100000"}, None),
-    ("0::/\n", {"": "20000 100000"}, 1), ("0::/\n", {}, None), (None, {"": "100000 100000"}, None),
-    # cgroup v1: a container, whose path is the host's; CentOS's order, on the host; no quota; the mixture of both versions
+    ("0::/\n", {"": "max 100000"}, None), (None, {"": "100000 100000"}, None),
+    # version 1: a container, whose path is the host's; CentOS's order, on the host; no quota, and the mixture of both versions
     ("5:memory:/docker/ab\n4:cpu,cpuacct:/docker/ab\n", {"cpu": "250000 100000"}, 3),
     ("3:cpuacct,cpu:/s/d\n1:name=systemd:/\n", {"cpu": "-1 100000", "cpu/s/d": "100000 100000"}, 1),
-    ("2:cpu:/\n0::/init.scope\n", {"cpu": "-1 100000"}, None),
     ("4:cpuset:/x\n2:cpu:/x\n0::/x\n", {"cpu/x": "600000 100000"}, 6)])
 def test_quotas_of_processor_time_are_read(tmp_path, table, quotas, cores):
     """quotas: {group: "quota period"}."""
@@ -230,18 +200,6 @@ def test_no_more_cores_are_used_than_the_quota(monkeypatch):
 def test_a_locale_without_utf8_is_no_obstacle(folder):
     """Where Python would take the names of files to be ASCII."""
     check_complete(folder, finish(start(folder, STAGE_4, env=dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"))))
-
-
-def test_scripts_are_found_through_links(tmp_path):
-    """Where Python may not look for modules in the script's folder."""
-    for path in glob.glob(ROOT + "/*.py") + glob.glob(ROOT + "/tools/**/*.py", recursive=True):
-        with open(path, encoding="utf-8") as f:
-            if "__main__" not in f.read():
-                continue
-        link = tmp_path / ("a_" + os.path.basename(path))
-        link.symlink_to(path)
-        process = finish(start(tmp_path, [str(link), "--help"], env=dict(os.environ, PYTHONSAFEPATH="1")))
-        assert process.returncode == 0 and process.stdout.startswith("usage: ") and not process.stderr, (path, process.stderr)
 
 
 @pytest.mark.parametrize("package, command", [("PIL", STAGE_4), ("onnxruntime", BENCHMARK), ("numpy", PREDICT)])

@@ -35,11 +35,9 @@ if pure:
     seconds = time.time() - started
     name = "./result/PureInfer_perf_of_%s_in_device_%d.txt" % (os.path.splitext(os.path.basename(values["om_path"]))[0], device)
     os.makedirs("result", exist_ok=True)
-    line = "ave_throughputRate = %gsamples/s, ave_latency = %gms" % (rounds * batch_size / seconds,
-                                                                      1000 * seconds / rounds / batch_size)
-    if FAIL != "benchmark leaves no pure rate":
-        with open(name, "w") as f:
-            f.write(line + "\n")
+    with open(name, "w") as f:
+        f.write("ave_throughputRate = %gsamples/s, ave_latency = %gms\n"
+                % (rounds * batch_size / seconds, 1000 * seconds / rounds / batch_size))
     print("[INFO] PureInfer result saved in %s" % name)
     sys.exit()
 paths = []
@@ -67,8 +65,6 @@ seconds = time.time() - started
 rate = len(paths) / seconds
 if FAIL != "benchmark leaves no rate":
     with open("result/perf_vision_batchsize_%d_device_%d.txt" % (batch_size, device), "w") as f:
-        f.write("[e2e] throughputRate: %g, latency: %g\n" % (rate, 1000 * seconds))
-        for module, interface in (("data read", ""), ("preprocess", ""),
-                                  ("infer", "Interface throughputRate: %g, " % (len(paths) / inside)), ("post", "")):
-            f.write("[%s] throughputRate: %g, %smoduleLatency: %g\n" % (module, rate, interface, 1000 / rate))
+        f.write("[e2e] throughputRate: %g, latency: %g\n[infer] throughputRate: %g, Interface throughputRate: %g, moduleLatency: %g\n"
+                % (rate, 1000 * seconds, rate, len(paths) / inside, 1000 / rate))
 print("[INFO] Dataset number: %d finished" % len(paths))

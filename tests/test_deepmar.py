@@ -25,6 +25,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import DeepMAR
 from DeepMAR import DeepMAR_ResNet50, DeepMAR_ResNet50_ExtractFeature, build_model, load_checkpoint, load_model
+from helpers import succeeds
 from lib import pickles
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch will change storages, quantised tensors and torch.jit

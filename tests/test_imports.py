@@ -2,6 +2,8 @@
 import ast
 import glob
 import os
+import subprocess
+import sys
 
 from helpers import ROOT
 
@@ -57,3 +59,13 @@ def test_scripts_without_a_network_import_large_libraries_where_they_use_them():
         for node in tree_of(path).body:
             names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else {getattr(node, "module", None)}
             assert not {str(name).partition(".")[0] for name in names} & large, path
+
+
+def test_scripts_are_found_through_links_from_any_folder(tmp_path):
+    """Also where Python may not look for modules in the script's folder."""
+    for path in [path for path in SCRIPTS if path != "DeepMAR.py"]:
+        link = tmp_path / ("a_" + os.path.basename(path))
+        link.symlink_to(os.path.join(ROOT, path))
+        process = subprocess.run([sys.executable, str(link), "--help"], cwd=str(tmp_path), env=dict(os.environ, PYTHONSAFEPATH="1"),
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+        assert process.returncode == 0 and process.stdout.startswith("usage: ") and not process.stderr, (path, process.stderr)

@@ -3,6 +3,7 @@ import itertools
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -78,6 +79,37 @@ def test_errors_reach_the_caller_and_end_an_endless_run(session, place):
             done += batch
     assert done == list(range(len(done))) and (len(done) == 3 * BATCH or place == "items")  # items are read ahead
     assert threading.active_count() == threads
+
+
+def test_abandoned_run_cancels_what_it_has_read_ahead(session):
+    started, go = [], threading.Event()
+
+    def fill(number, row):
+        started.append(number)
+        if number >= BATCH:
+            go.wait(60)
+
+    batches = run_batches(session, itertools.count(), fill)
+    next(batches)
+    threading.Timer(0.2, go.set).start()
+    batches.close()
+    assert len(started) <= BATCH + 1
+
+
+def test_runs_that_share_their_pools_do_not_disturb_each_other(session):
+    """As in the gallery's worker, which computes several shards at a time."""
+    def fill(number, row):
+        if number == 50:
+            raise OSError("cut off")
+        row[...] = number + 1
+
+    with ThreadPoolExecutor(2) as runner, ThreadPoolExecutor(2) as reader, ThreadPoolExecutor(3) as shards:
+        runs = [shards.submit(lambda numbers: collect(run_batches(session, numbers, fill, 2, read_numbers, None, runner, reader)), numbers)
+                for numbers in (range(100, 149), range(20, 90), range(200, 249))]
+        with pytest.raises(OSError, match="cut off"):
+            runs[1].result()
+        for run, first in ((runs[0], 100), (runs[2], 200)):
+            assert [row[0] for row in run.result()[2]] == [first + i + 1 for i in range(49)]
 
 
 # --- calls at a time --------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from lib.files import write_text
 from lib.names import read_list
 from lib.script import command, has_module
 
-ROOT = sys.path[0]  # the checkout
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 MACHINE = os.uname().machine
 INPUT_STAGES = {"checkpoint": [1], "images": [4, 8], "image_list": [4, 7], "label_file": [7]}  # the stages that need an input
 TOOLKIT = "bash ./Ascend-cann-toolkit_VERSION_linux-%s.run --install" % MACHINE

@@ -1,5 +1,6 @@
 """The machine: how many cores and threads a script may use, and its worker processes."""
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -121,6 +122,7 @@ def uninterrupted():
 def start_worker(parent, function):
     """Makes a worker process ignore Ctrl-C, end when its parent is killed, and hide Pillow's warnings."""
     import ctypes
+    gc.freeze()  # the garbage collector leaves this process's copies alone: a library may wait for threads that a fork lacks
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
     if os.getppid() != parent:  # the parent was killed before that call

@@ -108,7 +108,10 @@ def started(name, *arguments, cwd=None):
 
 def succeeds(function):
     """Calls a function in a child process. Returns whether it raised nothing and was not killed."""
-    process = multiprocessing.get_context("fork").Process(target=function)
+    def call():
+        gc.freeze()  # collecting ONNX Runtime's objects would wait for threads that a fork lacks
+        function()
+    process = multiprocessing.get_context("fork").Process(target=call)
     process.start()
     process.join()
     return process.exitcode == 0

@@ -2,6 +2,7 @@
 import builtins
 import errno
 import fcntl
+import gc
 import glob
 import itertools
 import os
@@ -54,6 +55,7 @@ def write_stopped(kind, path, stop, number):
     if process:
         status = os.waitpid(process, 0)[1]
         return KILLED if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    gc.freeze()  # collecting ONNX Runtime's objects would wait for threads that a fork lacks
     count = itertools.count(1)
 
     def counted(function):

@@ -161,7 +161,7 @@ pure_inference() {
 
 # collect RESULT: checks that there is a result for each image, and a rate. Replaces the results of an earlier run on these devices
 collect() {
-    local device count=0 wanted perf ran=$backend log=${backend}_bs${batch}_device${devices[0]}
+    local device lock count=0 wanted perf ran=$backend log=${backend}_bs${batch}_device${devices[0]}
     [ "$backend" != ais_bench ] || log=ais_bench_bs$batch
     wanted=$(wc -l <../deepmar.info)
     for device in "${devices[@]}"; do
@@ -178,7 +178,9 @@ collect() {
     for device in "${devices[@]}"; do
         rm -rf "$1"/{{dumpOutput,pure}_device,{perf_vision,PureInfer_perf}_*_device_}"$device"{,.txt,_summary.json}
     done
+    exec {lock}>>"$work_dir/.scoring.lock" && locked "$lock" # a run on another device may be scoring these results
     rm -f "$1/fusion_result.json"
+    exec {lock}>&-
     find "$scratch_folder/result" -mindepth 1 -maxdepth 1 -exec mv -t "$1" {} +
     for device in "${devices[@]}"; do
         made "$1/dumpOutput_device$device" from deepmar.info "$model" model="$model" backend="$ran"

@@ -182,10 +182,7 @@ begin() {
     current=$1 started=$SECONDS
     say "stage $1: $2"
 }
-finish() {
-    say "stage $current done in $((SECONDS - started)) s"
-    current=
-}
+finish() { say "stage $current done in $((SECONDS - started)) s" && current=; }
 on_exit() {
     local status=$?
     trap - EXIT

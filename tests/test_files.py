@@ -4,6 +4,7 @@ import errno
 import fcntl
 import gc
 import glob
+import inspect
 import itertools
 import os
 import re
@@ -12,8 +13,9 @@ import signal
 
 import pytest
 
+import export_onnx
 from helpers import ROOT
-from lib.files import replaced_folder, whole_file
+from lib.files import lock, replaced_folder, whole_file
 
 WRITERS = {"file": whole_file, "folder": replaced_folder}
 SUCCESS, NAMED_ERROR, INTERRUPTED, TRACEBACK, KILLED = range(5)  # how a fork ends
@@ -171,3 +173,9 @@ def test_every_script_writes_through_whole_file():
                 if re.search(r'\bopen\((?!temporary,|os\.devnull,).*, "[wax]', f.read()):
                     found.add(os.path.relpath(path, ROOT))
     assert found == EXCEPTIONS
+
+
+def test_export_onnx_has_the_same_functions():
+    """It is copied alone, so that it holds the text of lib/files.py."""
+    for function in (whole_file, lock):
+        assert inspect.getsource(getattr(export_onnx, function.__name__)) == inspect.getsource(function)

@@ -24,7 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 from lib.files import write_text
 from lib.labels import ASSUMED, PETA, attribute_names, check_not_tuned_on, read_thresholds
 from lib.metrics import MAX_DROP, METRICS, evaluate, label_acc_interval, metric_intervals
-from lib.results import read_scored
+from lib.results import declared_kind, read_scored
 from lib.script import command, importing, in_order_or_by_name
 
 with importing():
@@ -144,6 +144,7 @@ def lines_of(report, args):
 def main(argv=None):
     args = parse(argv)
     gc.disable()  # the garbage collector would scan all labels many times, which takes a tenth of the whole time
+    args.values = declared_kind(args.values, args.model)
     report = report_of(args, *read_scored(args.folders, args.label_file, args.image_list, args.values))
     write_text(RESULT, json.dumps(report, indent=1, allow_nan=False) + "\n")
     for line in lines_of(report, args):

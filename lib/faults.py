@@ -10,7 +10,7 @@ from lib.bins import kind
 from lib.images import MEAN, STD
 from lib.machine import cores
 from lib.models import load
-from lib.results import as_logits
+from lib.results import as_logits, kind_of
 from lib.script import importing, some
 from lib.session import cpu_session, empty_batch, input_size, run_batches
 
@@ -153,7 +153,7 @@ def network(path):
 def run(session, arrays, path):
     """Returns a session's logits for inputs, arrays [3,height,width]. path: the model's."""
     outputs = np.concatenate([outputs for _, _, outputs in run_batches(session, arrays, lambda array, row: np.copyto(row, array))])
-    return as_logits(outputs, path)
+    return as_logits(outputs, path, kind_of(path))[0]
 
 
 def read_pixels(path, uint8, height, width):

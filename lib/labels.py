@@ -93,16 +93,15 @@ def attribute_names(count, path=None, model=None):
     """Returns the attributes' names from a file with one per line, else from a model, else PETA's if there are 35, else
     attribute0 ...
 
-    Raises OSError, or ValueError if a file does not hold count different names.
+    Raises OSError, or ValueError if a file does not hold count different names, or if it holds a name of the model in another
+    place than the model. Entirely other names, such as a translation, are right.
     """
+    known = model and description(model).get("attributes")
+    if known and len(known) != count:
+        raise ValueError("%s: is a model of %d attributes, but there are %d; give the model of these results"
+                         % (model, len(known), count))
     if path is None:
-        names = model and description(model).get("attributes")
-        if not names:
-            return PETA if count == len(PETA) else ["attribute%d" % i for i in range(count)]
-        if len(names) != count:
-            raise ValueError("%s: is a model of %d attributes, but there are %d; give the model of these results"
-                             % (model, len(names), count))
-        return names
+        return known or (PETA if count == len(PETA) else ["attribute%d" % i for i in range(count)])
     if not os.path.isfile(path):
         raise FileNotFoundError("%s: no such file; give a file with the attributes' names, one per line" % path)
     names = [line for line in read_lines(path) if line]
@@ -111,6 +110,11 @@ def attribute_names(count, path=None, model=None):
     twice = [name for name, number in collections.Counter(names).items() if number > 1]
     if twice:
         raise ValueError("%s: holds a name more than once: %s" % (path, some(twice)))
+    places = {name: place for place, name in enumerate(known or [], 1)}
+    moved = ["%s (%d, not %d)" % (name, places[name], place) for place, name in enumerate(names, 1) if places.get(name, place) != place]
+    if moved:
+        raise ValueError("%s: holds the names of %s in another order, so figures would get a wrong name: %s; put them in the model's "
+                         "order, or leave out --attributes" % (path, model, some(moved)))
     return names
 
 

@@ -1,4 +1,4 @@
-"""ONNX files: opened and checked, and the description of a model."""
+"""ONNX files: opened and checked, what their output holds, and the description of a model."""
 import json
 import os
 import warnings
@@ -8,6 +8,14 @@ from lib.script import importing, one_line
 
 PREFIX = "deepmar."  # the names of our entries in an ONNX file's metadata begin with this
 TEXTS = ("layout", "output", "checkpoint_sha256", "version")  # these entries are plain text, the others JSON
+
+# The operators by which a model's output is known, with their twins in quantized models. Those that pass a value on round,
+# move or select it.
+PASS_ON = {"Identity", "Cast", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Gather", "Slice",
+           "QuantizeLinear", "DequantizeLinear"}
+SIGMOIDS = {"Sigmoid", "QLinearSigmoid"}
+LINEAR = {"Gemm", "MatMul", "Conv", "BatchNormalization", "QGemm", "QLinearMatMul", "QLinearConv"}
+SUMS = {"Add", "QLinearAdd"}
 
 
 def read_unchecked(path):
@@ -80,23 +88,64 @@ def check(model, path, what=""):
         raise ValueError("%s: is not a valid ONNX model%s: %s" % (path, what, one_line(error)))
 
 
+def output_kind(model):
+    """Returns what an onnx.ModelProto's output holds by its graph: "logits", "probabilities", or None if the graph does not tell.
+
+    The output's way back through operators that pass it on ends at a Sigmoid, at an operator that multiplies by weights, or
+    at any other one, such as a Clip or a Softmax. Only the output's values can then tell.
+    """
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    constants = {tensor.name for tensor in model.graph.initializer}
+    constants.update(name for name, node in made_by.items() if node.op_type == "Constant")
+    pending, seen, kinds = [value.name for value in model.graph.output[:1]], set(), set()
+    for name in pending:
+        if name in constants or name in seen:
+            continue
+        seen.add(name)
+        node = made_by.get(name)
+        kind = node and node.op_type
+        if kind in PASS_ON:
+            pending += node.input[:1]
+        elif kind in SUMS:
+            pending += node.input
+            kinds.add("logits")  # a probability with anything added is none
+        else:
+            kinds.add("probabilities" if kind in SIGMOIDS else "logits" if kind in LINEAR else None)
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def metadata(entries, source):
+    """Returns the description in the entries of an ONNX file's metadata, {key: text}. source: the file, for messages."""
+    found = {key[len(PREFIX):]: value for key, value in entries.items() if key.startswith(PREFIX)}
+    try:
+        found = {key: value if key in TEXTS else json.loads(value) for key, value in found.items()}
+    except (ValueError, RecursionError) as error:
+        raise ValueError("%s: its metadata is damaged: %s" % (source, one_line(error)))
+    return checked(found, source)
+
+
+def checked(found, source):
+    """Returns a description. Raises ValueError for entries that cannot be right. source: its file, for the message."""
+    names, size = found.get("attributes", []), found.get("size", [1, 1])
+    if not fits(names, [str]) or len(set(names)) < len(names) or not all(len(name.splitlines()) == 1 for name in names):
+        raise ValueError("%s: its attributes are not a list of different names, each on one line" % source)
+    if not fits(size, [int]) or len(size) != 2 or min(size) < 1:
+        raise ValueError("%s: its size is not [height, width] in pixels" % source)
+    return found
+
+
 def description(path):
     """Returns a model's description: an .onnx file's metadata, or the .json file of an OM. It is {} if there is none.
 
     The keys are those that export_onnx.py writes: attributes, mean, std, size, layout, output, last_conv_stride,
-    checkpoint_sha256, version. Raises OSError or ValueError.
+    checkpoint_sha256, version. An .onnx file's output is what its graph tells. Raises OSError or ValueError.
     """
     if path.endswith(".om"):
         path = path[:-len(".om")] + ".json"
-    if path.endswith(".onnx"):
-        found = {entry.key[len(PREFIX):]: entry.value for entry in read_unchecked(path).metadata_props if entry.key.startswith(PREFIX)}
-        try:
-            found = {key: value if key in TEXTS else json.loads(value) for key, value in found.items()}
-        except (ValueError, RecursionError) as error:
-            raise ValueError("%s: its metadata is damaged: %s" % (path, one_line(error)))
-    else:
-        found = read_json(path, {}, "tools/describe.py")
-    names = found.get("attributes", [])
-    if not fits(names, [str]) or len(set(names)) < len(names) or not all(len(name.splitlines()) == 1 for name in names):
-        raise ValueError("%s: its attributes are not a list of different names, each on one line" % path)
+    if not path.endswith(".onnx"):
+        return checked(read_json(path, {}, "tools/describe.py"), path)
+    model = read_unchecked(path)
+    found, kind = metadata({entry.key: entry.value for entry in model.metadata_props}, path), output_kind(model)
+    if kind:
+        found["output"] = kind
     return found

@@ -1,8 +1,9 @@
-"""Stage 6's results as logits."""
+"""Stage 6's results as logits. Every tool decides here whether a model gives logits or probabilities."""
 import os
 import re
 
 from lib.labels import read_labels
+from lib.models import description, output_kind, read_unchecked
 from lib.names import composed, read_list, stem
 from lib.script import importing, note, some
 
@@ -10,6 +11,7 @@ with importing():
     import numpy as np
 
 PROBABILITIES = "all values lie between 0 and 1: they look like probabilities (of a model that ends in a Sigmoid), not logits"
+SIGMOID = "the model ends in a Sigmoid"
 
 
 def list_results(folders):
@@ -99,39 +101,44 @@ def logits_from(chances):
     return np.log(chances / (1 - chances)).astype(np.float32)
 
 
-def as_logits(values, source, declared=None, ask=False):
-    """Returns a model's output as logits. Every tool but the gallery decides here what it holds.
+def kind_of(path):
+    """Returns output_kind() of the model in an .onnx file. Raises OSError or ValueError."""
+    return output_kind(read_unchecked(path))
 
-    The gallery asks ends_in_sigmoid(), because the values of a single shard may mislead. source: the file or folder of the
-    values, for messages. declared: "logits" or "probabilities", if that is known. Otherwise the values decide: probabilities are
-    converted with a note or, if ask is set, are an error, because a wrong guess would give a wrong accuracy.
+
+def as_logits(values, source, kind=None):
+    """Returns (a model's output as logits, "logits" or "probabilities": what it holds). Prints a note if it converts.
+
+    kind: what output_kind() says. If it is None, the values decide, so they must be those of all images of a run. source: the
+    file or folder of the values, for the note.
     """
-    if declared == "logits":
-        return values
-    likely = look_like_probabilities(values)
-    if declared == "probabilities" and not likely:
-        raise ValueError("%s: holds values below 0 or above 1, so they are not probabilities; leave out --values probabilities" % source)
-    if not likely:
-        return values
-    if declared is None and ask:
-        raise ValueError("%s: %s. Score them with --values probabilities, or with --values logits if they are really logits"
-                         % (source, PROBABILITIES))
-    if declared is None:
-        note("%s: %s; they are converted to logits" % (source, PROBABILITIES))
-    return logits_from(values)
+    why = SIGMOID if kind == "probabilities" else PROBABILITIES
+    kind = kind or ("probabilities" if look_like_probabilities(values) else "logits")
+    if kind == "logits":
+        return values, kind
+    note("%s: %s; its probabilities are converted to logits" % (source, why))
+    return logits_from(values), kind
+
+
+def declared_kind(values, model):
+    """Returns what results hold: values if the user says it, else "probabilities" if their model's description does, else None.
+
+    model: the model's file for description(), or None.
+    """
+    return values or ("probabilities" if model and description(model).get("output") == "probabilities" else None)
 
 
 def ends_in_sigmoid(model):
-    """Returns whether an onnx.ModelProto gives probabilities, judged by its last node."""
-    output = model.graph.output[0].name
-    return any(node.op_type == "Sigmoid" and output in node.output for node in model.graph.node)
+    """Returns whether an onnx.ModelProto gives probabilities."""
+    return output_kind(model) == "probabilities"
 
 
 def read_scored(folders, label_file, image_list=None, declared=None):
     """Reads a run's results and their labels. Returns (the images' names, logits, labels, how many labelled images have no result).
 
-    The arrays are [images, attributes]. image_list: the file of exactly these images. declared: see as_logits(). Raises OSError
-    or ValueError.
+    The arrays are [images, attributes]. image_list: the file of exactly these images. declared: what the results hold, from
+    declared_kind(). Without it, values that look like probabilities are an error, because a wrong guess would give a wrong
+    accuracy. Raises OSError or ValueError.
     """
     rows, labels = read_labels(label_file)
     results = list_results(folders)
@@ -142,6 +149,14 @@ def read_scored(folders, label_file, image_list=None, declared=None):
         raise ValueError("%d of %d results have no label in %s: %s"
                          % (len(unlabelled), len(results), label_file, some(results[name] for name in unlabelled)))
     names = sorted(results)
-    logits = read_logits([results[name] for name in names], labels.shape[1])
-    logits = as_logits(logits, ", ".join(folders), declared, ask=True)
+    logits, source = read_logits([results[name] for name in names], labels.shape[1]), ", ".join(folders)
+    likely = look_like_probabilities(logits)
+    if likely and declared is None:
+        raise ValueError("%s: %s. Score them with --values probabilities, or with --values logits if they are really logits"
+                         % (source, PROBABILITIES))
+    if declared == "probabilities":
+        if not likely:
+            raise ValueError("%s: holds values below 0 or above 1, so they are not probabilities; score them with --values logits"
+                             % source)
+        logits = logits_from(logits)
     return names, logits, labels[[rows[name] for name in names]], len(rows) - len(results)

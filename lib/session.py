@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from lib import providers
 from lib.bins import fault
-from lib.images import SIZE
+from lib.images import MEAN, SIZE, STD
 from lib.machine import check_threads, cores
-from lib.models import load
+from lib.models import load, metadata
 from lib.script import importing, one_line, progress, some
 
 with importing():
@@ -22,6 +22,7 @@ CALLS_MB = 2048  # all concurrent calls together may use this much memory, in MB
 ACTIVATIONS = 14.3
 TOLERANCE = 1e-3  # a provider's logits may differ from the CPU's by this fraction of the largest logit (the default)
 PREFETCH = 2     # this many batches are read ahead of inference
+SIZE_ASSUMED = "neither the model nor its metadata fix the images' size; %d x %d is assumed" % (SIZE, SIZE)
 RESULTS_PER_WRITE = 32  # because each wake-up of the writer disturbs inference on busy cores
 
 
@@ -48,8 +49,7 @@ def open_session(path, device_id=0, threads=None, calls=1, provider=None, exact=
 
     threads: CPU threads for all calls together (default: one for each core that this process may use). calls: how many calls
     will run at the same time. provider: an execution provider's name (default: the best on this machine). exact: see
-    providers.add(). Raises OSError, or ValueError if the provider does not load or the file is not such a model: one input
-    float32 [N,3,height,width], or uint8 [N,height,width,3] with AIPP, and one output float32 [N,attributes].
+    providers.add(). Raises OSError, or ValueError if the provider does not load or check_interface() refuses the model.
     """
     onnxruntime = providers.import_onnxruntime()
     load(path)  # it runs onnx's checker and refuses weights outside the file
@@ -64,13 +64,47 @@ def open_session(path, device_id=0, threads=None, calls=1, provider=None, exact=
             path, onnxruntime.__version__, "" if provider is None else " with " + provider, one_line(error)))
     if provider not in (None, session.get_providers()[0]):
         raise ValueError("%s did not load; %s" % (provider, providers.REMEDIES.get(provider, "its libraries may be missing")))
+    check_interface(session, path)
+    return session
+
+
+def check_interface(session, path):
+    """Raises ValueError for a model that the tools would feed wrongly.
+
+    It must have one input float32 [N,3,height,width], or uint8 [N,height,width,3] with AIPP, and one output float32
+    [N,attributes]. Where its metadata describe the input and the attributes, they must say the same as the model and stage 4.
+    """
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or len(outputs) != 1 or len(inputs[0].shape) != 4 or len(outputs[0].shape) != 2 \
             or inputs[0].type not in ("tensor(float)", "tensor(uint8)") or outputs[0].type != "tensor(float)":
         raise ValueError("%s: is not a DeepMAR model (one input float32 [N,3,224,224], one output float32 [N,attributes]); "
-                         "its inputs are %s, its outputs are %s"
+                         "its inputs are %s, its outputs are %s; export it with export_onnx.py"
                          % (path, [(i.name, i.type, i.shape) for i in inputs], [(o.name, o.type, o.shape) for o in outputs]))
-    return session
+    uint8, shape, attributes = takes_uint8(session), inputs[0].shape, outputs[0].shape[1]
+    if shape[3 if uint8 else 1] != 3:
+        raise ValueError("%s: its input is %s %s, but the tools give float32 [N,3,height,width], or uint8 [N,height,width,3] to a "
+                         "model with AIPP; export it with export_onnx.py, or in this order (tf2onnx: --inputs-as-nchw %s)"
+                         % (path, "uint8" if uint8 else "float32", text_of(shape), inputs[0].name))
+    described = described_by(session, path)
+    names = len(described.get("attributes", []))
+    if names and isinstance(attributes, int) and names != attributes:
+        raise ValueError("%s: its metadata name %d attributes, but its output has %d; export it again" % (path, names, attributes))
+    given = {"layout": "NHWC RGB uint8" if uint8 else "NCHW RGB", "mean": list(MEAN), "std": list(STD),
+             "size": list(input_size(session)[1:])}
+    for key, value in given.items():
+        if described.get(key, value) != value:
+            raise ValueError("%s: its metadata say %s %s, but the tools would give it %s; export it again, or correct its metadata"
+                             % (path, key, described[key], value))
+
+
+def described_by(session, path="the model"):
+    """Returns the description in a model's metadata. Raises ValueError if it is damaged."""
+    return metadata(session.get_modelmeta().custom_metadata_map, path)
+
+
+def text_of(shape):
+    """Returns a shape as text, with a ? for a size without a name."""
+    return "[%s]" % ",".join("?" if size is None else str(size) for size in shape)
 
 
 def check_precision(session, path, batch, tolerance):
@@ -81,9 +115,7 @@ def check_precision(session, path, batch, tolerance):
     name = session.get_providers()[0]
     if name == providers.CPU:
         return
-    feed = {session.get_inputs()[0].name: batch}
-    theirs, = session.run(None, feed)
-    ours, = open_session(path, provider=providers.CPU).run(None, feed)
+    theirs, ours = infer(session, batch), infer(open_session(path, provider=providers.CPU), batch)
     difference, largest = np.abs(theirs - ours).max(), np.abs(ours).max()
     if not difference <= tolerance * largest:
         raise ValueError("%s: in the first batch, the logits of %s differ from the CPU's by up to %.3g. That is %.2g of the largest "
@@ -97,12 +129,24 @@ def takes_uint8(session):
     return session.get_inputs()[0].type == "tensor(uint8)"
 
 
-def input_size(session):
-    """Returns (batch size, height, width) of a model's input. Symbolic sizes become 1 and 224."""
+def fixed_size(session):
+    """Returns (batch size, height, width) of a model's input. What neither the input nor the model's metadata fix is None."""
     shape = session.get_inputs()[0].shape
     height, width = shape[1:3] if takes_uint8(session) else shape[2:]
-    return tuple(size if isinstance(size, int) else default
-                 for size, default in ((shape[0], 1), (height, SIZE), (width, SIZE)))
+    described = described_by(session).get("size", (None, None))
+    return tuple(size if isinstance(size, int) else other
+                 for size, other in ((shape[0], None), (height, described[0]), (width, described[1])))
+
+
+def input_size(session):
+    """Returns (batch size, height, width) of a model's input. What is not fixed becomes 1, 224 and 224."""
+    return tuple(size or default for size, default in zip(fixed_size(session), (1, SIZE, SIZE)))
+
+
+def attributes_of(session):
+    """Returns the number of a model's attributes."""
+    count = session.get_outputs()[0].shape[1]
+    return count if isinstance(count, int) else infer(session, empty_batch(session, *input_size(session))).shape[1]
 
 
 def empty_batch(session, batch_size, height, width):
@@ -113,11 +157,11 @@ def empty_batch(session, batch_size, height, width):
 
 
 def check_shape(session, path, batch_size, height, width):
-    """Raises ValueError unless the model takes this batch size and image size. A symbolic size takes any number."""
-    shape, wanted = session.get_inputs()[0].shape, empty_batch(session, batch_size, height, width).shape
-    if any(isinstance(has, int) and has != size for has, size in zip(shape, wanted)):
-        raise ValueError("%s: its input is %s, not [%d,%d,%d,%d]; export it again with this batch size and size"
-                         % ((path, shape) + wanted))
+    """Raises ValueError unless the model takes this batch size and image size. What is not fixed may be any number."""
+    fixed, wanted = fixed_size(session), (batch_size, height, width)
+    if any(has not in (None, size) for has, size in zip(fixed, wanted)):
+        has, wanted = (text_of((n, h, w, 3) if takes_uint8(session) else (n, 3, h, w)) for n, h, w in (fixed, wanted))
+        raise ValueError("%s: its input is %s, not %s; give this size, or export it again" % (path, has, wanted))
 
 
 def calls_at_once(threads, images, batch_size, height=SIZE, width=SIZE):
@@ -154,17 +198,31 @@ def callers(calls):
 
 # --- running batches --------------------------------------------------------------------------------------------------
 
+def infer(session, batch):
+    """Returns what a model gives for a batch, float32 [N,attributes]. Raises ValueError if it cannot compute the batch."""
+    quiet = providers.import_onnxruntime().RunOptions()
+    quiet.log_severity_level = 4  # the exception already reports an error
+    try:
+        outputs, = session.run(None, {session.get_inputs()[0].name: batch}, quiet)
+    except Exception as error:  # ONNX Runtime's exceptions have no common class
+        raise ValueError("the model cannot compute a batch of %s: %s" % (text_of(batch.shape), one_line(error)))
+    if outputs.ndim != 2 or len(outputs) != len(batch):
+        raise ValueError("the model gives %s for a batch of %d, not [%d,attributes]; export it again"
+                         % (text_of(outputs.shape), len(batch), len(batch)))
+    return outputs
+
+
 def run_batches(session, items, fill, calls=1, call=None, shape=None, runner=None, reader=None):
     """Runs a model over any number of items. Yields (items, reasons, logits) of each batch, in order.
 
     A reason is None, or says why an item has no input. items: an iterable. fill(item, row) writes an item's input into a row of
     a batch and returns None, or why it cannot; the row is then 0. Zeros also fill up the last batch. call(batch) returns the
-    logits, float32 [N,attributes] (default: session.run()). calls: how many of these run at the same time. shape: (batch size,
+    logits, float32 [N,attributes] (default: infer()). calls: how many of these run at the same time. shape: (batch size,
     height, width) (default: the model's). runner, reader: the pools of threads for call() and fill(), if the caller has them.
     Raises what items, fill and call raise.
     """
-    shape, name = shape or input_size(session), session.get_inputs()[0].name
-    call = call or (lambda batch: session.run(None, {name: batch})[0])
+    shape = shape or input_size(session)
+    call = call or (lambda batch: infer(session, batch))
 
     def read(item, row):
         why = fill(item, row)
@@ -172,7 +230,7 @@ def run_batches(session, items, fill, calls=1, call=None, shape=None, runner=Non
             row[...] = 0
         return why
 
-    def infer(buffer, filling):
+    def filled(buffer, filling):
         reasons = [future.result() for future in filling]
         buffer[len(reasons):] = 0
         return reasons, call(buffer)[:len(reasons)]
@@ -187,7 +245,7 @@ def run_batches(session, items, fill, calls=1, call=None, shape=None, runner=Non
                 if batch:
                     buffer = free.pop()
                     filling = [reader.submit(read, item, row) for item, row in zip(batch, buffer)]
-                    running.append((batch, buffer, filling, runner.submit(infer, buffer, filling)))
+                    running.append((batch, buffer, filling, runner.submit(filled, buffer, filling)))
                 elif running:
                     batch, buffer, _, result = running[0]
                     reasons, logits = result.result()
@@ -266,7 +324,7 @@ def run(session, bins, shape, folder, advance, calls=1):
     overlap. Calls advance(images) after every batch. Returns {module: Clock} and the seconds of each call. Raises ValueError for
     a bin that has shrunk or holds NaN.
     """
-    name, seconds = session.get_inputs()[0].name, []
+    seconds = []
     clocks = {module: Clock() for module in ("e2e", "data read", "preprocess", "infer", "interface", "post")}
 
     def fill(item, row):
@@ -278,7 +336,7 @@ def run(session, bins, shape, folder, advance, calls=1):
     def call(batch):
         with clocks["infer"], clocks["interface"]:
             start = time.perf_counter()
-            logits, = session.run(None, {name: batch})
+            logits = infer(session, batch)
             seconds.append(time.perf_counter() - start)
         return logits
 
@@ -289,8 +347,8 @@ def run(session, bins, shape, folder, advance, calls=1):
                     f.write(logits.astype("<f4").data)
 
     with callers(calls) as runner, ThreadPoolExecutor(1) as writer:
-        warm_up = {name: empty_batch(session, *shape)}  # the first calls also allocate memory
-        list(runner.map(lambda _: session.run(None, warm_up), range(calls)))
+        warm_up = empty_batch(session, *shape)  # the first calls also allocate memory
+        list(runner.map(lambda _: infer(session, warm_up), range(calls)))
         with clocks["e2e"]:
             results, writing = [], None
             for batch, _, logits in run_batches(session, bins, fill, calls, call, shape, runner):

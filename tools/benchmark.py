@@ -23,7 +23,7 @@ from lib.providers import HOST_PROVIDERS, PROVIDERS, REMEDIES, import_onnxruntim
 from lib.rates import latency_lines, perf_lines, pure_line, summary
 from lib.script import command, importing, number, pixels, progress
 from lib.session import (CALLS_MB, TOLERANCE, Clock, callers, calls_at_once, check_precision, check_shape, empty_batch,
-                         input_size, open_session, read_bin, run, takes_uint8)
+                         infer, input_size, open_session, read_bin, run, takes_uint8)
 
 with importing():
     import numpy as np
@@ -43,18 +43,17 @@ def vision(session, bins, shape, calls, args):
 
 def pure_inference(session, batch, calls, args):
     """Runs the model on the same batch again and again. Returns the lines to print."""
-    feed = {session.get_inputs()[0].name: batch}
     clock, seconds = Clock(), []
 
-    def infer(_):
+    def timed(_):
         start = time.perf_counter()
         with clock:
-            session.run(None, feed)
+            infer(session, batch)
         seconds.append(time.perf_counter() - start)
 
     with progress(args.round, "round") as bar, callers(calls) as runner:
-        list(runner.map(lambda _: session.run(None, feed), range(calls)))  # a warm-up
-        for _ in runner.map(infer, range(args.round)):
+        list(runner.map(lambda _: infer(session, batch), range(calls)))  # a warm-up
+        for _ in runner.map(timed, range(args.round)):
             bar.update()
     line = pure_line(args.round * len(batch), clock.seconds)
     model = os.path.splitext(os.path.basename(args.om_path))[0]

@@ -36,7 +36,7 @@ from lib.files import write_text
 from lib.labels import ASSUMED, PETA, attribute_names, labels_of, read_labels
 from lib.metrics import effect
 from lib.names import composed
-from lib.results import as_logits, attributes_in, list_results, read_logits
+from lib.results import as_logits, attributes_in, kind_of, list_results, read_logits
 from lib.script import command, importing, number, some
 from lib.session import compute, input_size, open_session, takes_uint8
 
@@ -198,7 +198,9 @@ def read_sides(args):
         if logits and values.shape != logits[0].shape:
             raise ValueError("%s: gives %d attributes, but the results in %s have %d"
                              % (path, values.shape[1], args.a, logits[0].shape[1]))
-        logits.append(as_logits(values, path) if np.isfinite(values).all() else values)
+        if np.isfinite(values).all():
+            values, _ = as_logits(values, path, kind_of(path) if path in sessions else None)
+        logits.append(values)
     return Sides(logits[0], logits[1], logits[2] if args.rehearsal else None, images, bins)
 
 
@@ -281,7 +283,7 @@ def main(argv=None):
         attribute_names(None, args.attributes)
     sides = read_sides(args)
     count = sides.a.shape[1]
-    attributes = attribute_names(count, args.attributes)
+    attributes = attribute_names(count, args.attributes, args.onnx)
     labels = None if args.labels is None else labels_of(args.labels, sides.images, count)
     if args.rehearsal:
         check_overflow(sides, args)

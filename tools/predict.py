@@ -28,9 +28,9 @@ from lib.files import whole_file, write_text
 from lib.images import preprocess, read_image
 from lib.labels import ASSUMED, PETA, attribute_names, read_thresholds
 from lib.names import images_in, stem
-from lib.results import as_logits, probabilities
+from lib.results import as_logits, kind_of, probabilities
 from lib.script import command, importing, note, one_line, progress, some
-from lib.session import empty_batch, input_size, open_session, run_batches
+from lib.session import SIZE_ASSUMED, attributes_of, fixed_size, open_session, run_batches
 
 with importing():
     import numpy as np
@@ -55,8 +55,8 @@ def image_paths(paths):
 def predict(session, paths, source, advance):
     """Runs the model over image files as stages 4 to 6 do, except that images with an EXIF orientation are turned upright.
 
-    Returns {path: logits float32 [attributes]} and, for images that cannot be read, {path: why}. source: the model's path.
-    Calls advance(images) after every batch. Raises ValueError for NaN or infinite logits.
+    Returns {path: logits float32 [attributes]}, for images that cannot be read {path: why}, and what the model gives, "logits" or
+    "probabilities". source: the model's path. Calls advance(images) after every batch. Raises ValueError for NaN or infinite logits.
     """
     import PIL  # noqa: F401 - import it here, so that a missing package is not reported as a bad image
 
@@ -77,9 +77,11 @@ def predict(session, paths, source, advance):
     wrong = [path for path, row in predictions.items() if not np.isfinite(row).all()]
     if wrong:
         raise ValueError("%s: gives NaN or infinite logits for %s" % (source, some(wrong)))
+    kind = kind_of(source)
     if predictions:
-        predictions = dict(zip(predictions, as_logits(np.stack(list(predictions.values())), source)))
-    return predictions, bad
+        logits, kind = as_logits(np.stack(list(predictions.values())), source, kind)
+        predictions = dict(zip(predictions, logits))
+    return predictions, bad, kind
 
 
 def describe(path, logits, names, thresholds):
@@ -199,23 +201,16 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def attributes_of(session):
-    """Returns the number of a model's attributes."""
-    count = session.get_outputs()[0].shape[1]
-    if isinstance(count, int):
-        return count
-    return session.run(None, {session.get_inputs()[0].name: empty_batch(session, *input_size(session))})[0].shape[1]
-
-
 def digits(logits):
     """Returns logits as numbers with nine digits, which give a float32 exactly."""
     return [float("%.9g" % value) for value in logits]
 
 
-def as_json(model, names, thresholds, predictions, bad):
-    """Returns the results as JSON text. predictions: {image path: logits}. bad: {image path: why it cannot be read}."""
+def as_json(model, kind, names, thresholds, predictions, bad):
+    """Returns the results as JSON text. kind: what the model gives. predictions: {image path: logits}. bad: {image path: why it
+    cannot be read}."""
     return json.dumps({
-        "model": model, "attributes": names, "names_assumed": names is PETA, "thresholds": digits(thresholds),
+        "model": model, "model_output": kind, "attributes": names, "names_assumed": names is PETA, "thresholds": digits(thresholds),
         "images": [{"image": path, "has": [name for name, has in zip(names, row >= thresholds) if has], "logits": digits(row)}
                    for path, row in predictions.items()],
         "errors": [{"image": path, "error": reason} for path, reason in bad.items()]}) + "\n"
@@ -259,18 +254,20 @@ def main(argv=None):
     pictures = {} if args.save is None else targets(paths, args.save)
     check_targets(args)  # before the work
     session = open_session(args.onnx)
+    if None in fixed_size(session)[1:]:
+        note(SIZE_ASSUMED)
     names = attribute_names(attributes_of(session), args.attributes, args.onnx)
     names, thresholds, _ = read_thresholds(args.thresholds, names)
     if names is PETA:
         note(ASSUMED)
     with progress(len(paths), "image") as bar:
-        predictions, bad = predict(session, paths, args.onnx, bar.update)
+        predictions, bad, kind = predict(session, paths, args.onnx, bar.update)
     if pictures and predictions:
         os.makedirs(args.save, exist_ok=True)
         save_pictures(pictures, predictions, names, thresholds, args.font)
         print("%s: %d pictures" % (args.save, len(predictions)))
     if args.json is not None:
-        write_text(args.json, as_json(args.onnx, names, thresholds, predictions, bad))
+        write_text(args.json, as_json(args.onnx, kind, names, thresholds, predictions, bad))
     if args.csv is not None:
         write_text(args.csv, as_csv(paths, names, predictions, bad))
     files = [path for path in (args.json, args.csv) if path is not None]

@@ -25,8 +25,9 @@ from lib.metrics import MAX_DROP, effect
 from lib.models import load
 from lib.names import composed
 from lib.providers import CPU
+from lib.results import as_logits, kind_of
 from lib.script import command, importing, number, one_line
-from lib.session import compute, empty_batch, input_size, open_session, session_options, takes_uint8
+from lib.session import attributes_of, compute, empty_batch, input_size, open_session, session_options, takes_uint8
 
 with importing():
     import numpy as np
@@ -146,9 +147,13 @@ def open_float32(path):
     return session
 
 
-def score(int8, float32, bins, labels):
-    """Prints the accuracy of two sessions over the bins [(name, path)]. Returns (float32's accuracy, int8's drop)."""
-    of_int8, of_float32 = compute(int8, bins), compute(float32, bins)
+def score(int8, float32, bins, labels, model):
+    """Prints the accuracy of two sessions over the bins [(name, path)]. Returns (float32's accuracy, int8's drop).
+
+    model: the path of the float32 model, which decides for both whether they give logits or probabilities.
+    """
+    of_float32, kind = as_logits(compute(float32, bins), model, kind_of(model))
+    of_int8, _ = as_logits(compute(int8, bins), model, kind)
     accuracy = effect(of_int8, of_float32, labels)["instance_acc"]
     drop, interval = -accuracy["change"], accuracy["interval"]
     print("instance_acc: float32 %r, int8 %r, drop %.2f %%%s; %d of %d attributes flip" % (
@@ -166,7 +171,7 @@ def main(argv=None):
             for name in list_bins(args.bins, width, height, takes_uint8(session))]
     labels = None
     if args.labels is not None:
-        labels = labels_of(args.labels, [name for name, _ in bins], session.get_outputs()[0].shape[1])
+        labels = labels_of(args.labels, [name for name, _ in bins], attributes_of(session))
     accuracy = "FLOAT32_ACCURACY"
     with whole_file(args.output) as temporary:
         with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +179,7 @@ def main(argv=None):
             feeds = [{session.get_inputs()[0].name: batch} for batch in batches([path for _, path in bins], args.images, empty)]
             shutil.copyfile(quantize(args.model, feeds, folder, args.qdq), temporary)
         if labels is not None:
-            accuracy, drop = score(open_session(temporary), session, bins, labels)
+            accuracy, drop = score(open_session(temporary), session, bins, labels, args.model)
             if drop > MAX_DROP + 1e-9 and not args.allow_drop:
                 raise ValueError("%s: was not written, because instance_acc drops by more than 1 %%; calibrate on more bins "
                                  "(--images), or accept it (--allow-drop)" % args.output)

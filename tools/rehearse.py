@@ -21,7 +21,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.files import whole_file, write_text
 from lib.images import MEAN, SIZE, STD
 from lib.models import PREFIX, check, load, nested
+from lib.providers import CPU
 from lib.script import command, importing, note, pixels
+from lib.session import open_session
 
 with importing():
     import numpy as np
@@ -56,19 +58,17 @@ def aipp_differences():
     return np.abs(aipp_table() - exact).max(axis=1)
 
 
-def image_input(model, path):
-    """Returns the input of the model's graph. Raises ValueError if there are several."""
+def image_input(model):
+    """Returns the input of the model's graph."""
     weights = {tensor.name for tensor in model.graph.initializer}  # older exporters list these as inputs too
-    inputs = [value for value in model.graph.input if value.name not in weights]
-    if len(inputs) != 1 or len(inputs[0].type.tensor_type.shape.dim) != 4:
-        raise ValueError("%s: is not a DeepMAR model, which has one input [N,3,224,224]" % path)
-    return inputs[0]
+    image, = [value for value in model.graph.input if value.name not in weights]
+    return image
 
 
 def add_aipp(model, path):
     """Puts AIPP's arithmetic at the beginning of an onnx.ModelProto, in place. The new nodes' names begin with aipp_."""
     from onnx import TensorProto, helper, numpy_helper
-    graph, image = model.graph, image_input(model, path)
+    graph, image = model.graph, image_input(model)
     if image.type.tensor_type.elem_type != TensorProto.FLOAT:
         raise ValueError("%s: does not take float32; it may already have AIPP" % path)
     batch, _, height, width = image.type.tensor_type.shape.dim
@@ -137,7 +137,7 @@ def round_results(model, path):
     """Rounds the input and each node's result to float16, in place. A rounded result keeps its name. Returns their number."""
     from onnx import TensorProto, numpy_helper
     graph, types = model.graph, tensor_types(model)
-    image, nodes, ranks = image_input(model, path), [], set()
+    image, nodes, ranks = image_input(model), [], set()
 
     def add_rounding(source, target, name):
         rank = len(types[name].shape.dim)
@@ -199,6 +199,7 @@ def main(argv=None):
         write_text(args.output, aipp_cfg(*args.size))
         print("%s: AIPP for uint8 bins of %d x %d, for atc's --insert_op_conf" % (args.output, args.size[1], args.size[0]))
         return
+    open_session(args.model, provider=CPU)  # refuses what is not a DeepMAR model
     model = load(args.model)
     if len(list(nested(model.graph))) > 1:
         raise ValueError("%s: has graphs inside its graph, so it is not a DeepMAR model" % args.model)

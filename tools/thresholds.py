@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.files import write_text
 from lib.labels import assumed, attribute_names, label_checksum
 from lib.metrics import MIN_IMAGES, SEED, change_intervals, ratio, score
-from lib.results import read_scored
+from lib.results import declared_kind, read_scored
 from lib.script import command, importing, number
 
 with importing():
@@ -162,7 +162,7 @@ def lines_of(content, path):
 
 def main(argv=None):
     args = parse(argv)
-    images, logits, labels, _ = read_scored(args.folders, args.label_file, declared=args.values)
+    images, logits, labels, _ = read_scored(args.folders, args.label_file, declared=declared_kind(args.values, args.model))
     content = content_of(args, images, logits, labels)
     write_text(args.output, json.dumps(content, indent=1, allow_nan=False) + "\n")
     for line in lines_of(content, args.output):

@@ -83,7 +83,7 @@ def check_interface(session, path):
     uint8, shape, attributes = takes_uint8(session), inputs[0].shape, outputs[0].shape[1]
     if shape[3 if uint8 else 1] != 3:
         raise ValueError("%s: its input is %s %s, but the tools give float32 [N,3,height,width], or uint8 [N,height,width,3] to a "
-                         "model with AIPP; export it with export_onnx.py, or in this order (tf2onnx: --inputs-as-nchw %s)"
+                         "model with AIPP; export it with export_onnx.py, or with the 3 in that place (tf2onnx: --inputs-as-nchw %s)"
                          % (path, "uint8" if uint8 else "float32", text_of(shape), inputs[0].name))
     described = described_by(session, path)
     names = len(described.get("attributes", []))
@@ -199,16 +199,19 @@ def callers(calls):
 # --- running batches --------------------------------------------------------------------------------------------------
 
 def infer(session, batch):
-    """Returns what a model gives for a batch, float32 [N,attributes]. Raises ValueError if it cannot compute the batch."""
-    quiet = providers.import_onnxruntime().RunOptions()
+    """Returns what a model gives for a batch, float32 [N,attributes]. Raises ValueError if it cannot compute the batch, or if it
+    gives another shape than it states."""
+    import onnxruntime
+    quiet = onnxruntime.RunOptions()
     quiet.log_severity_level = 4  # the exception already reports an error
     try:
         outputs, = session.run(None, {session.get_inputs()[0].name: batch}, quiet)
     except Exception as error:  # ONNX Runtime's exceptions have no common class
         raise ValueError("the model cannot compute a batch of %s: %s" % (text_of(batch.shape), one_line(error)))
-    if outputs.ndim != 2 or len(outputs) != len(batch):
-        raise ValueError("the model gives %s for a batch of %d, not [%d,attributes]; export it again"
-                         % (text_of(outputs.shape), len(batch), len(batch)))
+    attributes = session.get_outputs()[0].shape[1]
+    if outputs.ndim != 2 or len(outputs) != len(batch) or isinstance(attributes, int) and outputs.shape[1] != attributes:
+        raise ValueError("the model gives %s for a batch of %d images, not %s; export it again"
+                         % (text_of(outputs.shape), len(batch), text_of([len(batch), attributes])))
     return outputs
 
 

@@ -223,6 +223,37 @@ def write_model(path, batch_size=1, attributes=35, size=(224, 224), bias=0.0, si
     return path
 
 
+def end_in(path, *operators):
+    """Puts operators of one input behind a model's output, such as "Sigmoid"; ("Cast", {"to": 1}) has attributes. Returns path."""
+    model = onnx.load(str(path))
+    graph, output = model.graph, model.graph.output[0].name
+    made = next(node for node in graph.node if output in node.output)
+    names = ["before_%d" % i for i in range(len(operators))] + [output]
+    made.output[list(made.output).index(output)] = names[0]
+    for operator, source, target in zip(operators, names, names[1:]):
+        kind, attributes = operator if isinstance(operator, tuple) else (operator, {})
+        graph.node.append(helper.make_node(kind, [source], [target], **attributes))
+    onnx.save(model, str(path))
+    return path
+
+
+def put(path, **values):
+    """Writes entries of a description into a model's metadata. Returns path."""
+    model = onnx.load(str(path))
+    onnx.helper.set_model_props(model, {"deepmar." + key: value for key, value in values.items()})
+    onnx.save(model, str(path))
+    return path
+
+
+def write_means(path, shape, axes=(2, 3), type=FLOAT, outputs=None):
+    """Writes a model whose three results are the means of x over these axes. outputs: {name: shape}. Returns path."""
+    outputs = outputs or {"means": ["N", 3]}
+    nodes = [helper.make_node("Cast", ["x"], ["float"], to=FLOAT), helper.make_node("ReduceMean", ["float"], ["m"], axes=axes, keepdims=0)]
+    nodes += [helper.make_node("Identity", ["m"], [name]) for name in outputs]
+    onnx.save(make_model(nodes, [tensor_info("x", shape, type)], [tensor_info(*item) for item in outputs.items()], []), str(path))
+    return path
+
+
 SHAPE = [1, 2, 4, 4]
 ZEROS, PADS = np.zeros(8, np.int64), np.array([0, 0, 1, 1, 0, 0, 1, 1])
 POOL = {"kernel_shape": [4, 4]}

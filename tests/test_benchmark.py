@@ -15,7 +15,7 @@ from lib import providers
 from lib.providers import PROVIDERS
 from lib.session import open_session
 import benchmark
-from helpers import check_error, contents, keep_weights_outside, script, started, write_model
+from helpers import check_error, contents, keep_weights_outside, put, script, started, write_means, write_model
 
 TOOL = "tools/benchmark.py"
 COUNT = 70  # images: more than two groups of writes, and no multiple of the batch size
@@ -154,6 +154,13 @@ def test_onnxruntime_of_numpy_1_with_numpy_2_is_explained(folder, tmp_path, monk
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
+
+def test_symbolic_sizes_are_those_of_the_metadata(folder, tmp_path):
+    put(write_means(tmp_path / "m.onnx", ["N", 3, "H", "W"]), size="[256, 128]")
+    check_error(run(folder, tmp_path / "m.onnx", 2), "m.onnx: its input is [?,3,256,128], not [2,3,224,224]; give this size")
+    done = script(TOOL, "-round=1", "-om_path=m.onnx", "-batch_size=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
 
 def test_usage_errors(folder):
     for changes in ({"batch_size": 0}, {"device_id": -1}, {"model_type": "nlp"}, {"useDvpp": "true"}, {"om_path": "model.om"},

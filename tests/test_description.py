@@ -8,19 +8,11 @@ import onnx
 import pytest
 
 from lib.models import description
-from helpers import (NETWORK, POSTPROCESS, ROOT, ZEROS, between, check_error, model_of, node, parse_predictions, random_case,
-                     script, write_case, write_images, write_model)
+from helpers import (NETWORK, POSTPROCESS, ROOT, ZEROS, between, check_error, end_in, model_of, node, parse_predictions, put, random_case,
+                     run_stage_6, script, write_bins, write_case, write_images, write_model)
 from lib.images import MEAN, STD
 
 NAMES = ["hat", "a bag, on wheels", "\u5e3d\u5b50"]
-
-
-def put(path, **values):
-    """Writes entries into a model's metadata."""
-    model = onnx.load(str(path))
-    onnx.helper.set_model_props(model, {"deepmar." + key: value for key, value in values.items()})
-    onnx.save(model, str(path))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +64,7 @@ def test_remove_pad_and_quantize_keep_the_description(tmp_path):
         (tmp_path / "bins" / ("%d.bin" % i)).write_bytes(np.full(3 * 224 * 224, i, "<f4").tobytes())
     process = script("tools/quantize.py", "bs1.onnx", "bins", "int8.onnx", cwd=tmp_path)
     assert process.returncode == 0 and process.stderr == "", process.stderr
-    assert description(str(tmp_path / "int8.onnx")) == {"attributes": NAMES + ["x", "y"], "size": [224, 224]}
+    assert description(str(tmp_path / "int8.onnx")) == {"attributes": NAMES + ["x", "y"], "size": [224, 224], "output": "logits"}
 
 
 def test_describe_writes_the_json_of_an_om(exported, tmp_path):
@@ -83,7 +75,9 @@ def test_describe_writes_the_json_of_an_om(exported, tmp_path):
     assert "\u5e3d\u5b50" in (tmp_path / "out.json").read_text(encoding="utf-8")
     assert json.loads(script("tools/describe.py", tmp_path / "out.json").stdout)["attributes"] == names
     write_model(tmp_path / "plain.onnx")
-    assert script("tools/describe.py", tmp_path / "plain.onnx").stdout == "{}\n"
+    assert json.loads(script("tools/describe.py", tmp_path / "plain.onnx").stdout) == {"output": "logits"}
+    put(end_in(tmp_path / "plain.onnx", "Sigmoid", "Identity"), output="logits")  # as exported, before the Sigmoid was added
+    assert json.loads(script("tools/describe.py", tmp_path / "plain.onnx").stdout) == {"output": "probabilities"}
     (tmp_path / "bad.onnx").write_bytes(b"<html>")
     (tmp_path / "bad.json").write_text("<html>")
     for name, message in (("bad.onnx", "bad.onnx: is not a valid ONNX model"), ("bad.om", "bad.json: is not JSON"), ("no.json", "no.json")):
@@ -105,6 +99,26 @@ def test_predict_takes_the_models_names(tmp_path):
     assert names() == set(NAMES)
     (tmp_path / "names.txt").write_text("a\nb\nc\n")
     assert names("--attributes", "names.txt") == {"a", "b", "c"}
+
+
+def test_the_models_names_in_another_order_are_refused_by_every_tool(tmp_path):
+    """Other names, such as a translation, are taken."""
+    model = put(write_model(tmp_path / "m.onnx", attributes=3, size=(8, 8)), attributes='["hat", "bag", "coat"]')
+    write_bins(tmp_path, write_images(tmp_path / "images", 2), 8, 8)
+    run_stage_6(tmp_path, model, 1, 0, 8, 8)
+    (tmp_path / "label.json").write_text('{"im0.png": [0, 1, 0], "im1.png": [1, 0, 1]}')
+    result = "result/dumpOutput_device0"
+    commands = [["tools/predict.py", "images", "--onnx", model], [POSTPROCESS, result, "label.json", "--model", model],
+                ["tools/compare.py", result, "--onnx", model, "--bins", "input_bin"]]
+    for text, wrong in (("bag\nhat\ncoat", "hat (1, not 2)"), ("hat\ncoat\nscarf", "coat (3, not 2)"), ("Hut\nTasche\nMantel", None),
+                        ("hat\nTasche\ncoat", None)):
+        (tmp_path / "names.txt").write_text(text)
+        for command in commands:
+            process = script(*command, "--attributes", "names.txt", cwd=tmp_path)
+            if wrong:
+                check_error(process, "names.txt: holds the names of %s in another order" % model, wrong)
+            else:
+                assert process.returncode == 0, process.stderr
 
 
 def test_stage_7_and_report_take_the_models_names(exported, tmp_path):
@@ -141,7 +155,8 @@ def test_stage_7_and_report_take_the_models_names(exported, tmp_path):
     ({"attributes": '["hat", "bag"]'}, "is a model of 2 attributes, but there are 3"),
     ({"attributes": '["hat", "bag", "hat"]'}, "its attributes are not a list of different names"),
     ({"attributes": '["hat", "bag", "a\\nb"]'}, "its attributes are not"), ({"attributes": '{"hat": 1}'}, "its attributes are not"),
-    ({"attributes": "[" * 100000}, "its metadata is damaged"), ({"size": ""}, "its metadata is damaged")])
+    ({"attributes": "[" * 100000}, "its metadata is damaged"), ({"size": ""}, "its metadata is damaged"),
+    ({"size": '["224", 224]'}, "its size is not [height, width]"), ({"size": "[0, 224]"}, "its size is not [height, width]")])
 def test_damaged_metadata_is_refused(tmp_path, entries, message):
     from lib.labels import attribute_names
     model = str(put(write_model(tmp_path / "m.onnx", attributes=3), **entries))

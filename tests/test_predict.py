@@ -11,7 +11,7 @@ from lib.images import ORIENTATION
 from lib.labels import ASSUMED, PETA
 from lib.results import probabilities
 import predict
-from helpers import check_error, parse_predictions, run_stage_6, script, write_bins, write_images, write_model
+from helpers import check_error, end_in, parse_predictions, put, run_stage_6, script, write_bins, write_images, write_means, write_model
 
 TOOL = "tools/predict.py"
 
@@ -63,13 +63,45 @@ def test_probabilities_are_converted_to_logits(tmp_path):
     names = write_images(tmp_path / "images", 3)
     paths = ["images/" + name for name in names]
     plain = script(TOOL, *paths, "--onnx", write_model(tmp_path / "plain.onnx", "N"), cwd=tmp_path)  # of any batch size
-    sigmoid = script(TOOL, *paths, "--onnx", write_model(tmp_path / "m.onnx", 2, sigmoid=True), cwd=tmp_path)
-    assert "note: m.onnx: all values lie between 0 and 1: they look like probabilities" in sigmoid.stderr.replace(str(tmp_path) + "/", "")
+    sigmoid = script(TOOL, *paths, "--onnx", end_in(write_model(tmp_path / "m.onnx", 2), "Sigmoid", "Identity"), cwd=tmp_path)
+    assert "note: m.onnx: the model ends in a Sigmoid; its probabilities are" in sigmoid.stderr.replace(str(tmp_path) + "/", "")
     expected, converted = parse_predictions(plain.stdout), parse_predictions(sigmoid.stdout)
     for path in paths:
         assert [row[:3] for row in converted[path]] == [row[:3] for row in expected[path]]
         close = [(ours[3], theirs[3]) for ours, theirs in zip(converted[path], expected[path]) if abs(theirs[3]) < 9]
         assert len(close) > 20 and all(a == pytest.approx(b, abs=0.01) for a, b in close)  # float32's steps grow near 1
+
+
+def test_few_logits_between_0_and_1_stay_logits_and_the_values_decide_for_a_clip(tmp_path):
+    names = write_images(tmp_path / "images", 1)
+
+    def logit(path):
+        done = script(TOOL, "images/" + names[0], "--onnx", path, "--json", "out.json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        content = json.loads((tmp_path / "out.json").read_text())
+        return content["model_output"], content["images"][0]["logits"][0]
+
+    shift = 0.3 - logit(write_model(tmp_path / "m.onnx", attributes=1))[1]
+    assert logit(write_model(tmp_path / "m.onnx", attributes=1, bias=shift)) == ("logits", pytest.approx(0.3, abs=1e-4))
+    assert logit(end_in(tmp_path / "m.onnx", "Clip")) == ("probabilities", pytest.approx(np.log(0.3 / 0.7), abs=1e-3))
+    assert logit(end_in(write_model(tmp_path / "m.onnx", attributes=1, bias=shift - 1), "Clip")) == ("logits", pytest.approx(-0.7, abs=1e-4))
+
+
+def test_symbolic_height_and_width_are_those_of_the_metadata(tmp_path):
+    names = write_images(tmp_path / "images", 2)
+    write_means(tmp_path / "fixed.onnx", ["N", 3, 32, 16])
+    write_means(tmp_path / "open.onnx", ["N", 3, "H", "W"])
+
+    def run(model):
+        done = script(TOOL, *["images/" + name for name in names], "--onnx", model, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return parse_predictions(done.stdout), done.stderr
+
+    expected, _ = run("fixed.onnx")
+    found, notes = run("open.onnx")
+    assert found != expected and notes == "note: neither the model nor its metadata fix the images' size; 224 x 224 is assumed\n"
+    put(tmp_path / "open.onnx", size="[32, 16]")
+    assert run("open.onnx") == (expected, "")
 
 
 def test_probabilities_do_not_overflow():

@@ -1,4 +1,5 @@
 """Stage 4: bins equal the guide's arithmetic to the bit. An error names the bad list or images, and nothing is written."""
+import io
 import os
 import pathlib
 import signal
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from helpers import ROOT, check_error, contents, guide, script, started, write_images
-from lib.images import ORIENTATION, SIZE, preprocess
+from lib.images import ORIENTATION, SIZE, preprocess, turned
 from lib.names import read_list
 
 NAME = "preprocess_deepmar_pytorch.py"
@@ -62,6 +63,19 @@ def test_bins_of_another_size_equal_the_guides(images):
     assert process.returncode == 0 and "47 bins of float32 [3,256,128]" in process.stdout, process.stderr
     for name in ("00001.png", "photo.jpg"):
         assert (images / "input_bin" / (name[:-3] + "bin")).read_bytes() == guide(images / "images" / name, 128, 256).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("orientation, expected", [(None, False), (1, False), (6, True), (8, True), (0, False), (9, False)])
+def test_turned_images_are_recognised(kind, orientation, expected):
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[ORIENTATION] = orientation
+    file = io.BytesIO()
+    Image.new("RGB", (8, 4)).save(file, kind, exif=exif)
+    with Image.open(file) as image:
+        image.load()
+        assert turned(image) is expected
 
 
 def test_the_exif_orientation_is_ignored_and_counted(images):

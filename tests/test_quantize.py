@@ -9,7 +9,9 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
-from helpers import check_error, make_model, script, tensor_info
+from lib.session import compute, open_session
+from quantize import score
+from helpers import check_error, end_in, make_model, script, tensor_info, write_model
 
 
 COUNT, ATTRIBUTES = 12, 5
@@ -125,6 +127,21 @@ def test_large_drop_writes_nothing_unless_allowed(folder):
     allowed = quantize(folder, "wide.onnx", "input_bin", "int8.onnx", "--labels", "wide.json", "--allow-drop")
     assert allowed.returncode == 0, allowed.stderr
     onnx.checker.check_model(onnx.load(str(folder / "int8.onnx")))
+
+
+@pytest.mark.parametrize("end", [["Sigmoid"], ["Sigmoid", "Identity"], ["Sigmoid", "Clip"]])
+def test_the_drop_of_a_model_that_gives_probabilities(tmp_path, capsys, end):
+    names = [("%d" % i, str(tmp_path / ("%d.bin" % i))) for i in range(20)]
+    for i, (_, path) in enumerate(names):
+        np.random.RandomState(i).standard_normal((3, 4, 4)).astype("<f4").tofile(path)
+    plain, worse, model = (str(write_model(tmp_path / name, 1, attributes=5, size=(4, 4), bias=bias))
+                           for name, bias in (("plain.onnx", 0), ("worse.onnx", 1), ("m.onnx", 0)))
+    labels = (compute(open_session(plain), names) >= 0).astype(np.uint8)
+    for path in (worse, model):
+        end_in(path, *end)
+    exact, drop = score(open_session(worse), open_session(model), names, labels, model)
+    assert exact == 1 and drop > 0.05
+    assert capsys.readouterr().out.startswith("instance_acc: float32 1.0, int8 ")
 
 
 def test_bad_input_leaves_an_earlier_model(folder):

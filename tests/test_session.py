@@ -6,11 +6,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper
+from PIL import Image
 
 from lib.session import Clock, callers, calls_at_once, open_session, run_batches
-from helpers import write_model
+from helpers import FLOAT, check_error, make_model, put, script, tensor_info, write_means, write_model
 
+UINT8 = onnx.TensorProto.UINT8
 BATCH = 4
 
 
@@ -110,6 +114,55 @@ def test_runs_that_share_their_pools_do_not_disturb_each_other(session):
             runs[1].result()
         for run, first in ((runs[0], 100), (runs[2], 200)):
             assert [row[0] for row in run.result()[2]] == [first + i + 1 for i in range(49)]
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+NHWC = "but the tools give float32 [N,3,height,width], or uint8 [N,height,width,3] to a model with AIPP; export it with export_onnx.py"
+
+
+@pytest.mark.parametrize("model, entries, text", [
+    ((["N", "H", "W", 3], (1, 2)), {}, "its input is float32 [N,H,W,3], " + NHWC),
+    (([1, 224, 224, 3], (1, 2)), {}, "its input is float32 [1,224,224,3], " + NHWC),
+    (([None, None, None, None],), {}, "its input is float32 [?,?,?,?], " + NHWC),
+    (([1, 4, 8, 8], (2, 3), FLOAT, {"y": [1, 4]}), {}, "its input is float32 [1,4,8,8], " + NHWC),
+    ((["N", 3, "H", "W"], (2, 3), UINT8), {}, "its input is uint8 [N,3,H,W], " + NHWC),
+    ((["N", 3, 8, 8], (2, 3), FLOAT, {"y": ["N", 3], "z": ["N", 3]}), {}, "its outputs are [('y'"),
+    ((["N", 3, 8, 8], (2,), FLOAT, {"y": ["N", 3, 8]}), {}, "its outputs are [('y', 'tensor(float)', ['N', 3, 8])]"),
+    ((["N", 3, 8, 8],), {"attributes": '["hat", "bag"]'}, "its metadata name 2 attributes, but its output has 3"),
+    ((["N", 3, 8, 8],), {"size": "[16, 8]"}, "its metadata say size [16, 8], but the tools would give it [8, 8]"),
+    ((["N", 3, "H", 8],), {"size": "[16, 4]"}, "its metadata say size [16, 4], but the tools would give it [16, 8]"),
+    ((["N", 3, 8, 8],), {"mean": "[0.5, 0.5, 0.5]"}, "its metadata say mean [0.5, 0.5, 0.5], but"),
+    ((["N", 3, 8, 8],), {"layout": "NCHW BGR"}, "its metadata say layout NCHW BGR, but the tools would give it NCHW RGB")])
+def test_models_that_would_be_fed_wrongly_are_refused(tmp_path, model, entries, text):
+    path = str(put(write_means(tmp_path / "m.onnx", *model), **entries))
+    with pytest.raises(ValueError) as error:
+        open_session(path)
+    assert str(error.value).startswith(path + ": ") and text in str(error.value)
+
+
+def test_every_tool_refuses_a_model_that_takes_nhwc(tmp_path):
+    model = write_means(tmp_path / "m.onnx", ["N", "H", "W", 3], (1, 2))
+    for command in (["predict.py", tmp_path, "--onnx", model], ["compare.py", tmp_path, "--onnx", model, "--bins", tmp_path],
+                    ["quantize.py", model, tmp_path, "i.onnx"], ["rehearse.py", "aipp", model, "a.onnx"],
+                    ["rehearse.py", "float16", model, "f.onnx"], ["benchmark.py", "-om_path=%s" % model, "-round=1", "-batch_size=1"]):
+        Image.new("RGB", (8, 8)).save(str(tmp_path / "a.png"))
+        check_error(script("tools/" + command[0], *command[1:], cwd=tmp_path), "m.onnx: its input is float32 [N,H,W,3]")
+    assert open_session(str(write_means(model, ["N", "H", "W", 3], (1, 2), UINT8)))  # as with AIPP
+
+
+def test_a_model_that_gives_another_shape_than_it_states_is_refused(tmp_path):
+    """onnx and ONNX Runtime only see when it runs that a batch size is fixed inside, or that there are other results."""
+    means = helper.make_node("ReduceMean", ["x"], ["m"], axes=[2, 3], keepdims=0)
+    fixed = [helper.make_node("Reshape", ["m", "one"], ["y"])]
+    untold = [helper.make_node("Shape", ["x"], ["s"]), helper.make_node("Gather", ["s", "places"], ["shape"]),
+              helper.make_node("Reshape", ["m", "shape"], ["y"])]
+    for nodes, output, one, text in ((fixed, ["N", "A"], [1, -1], "the model gives [1,6] for a batch of 2 images, not [2,A]"),
+                                     (fixed, ["N", 3], [1, 3], "the model cannot compute a batch of [2,3,8,8]: "),
+                                     (untold, ["N", 1], [], "the model gives [2,3] for a batch of 2 images, not [2,1]")):
+        onnx.save(make_model([means] + nodes, [tensor_info("x", ["N", 3, 8, 8])], [tensor_info("y", output)],
+                             [("one", np.array(one, np.int64)), ("places", np.array([0, 1]))]), str(tmp_path / "m.onnx"))
+        check_error(script("tools/benchmark.py", "-om_path=m.onnx", "-round=1", "-batch_size=2", cwd=tmp_path), text)
 
 
 # --- calls at a time --------------------------------------------------------------------------------------------------

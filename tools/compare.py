@@ -48,8 +48,9 @@ MAX_FLIP_SHARE = 0.001
 WORST_IMAGES = 5    # the report names this many
 WORST_LAYERS = 10   # --layers names this many
 
-# The logits of A, of B, and of TWIN or None, float32 [images, attributes] each; the images' names; {image: path of its bin} or {}.
-Sides = collections.namedtuple("Sides", "a b twin images bins")
+# The logits of A, of B, and of TWIN or None, float32 [images, attributes] each; the images' names; {image: path of its bin} or {};
+# what each side gave, "logits" or "probabilities".
+Sides = collections.namedtuple("Sides", "a b twin images bins kinds", defaults=[()])
 
 
 def same_images(a, b, results, others):
@@ -188,7 +189,7 @@ def read_sides(args):
     if args.rehearsal:
         paths.append(args.rehearsal)
         files.append(bins)
-    images, logits = sorted(files[0]), []
+    images, logits, kinds = sorted(files[0]), [], []
     for path, found in zip(paths, files):
         inputs = [found[image] for image in images]
         if path in sessions:
@@ -199,9 +200,10 @@ def read_sides(args):
             raise ValueError("%s: gives %d attributes, but the results in %s have %d"
                              % (path, values.shape[1], args.a, logits[0].shape[1]))
         if np.isfinite(values).all():
-            values, _ = as_logits(values, path, kind_of(path) if path in sessions else None)
+            values, kind = as_logits(values, path, kind_of(path) if path in sessions else None)
+            kinds.append(kind)
         logits.append(values)
-    return Sides(logits[0], logits[1], logits[2] if args.rehearsal else None, images, bins)
+    return Sides(logits[0], logits[1], logits[2] if args.rehearsal else None, images, bins, kinds)
 
 
 def check_overflow(sides, args):
@@ -287,7 +289,7 @@ def main(argv=None):
     labels = None if args.labels is None else labels_of(args.labels, sides.images, count)
     if args.rehearsal:
         check_overflow(sides, args)
-    report = dict({"a": args.a, "b": args.b or "%s on %s" % (args.onnx, args.bins)},
+    report = dict({"a": args.a, "b": args.b or "%s on %s" % (args.onnx, args.bins), "a_values": sides.kinds[0], "b_values": sides.kinds[1]},
                   **compare(sides.a, sides.b, sides.images, attributes))
     report["metrics"] = None if labels is None else effect(sides.a, sides.b, labels)
     report["names_assumed"] = attributes is PETA

@@ -22,7 +22,7 @@ from lib.files import whole_file, write_text
 from lib.images import MEAN, SIZE, STD
 from lib.models import PREFIX, check, load, nested
 from lib.providers import CPU
-from lib.script import command, importing, note, pixels
+from lib.script import command, importing, note, one_line, pixels
 from lib.session import open_session
 
 with importing():
@@ -120,8 +120,9 @@ def rounding(source, target, rank):
             helper.make_node("Cast", [same], [target], target + "/float32", to=TensorProto.FLOAT)]
 
 
-def tensor_types(model):
-    """Returns {name: type} of the tensors in a model's graph, as far as onnx can infer them."""
+def tensor_types(model, path):
+    """Returns {name: type} of the tensors in a model's graph, as far as onnx can infer them. Raises ValueError if these contradict
+    those that the model states."""
     import onnx
     from onnx import helper
     model = onnx.ModelProto.FromString(model.SerializeToString())
@@ -129,14 +130,17 @@ def tensor_types(model):
     listed = {value.name for value in graph.input}
     graph.input.extend(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
                        for tensor in graph.initializer if tensor.name not in listed)  # onnx 1.7 only sees initializers that are also inputs
-    graph = onnx.shape_inference.infer_shapes(model).graph
+    try:
+        graph = onnx.shape_inference.infer_shapes(model).graph
+    except RuntimeError as error:
+        raise ValueError("%s: is not a valid ONNX model: %s" % (path, one_line(error)))
     return {value.name: value.type.tensor_type for values in (graph.input, graph.value_info, graph.output) for value in values}
 
 
 def round_results(model, path):
     """Rounds the input and each node's result to float16, in place. A rounded result keeps its name. Returns their number."""
     from onnx import TensorProto, numpy_helper
-    graph, types = model.graph, tensor_types(model)
+    graph, types = model.graph, tensor_types(model, path)
     image, nodes, ranks = image_input(model), [], set()
 
     def add_rounding(source, target, name):

@@ -87,7 +87,7 @@ def read_names(path):
 
 
 def describe(content, checkpoint, names, size, last_conv_stride):
-    """Adds what a user must know to an ONNX file's metadata, which no tool computes with. Returns the file's new bytes.
+    """Adds what a user must know to an ONNX file's metadata. Returns the file's new bytes.
 
     checkpoint: its path. names: the attributes' names, or None. size: (height, width). lib/models.py reads the metadata.
     """

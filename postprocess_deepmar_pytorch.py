@@ -86,8 +86,9 @@ def parse(argv):
                         help="each attribute's own threshold, from tools/thresholds.py on other images (default: a logit of 0 for "
                              "all). --published still judges the accuracy at 0, because the published one is at 0")
     parser.add_argument("--values", choices=["logits", "probabilities"],
-                        help="what the results hold: logits (default; >= 0 means yes), or probabilities of a model that "
-                             "ends in a Sigmoid (>= 0.5 means yes). It is required if all values lie between 0 and 1")
+                        help="what the results hold: logits (>= 0 means yes), or probabilities of a model that ends in a Sigmoid "
+                             "(>= 0.5 means yes). The default is probabilities if --model gives these, else logits. It is required "
+                             "if all values lie between 0 and 1 and --model does not explain it")
     args = parser.parse_intermixed_args(argv)
     if args.positional:
         args.positional = [args.positional[:-1] or None, args.positional[-1]]

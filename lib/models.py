@@ -135,14 +135,14 @@ def checked(found, source):
 
 
 def description(path):
-    """Returns a model's description: an .onnx file's metadata, or the .json file of an OM. It is {} if there is none.
+    """Returns a model's description: an ONNX file's metadata, or the .json file of an OM. It is {} if there is none.
 
     The keys are those that export_onnx.py writes: attributes, mean, std, size, layout, output, last_conv_stride,
-    checkpoint_sha256, version. An .onnx file's output is what its graph tells. Raises OSError or ValueError.
+    checkpoint_sha256, version. An ONNX file's output is what its graph tells. Raises OSError or ValueError.
     """
     if path.endswith(".om"):
         path = path[:-len(".om")] + ".json"
-    if not path.endswith(".onnx"):
+    if path.endswith(".json"):
         return checked(read_json(path, {}, "tools/describe.py"), path)
     model = read_unchecked(path)
     found, kind = metadata({entry.key: entry.value for entry in model.metadata_props}, path), output_kind(model)

@@ -111,9 +111,9 @@ def test_probabilities_are_converted_to_logits(tmp_path):
     done = script(TOOL, a, b, "--max-difference", 1e-5, "--max-flips", 0, "--json", tmp_path / "c.json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.startswith("note: %s: all values lie between 0 and 1" % a) and done.stderr.count("\n") == 1
-    assert "(%s)\n" % ASSUMED in done.stdout and json.loads((tmp_path / "c.json").read_text())["names_assumed"] is True
     report = json.loads((tmp_path / "c.json").read_text())
-    assert (report["a_values"], report["b_values"]) == ("probabilities", "logits")
+    assert "(%s)\n" % ASSUMED in done.stdout and report["names_assumed"] is True
+    assert (report["a_output"], report["b_output"]) == ("probabilities", "logits")
 
 
 def test_attributes_are_named(tmp_path):

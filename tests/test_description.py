@@ -85,9 +85,9 @@ def test_describe_writes_the_json_of_an_om(exported, tmp_path):
 
 
 def test_predict_takes_the_models_names(tmp_path):
-    """--attributes, then the model's names, then PETA's."""
+    """--attributes, then the model's names, then PETA's. The file may have any name."""
     image, = write_images(tmp_path / "images", 1)
-    model = write_model(tmp_path / "m.onnx", attributes=3)
+    model = write_model(tmp_path / "m", attributes=3)
 
     def names(*options):
         process = script("tools/predict.py", "images/" + image, "--onnx", model, *options, cwd=tmp_path)

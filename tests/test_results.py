@@ -7,7 +7,7 @@ import pytest
 from onnx import helper
 
 from lib.results import as_logits, kind_of, output_kind
-from helpers import POSTPROCESS, end_in, make_model, run_stage_6, script, tensor_info, write_bins, write_images, write_model
+from helpers import POSTPROCESS, check_error, end_in, make_model, run_stage_6, script, tensor_info, write_bins, write_images, write_model
 
 FLOAT16, FLOAT = {"to": onnx.TensorProto.FLOAT16}, {"to": onnx.TensorProto.FLOAT}
 
@@ -27,8 +27,9 @@ def test_the_graph_tells_what_a_model_gives(tmp_path, operators, kind):
     ("MatMul x w m; Add m b y", "logits"), ("MatMul x w m; Add b m y", "logits"), ("MatMul x w m; Add m m y", "logits"),
     ("Conv x w m; Reshape m b y", "logits"), ("Sigmoid x m; Add m b y", None), ("Sigmoid x m; Add m m y", None),
     ("MatMul x w l; Sigmoid l m; Add l m y", None), ("Sigmoid x m; Reshape m b y", "probabilities"),
-    ("Sigmoid x m; QuantizeLinear m s q; DequantizeLinear q s y", "probabilities"), ("QLinearMatMul x s z w s z s z q; "
-     "QLinearAdd q s z b s z s z r; DequantizeLinear r s y", "logits"), ("QLinearSigmoid x s z s z q; DequantizeLinear q s y", "probabilities"),
+    ("Sigmoid x m; QuantizeLinear m s q; DequantizeLinear q s y", "probabilities"),
+    ("QLinearMatMul x s z w s z s z q; QLinearAdd q s z b s z s z r; DequantizeLinear r s y", "logits"),
+    ("QLinearSigmoid x s z s z q; DequantizeLinear q s y", "probabilities"),
     ("If c y", None), ("Identity b y", None), ("Identity y y", None), ("Relu x m", None)])
 def test_the_graph_of_several_inputs(nodes, kind):
     nodes = [helper.make_node(words[0], words[1:-1], words[-1:]) for words in (text.split() for text in nodes.split("; "))]
@@ -70,3 +71,6 @@ def test_a_sigmoid_is_seen_in_twins_and_by_stage_7(tmp_path):
         assert done.returncode == 0, done.stderr
         reports.append(json.loads((tmp_path / "fusion_result.json").read_text()))
     assert reports[1] == dict(reports[0], values="probabilities") and reports[0]["values"] == "logits"
+    command = ["tools/thresholds.py", "result/dumpOutput_device0", "label.json"]
+    check_error(script(*command, cwd=tmp_path), "they look like probabilities")
+    check_error(script(*command, "--model", "m.onnx", cwd=tmp_path), "label.json: has no attribute that at least")

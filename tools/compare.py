@@ -140,7 +140,7 @@ def parse(argv):
     parser.add_argument("--layers", action="store_true", help="rank the layers by the relative error in A, if A is a model, or in TWIN")
     parser.add_argument("--labels", metavar="LABEL", help="label.json, for the effect on each metric")
     parser.add_argument("--attributes", metavar="FILE",
-                        help="a file with the attributes' names, one per line (default: PETA's, if there are 35)")
+                        help="a file with the attributes' names, one per line (default: MODEL's, else PETA's if there are 35)")
     parser.add_argument("--max-difference", type=number(float, 0), metavar="X",
                         help="allowed difference of a logit (default: %s)" % MAX_LOGIT_DIFFERENCE)
     parser.add_argument("--max-flips", type=number(int, 0), metavar="N",
@@ -289,7 +289,7 @@ def main(argv=None):
     labels = None if args.labels is None else labels_of(args.labels, sides.images, count)
     if args.rehearsal:
         check_overflow(sides, args)
-    report = dict({"a": args.a, "b": args.b or "%s on %s" % (args.onnx, args.bins), "a_values": sides.kinds[0], "b_values": sides.kinds[1]},
+    report = dict({"a": args.a, "b": args.b or "%s on %s" % (args.onnx, args.bins), "a_output": sides.kinds[0], "b_output": sides.kinds[1]},
                   **compare(sides.a, sides.b, sides.images, attributes))
     report["metrics"] = None if labels is None else effect(sides.a, sides.b, labels)
     report["names_assumed"] = attributes is PETA

@@ -54,7 +54,11 @@ def filesystem(url):
         return LocalFileSystem(), url
     try:
         with reached(url):
-            return url_to_fs(url)
+            first, *others = url.split("::")
+            if not others or "://" not in first or any("://" in other for other in others):  # file systems in a chain
+                return url_to_fs(url)
+            fs, _ = url_to_fs(first)  # :: is in a name
+            return fs, fs._strip_protocol(url)
     except OSError as error:
         if isinstance(error.__cause__, (ImportError, ValueError)):
             raise ValueError("%s: cannot be opened: %s" % (url, one_line(error.__cause__)))
@@ -102,7 +106,7 @@ def as_oserror(url, error):
 
 def http_status(error):
     """Returns the status of the HTTP answer that an error stands for, or None."""
-    for source in (error, error.__cause__):
+    for source in (error, getattr(error, "__cause__", None)):
         response = getattr(source, "response", None)  # botocore
         if isinstance(response, dict):
             return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -120,7 +124,8 @@ def patiently(function, url, first=False):
         try:
             return function(url)
         except OSError as error:
-            if is_local(url) or error.errno in IMAGE_ERRORS | FULL or first and not http_status(error.__cause__):
+            final = is_local(url) or isinstance(error, (FileNotFoundError, PermissionError)) or error.errno in FULL
+            if final or first and not http_status(error.__cause__):
                 raise
             note("%s; trying again" % error)
             time.sleep(wait)
@@ -139,6 +144,11 @@ def read_range(url, start=0, end=None):
             f.seek(start)
             return f.read() if end is None else f.read(end - start)
     fs, path = filesystem(url)
+    return fetched(fs, path, url, start, end)
+
+
+def fetched(fs, path, url, start, end):
+    """Does the work of read_range() for a path of a remote file system."""
     with reached(url):
         if end is None:
             return fs.cat_file(path)
@@ -210,22 +220,34 @@ def is_folder(url):
         return stat.S_ISDIR(os.stat(url).st_mode) if is_local(url) else fs.info(path)["type"] == "directory"
 
 
-def image_at(root, name, listings=None):
-    """Returns the url of a listed image. Raises ValueError if its name leaves the root, as a list may come from anyone.
+def read_image(root, name, end):
+    """Returns the bytes of an image in a folder, as read_range() does. Raises ValueError if its name leaves the folder."""
+    if is_local(root):
+        return read_range(local_image(root, name, {}), 0, end)
+    check_inside(name)
+    fs, path = filesystem(root)
+    quoted = urllib.parse.quote(name) if re.match("https?:", root) else name
+    return fetched(fs, "%s/%s" % (path.rstrip("/"), quoted), "%s/%s" % (root, name), 0, end)
 
-    A local file may have another Unicode form of the name than the list. listings: a dict that keeps what is found for that.
-    """
-    if not inside(name):
+
+def check_inside(name):
+    if not inside(name):  # a list may come from an untrusted source
         raise ValueError("not a file name inside the images' folder")
-    if re.match("https?:", root):
-        name = urllib.parse.quote(name)
-    url = "%s/%s" % (root.rstrip("/"), name)
-    if is_local(root) and not name.isascii() and not os.path.lexists(url):
-        url, listings = root, {} if listings is None else listings
+
+
+def local_image(root, name, listings):
+    """Returns the path of a listed image. Its file may have another Unicode form of the name than the list.
+
+    listings: a dict that keeps what has been found so far. Raises ValueError as read_image() does.
+    """
+    check_inside(name)
+    path = os.path.join(root, name)
+    if not name.isascii() and not os.path.lexists(path):
+        path = root
         for part in name.split("/"):
             with LISTING_LOCK:
-                url = os.path.join(url, another_form(url, part, listings))
-    return url
+                path = os.path.join(path, another_form(path, part, listings))
+    return path
 
 
 def size_and_checksum(url):
@@ -248,23 +270,23 @@ def of_listing(entry):
 
 
 def entries(url):
-    """Returns what a remote folder holds, by fsspec's listing and never from its cache: [(name, entry)], in order."""
+    """Returns what a remote folder holds, by fsspec's listing and never from its cache: [(name, entry)]."""
     fs, path = filesystem(url)
     with reached(url):
         fs.invalidate_cache()
         found = fs.ls(path, detail=True)
         fs.invalidate_cache()  # it would hold all names that were listed
-    path = path.rstrip("/")
-    names = [(entry["name"][len(path):].strip("/").rpartition("/")[2], entry) for entry in found]
-    # an object store may have an empty file of the folder's own name
-    return sorted(((name, entry) for name, entry in names if name or entry["type"] == "directory"), key=lambda pair: pair[0])
+    names = [(entry["name"].rstrip("/"), entry) for entry in found]
+    names = [("" if name == path.rstrip("/") else name.rpartition("/")[2], entry) for name, entry in names]
+    # An object store may have an empty file of the folder's own name.
+    return [(name, entry) for name, entry in names if name or entry["type"] == "directory"]
 
 
 def names_in(url):
     """Returns the names in a folder, [] if there is no such folder."""
     try:
         with reached(url):
-            return os.listdir(url) if is_local(url) else [name for name, _ in entries(url)]
+            return os.listdir(url) if is_local(url) else sorted(name for name, _ in entries(url))
     except FileNotFoundError:
         return []
 

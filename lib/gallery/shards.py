@@ -15,7 +15,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 from lib.files import not_utf8
-from lib.gallery.storage import (IMAGE_ERRORS, absolute, entries, is_folder, is_local, of_listing, open_binary, patiently,
+from lib.gallery.storage import (IMAGE_ERRORS, WEB, absolute, entries, is_folder, is_local, of_listing, open_binary, patiently,
                                  read_image, size_and_checksum)
 from lib.machine import cores
 from lib.names import images_in, inside, undecodable
@@ -65,7 +65,7 @@ def find_input(args, copy):
     if not folders:
         if args.root is None:
             raise ValueError("%s: is a list file; give --root, the folder of its images" % files[0])
-        file = open(files[0], "rb") if is_local(files[0]) else patiently(local_copy, files[0])
+        file = open(files[0], "rb") if os.path.isfile(files[0]) else patiently(local_copy, files[0])
         return stretches(file, files[0], absolute(args.root), args.shard_size, copy, keep)
     if args.root is not None:
         raise ValueError("%s: is a folder; --root is for a list file" % files[0])
@@ -84,7 +84,7 @@ def matching(pattern):
     """
     with contextlib.suppress(FileNotFoundError):
         return [(pattern, is_folder(pattern))]
-    magic = re.search("[*[]" if re.match("https?:", pattern) else "[*?[]", pattern)  # in a web address, ? begins a query
+    magic = re.search("[*[]" if WEB.match(pattern) else "[*?[]", pattern)  # in a web address, ? begins a query
     parent = pattern[:magic.start()].rpartition("/")[0] if magic else ""
     found = list(expanded(parent, pattern[len(parent) + 1:].split("/"))) if magic else []
     if not found:
@@ -182,7 +182,7 @@ def local_size(path):
 # --- a list ------------------------------------------------------------------------------------------------------------
 
 def local_copy(url):
-    """Returns an open temporary file with the content of a remote file."""
+    """Returns an open temporary file with the content of a remote file or a pipe."""
     file = tempfile.TemporaryFile()
     with open_binary(url) as source:
         shutil.copyfileobj(source, file, 2 ** 20)

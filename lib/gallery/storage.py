@@ -29,6 +29,7 @@ IMAGE_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EI
 FULL = {errno.ENOSPC, errno.EDQUOT}
 EXCLUSIVE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}  # pipe_file(mode="create") is one request to these
 KINDS = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}  # what these statuses of HTTP mean
+WEB = re.compile("https?://")
 LISTING_LOCK = threading.Lock()
 NUMBERS = ((FileNotFoundError, errno.ENOENT), (PermissionError, errno.EACCES), (FileExistsError, errno.EEXIST))
 
@@ -89,7 +90,7 @@ def reached(url):
 def as_oserror(url, error):
     """Returns the OSError for an error of a file system."""
     cause = error
-    if isinstance(error, FileNotFoundError) and error.__cause__ and re.match("https?://", url):
+    if isinstance(error, FileNotFoundError) and error.__cause__ and WEB.match(url):
         cause = error.__cause__  # fsspec calls a web server's file "not found" whatever went wrong
     status = http_status(cause)
     kind = KINDS.get(status) if status else next((kind for kind, _ in NUMBERS if isinstance(cause, kind)), None)
@@ -182,7 +183,7 @@ class Reached(io.RawIOBase):
             try:
                 return getattr(self.file, method)(*arguments)
             except ValueError:
-                if not re.match("https?:", self.url) or not hasattr(self.file, "fs"):
+                if not WEB.match(self.url) or not hasattr(self.file, "fs"):
                     raise
             position, copy = self.file.tell(), tempfile.TemporaryFile()  # this server only sends whole files, not parts
             self.fs.get_file(self.path, copy)
@@ -220,34 +221,31 @@ def is_folder(url):
         return stat.S_ISDIR(os.stat(url).st_mode) if is_local(url) else fs.info(path)["type"] == "directory"
 
 
-def read_image(root, name, end):
-    """Returns the bytes of an image in a folder, as read_range() does. Raises ValueError if its name leaves the folder."""
-    if is_local(root):
-        return read_range(local_image(root, name, {}), 0, end)
-    check_inside(name)
-    fs, path = filesystem(root)
-    quoted = urllib.parse.quote(name) if re.match("https?:", root) else name
-    return fetched(fs, "%s/%s" % (path.rstrip("/"), quoted), "%s/%s" % (root, name), 0, end)
+def image_at(root, name, listings=None):
+    """Returns the url of a listed image. Raises ValueError if its name leaves the root, as a list may come from anyone.
 
-
-def check_inside(name):
-    if not inside(name):  # a list may come from an untrusted source
-        raise ValueError("not a file name inside the images' folder")
-
-
-def local_image(root, name, listings):
-    """Returns the path of a listed image. Its file may have another Unicode form of the name than the list.
-
-    listings: a dict that keeps what has been found so far. Raises ValueError as read_image() does.
+    A local file may have another Unicode form of the name than the list. listings: a dict that keeps what is found for that.
     """
-    check_inside(name)
-    path = os.path.join(root, name)
-    if not name.isascii() and not os.path.lexists(path):
-        path = root
+    if not inside(name):
+        raise ValueError("not a file name inside the images' folder")
+    url = "%s/%s" % (root.rstrip("/"), urllib.parse.quote(name) if WEB.match(root) else name)
+    if is_local(root) and not name.isascii() and not os.path.lexists(url):
+        url, listings = root, {} if listings is None else listings
         for part in name.split("/"):
             with LISTING_LOCK:
-                path = os.path.join(path, another_form(path, part, listings))
-    return path
+                url = os.path.join(url, another_form(url, part, listings))
+    return url
+
+
+def read_image(root, name, end):
+    """Returns the first bytes of a listed image, as read_range() does. Raises ValueError as image_at() does."""
+    url = image_at(root, name)
+    if not is_local(root):
+        fs, path = filesystem(root)  # of the root alone, because a name may hold ::
+        return fetched(fs, path.rstrip("/") + url[len(root.rstrip("/")):], url, 0, end)
+    if os.path.exists(url) and not os.path.isfile(url):
+        raise ValueError("not a regular file")
+    return read_range(url, 0, end)
 
 
 def size_and_checksum(url):

@@ -50,8 +50,8 @@ def absolute(url):
 def filesystem(url):
     """Returns (the fsspec file system of a url, the path there). Raises ValueError if no package can open it."""
     from fsspec.core import url_to_fs
-    from fsspec.implementations.local import LocalFileSystem
     if is_local(url):
+        from fsspec.implementations.local import LocalFileSystem
         return LocalFileSystem(), url
     try:
         with reached(url):
@@ -98,6 +98,8 @@ def as_oserror(url, error):
     text = cause.strerror if type(cause).__str__ is OSError.__str__ and cause.strerror else one_line(cause)
     if kind is FileNotFoundError:
         text = "no such file or folder"
+    elif status and hasattr(cause, "message"):  # aiohttp
+        text = "%d %s" % (status, cause.message)
     elif isinstance(cause, KeyError) or not str(cause):
         text = repr(cause)
     told = (kind or OSError)("%s: %s" % (url, text))
@@ -154,7 +156,7 @@ def fetched(fs, path, url, start, end):
         if end is None:
             return fs.cat_file(path)
         try:
-            content = fs.cat_file(path, start=start, end=end)
+            content = fs.cat_file(path, start=start or None, end=end)  # with 0, fsspec's wrapper of HDFS fails
         except Exception as error:
             if http_status(error) == 416:  # the range begins at the end of the file
                 return b""
@@ -167,9 +169,9 @@ class Reached(io.RawIOBase):
 
     def __init__(self, url):
         self.url = url
-        self.fs, self.path = filesystem(url)
+        self.fs, self.path = (None, url) if is_local(url) else filesystem(url)
         with reached(url):
-            self.file = open(url, "rb", 0) if is_local(url) else self.fs.open(self.path, "rb", block_size=BLOCK)
+            self.file = self.fs.open(self.path, "rb", block_size=BLOCK) if self.fs else open(url, "rb", 0)
 
     def readable(self):
         return True
@@ -216,9 +218,11 @@ def open_binary(url):
 
 def is_folder(url):
     """Returns whether a url is a folder, not a file. Raises FileNotFoundError if it is neither."""
-    fs, path = filesystem(url)
     with reached(url):
-        return stat.S_ISDIR(os.stat(url).st_mode) if is_local(url) else fs.info(path)["type"] == "directory"
+        if is_local(url):
+            return stat.S_ISDIR(os.stat(url).st_mode)
+        fs, path = filesystem(url)
+        return fs.info(path)["type"] == "directory"
 
 
 def image_at(root, name, listings=None):
@@ -293,7 +297,6 @@ def names_in(url):
 
 def write(url, content):
     """Writes bytes to a file, which appears whole or not at all and replaces an earlier one. Raises OSError as reached() does."""
-    fs, path = filesystem(url)
     with reached(url):
         if is_local(url):
             try:
@@ -301,13 +304,15 @@ def write(url, content):
                     write_local(temporary, content)
             except OSError as error:
                 raise error.__context__ or error  # whole_file()'s own has no errno
-        elif protocols(fs) & OBJECT_STORES:
+            return
+        fs, path = filesystem(url)
+        if protocols(fs) & OBJECT_STORES:
             fs.pipe_file(path, content)
-        else:
-            temporary = put_beside(fs, path, content)
-            if fs.exists(path):  # HDFS cannot rename to an existing name
-                fs.rm_file(path)
-            fs.mv(temporary, path)
+            return
+        temporary = put_beside(fs, path, content)
+        if fs.exists(path):  # HDFS cannot rename to an existing name
+            fs.rm_file(path)
+        fs.mv(temporary, path)
 
 
 def create(url, content):
@@ -315,10 +320,10 @@ def create(url, content):
 
     Where the file system can, only one of several machines that do this at the same time succeeds.
     """
-    fs, path = filesystem(url)
     with reached(url):
         if is_local(url):
             return create_local(url, content)
+        fs, path = filesystem(url)
         if protocols(fs) & EXCLUSIVE:
             try:
                 fs.pipe_file(path, content, mode="create")

@@ -46,10 +46,10 @@ def find_input(args, copy):
     keep = args.duplicates == "keep"
     found = [pair for pattern in args.input for pair in patiently(matching, absolute(pattern), first=True)]
     folders = {name for name, folder in found if folder}
-    files = [name for file, _ in found for name in (spark_files(file) if file in folders and PARQUET.search(file) else [file])]
+    files = [name for file, _ in found for name in (patiently(spark_files, file) if file in folders and PARQUET.search(file) else [file])]
     twice = [name for name, count in collections.Counter(files).items() if count > 1]
     if twice:
-        told_twice(some(args.input), "files", twice, keep, len(twice))
+        told_twice(some(args.input), len(twice), "files", twice, keep)
     kinds = {None if name in folders else "parquet" if PARQUET.search(name) else "tar" if TAR.search(name) else None for name in files}
     if kinds in ({"tar"}, {"parquet"}) and args.root is None:
         return tars(files) if kinds == {"tar"} else row_groups(files, args.path_column, args.bytes_column, keep)
@@ -106,7 +106,7 @@ def expanded(url, parts, folder=True):
         for name, folder in children(url):
             if name.startswith(".") and not parts[0].startswith("."):
                 continue
-            if parts[0] == "**" and folder:
+            if parts[0] == "**" and folder and not (is_local(url) and os.path.islink("%s/%s" % (url, name))):
                 yield from expanded("%s/%s" % (url, name), parts)
             elif parts[0] != "**" and fnmatch.fnmatchcase(name, parts[0]) and (folder or not parts[1:]):
                 yield from expanded("%s/%s" % (url, name), parts[1:], folder)
@@ -117,7 +117,7 @@ def children(folder):
     try:
         if is_local(folder):
             return sorted((entry.name, entry.is_dir()) for entry in os.scandir(folder or "/"))
-        return sorted((name, entry["type"] == "directory") for name, entry in patiently(entries, folder) if name)
+        return sorted((name, entry["type"] == "directory") for name, entry in entries(folder) if name)
     except (FileNotFoundError, NotADirectoryError):
         return []
 
@@ -229,11 +229,17 @@ def stretches(file, source, root, size, copy, keep=None):
     if witness is None:
         raise unreadable(source, root, tried)
     if keep is not None:
-        file.seek(0)
-        seen.check(source, ((name, "line %d" % number) for number, line in enumerate(file, 1) for name in names_of(line, number - 1)), keep)
+        seen.check(source, numbered(file), keep)
     settings = {"kind": "list", "root": root, "sha256": digest.hexdigest(), "shards": len(counts), "shard_size": size}
     return Input(settings, sum(counts), lambda i: {"list": copy, "start": ends[i], "end": ends[i + 1], "root": root, "images": counts[i]},
                  len(counts), file, [{"root": root, "name": witness}])
+
+
+def numbered(file):
+    """Yields (name, "line N") for each line of a list file."""
+    file.seek(0)
+    for number, line in enumerate(file, 1):
+        yield line.decode("utf-8-sig" if number == 1 else "utf-8").strip(), "line %d" % number
 
 
 def readable(source, root, names, tried):
@@ -243,7 +249,7 @@ def readable(source, root, names, tried):
     """
     for name in names:
         try:
-            patiently(lambda _: read_image(root, name, 1), root, first=True)
+            patiently(lambda _: read_image(root, name, 1), root, first=is_local(source))
             return name
         except ValueError as error:
             tried.append((name, error))
@@ -276,30 +282,37 @@ class Repeated(object):
 
     def check(self, source, again, keep):
         """Raises ValueError for repeated names, or prints a note if they may be kept. again: yields all (name, its place) once more."""
-        hashes = np.array(self.hashes, copy=False)
+        hashes = np.asarray(self.hashes)
         hashes.sort()
         repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
-        some_of_them, places = set(repeated[:MAX_EXAMPLES].tolist()), {}
-        for name, place in again if some_of_them else ():
+        if not len(repeated):
+            return
+        if keep:
+            told_twice(source, len(repeated), "images", [], keep)
+            return
+        wanted, places = set(repeated[:MAX_EXAMPLES].tolist()), {}
+        for name, place in again:
             name = plain(name)
-            if hash(name) in some_of_them:
+            if hash(name) in wanted and name:
                 places.setdefault(name, []).append(place)
-        found = ["%s (%s)" % (name, some(where, 2)) for name, where in places.items() if len(where) > 1]  # two names may have one hash
-        if found:
-            told_twice(source, "images", found, keep, max(len(found), len(repeated) if len(repeated) > MAX_EXAMPLES else 0))
+        found = ["%s (%s)" % (name, some(where, 2)) for name, where in places.items() if len(where) > 1]
+        if found:  # else two names have one hash
+            told_twice(source, len(found) if len(repeated) <= MAX_EXAMPLES else len(repeated), "images", found, keep)
 
 
 def plain(name):
     """Returns the shortest form of a path: a/b.png for ./a//b.png."""
-    return re.sub(r"(^(?=\.)|(?<=/))\.?/+", "", name)
+    return re.sub(r"(^(?=\.)|(?<=/))\.?/+", "", name) if "./" in name or "//" in name else name
 
 
-def told_twice(source, what, found, keep, count):
+def told_twice(source, count, what, found, keep):
     """Raises ValueError for what is given more than once, or prints a note if that may be."""
-    text = "%s: %d %s are given more than once: %s" % (source, count, what, some(found))
-    if not keep:
-        raise ValueError("%s; each image needs one row, so remove them, or get a row for each with --duplicates keep" % text)
-    note(text)
+    text = "%s: %d %s are given more than once" % (source, count, what)
+    if keep:
+        note("%s; each gets a row every time" % text)
+        return
+    raise ValueError("%s: %s%s; each image needs one row, so remove the others, or keep a row for each with --duplicates keep"
+                     % (text, ", ".join(found[:5]), " and %d more" % (count - 5) if count > 5 else ""))
 
 
 # --- tars and Parquet files ---------------------------------------------------------------------------------------------

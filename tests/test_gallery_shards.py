@@ -69,7 +69,8 @@ def test_shards_of_a_list(crops):
 
 def test_root_of_a_list_is_checked(crops, monkeypatch):
     path = crops.parent / "list.txt"
-    check_refused("list.txt: none of its first 3 images is in .*crops/b/none: im0.png, im1.png, b/im0.png$", path, root=crops / "b" / "none")
+    check_refused("list.txt: none of its first 3 images is in .*crops/b/none: im0.png, im1.png, b/im0.png$", path,
+                  root=crops / "b" / "none")
     os.mkfifo(str(crops / "b" / "im0.jpg"))
     path.write_text("im0.jpg\n")
     check_refused("none of its first 1 images can be read: im0.jpg .not a regular file.$", path, root=crops / "b")
@@ -138,7 +139,8 @@ def matched(pattern):
 
 
 @pytest.mark.parametrize("name, remedy", [
-    ("x.tar.bz2", "bzip2 -d x.tar.bz2$"), ("x.txz", "xz -d x.txz"), ("X.TAR.ZST", "zstd -d X.TAR.ZST"), ("x.zip", "unpack it"), ("x.txt.gz", "unpack it")])
+    ("x.tar.bz2", "bzip2 -d x.tar.bz2$"), ("x.txz", "xz -d x.txz$"), ("X.TAR.ZST", "zstd -d X.TAR.ZST$"), ("x.zip", "unpack it"),
+    ("x.txt.gz", "unpack it")])
 def test_archive_of_another_kind(crops, name, remedy):
     (crops / name).write_bytes(b"")
     check_refused("archives of this kind are not read; .*" + remedy, crops / name)
@@ -167,8 +169,9 @@ def test_tars(crops):
 @pytest.fixture
 def table():
     return pyarrow.table({
-        "path": ["a", "b", None, None, "c"], "bytes": [b"1"] * 5, "text": ["im.png"] * 5, "fixed": pyarrow.array([b"12"] * 5, pyarrow.binary(2)),
-        "image": [{"bytes": b"1", "path": "p%d" % i} for i in range(5)], "list": [[{"bytes": b"1"}]] * 5, "id": list(range(5))})
+        "path": ["a", "b", None, None, "c"], "bytes": [b"1"] * 5, "text": ["im.png"] * 5, "id": list(range(5)),
+        "fixed": pyarrow.array([b"12"] * 5, pyarrow.binary(2)), "list": [[{"bytes": b"1"}]] * 5,
+        "image": [{"bytes": b"1", "path": "p%d" % i} for i in range(5)]})
 
 
 def test_columns_of_parquet_files(tmp_path, table):
@@ -179,9 +182,10 @@ def test_columns_of_parquet_files(tmp_path, table):
     assert [(shard["group"], shard["images"]) for shard in parts] == [(0, 2), (1, 2), (2, 1)]
     for columns in ("image.path", "image.bytes"), ("id", "bytes"), ("path", "fixed"):
         assert described(path, columns=columns)[0] == dict(settings, path_column=columns[0], bytes_column=columns[1]) != settings
-    for columns, text in ((("path", "text"), "the column text holds string, not the bytes of images; give --bytes-column .bytes, fixed, image.bytes"),
-                          (("path", "list"), "the column list holds list<"), (("path", "image"), "the column image holds struct<"),
-                          (("list", "bytes"), "the column list holds list<.*not paths"), (("no", "bytes"), "has the columns bytes, .*, not no and bytes")):
+    for columns, text in (
+            (("path", "text"), "the column text holds string, not the bytes of images; give --bytes-column .bytes, fixed, image.bytes.$"),
+            (("path", "list"), "the column list holds list<"), (("path", "image"), "the column image holds struct<"),
+            (("list", "bytes"), "the column list holds list<.*not paths"), (("no", "bytes"), "has the columns .*, not no and bytes;")):
         check_refused("a.parquet: " + text, path, columns=columns)
     size = path.stat().st_size
     parquet.write_table(table.set_column(1, "bytes", [[b"2"] * 5]), str(path), row_group_size=2)

@@ -190,8 +190,9 @@ def test_columns_of_parquet_files(tmp_path, table):
     size = path.stat().st_size
     parquet.write_table(table.set_column(1, "bytes", [[b"2"] * 5]), str(path), row_group_size=2)
     assert path.stat().st_size == size and described(path)[0] != settings
-    path.write_bytes(b"no Parquet")
-    check_refused("a.parquet: is not a Parquet file", path)
+    for content in b"no Parquet", b"PAR1" + 99 * b"x" + b"\x40\0\0\0PAR1":
+        path.write_bytes(content)
+        check_refused("a.parquet: is not a Parquet file", path)
 
 
 def test_path_twice_in_parquet_files(tmp_path, table):

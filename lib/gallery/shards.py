@@ -27,11 +27,12 @@ with importing():
 MAX_LINE = 10000  # in bytes; a longer line cannot be a name
 MAX_TRIED = 1000  # so many of a list's images are tried until one can be read
 MAX_EXAMPLES = 1000  # so many names that are given more than once are looked up
+MAX_WITNESSES = 16  # so many files are read on each node before it takes work
 REMOTE_REQUESTS = 16  # at a time
 TAR, PARQUET = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE), re.compile(r"\.parquet$", re.IGNORECASE)
 # Archives of other kinds, and the commands that make a tar of some
 PACKED = re.compile(r"\.(tar\.\w+|tbz2?|txz|tlz|tzst|bz2|xz|zst|lz4|lzma|gz|z|zip|7z|rar)$", re.IGNORECASE)
-UNPACK = ((r"\.(tar\.bz2|tbz2?)$", "bzip2"), (r"\.(tar\.xz|txz)$", "xz"), (r"\.(tar\.zst|tzst)$", "zstd"), (r"\.tar\.lz4$", "lz4"))
+UNPACK = (("bzip2", r"\.(tar\.bz2|tbz2?)$"), ("xz", r"\.(tar\.xz|txz)$"), ("zstd", r"\.(tar\.zst|tzst)$"))
 # settings: the input's entry in the manifest, which says what the shards were made from. images: their number, None if only the
 # workers will know it. describe: a function from a shard's number to its dict. count: the number of shards. list: the open list
 # file of stretches(), else None. witnesses: what a node must be able to read: {"root": url, "name": image}, or {"file": url}.
@@ -46,16 +47,18 @@ def find_input(args, copy):
     keep = args.duplicates == "keep"
     found = [pair for pattern in args.input for pair in patiently(matching, absolute(pattern), first=True)]
     folders = {name for name, folder in found if folder}
-    files = [name for file, _ in found for name in (patiently(spark_files, file) if file in folders and PARQUET.search(file) else [file])]
+    files = [name for file, folder in found
+             for name in (patiently(spark_files, file) if folder and PARQUET.search(file) else [file])]
     twice = [name for name, count in collections.Counter(files).items() if count > 1]
     if twice:
         told_twice(some(args.input), len(twice), "files", twice, keep)
-    kinds = {None if name in folders else "parquet" if PARQUET.search(name) else "tar" if TAR.search(name) else None for name in files}
+    kinds = {None if name in folders else "parquet" if PARQUET.search(name) else "tar" if TAR.search(name) else None
+             for name in files}
     if kinds in ({"tar"}, {"parquet"}) and args.root is None:
         return tars(files) if kinds == {"tar"} else row_groups(files, args.path_column, args.bytes_column, keep)
     packed = [name for name in files if name not in folders and PACKED.search(name) and not TAR.search(name)]
     if packed:
-        program = next((program for ending, program in UNPACK if re.search(ending, packed[0].lower())), None)
+        program = next((program for program, ending in UNPACK if re.search(ending, packed[0].lower())), None)
         raise ValueError("%s: archives of this kind are not read; %s" % (
             packed[0], "make a tar of it: %s -d %s" % (program, packed[0].rpartition("/")[2]) if program else
             "unpack it and give the folder of its images, or a tar of them"))
@@ -132,14 +135,15 @@ def spark_files(folder):
 
 
 def walk(folder):
-    """Yields (folder, its folders' names, {file's name: (size, checksum or None)}) of a remote folder and its subfolders, like os.walk().
+    """Yields (folder, its folders' names, {file's name: (size, checksum or None)}) of a remote folder and its subfolders.
 
-    Raises OSError with the name of the folder that cannot be listed.
+    It is like os.walk(). Raises OSError with the name of the folder that cannot be listed.
     """
     found = patiently(entries, folder)
     folders = [name for name, entry in found if entry["type"] == "directory"]
     if "" in folders:
-        raise ValueError("%s/: some names in it begin with a slash, so this folder cannot be listed; give a list file with --root" % folder)
+        raise ValueError("%s/: some names in it begin with a slash, so this folder cannot be listed; give a list file with --root"
+                         % folder)
     yield folder, folders, {name: of_listing(entry) for name, entry in found if entry["type"] != "directory"}
     for name in folders:
         yield from walk("%s/%s" % (folder, name))
@@ -190,7 +194,7 @@ def local_copy(url):
 
 
 def names_of(content, start):
-    """Returns the names in a stretch of a list file, by the rules of lib.files.read_lines(). start: its first byte in the file."""
+    """Returns the names in a stretch of a list file, by the rules of lib.files.read_lines(). start: its place there."""
     return [line for line in map(str.strip, content.decode("utf-8-sig" if start == 0 else "utf-8").split("\n")) if line]
 
 
@@ -231,8 +235,8 @@ def stretches(file, source, root, size, copy, keep=None):
     if keep is not None:
         seen.check(source, numbered(file), keep)
     settings = {"kind": "list", "root": root, "sha256": digest.hexdigest(), "shards": len(counts), "shard_size": size}
-    return Input(settings, sum(counts), lambda i: {"list": copy, "start": ends[i], "end": ends[i + 1], "root": root, "images": counts[i]},
-                 len(counts), file, [{"root": root, "name": witness}])
+    return Input(settings, sum(counts), lambda i: {"list": copy, "start": ends[i], "end": ends[i + 1], "root": root,
+                                                   "images": counts[i]}, len(counts), file, [{"root": root, "name": witness}])
 
 
 def numbered(file):
@@ -281,7 +285,7 @@ class Repeated(object):
         self.hashes.extend(map(hash, map(plain, names) if "./" in text or "//" in text else names))
 
     def check(self, source, again, keep):
-        """Raises ValueError for repeated names, or prints a note if they may be kept. again: yields all (name, its place) once more."""
+        """Raises ValueError for repeated names, or prints a note if they may be kept. again: yields all (name, its place)."""
         hashes = np.asarray(self.hashes)
         hashes.sort()
         repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
@@ -333,7 +337,7 @@ def of_files(kind, files, sizes, shards, images, **settings):
                        for lines in (["%s\n" % name for name in files], ["%s %s\n" % size for size in sizes]))
     first = {url.rpartition("/")[0]: url for url in reversed(files)}  # one file of each folder
     return Input(dict(settings, kind=kind, names=names, contents=contents, shards=len(shards)), images, shards.__getitem__,
-                 len(shards), None, [{"file": url} for url in sorted(first.values())])
+                 len(shards), None, [{"file": url} for url in sorted(first.values())[:MAX_WITNESSES]])
 
 
 def tars(files):
@@ -368,7 +372,9 @@ def rows_of(url, path_column, bytes_column):
         with open_binary(url) as f:
             file = pyarrow.parquet.ParquetFile(f)
             schema, metadata = file.schema_arrow, file.metadata
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        if str(error).startswith(url + ": "):  # it was not read at all
+            raise
         raise ValueError("%s: is not a Parquet file: %s" % (url, one_line(error)))
     types = columns(schema)
     if not {path_column, bytes_column} <= set(types):
@@ -378,7 +384,8 @@ def rows_of(url, path_column, bytes_column):
     path_type = types[path_column].value_type if kinds.is_dictionary(types[path_column]) else types[path_column]
     if str(path_type) not in ("string", "large_string", "binary", "large_binary") and not kinds.is_integer(path_type):
         raise ValueError("%s: the column %s holds %s, not paths; give --path-column" % (url, path_column, path_type))
-    of_bytes = [name for name, kind in types.items() if str(kind) in ("binary", "large_binary") or kinds.is_fixed_size_binary(kind)]
+    of_bytes = [name for name, kind in types.items()
+                if str(kind) in ("binary", "large_binary") or kinds.is_fixed_size_binary(kind)]
     if bytes_column not in of_bytes:
         raise ValueError("%s: the column %s holds %s, not the bytes of images; give --bytes-column%s" % (
             url, bytes_column, types[bytes_column],
@@ -397,7 +404,7 @@ def columns(schema):
 
 
 def paths_of(shard):
-    """Returns the paths of a row group, without null. Returns [] if this column is damaged, because the worker finds that, too."""
+    """Returns the paths of a row group, without null. Returns [] if this column is damaged, as the worker finds that, too."""
     import pyarrow
     import pyarrow.parquet
     with open_binary(shard["parquet"]) as f:
@@ -409,4 +416,5 @@ def paths_of(shard):
                 raise
             return []
     paths = table.column(shard["path_column"]).to_pylist()
-    return [path.decode("utf-8", "surrogateescape") if isinstance(path, bytes) else str(path) for path in paths if path is not None]
+    return [path.decode("utf-8", "surrogateescape") if isinstance(path, bytes) else str(path)
+            for path in paths if path is not None]

@@ -1,35 +1,40 @@
 """Splits the input of tools/gallery.py into shards. A shard is a small dict from which a worker reads about 1000 images.
 
-The same input always gives the same shards. The driver keeps no image names in memory: it reads a list file only once.
+The same input always gives the same shards. Of a list, the driver keeps a number of 8 bytes per line in memory, but no names.
 """
 import array
 import collections
+import contextlib
+import fnmatch
 import hashlib
-import io
 import itertools
 import os
 import re
+import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 from lib.files import not_utf8
-from lib.gallery.worker import filesystem, is_local
+from lib.gallery.storage import (IMAGE_ERRORS, absolute, entries, image_at, is_folder, is_local, of_listing, open_binary, patiently,
+                                 read_range, size_and_checksum)
+from lib.machine import cores
 from lib.names import images_in, inside, undecodable
-from lib.script import one_line, some
+from lib.script import importing, note, one_line, progress, some
+
+with importing():
+    import numpy as np
 
 MAX_LINE = 10000  # in bytes; a longer line cannot be a name
-# settings: the input's entry in the manifest. images: their number, None if only the workers will know it. describe: a function
-# from a shard's number to its dict. count: the number of shards. list: the open list file of stretches(), else None.
-Input = collections.namedtuple("Input", "settings images describe count list")
-
-
-def absolute(url):
-    return os.path.abspath(url) if is_local(url) else url.rstrip("/")
-
-
-def open_binary(url):
-    """Opens a file on any file system for reading. Raises OSError or ValueError."""
-    fs, path = filesystem(url)
-    return open(path, "rb") if is_local(url) else io.BufferedReader(fs.open(path, "rb"), 2 ** 20)
+MAX_TRIED = 1000  # so many of a list's images are tried until one can be read
+MAX_EXAMPLES = 1000  # so many names that are given more than once are looked up
+REMOTE_REQUESTS = 16  # at a time
+TAR, PARQUET = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE), re.compile(r"\.parquet$", re.IGNORECASE)
+PACKED = re.compile(r"\.(tar\.\w+|t[bxlz][zl]?2?|tzst|bz2|xz|zst|lz4|lzma|gz|z|zip|7z|rar)$", re.IGNORECASE)
+UNPACK = {"bz2": "bzip2 -d", "xz": "xz -d", "zst": "zstd -d", "lz4": "lz4 -d", "lzma": "xz -d", "gz": "gzip -d", "z": "gzip -d"}
+# settings: the input's entry in the manifest, which says what the shards were made from. images: their number, None if only the
+# workers will know it. describe: a function from a shard's number to its dict. count: the number of shards. list: the open list
+# file of stretches(), else None. witnesses: what a node must be able to read: {"root": url, "name": image}, or {"file": url}.
+Input = collections.namedtuple("Input", "settings images describe count list witnesses")
 
 
 def find_input(args, copy):
@@ -37,54 +42,169 @@ def find_input(args, copy):
 
     copy: the path at which the workers will find the list file, if there is one.
     """
-    files = [name for pattern in args.input for name in matching(absolute(pattern))]
-    kinds = {"parquet" if name.endswith(".parquet") else "tar" if re.search(r"\.(tar|tar\.gz|tgz)$", name) else None
-             for name in files}
+    keep = args.duplicates == "keep"
+    files = [name for pattern in args.input for name in patiently(matching, absolute(pattern), first=True)]
+    folders = {name for name in set(files) if patiently(is_folder, name, first=True)}
+    files = [name for file in files for name in (spark_files(file) if file in folders and PARQUET.search(file) else [file])]
+    twice = [name for name, count in collections.Counter(files).items() if count > 1]
+    if twice:
+        told_twice(some(args.input), "files", twice, keep, len(twice))
+    kinds = {None if name in folders else "parquet" if PARQUET.search(name) else "tar" if TAR.search(name) else None for name in files}
     if kinds in ({"tar"}, {"parquet"}) and args.root is None:
-        return tars(files) if kinds == {"tar"} else row_groups(files, args.path_column, args.bytes_column)
+        return tars(files) if kinds == {"tar"} else row_groups(files, args.path_column, args.bytes_column, keep)
+    packed = [name for name in files if name not in folders and PACKED.search(name) and not TAR.search(name)]
+    if packed:
+        ending = packed[0].lower().rpartition(".")[2]
+        raise ValueError("%s: archives of this kind are not read; %s" % (
+            packed[0], "convert it to a tar: %s" % UNPACK[ending] if ending in UNPACK and ".tar." in packed[0].lower() else
+            "unpack it and give the folder of its images, or a tar of them"))
     if len(files) != 1 or kinds != {None}:
         raise ValueError("%s: give a folder, or a list file with --root, or files that all end in .tar or all in .parquet"
                          % some(args.input))
-    fs, path = filesystem(files[0])
-    if not fs.isdir(path):
+    if not folders:
         if args.root is None:
             raise ValueError("%s: is a list file; give --root, the folder of its images" % files[0])
-        return stretches(open_binary(files[0]), files[0], absolute(args.root), args.shard_size, copy)
+        file = open(files[0], "rb") if is_local(files[0]) else patiently(local_copy, files[0])
+        return stretches(file, files[0], absolute(args.root), args.shard_size, copy, keep)
     if args.root is not None:
         raise ValueError("%s: is a folder; --root is for a list file" % files[0])
     names = tempfile.TemporaryFile()
-    listing(files[0], names)
-    return stretches(names, files[0], files[0], args.shard_size, copy)
+    contents = listing(files[0], names)
+    found = stretches(names, files[0], files[0], args.shard_size, copy)
+    return found._replace(settings=dict(found.settings, kind="folder", contents=contents))
 
+
+# --- files and folders -------------------------------------------------------------------------------------------------
 
 def matching(pattern):
-    """Returns the files that match a path with *, ? or [, in order. Raises FileNotFoundError if there are none."""
-    fs, path = filesystem(pattern)
-    found = [path] if fs.exists(path) else sorted(fs.glob(path)) if re.search(r"[*?\[]", path) else []
+    """Returns the files that match a url with *, ?, [ or **, in order. Raises FileNotFoundError if there are none."""
+    magic = re.search(r"[*[]" if re.match("https?:", pattern) else r"[*?[]", pattern)  # in a web address, ? begins a query
+    with contextlib.suppress(FileNotFoundError):
+        is_folder(pattern)
+        return [pattern]
+    parent, _, rest = pattern[:magic.start()].rpartition("/") if magic else ("", "", "")
+    found = list(expanded(parent, pattern[len(parent) + 1:].split("/"))) if magic else []
     if not found:
         raise FileNotFoundError("%s: no such file or folder" % pattern)
-    if is_local(pattern):
-        return found
-    return [pattern.partition("://")[0] + "://" + name.lstrip("/") for name in found]
+    return found
+
+
+def expanded(folder, parts):
+    """Yields the urls in a folder that match the parts of a pattern, as a shell does. Raises OSError if a folder cannot be listed."""
+    if not parts:
+        yield folder
+    elif not re.search(r"[*?[]", parts[0]):
+        url = "%s/%s" % (folder, parts[0])
+        if parts[1:] or exists(url):
+            yield from expanded(url, parts[1:])
+    else:
+        if parts[0] == "**":
+            yield from expanded(folder, parts[1:])
+        for name, is_dir in children(folder):
+            if name.startswith(".") > parts[0].startswith("."):
+                continue
+            if parts[0] == "**" and is_dir:
+                yield from expanded("%s/%s" % (folder, name), parts)
+            elif parts[0] != "**" and fnmatch.fnmatchcase(name, parts[0]) and (is_dir or not parts[1:]):
+                yield from expanded("%s/%s" % (folder, name), parts[1:])
+
+
+def exists(url):
+    with contextlib.suppress(FileNotFoundError):
+        is_folder(url)
+        return True
+    return False
+
+
+def children(folder):
+    """Returns (name, whether it is a folder) of what a folder holds, in order. Returns [] if there is no such folder."""
+    try:
+        if is_local(folder):
+            return sorted((entry.name, entry.is_dir()) for entry in os.scandir(folder or "/"))
+        return sorted((name, entry["type"] == "directory") for name, entry in patiently(entries, folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def spark_files(folder):
+    """Returns the Parquet files in a folder and its subfolders. Spark's names that begin with _ or . are no data."""
+    found = [url for url in expanded(folder, ["**", "*"]) if PARQUET.search(url) and not re.search("/[_.]", url[len(folder):])
+             and not is_folder(url)]
+    if not found:
+        raise ValueError("%s: this folder holds no Parquet file" % folder)
+    return found
+
+
+def walk(folder):
+    """Yields (folder, its folders' names, {file's name: (size, checksum or None)}) of a remote folder and its subfolders, like os.walk().
+
+    Raises OSError with the name of the folder that cannot be listed.
+    """
+    found = patiently(entries, folder)
+    folders = [name for name, entry in found if entry["type"] == "directory"]
+    if "" in folders:
+        raise ValueError("%s/: some names in it begin with a slash, so this folder cannot be listed; give a list file with --root" % folder)
+    yield folder, folders, {name: of_listing(entry) for name, entry in found if entry["type"] != "directory"}
+    for name in folders:
+        yield from walk("%s/%s" % (folder, name))
 
 
 def listing(folder, file):
-    """Writes the names of all images in a folder and its subfolders into a file, one per line, always in the same order."""
-    fs, path = filesystem(folder)
-    bad = []
-    for parent, name in images_in(folder, None if is_local(folder) else fs.walk(path)):
-        name = (parent[len(path.rstrip("/")):] + "/" + name).lstrip("/")
+    """Writes the names of all images in a folder and its subfolders into a file, one per line, always in the same order.
+
+    Returns the checksum of their sizes, and of the checksums that a remote listing holds.
+    """
+    bad, digest, of_folder = [], hashlib.sha256(), {}
+
+    def remote():
+        for parent, folders, files in walk(folder):
+            of_folder.clear()
+            of_folder.update(files)
+            yield parent, folders, list(files)
+
+    for parent, name in images_in(folder, None if is_local(folder) else remote()):
+        content = of_folder.get(name) or (local_size(os.path.join(parent, name)), None)
+        name = (parent[len(folder.rstrip("/")):] + "/" + name).lstrip("/")
         if not inside(name) or name != name.strip() or undecodable(name):
             bad.append(name)
         file.write((name + "\n").encode("utf-8", "replace"))
+        digest.update(("%s %s\n" % content).encode("utf-8", "replace"))
     if bad:
         raise ValueError("%s: the names of %d of its images are not UTF-8, or hold control characters, or begin or end with a "
                          "space: %s; rename them (convmv -f GBK -t UTF-8)" % (folder, len(bad), some(map(ascii, bad))))
+    return digest.hexdigest()
 
 
-def stretches(file, source, root, size, copy):
-    """Returns the Input for a list file. Each shard is a stretch of size lines. Takes one pass and 8 bytes per stretch."""
-    ends, images, digest = array.array("Q"), 0, hashlib.sha256()
+def local_size(path):
+    """Returns a file's size in bytes, None for a link that leads nowhere."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
+
+
+# --- a list ------------------------------------------------------------------------------------------------------------
+
+def local_copy(url):
+    """Returns an open temporary file with the content of a remote file."""
+    file = tempfile.TemporaryFile()
+    with open_binary(url) as source:
+        shutil.copyfileobj(source, file, 2 ** 20)
+    return file
+
+
+def names_of(content, start):
+    """Returns the names in a stretch of a list file, by the rules of lib.files.read_lines(). start: its first byte in the file."""
+    return [line for line in map(str.strip, content.decode("utf-8-sig" if start == 0 else "utf-8").split("\n")) if line]
+
+
+def stretches(file, source, root, size, copy, keep=None):
+    """Returns the Input for a list file. Each shard is a stretch of size lines. Takes one pass and 16 bytes per stretch.
+
+    keep: whether a name may be given twice, which takes 8 bytes per name; None if no name can be.
+    """
+    ends, counts, lines_read, digest = array.array("Q", [0]), array.array("Q"), 0, hashlib.sha256()
+    seen, witness, tried = Repeated(), None, []
     file.seek(0)
     while True:
         lines = list(itertools.islice(iter(lambda: file.readline(MAX_LINE), b""), size))
@@ -92,62 +212,192 @@ def stretches(file, source, root, size, copy):
             break
         content = b"".join(lines)
         try:
-            content.decode("utf-8")
+            names = names_of(content, ends[-1])
         except UnicodeDecodeError as error:
-            raise not_utf8(source, (ends[-1] if ends else 0) + error.start)
+            raise not_utf8(source, ends[-1] + error.start, content)
+        if b"\0" in content:
+            raise not_utf8(source, ends[-1] + content.index(b"\0"), content)
         if max(map(len, lines)) == MAX_LINE:
             raise ValueError("%s: is not a list of file names: line %d or a later one has %d bytes or more"
-                             % (source, images + 1, MAX_LINE))
-        if not ends:
-            check_root(source, root, content.decode("utf-8-sig").split("\n"))
+                             % (source, lines_read + 1, MAX_LINE))
+        if witness is None:
+            witness = readable(source, root, names, tried)
+        if keep is not None:
+            seen.add(names)
         digest.update(content)
-        images += len(lines)
-        ends.append(len(content) + (ends[-1] if ends else 0))
-    if not images:
+        lines_read += len(lines)
+        ends.append(ends[-1] + len(content))
+        counts.append(len(names))
+    if not sum(counts):
         raise ValueError("%s: names no image; it needs one file name per line" % source)
-    return Input({"kind": "list", "root": root, "sha256": digest.hexdigest(), "shards": len(ends), "shard_size": size}, images,
-                 lambda i: {"list": copy, "start": ends[i - 1] if i else 0, "end": ends[i], "root": root}, len(ends), file)
+    if witness is None:
+        raise unreadable(source, root, tried)
+    if keep is not None:
+        file.seek(0)
+        seen.check(source, ((name, "line %d" % number) for number, line in enumerate(file, 1) for name in names_of(line, number - 1)), keep)
+    settings = {"kind": "list", "root": root, "sha256": digest.hexdigest(), "shards": len(counts), "shard_size": size}
+    return Input(settings, sum(counts), lambda i: {"list": copy, "start": ends[i], "end": ends[i + 1], "root": root, "images": counts[i]},
+                 len(counts), file, [{"root": root, "name": witness}])
 
 
-def check_root(source, root, lines):
-    """Raises ValueError if none of a list's first images exists, because then the root is wrong."""
-    fs, path = filesystem(root)
-    names = [line.strip() for line in lines if line.strip()]
-    if names and all(name.isascii() and not fs.exists("%s/%s" % (path.rstrip("/"), name)) for name in filter(inside, names)):
-        raise ValueError("%s: none of its first %d images is in %s: %s" % (source, len(names), root, some(names, 3)))
+def readable(source, root, names, tried):
+    """Returns the first of a list's names whose image can be read, else None. Adds the others to tried as (name, why).
+
+    Raises ValueError after MAX_TRIED names, because then the root is wrong.
+    """
+    for name in names:
+        try:
+            patiently(lambda url: read_range(url, 0, 1), image_at(root, name), first=True)
+            return name
+        except ValueError as error:
+            tried.append((name, error))
+        except OSError as error:
+            if error.errno not in IMAGE_ERRORS:
+                raise
+            tried.append((name, error))
+        if len(tried) == MAX_TRIED:
+            raise unreadable(source, root, tried)
 
 
-def of_files(kind, lines, shards, images):
-    """Returns the Input for tars or Parquet files. The manifest identifies them by names and sizes."""
-    digest = hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-    return Input({"kind": kind, "sha256": digest, "shards": len(shards)}, images, shards.__getitem__, len(shards), None)
+def unreadable(source, root, tried):
+    """Returns the error for a list or folder of which no image can be read."""
+    missing = [name for name, error in tried if isinstance(error, FileNotFoundError)]
+    if len(missing) == len(tried):
+        return ValueError("%s: none of its first %d images is in %s: %s" % (source, len(tried), root, some(missing, 3)))
+    return ValueError("%s: none of its first %d images can be read: %s" % (source, len(tried), some(
+        ("%s (%s)" % (name, one_line(error)) for name, error in tried if name not in missing), 3)))
+
+
+class Repeated(object):
+    """Finds the names that are given more than once. Takes 8 bytes of memory per name."""
+
+    def __init__(self):
+        self.hashes = array.array("q")
+
+    def add(self, names):
+        text = "\n".join(names)
+        self.hashes.extend(map(hash, map(plain, names) if "./" in text or "//" in text else names))
+
+    def check(self, source, again, keep):
+        """Raises ValueError for repeated names, or prints a note if they may be kept. again: yields all (name, its place) once more."""
+        hashes = np.array(self.hashes, copy=False)
+        hashes.sort()
+        repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        some_of_them, places = set(repeated[:MAX_EXAMPLES].tolist()), {}
+        for name, place in again if some_of_them else ():
+            name = plain(name)
+            if hash(name) in some_of_them:
+                places.setdefault(name, []).append(place)
+        found = ["%s (%s)" % (name, some(where, 2)) for name, where in places.items() if len(where) > 1]  # two names may have one hash
+        if found:
+            told_twice(source, "images", found, keep, max(len(found), len(repeated) if len(repeated) > MAX_EXAMPLES else 0))
+
+
+def plain(name):
+    """Returns the shortest form of a path: a/b.png for ./a//b.png."""
+    return re.sub(r"(^(?=\.)|(?<=/))\.?/+", "", name)
+
+
+def told_twice(source, what, found, keep, count):
+    """Raises ValueError for what is given more than once, or prints a note if that may be."""
+    text = "%s: %d %s are given more than once: %s" % (source, count, what, some(found))
+    if not keep:
+        raise ValueError("%s; each image needs one row, so remove them, or get a row for each with --duplicates keep" % text)
+    note(text)
+
+
+# --- tars and Parquet files ---------------------------------------------------------------------------------------------
+
+def of_all(function, files):
+    """Returns [function(url)] for files, several at a time."""
+    with ThreadPoolExecutor(cores() if is_local(files[0]) else REMOTE_REQUESTS) as pool, progress(len(files), "file") as bar:
+        found = []
+        for result in pool.map(lambda url: patiently(function, url), files):
+            found.append(result)
+            bar.update()
+        return found
+
+
+def of_files(kind, files, sizes, shards, images, **settings):
+    """Returns the Input for tars or Parquet files. sizes: (bytes, checksum or None) of each file."""
+    names, contents = (hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+                       for lines in (["%s\n" % name for name in files], ["%s %s\n" % size for size in sizes]))
+    first = {url.rpartition("/")[0]: url for url in reversed(files)}  # one file of each folder
+    return Input(dict(settings, kind=kind, names=names, contents=contents, shards=len(shards)), images, shards.__getitem__,
+                 len(shards), None, [{"file": url} for url in sorted(first.values())])
 
 
 def tars(files):
     """Returns the Input for tars. Each tar is a shard."""
-    lines = ["%s %d\n" % (name, filesystem(name)[0].size(name)) for name in files]
-    return of_files("tar", lines, [{"tar": name} for name in files], None)
+    return of_files("tar", files, of_all(size_and_checksum, files), [{"tar": name} for name in files], None)
 
 
-def row_groups(files, path_column, bytes_column):
+def row_groups(files, path_column, bytes_column, keep):
     """Returns the Input for Parquet files. Each row group is a shard."""
-    import pyarrow.parquet
-    lines, shards, images = [], [], 0
-    for name in files:
-        try:
-            with open_binary(name) as f:
-                metadata = pyarrow.parquet.read_metadata(f)
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError("%s: is not a Parquet file: %s" % (name, one_line(error)))
-        columns = {metadata.schema.column(i).path for i in range(metadata.num_columns)}
-        if not {path_column, bytes_column} <= columns:
-            raise ValueError("%s: has the columns %s, not %s and %s; give --path-column and --bytes-column"
-                             % (name, some(sorted(columns)), path_column, bytes_column))
-        for group in range(metadata.num_row_groups):
-            rows = metadata.row_group(group).num_rows
-            lines.append("%s %d %d\n" % (name, group, rows))
-            shards.append({"parquet": name, "group": group, "path_column": path_column, "bytes_column": bytes_column})
-            images += rows
-    if not images:
+    groups = of_all(lambda url: rows_of(url, path_column, bytes_column), files)
+    shards = [{"parquet": name, "group": group, "images": rows, "path_column": path_column, "bytes_column": bytes_column}
+              for name, rows_of_groups in zip(files, groups) for group, rows in enumerate(rows_of_groups) if rows]
+    if not shards:
         raise ValueError("%s: these files have no rows" % some(files))
-    return of_files("parquet", lines, shards, images)
+    seen = Repeated()
+    if not keep:
+        with progress(len(shards), "row group") as bar:
+            for shard in shards:
+                seen.add(patiently(lambda _: paths_of(shard), shard["parquet"]))
+                bar.update()
+        seen.check(some(files), ((path, "%s row group %d" % (shard["parquet"], shard["group"])) for shard in shards
+                                 for path in paths_of(shard)), keep)
+    return of_files("parquet", files, of_all(size_and_checksum, files), shards, sum(shard["images"] for shard in shards),
+                    path_column=path_column, bytes_column=bytes_column)
+
+
+def rows_of(url, path_column, bytes_column):
+    """Returns the number of rows of each row group. Raises ValueError if the columns are not there or of other types."""
+    import pyarrow
+    import pyarrow.parquet
+    try:
+        with open_binary(url) as f:
+            file = pyarrow.parquet.ParquetFile(f)
+            schema, metadata = file.schema_arrow, file.metadata
+    except pyarrow.ArrowException as error:
+        raise ValueError("%s: is not a Parquet file: %s" % (url, one_line(error)))
+    types = columns(schema)
+    if not {path_column, bytes_column} <= set(types):
+        raise ValueError("%s: has the columns %s, not %s and %s; give --path-column and --bytes-column"
+                         % (url, some(sorted(types)), path_column, bytes_column))
+    is_type = pyarrow.types
+    names = {"string", "large_string", "binary", "large_binary"}
+    kind = types[path_column].value_type if is_type.is_dictionary(types[path_column]) else types[path_column]
+    if str(kind) not in names and not is_type.is_integer(kind):
+        raise ValueError("%s: the column %s holds %s, not paths; give --path-column" % (url, path_column, types[path_column]))
+    kind = types[bytes_column]
+    if str(kind) not in ("binary", "large_binary") and not is_type.is_fixed_size_binary(kind):
+        raise ValueError("%s: the column %s holds %s, not the bytes of images; give --bytes-column%s" % (
+            url, bytes_column, kind, ", or a list of the paths with --root" if "string" in str(kind) else ""))
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+def columns(schema):
+    """Returns {name: type} of a schema's columns. A field of a struct has the name column.field."""
+    found = {}
+    for field in schema:
+        found[field.name] = field.type
+        if str(field.type).startswith("struct"):
+            found.update(("%s.%s" % (field.name, part.name), part.type) for part in field.type)
+    return found
+
+
+def paths_of(shard):
+    """Returns the paths of a row group, without null. Returns [] if this column is damaged, because the worker finds that, too."""
+    import pyarrow
+    import pyarrow.parquet
+    with open_binary(shard["parquet"]) as f:
+        try:
+            file = pyarrow.parquet.ParquetFile(f, buffer_size=2 ** 20)
+            table = file.read_row_group(shard["group"], [shard["path_column"]], use_threads=False).flatten()
+        except (pyarrow.ArrowException, OSError) as error:
+            if str(error).startswith(shard["parquet"] + ": "):  # it was not read at all
+                raise
+            return []
+    paths = table.column(shard["path_column"]).to_pylist()
+    return [path.decode("utf-8", "surrogateescape") if isinstance(path, bytes) else str(path) for path in paths if path is not None]

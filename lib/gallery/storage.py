@@ -10,16 +10,26 @@ import io
 import os
 import re
 import secrets
+import stat
+import tempfile
+import threading
 import time
+import urllib.parse
 
 from lib.files import whole_file
+from lib.names import another_form, inside
 from lib.script import note, one_line
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "obs"}  # a file put there appears whole or not at all
 BLOCK = 4 * 2 ** 20  # bytes; a remote file that is read in order is fetched in requests of about this size
 WAITS = (4, 8, 16, 32, 64)  # seconds; after these, what storage, network or a worker refused is tried again
 CHECKSUMS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "crc32c")  # under one of these keys, a file system has a checksum
+# An OSError with one of these numbers may be an image's own fault, if other images can be read. Any other is not.
+IMAGE_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+FULL = {errno.ENOSPC, errno.EDQUOT}
+EXCLUSIVE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}  # pipe_file(mode="create") is one request to these
 KINDS = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}  # what these statuses of HTTP mean
+LISTING_LOCK = threading.Lock()
 NUMBERS = ((FileNotFoundError, errno.ENOENT), (PermissionError, errno.EACCES), (FileExistsError, errno.EEXIST))
 
 
@@ -101,14 +111,17 @@ def http_status(error):
                 return getattr(source, name)
 
 
-def patiently(function, url):
-    """Returns function(url). Tries again, after WAITS, what storage or network refused; not what is missing or forbidden."""
+def patiently(function, url, first=False):
+    """Returns function(url). Tries again, after WAITS, what storage or network refused; not what is missing, forbidden or full.
+
+    first: whether this may be the first request of a run. Then it is not repeated if no server answers.
+    """
     for wait in WAITS:
         try:
             return function(url)
-        except (FileNotFoundError, PermissionError):
-            raise
         except OSError as error:
+            if is_local(url) or error.errno in IMAGE_ERRORS | FULL or first and not http_status(error.__cause__):
+                raise
             note("%s; trying again" % error)
             time.sleep(wait)
     return function(url)
@@ -143,9 +156,9 @@ class Reached(io.RawIOBase):
 
     def __init__(self, url):
         self.url = url
-        fs, path = filesystem(url)
+        self.fs, self.path = filesystem(url)
         with reached(url):
-            self.file = open(path, "rb", 0) if is_local(url) else fs.open(path, "rb", block_size=BLOCK)
+            self.file = open(url, "rb", 0) if is_local(url) else self.fs.open(self.path, "rb", block_size=BLOCK)
 
     def readable(self):
         return True
@@ -153,15 +166,28 @@ class Reached(io.RawIOBase):
     def seekable(self):
         return True
 
-    def readinto(self, buffer):
+    def call(self, method, *arguments):
+        """Calls a method of the file."""
         with reached(self.url):
-            content = self.file.read(len(buffer))
+            try:
+                return getattr(self.file, method)(*arguments)
+            except ValueError:
+                if not re.match("https?:", self.url) or not hasattr(self.file, "fs"):
+                    raise
+            position, copy = self.file.tell(), tempfile.TemporaryFile()  # this server only sends whole files, not parts
+            self.fs.get_file(self.path, copy)
+            self.file.close()
+            self.file = copy
+            self.file.seek(position)
+            return getattr(self.file, method)(*arguments)
+
+    def readinto(self, buffer):
+        content = self.call("read", len(buffer))
         buffer[:len(content)] = content
         return len(content)
 
     def seek(self, offset, whence=0):
-        with reached(self.url):
-            return self.file.seek(offset, whence)
+        return self.call("seek", offset, whence)
 
     def tell(self):
         return self.file.tell()
@@ -175,6 +201,31 @@ class Reached(io.RawIOBase):
 def open_binary(url):
     """Opens a file for reading. Opening and reading raise OSError as reached() does."""
     return io.BufferedReader(Reached(url), 2 ** 20)
+
+
+def is_folder(url):
+    """Returns whether a url is a folder, not a file. Raises FileNotFoundError if it is neither."""
+    fs, path = filesystem(url)
+    with reached(url):
+        return stat.S_ISDIR(os.stat(url).st_mode) if is_local(url) else fs.info(path)["type"] == "directory"
+
+
+def image_at(root, name, listings=None):
+    """Returns the url of a listed image. Raises ValueError if its name leaves the root, as a list may come from anyone.
+
+    A local file may have another Unicode form of the name than the list. listings: a dict that keeps what is found for that.
+    """
+    if not inside(name):
+        raise ValueError("not a file name inside the images' folder")
+    if re.match("https?:", root):
+        name = urllib.parse.quote(name)
+    url = "%s/%s" % (root.rstrip("/"), name)
+    if is_local(root) and not name.isascii() and not os.path.lexists(url):
+        url, listings = root, {} if listings is None else listings
+        for part in name.split("/"):
+            with LISTING_LOCK:
+                url = os.path.join(url, another_form(url, part, listings))
+    return url
 
 
 def size_and_checksum(url):
@@ -197,21 +248,23 @@ def of_listing(entry):
 
 
 def entries(url):
-    """Returns what a remote folder holds, as fsspec's listing without a cache: {name: entry}."""
+    """Returns what a remote folder holds, by fsspec's listing and never from its cache: [(name, entry)], in order."""
     fs, path = filesystem(url)
     with reached(url):
         fs.invalidate_cache()
         found = fs.ls(path, detail=True)
         fs.invalidate_cache()  # it would hold all names that were listed
     path = path.rstrip("/")
-    return {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in found if entry["name"].rstrip("/") != path}
+    names = [(entry["name"][len(path):].strip("/").rpartition("/")[2], entry) for entry in found]
+    # an object store may have an empty file of the folder's own name
+    return sorted(((name, entry) for name, entry in names if name or entry["type"] == "directory"), key=lambda pair: pair[0])
 
 
 def names_in(url):
     """Returns the names in a folder, [] if there is no such folder."""
     try:
         with reached(url):
-            return os.listdir(url) if is_local(url) else sorted(entries(url))
+            return os.listdir(url) if is_local(url) else [name for name, _ in entries(url)]
     except FileNotFoundError:
         return []
 
@@ -246,7 +299,7 @@ def create(url, content):
     with reached(url):
         if is_local(url):
             return create_local(url, content)
-        if protocols(fs) & OBJECT_STORES:
+        if protocols(fs) & EXCLUSIVE:
             try:
                 fs.pipe_file(path, content, mode="create")
             except Exception as error:
@@ -256,6 +309,9 @@ def create(url, content):
             return True
         if fs.exists(path):
             return False
+        if protocols(fs) & OBJECT_STORES:
+            fs.pipe_file(path, content)
+            return True
         temporary = put_beside(fs, path, content)
         try:
             fs.mv(temporary, path)  # on HDFS it fails if another machine was faster

@@ -15,7 +15,7 @@ import pytest
 TESTS = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.join(os.path.dirname(TESTS), folder) for folder in ("", "tools", "tools/run", "tests")]
 pytest.register_assert_rewrite("helpers", "small_network")
-from helpers import SIZE, run_all, script
+from helpers import SIZE, S3Server, run_all, script
 
 VERSION = "%d.%d" % sys.version_info[:2]
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in all scripts
@@ -85,3 +85,23 @@ def first_run(shared_folder, sample_folder):
                 json.dump([process.args, process.returncode, process.stdout, process.stderr], f)
     with open(told) as f:
         return work, subprocess.CompletedProcess(*json.load(f))
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """An S3Server. The environment's variables lead to it, in child processes too."""
+    server = S3Server()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("ENDPOINT_URL", server.address), ("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"),
+                            ("DEFAULT_REGION", "us-east-1")):
+            patch.setenv("AWS_" + name, value)
+        yield server
+    server.server.shutdown()
+
+
+@pytest.fixture
+def s3(s3_server):
+    """The S3Server without faults."""
+    s3_server.reset()
+    yield s3_server
+    s3_server.reset()

@@ -7,10 +7,12 @@ import multiprocessing
 import os
 import re
 import runpy
+import socket
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 from unittest import mock
@@ -443,3 +445,44 @@ def check_stopped(process, *texts):
         assert text in process.stderr, process.stderr
     log = re.search(r"above are the errors and the last lines of (\S+)", process.stderr)
     assert log and os.path.getsize(log.group(1)), process.stderr
+
+
+# --- an S3 server -----------------------------------------------------------------------------------------------------
+
+class S3Server(object):
+    """moto's S3 server in this process, whose faults a test chooses.
+
+    fault: a function of a request, such as "GET /bucket/a.png?", that returns None, the status of a refusal, or "reset".
+    """
+
+    def __init__(self):
+        from moto.server import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import WSGIRequestHandler, make_server
+        handler = type("Quiet", (WSGIRequestHandler,), {"log": lambda *_: None})
+        self.app = DomainDispatcherApplication(create_backend_app)
+        self.server = make_server("127.0.0.1", 0, self.answer, threaded=True, request_handler=handler)
+        self.address = "http://127.0.0.1:%d" % self.server.server_port
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.reset()
+
+    def reset(self):
+        self.requests, self.sent, self.fault = [], 0, lambda request: None  # sent: bytes
+
+    def answer(self, environ, start):
+        request = "%s %s?%s" % (environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["QUERY_STRING"])
+        self.requests.append(request)
+        fault = self.fault(request)
+        if fault:
+            start("%s Fault" % fault, [("Content-Type", "application/xml")])
+            if fault == "reset":
+                environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            code = {403: "AccessDenied", 503: "ServiceUnavailable"}.get(fault, "Fault")
+            answer = "<Error><Code>%s</Code><Message>refused by the test</Message></Error>" % code
+            return [] if request.startswith("HEAD") else [answer.encode()]
+        body = b"".join(self.app(environ, start))
+        self.sent += len(body)
+        return [body]
+
+    def file_system(self):
+        import fsspec
+        return fsspec.filesystem("s3", skip_instance_cache=True)

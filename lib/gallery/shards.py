@@ -15,8 +15,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 from lib.files import not_utf8
-from lib.gallery.storage import (IMAGE_ERRORS, absolute, entries, image_at, is_folder, is_local, of_listing, open_binary, patiently,
-                                 read_range, size_and_checksum)
+from lib.gallery.storage import (IMAGE_ERRORS, WEB, absolute, entries, is_folder, is_local, of_listing, open_binary, patiently,
+                                 read_image, size_and_checksum)
 from lib.machine import cores
 from lib.names import images_in, inside, undecodable
 from lib.script import importing, note, one_line, progress, some
@@ -29,8 +29,9 @@ MAX_TRIED = 1000  # so many of a list's images are tried until one can be read
 MAX_EXAMPLES = 1000  # so many names that are given more than once are looked up
 REMOTE_REQUESTS = 16  # at a time
 TAR, PARQUET = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE), re.compile(r"\.parquet$", re.IGNORECASE)
-PACKED = re.compile(r"\.(tar\.\w+|t[bxlz][zl]?2?|tzst|bz2|xz|zst|lz4|lzma|gz|z|zip|7z|rar)$", re.IGNORECASE)
-UNPACK = {"bz2": "bzip2 -d", "xz": "xz -d", "zst": "zstd -d", "lz4": "lz4 -d", "lzma": "xz -d", "gz": "gzip -d", "z": "gzip -d"}
+# Archives of other kinds, and the commands that make a tar of some
+PACKED = re.compile(r"\.(tar\.\w+|tbz2?|txz|tlz|tzst|bz2|xz|zst|lz4|lzma|gz|z|zip|7z|rar)$", re.IGNORECASE)
+UNPACK = ((r"\.(tar\.bz2|tbz2?)$", "bzip2"), (r"\.(tar\.xz|txz)$", "xz"), (r"\.(tar\.zst|tzst)$", "zstd"), (r"\.tar\.lz4$", "lz4"))
 # settings: the input's entry in the manifest, which says what the shards were made from. images: their number, None if only the
 # workers will know it. describe: a function from a shard's number to its dict. count: the number of shards. list: the open list
 # file of stretches(), else None. witnesses: what a node must be able to read: {"root": url, "name": image}, or {"file": url}.
@@ -43,9 +44,9 @@ def find_input(args, copy):
     copy: the path at which the workers will find the list file, if there is one.
     """
     keep = args.duplicates == "keep"
-    files = [name for pattern in args.input for name in patiently(matching, absolute(pattern), first=True)]
-    folders = {name for name in set(files) if patiently(is_folder, name, first=True)}
-    files = [name for file in files for name in (spark_files(file) if file in folders and PARQUET.search(file) else [file])]
+    found = [pair for pattern in args.input for pair in patiently(matching, absolute(pattern), first=True)]
+    folders = {name for name, folder in found if folder}
+    files = [name for file, _ in found for name in (spark_files(file) if file in folders and PARQUET.search(file) else [file])]
     twice = [name for name, count in collections.Counter(files).items() if count > 1]
     if twice:
         told_twice(some(args.input), "files", twice, keep, len(twice))
@@ -54,9 +55,9 @@ def find_input(args, copy):
         return tars(files) if kinds == {"tar"} else row_groups(files, args.path_column, args.bytes_column, keep)
     packed = [name for name in files if name not in folders and PACKED.search(name) and not TAR.search(name)]
     if packed:
-        ending = packed[0].lower().rpartition(".")[2]
+        program = next((program for ending, program in UNPACK if re.search(ending, packed[0].lower())), None)
         raise ValueError("%s: archives of this kind are not read; %s" % (
-            packed[0], "convert it to a tar: %s" % UNPACK[ending] if ending in UNPACK and ".tar." in packed[0].lower() else
+            packed[0], "make a tar of it: %s -d %s" % (program, packed[0].rpartition("/")[2]) if program else
             "unpack it and give the folder of its images, or a tar of them"))
     if len(files) != 1 or kinds != {None}:
         raise ValueError("%s: give a folder, or a list file with --root, or files that all end in .tar or all in .parquet"
@@ -64,7 +65,7 @@ def find_input(args, copy):
     if not folders:
         if args.root is None:
             raise ValueError("%s: is a list file; give --root, the folder of its images" % files[0])
-        file = open(files[0], "rb") if is_local(files[0]) else patiently(local_copy, files[0])
+        file = open(files[0], "rb") if os.path.isfile(files[0]) else patiently(local_copy, files[0])
         return stretches(file, files[0], absolute(args.root), args.shard_size, copy, keep)
     if args.root is not None:
         raise ValueError("%s: is a folder; --root is for a list file" % files[0])
@@ -77,43 +78,38 @@ def find_input(args, copy):
 # --- files and folders -------------------------------------------------------------------------------------------------
 
 def matching(pattern):
-    """Returns the files that match a url with *, ?, [ or **, in order. Raises FileNotFoundError if there are none."""
-    magic = re.search(r"[*[]" if re.match("https?:", pattern) else r"[*?[]", pattern)  # in a web address, ? begins a query
+    """Returns (url, whether it is a folder) of what matches a url with *, ?, [ or **, in order.
+
+    Raises FileNotFoundError if there is nothing, and OSError if a folder cannot be listed.
+    """
     with contextlib.suppress(FileNotFoundError):
-        is_folder(pattern)
-        return [pattern]
-    parent, _, rest = pattern[:magic.start()].rpartition("/") if magic else ("", "", "")
+        return [(pattern, is_folder(pattern))]
+    magic = re.search("[*[]" if WEB.match(pattern) else "[*?[]", pattern)  # in a web address, ? begins a query
+    parent = pattern[:magic.start()].rpartition("/")[0] if magic else ""
     found = list(expanded(parent, pattern[len(parent) + 1:].split("/"))) if magic else []
     if not found:
         raise FileNotFoundError("%s: no such file or folder" % pattern)
     return found
 
 
-def expanded(folder, parts):
-    """Yields the urls in a folder that match the parts of a pattern, as a shell does. Raises OSError if a folder cannot be listed."""
+def expanded(url, parts, folder=True):
+    """Yields (url, whether it is a folder) of what matches the parts of a pattern below a url, as a shell does."""
     if not parts:
-        yield folder
-    elif not re.search(r"[*?[]", parts[0]):
-        url = "%s/%s" % (folder, parts[0])
-        if parts[1:] or exists(url):
-            yield from expanded(url, parts[1:])
+        yield url, folder
+    elif not re.search("[*?[]", parts[0]):
+        url = "%s/%s" % (url, parts[0])
+        with contextlib.suppress(FileNotFoundError):
+            yield from expanded(url, parts[1:], None if parts[1:] else is_folder(url))
     else:
         if parts[0] == "**":
-            yield from expanded(folder, parts[1:])
-        for name, is_dir in children(folder):
-            if name.startswith(".") > parts[0].startswith("."):
+            yield from expanded(url, parts[1:])
+        for name, folder in children(url):
+            if name.startswith(".") and not parts[0].startswith("."):
                 continue
-            if parts[0] == "**" and is_dir:
-                yield from expanded("%s/%s" % (folder, name), parts)
-            elif parts[0] != "**" and fnmatch.fnmatchcase(name, parts[0]) and (is_dir or not parts[1:]):
-                yield from expanded("%s/%s" % (folder, name), parts[1:])
-
-
-def exists(url):
-    with contextlib.suppress(FileNotFoundError):
-        is_folder(url)
-        return True
-    return False
+            if parts[0] == "**" and folder:
+                yield from expanded("%s/%s" % (url, name), parts)
+            elif parts[0] != "**" and fnmatch.fnmatchcase(name, parts[0]) and (folder or not parts[1:]):
+                yield from expanded("%s/%s" % (url, name), parts[1:], folder)
 
 
 def children(folder):
@@ -121,15 +117,15 @@ def children(folder):
     try:
         if is_local(folder):
             return sorted((entry.name, entry.is_dir()) for entry in os.scandir(folder or "/"))
-        return sorted((name, entry["type"] == "directory") for name, entry in patiently(entries, folder))
+        return sorted((name, entry["type"] == "directory") for name, entry in patiently(entries, folder) if name)
     except (FileNotFoundError, NotADirectoryError):
         return []
 
 
 def spark_files(folder):
     """Returns the Parquet files in a folder and its subfolders. Spark's names that begin with _ or . are no data."""
-    found = [url for url in expanded(folder, ["**", "*"]) if PARQUET.search(url) and not re.search("/[_.]", url[len(folder):])
-             and not is_folder(url)]
+    found = [url for url, is_dir in expanded(folder, ["**", "*"])
+             if PARQUET.search(url) and not is_dir and not re.search("/[_.]", url[len(folder):])]
     if not found:
         raise ValueError("%s: this folder holds no Parquet file" % folder)
     return found
@@ -186,7 +182,7 @@ def local_size(path):
 # --- a list ------------------------------------------------------------------------------------------------------------
 
 def local_copy(url):
-    """Returns an open temporary file with the content of a remote file."""
+    """Returns an open temporary file with the content of a remote file or a pipe."""
     file = tempfile.TemporaryFile()
     with open_binary(url) as source:
         shutil.copyfileobj(source, file, 2 ** 20)
@@ -247,7 +243,7 @@ def readable(source, root, names, tried):
     """
     for name in names:
         try:
-            patiently(lambda url: read_range(url, 0, 1), image_at(root, name), first=True)
+            patiently(lambda _: read_image(root, name, 1), root, first=True)
             return name
         except ValueError as error:
             tried.append((name, error))
@@ -365,15 +361,15 @@ def rows_of(url, path_column, bytes_column):
     if not {path_column, bytes_column} <= set(types):
         raise ValueError("%s: has the columns %s, not %s and %s; give --path-column and --bytes-column"
                          % (url, some(sorted(types)), path_column, bytes_column))
-    is_type = pyarrow.types
-    names = {"string", "large_string", "binary", "large_binary"}
-    kind = types[path_column].value_type if is_type.is_dictionary(types[path_column]) else types[path_column]
-    if str(kind) not in names and not is_type.is_integer(kind):
-        raise ValueError("%s: the column %s holds %s, not paths; give --path-column" % (url, path_column, types[path_column]))
-    kind = types[bytes_column]
-    if str(kind) not in ("binary", "large_binary") and not is_type.is_fixed_size_binary(kind):
+    kinds = pyarrow.types
+    path_type = types[path_column].value_type if kinds.is_dictionary(types[path_column]) else types[path_column]
+    if str(path_type) not in ("string", "large_string", "binary", "large_binary") and not kinds.is_integer(path_type):
+        raise ValueError("%s: the column %s holds %s, not paths; give --path-column" % (url, path_column, path_type))
+    of_bytes = [name for name, kind in types.items() if str(kind) in ("binary", "large_binary") or kinds.is_fixed_size_binary(kind)]
+    if bytes_column not in of_bytes:
         raise ValueError("%s: the column %s holds %s, not the bytes of images; give --bytes-column%s" % (
-            url, bytes_column, kind, ", or a list of the paths with --root" if "string" in str(kind) else ""))
+            url, bytes_column, types[bytes_column],
+            " (%s)" % some(of_bytes) if of_bytes else ", or for paths a list file with --root"))
     return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 

@@ -29,6 +29,7 @@ IMAGE_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EI
 FULL = {errno.ENOSPC, errno.EDQUOT}
 EXCLUSIVE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}  # pipe_file(mode="create") is one request to these
 KINDS = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}  # what these statuses of HTTP mean
+WEB = re.compile("https?://")
 LISTING_LOCK = threading.Lock()
 NUMBERS = ((FileNotFoundError, errno.ENOENT), (PermissionError, errno.EACCES), (FileExistsError, errno.EEXIST))
 
@@ -54,7 +55,11 @@ def filesystem(url):
         return LocalFileSystem(), url
     try:
         with reached(url):
-            return url_to_fs(url)
+            first, *others = url.split("::")
+            if not others or "://" not in first or any("://" in other for other in others):  # file systems in a chain
+                return url_to_fs(url)
+            fs, _ = url_to_fs(first)  # :: is in a name
+            return fs, fs._strip_protocol(url)
     except OSError as error:
         if isinstance(error.__cause__, (ImportError, ValueError)):
             raise ValueError("%s: cannot be opened: %s" % (url, one_line(error.__cause__)))
@@ -85,7 +90,7 @@ def reached(url):
 def as_oserror(url, error):
     """Returns the OSError for an error of a file system."""
     cause = error
-    if isinstance(error, FileNotFoundError) and error.__cause__ and re.match("https?://", url):
+    if isinstance(error, FileNotFoundError) and error.__cause__ and WEB.match(url):
         cause = error.__cause__  # fsspec calls a web server's file "not found" whatever went wrong
     status = http_status(cause)
     kind = KINDS.get(status) if status else next((kind for kind, _ in NUMBERS if isinstance(cause, kind)), None)
@@ -102,7 +107,7 @@ def as_oserror(url, error):
 
 def http_status(error):
     """Returns the status of the HTTP answer that an error stands for, or None."""
-    for source in (error, error.__cause__):
+    for source in (error, getattr(error, "__cause__", None)):
         response = getattr(source, "response", None)  # botocore
         if isinstance(response, dict):
             return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -120,7 +125,8 @@ def patiently(function, url, first=False):
         try:
             return function(url)
         except OSError as error:
-            if is_local(url) or error.errno in IMAGE_ERRORS | FULL or first and not http_status(error.__cause__):
+            final = is_local(url) or isinstance(error, (FileNotFoundError, PermissionError)) or error.errno in FULL
+            if final or first and not http_status(error.__cause__):
                 raise
             note("%s; trying again" % error)
             time.sleep(wait)
@@ -139,6 +145,11 @@ def read_range(url, start=0, end=None):
             f.seek(start)
             return f.read() if end is None else f.read(end - start)
     fs, path = filesystem(url)
+    return fetched(fs, path, url, start, end)
+
+
+def fetched(fs, path, url, start, end):
+    """Does the work of read_range() for a path of a remote file system."""
     with reached(url):
         if end is None:
             return fs.cat_file(path)
@@ -172,7 +183,7 @@ class Reached(io.RawIOBase):
             try:
                 return getattr(self.file, method)(*arguments)
             except ValueError:
-                if not re.match("https?:", self.url) or not hasattr(self.file, "fs"):
+                if not WEB.match(self.url) or not hasattr(self.file, "fs"):
                     raise
             position, copy = self.file.tell(), tempfile.TemporaryFile()  # this server only sends whole files, not parts
             self.fs.get_file(self.path, copy)
@@ -217,15 +228,24 @@ def image_at(root, name, listings=None):
     """
     if not inside(name):
         raise ValueError("not a file name inside the images' folder")
-    if re.match("https?:", root):
-        name = urllib.parse.quote(name)
-    url = "%s/%s" % (root.rstrip("/"), name)
+    url = "%s/%s" % (root.rstrip("/"), urllib.parse.quote(name) if WEB.match(root) else name)
     if is_local(root) and not name.isascii() and not os.path.lexists(url):
         url, listings = root, {} if listings is None else listings
         for part in name.split("/"):
             with LISTING_LOCK:
                 url = os.path.join(url, another_form(url, part, listings))
     return url
+
+
+def read_image(root, name, end):
+    """Returns the first bytes of a listed image, as read_range() does. Raises ValueError as image_at() does."""
+    url = image_at(root, name)
+    if not is_local(root):
+        fs, path = filesystem(root)  # of the root alone, because a name may hold ::
+        return fetched(fs, path.rstrip("/") + url[len(root.rstrip("/")):], url, 0, end)
+    if os.path.exists(url) and not os.path.isfile(url):
+        raise ValueError("not a regular file")
+    return read_range(url, 0, end)
 
 
 def size_and_checksum(url):
@@ -248,23 +268,23 @@ def of_listing(entry):
 
 
 def entries(url):
-    """Returns what a remote folder holds, by fsspec's listing and never from its cache: [(name, entry)], in order."""
+    """Returns what a remote folder holds, by fsspec's listing and never from its cache: [(name, entry)]."""
     fs, path = filesystem(url)
     with reached(url):
         fs.invalidate_cache()
         found = fs.ls(path, detail=True)
         fs.invalidate_cache()  # it would hold all names that were listed
-    path = path.rstrip("/")
-    names = [(entry["name"][len(path):].strip("/").rpartition("/")[2], entry) for entry in found]
-    # an object store may have an empty file of the folder's own name
-    return sorted(((name, entry) for name, entry in names if name or entry["type"] == "directory"), key=lambda pair: pair[0])
+    names = [(entry["name"].rstrip("/"), entry) for entry in found]
+    names = [("" if name == path.rstrip("/") else name.rpartition("/")[2], entry) for name, entry in names]
+    # An object store may have an empty file of the folder's own name.
+    return [(name, entry) for name, entry in names if name or entry["type"] == "directory"]
 
 
 def names_in(url):
     """Returns the names in a folder, [] if there is no such folder."""
     try:
         with reached(url):
-            return os.listdir(url) if is_local(url) else [name for name, _ in entries(url)]
+            return os.listdir(url) if is_local(url) else sorted(name for name, _ in entries(url))
     except FileNotFoundError:
         return []
 

@@ -21,11 +21,12 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from lib.gallery import storage
 from lib.gallery.archive import Tar
 from lib.gallery.parts import write_part
 from lib.gallery.rows import read_rows
 from lib.gallery.source import Damaged, Source
-from lib.gallery.storage import FULL, IMAGE_ERRORS, filesystem, http_status, image_at, is_local, reached, read_range
+from lib.gallery.storage import FULL, IMAGE_ERRORS, image_at, is_local, read_range
 from lib.images import normalise, read_image
 from lib.machine import end_with, uninterrupted
 from lib.names import ENDINGS, is_image
@@ -74,33 +75,26 @@ def reader(root):
 
     It raises OSError, or ValueError if the name or the file cannot be that of an image.
     """
-    return functools.partial(read_image_file, root, None if is_local(root) else filesystem(root), {})
+    return functools.partial(read_local, root, {}) if is_local(root) else functools.partial(read_elsewhere, root)
 
 
-def read_image_file(root, there, listings, name):
-    """Does the work of reader(). there: the fsspec file system and the folder's path there, or None on this machine."""
-    url = image_at(root, name, listings)
-    if there is None:
-        with open(url, "rb", 0, opener=open_at_once) as f:
-            found = os.fstat(f.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise ValueError("not a regular file")
-            check_size(found.st_size)
-            return f.readall()
-    fs, folder = there
-    with reached(url):
-        try:
-            content = fs.cat_file(folder.rstrip("/") + url[len(root.rstrip("/")):], start=0, end=MAX_BYTES + 1)  # one request
-        except Exception as error:
-            if http_status(error) != 416:  # an empty file has no such range
-                raise
-            content = b""
-    check_size(len(content))
-    return content
+def read_local(root, listings, name):
+    with open(image_at(root, name, listings), "rb", 0, opener=open_at_once) as f:
+        found = os.fstat(f.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("not a regular file")
+        check_size(found.st_size)
+        return f.readall()
 
 
 def open_at_once(path, flags):
     return os.open(path, flags | os.O_NONBLOCK)  # otherwise, opening a FIFO would wait for ever
+
+
+def read_elsewhere(root, name):
+    content = storage.read_image(root, name, MAX_BYTES + 1)  # one request
+    check_size(len(content))
+    return content
 
 
 def check_size(size):

@@ -25,9 +25,9 @@ def check_image(image):
 
 
 def turned(image):
-    """Returns whether a loaded Pillow image has an EXIF orientation other than upright. Without EXIF data, this takes 10 us.
+    """Returns whether an open Pillow image has an EXIF orientation other than upright. Without EXIF data this takes 10 us.
 
-    It must be loaded, because a PNG's orientation may follow the pixels, and because current Pillows turn a TIFF by themselves.
+    A PNG is loaded for it, because the data may follow the pixels. So call check_image() first.
     """
     with contextlib.suppress(Exception):  # damaged EXIF data is no reason to refuse a picture
         return 2 <= image.getexif().get(ORIENTATION, 1) <= 8

@@ -93,7 +93,7 @@ def s3_server():
     server = S3Server()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("ENDPOINT_URL", server.address), ("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"),
-                            ("DEFAULT_REGION", "us-east-1")):
+                            ("DEFAULT_REGION", "us-east-1"), ("MAX_ATTEMPTS", "1")):
             patch.setenv("AWS_" + name, value)
         yield server
     server.server.shutdown()

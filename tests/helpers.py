@@ -473,7 +473,7 @@ class S3Server(object):
         self.requests.append(request)
         fault = self.fault(request)
         if fault:
-            start("%s Fault" % fault, [("Content-Type", "application/xml")])
+            start("%s Fault" % (500 if fault == "reset" else fault), [("Content-Type", "application/xml")])
             if fault == "reset":
                 environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             code = {403: "AccessDenied", 503: "ServiceUnavailable"}.get(fault, "Fault")
@@ -482,7 +482,3 @@ class S3Server(object):
         body = b"".join(self.app(environ, start))
         self.sent += len(body)
         return [body]
-
-    def file_system(self):
-        import fsspec
-        return fsspec.filesystem("s3", skip_instance_cache=True)

@@ -125,12 +125,13 @@ def test_logits_are_the_pipelines_to_the_bit(tmp_path, batch_size, size, uint8):
         assert process.returncode == 0, process.stderr
         model, options = tmp_path / "aipp.onnx", ["--uint8"]
     write_bins(tmp_path, names, *size, *options)
-    result = run_stage_6(tmp_path, model, batch_size, 0, *size)
-    assert started(model, tmp_path / "out").work(3, listed(tmp_path, names))[:2] == ("done", {"images": 19, "errors": 0, "turned": 0, "left_out": {}})
+    results = run_stage_6(tmp_path, model, batch_size, 0, *size)
+    result = started(model, tmp_path / "out").work(3, listed(tmp_path, names))
+    assert result[:2] == ("done", {"images": 19, "errors": 0, "turned": 0, "left_out": {}})
     found = rows(tmp_path / "out", 3)
     assert [name for name, _, _ in found] == names
     for name, error, values in found:
-        assert error is None and values.tobytes() == (result / (name[:-4] + "_1.bin")).read_bytes()
+        assert error is None and values.tobytes() == (results / (name[:-4] + "_1.bin")).read_bytes()
 
 
 def test_probabilities_and_models_that_end_in_a_sigmoid(folder, tmp_path, pictures):
@@ -141,7 +142,8 @@ def test_probabilities_and_models_that_end_in_a_sigmoid(folder, tmp_path, pictur
 
     model, sigmoid = folder / "m.onnx", write_model(tmp_path / "s.onnx", 4, sigmoid=True)
     expected, logits = probabilities(values_of(model)), values_of(sigmoid, kind="probabilities")
-    for values in (values_of(model, probabilities=True), values_of(sigmoid, kind="probabilities", probabilities=True), probabilities(logits)):
+    for values in (values_of(model, probabilities=True), values_of(sigmoid, kind="probabilities", probabilities=True),
+                   probabilities(logits)):
         assert np.allclose(values, expected, atol=1e-6)
     assert logits.min() < 0
 
@@ -192,7 +194,8 @@ def test_what_belongs_to_one_image_is_a_row(worker, tmp_path, pictures):
         f.truncate(10 ** 12)
     worker.job["witnesses"] = [{"root": str(root), "name": "a.png"}, {"file": str(root / "a.png")}]
     long = "long" * 100 + ".png"
-    names = ["a.png", "cut.png", "no.png", "empty.png", "folder.png", "fifo.png", "loop.png", "large.png", "missing.png", "a.png/b.png", long]
+    names = ["a.png", "cut.png", "no.png", "empty.png", "folder.png", "fifo.png", "loop.png", "large.png", "missing.png",
+             "a.png/b.png", long]
     counts, errors = done(worker, listed(tmp_path, names))
     assert counts == {"images": 11, "errors": 10, "turned": 0, "left_out": {}}
     assert "truncated" in errors.pop("cut.png")
@@ -283,7 +286,8 @@ def test_hostile_tars(worker, tmp_path, pictures):
 @pytest.mark.parametrize("make", [
     "tar --format=gnu -cf X -C S .", "tar --format=oldgnu -S -cf X -C S .", "tar --format=posix -cf X -C S .",
     "tar --format=posix -S --sparse-version=0.0 -cf X -C S .", "tar --format=posix -S --sparse-version=1.0 -cf X -C S .",
-    "tar -czf X -C S .", "tar -V im.png -cf X -C S .", "tar -b1 -cf X -C S .", "tar -cf X -C S ./a.png ./b.png; tar -rf X -C S ./long ./c.png",
+    "tar -czf X -C S .", "tar -V im.png -cf X -C S .", "tar -b1 -cf X -C S .",
+    "tar -cf X -C S ./a.png ./b.png; tar -rf X -C S ./long ./c.png",
     "tar -cf 1 -C S ./a.png ./b.png; tar -cf 2 -C S ./long ./c.png; cat 1 2 > X",
     "tar -czf 1 -C S ./a.png ./b.png; tar -czf 2 -C S ./long ./c.png; cat 1 2 > X",
     "tar -cf - -C S . | split -b 50000 --filter='gzip -c' > X"])
@@ -373,7 +377,8 @@ def test_damaged_gzip(worker, tmp_path, pictures):
     good = path.read_bytes()
     assert done(worker, shard)[0]["images"] == 12
     os.remove(worker.job["output"] + "/part-000000.parquet")
-    for data in [good[:place] for place in (1, 5, len(good) // 2, len(good) - 9, len(good) - 1)] + [flip(good, len(good) - 6), good + b"x" * 20]:
+    for data in [good[:place] for place in (1, 5, len(good) // 2, len(good) - 9, len(good) - 1)] + [
+            flip(good, len(good) - 6), good + b"x" * 20]:
         path.write_bytes(data)
         check_failed(worker, "damaged", shard, "gzip cannot unpack" if len(data) > 1 else "in a header")
     path.write_bytes(good + b"\0" * 100)
@@ -404,8 +409,10 @@ def test_members_that_are_no_images_are_counted(worker, tmp_path, pictures):
     assert done(worker, shard)[0] == {"images": 1, "errors": 0, "turned": 0, "left_out": {
         ".json": 2, ".heic": 1, "": 1, ".jpe": 1, "hidden": 1, ".img": 1}}
     os.remove(worker.job["output"] + "/part-000000.parquet")
-    shard = tarred(tmp_path / "y.tar", *(("%d.%s" % (i, ending), b"") for i, ending in enumerate(["heic", "heic", "img"] + ["%d" % i for i in range(90)])))
-    check_failed(worker, "damaged", shard, "y.tar: holds no image (.bmp .gif ", "but 62 files of other names, 2 files that end in .heic, 1 files that")
+    endings = ["heic", "heic", "img"] + ["%d" % i for i in range(90)]
+    shard = tarred(tmp_path / "y.tar", *(("%d.%s" % (i, ending), b"") for i, ending in enumerate(endings)))
+    check_failed(worker, "damaged", shard, "y.tar: holds no image (.bmp .gif ",
+                 "but 62 files of other names, 2 files that end in .heic, 1 files that end in .img")
     worker.job["damaged"] = "keep"
     assert list(done(worker, shard)[1]) == [str(tmp_path / "y.tar")]
     worker.job["damaged"] = "error"
@@ -415,7 +422,7 @@ def test_members_that_are_no_images_are_counted(worker, tmp_path, pictures):
 def test_member_that_is_there_twice(worker, tmp_path, pictures):
     shard = tarred(tmp_path / "x.tar", *((name, pictures["im0.png"]) for name in ("a.png", "b.png", "./a.png", "c.png", "b.png")))
     for worker.job["damaged"] in "error", "keep":
-        check_failed(worker, "damaged", shard, "2 members have the name of an earlier one: a.png, b.png; --duplicates keep gives each a row")
+        check_failed(worker, "damaged", shard, "2 members have the name of an earlier one: a.png, b.png; --duplicates keep gives")
     worker.job["duplicates"] = "keep"
     assert worker.work(0, shard).counts["images"] == len(rows(tmp_path / "out")) == 5
 
@@ -441,8 +448,9 @@ def test_value_is_never_a_path(worker, folder, tmp_path):
         assert done(worker, shard)[1] == {"a": "a value of type %s, not bytes" % kind}
 
 
-@pytest.mark.parametrize("options", [{"compression": "none"}, {"compression": "snappy", "data_page_version": "2.0"}, {"compression": "zstd"},
-                                     {"compression": "gzip", "use_dictionary": False, "write_page_index": True}])
+@pytest.mark.parametrize("options", [
+    {"compression": "none"}, {"compression": "snappy", "data_page_version": "2.0"}, {"compression": "zstd"},
+    {"compression": "gzip", "use_dictionary": False, "write_page_index": True}])
 @pytest.mark.parametrize("column", ["bytes", "image.bytes"])
 def test_damaged_page_costs_its_own_rows(tmp_path, options, column):
     """With checksums, no wrong byte is taken for right, wherever it is. No row is lost or gets the path of another."""
@@ -467,8 +475,9 @@ def test_damaged_page_costs_its_own_rows(tmp_path, options, column):
 def test_damaged_page_gives_a_row_for_each_image(worker, tmp_path, pictures):
     """Of the bytes, and of the paths."""
     names = ["%d.png" % i for i in range(60)]
-    shard = row_group(tmp_path / "x.parquet", pyarrow.table({"path": names, "bytes": [pictures["im%d.png" % (i % 12)] for i in range(60)]}),
-                      compression="none", use_dictionary=False, write_page_checksum=True, write_batch_size=10, data_page_size=1)
+    contents = [pictures["im%d.png" % (i % 12)] for i in range(60)]
+    shard = row_group(tmp_path / "x.parquet", pyarrow.table({"path": names, "bytes": contents}), compression="none",
+                      use_dictionary=False, write_page_checksum=True, write_batch_size=10, data_page_size=1)
     good, metadata = (tmp_path / "x.parquet").read_bytes(), parquet.read_metadata(str(tmp_path / "x.parquet")).row_group(0)
     (tmp_path / "x.parquet").write_bytes(flip(good, good.index(pictures["im5.png"], metadata.column(1).data_page_offset) + 9))
     counts, errors = done(worker, shard)
@@ -503,8 +512,8 @@ def test_image_that_kills_the_process_that_decodes_it(worker, tmp_path, pictures
     """In a real process of its own, twice. The others are computed as ever, and no process is left."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os\nfrom PIL import Image\n"
-        "Image.register_open('KILL', None, lambda start: start.startswith(b'KILL') and (open(%r, 'a').write('x'), os.kill(os.getpid(), 9)))\n"
-        % str(tmp_path / "killed"))
+        "def kill(start):\n    if start.startswith(b'KILL'):\n        open(%r, 'a').write('x')\n        os.kill(os.getpid(), 9)\n"
+        "Image.register_open('KILL', None, kill)\n" % str(tmp_path / "killed"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     shard = tarred(tmp_path / "x.tar", *(list(pictures.items())[:3] + [("kill.png", b"KILL" * 10)] + list(pictures.items())[3:6]))
     done(worker, shard)
@@ -533,19 +542,18 @@ class Refused(Exception):
 
 def test_remote_images_and_whose_fault_an_answer_is(worker, tmp_path, pictures, monkeypatch):
     """404 and 403 for one image; 403 for all; 503 and what is no OSError; names that fsspec would take apart; an empty file."""
-    fs = fsspec.filesystem("memory")
+    fs, answers = fsspec.filesystem("memory"), {"locked.png": 403}
     names = ["a.png", "simplecache::b.png", "c d?.png", "locked.png", "missing.png", "empty.png"]
     for name in names[:4]:
         fs.pipe_file("/crops/%s" % name, pictures["im0.png"])
     fs.pipe_file("/crops/empty.png", b"")
-    real, answers = fs.cat_file, {"locked.png": 403, "empty.png": 416}
+    real = type(fs)._open
 
-    def cat_file(path, **options):
-        assert options == {"start": 0, "end": module.MAX_BYTES + 1}
+    def opened(fs, path, *arguments, **options):
         if path.rpartition("/")[2] in answers:
             raise Refused(answers[path.rpartition("/")[2]])
-        return real(path, **options)
-    monkeypatch.setattr(fs, "cat_file", cat_file)
+        return real(fs, path, *arguments, **options)
+    monkeypatch.setattr(type(fs), "_open", opened)
     shard = dict(listed(tmp_path, names), root="memory://crops")
     worker.job["witnesses"] = [{"root": "memory://crops", "name": "a.png"}]
     assert worker.fit() is None
@@ -556,3 +564,33 @@ def test_remote_images_and_whose_fault_an_answer_is(worker, tmp_path, pictures, 
                          (503, "memory://crops/a.png: refused with 503")):
         answers["a.png"] = status
         check_failed(worker, "again", shard, text)
+
+
+def test_s3_gives_what_the_disk_gives_and_its_faults_are_no_images_fault(worker, tmp_path, pictures, s3):
+    """A refusal in the middle of a tar or a row group; one object with 403; all with 403."""
+    fs, large = s3.file_system(), dict(pictures, **{"large.png": np.random.RandomState(0).bytes(6 * 10 ** 6)})
+    fs.mkdir("crops")
+    shards = [tarred(tmp_path / "x.tar", *large.items()), row_group(
+        tmp_path / "x.parquet", pyarrow.table({"path": list(large), "bytes": list(large.values())}))]
+    for name in "x.tar", "x.parquet":
+        fs.put(str(tmp_path / name), "crops/" + name)
+    for shard, key in zip(shards, ("tar", "parquet")):
+        remote = dict(shard, **{key: "s3://crops/x." + key})
+        done(worker, shard)
+        expected = rows(tmp_path / "out")
+        done(worker, remote)
+        assert [row[2].tobytes() for row in rows(tmp_path / "out")] == [row[2].tobytes() for row in expected]
+        os.remove(worker.job["output"] + "/part-000000.parquet")
+        before = len(s3.requests)
+        s3.fault = lambda request: 403 if request.startswith("GET") and len(s3.requests) > before + 2 else None
+        check_failed(worker, "again", remote, "s3://crops/x.%s: " % key)
+        s3.fault = lambda request: None
+    for name in pictures:
+        fs.pipe_file("crops/images/" + name, pictures[name])
+    worker.job["witnesses"] = [{"root": "s3://crops/images", "name": "im0.png"}]
+    shard = dict(listed(tmp_path, list(pictures)), root="s3://crops/images")
+    s3.fault = lambda request: 403 if "im3.png" in request else None
+    assert done(worker, shard)[1] == dict(dict.fromkeys(pictures), **{"im3.png": "permission denied"})
+    os.remove(worker.job["output"] + "/part-000000.parquet")
+    s3.fault = lambda request: 403
+    check_failed(worker, "again", shard, ": permission denied, but s3://crops/images/im0.png cannot be read here: permission denied")

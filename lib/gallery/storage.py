@@ -50,8 +50,8 @@ def absolute(url):
 def filesystem(url):
     """Returns (the fsspec file system of a url, the path there). Raises ValueError if no package can open it."""
     from fsspec.core import url_to_fs
-    from fsspec.implementations.local import LocalFileSystem
     if is_local(url):
+        from fsspec.implementations.local import LocalFileSystem
         return LocalFileSystem(), url
     try:
         with reached(url):
@@ -82,7 +82,7 @@ def reached(url):
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and str(error).startswith(url + ": "):
+        if isinstance(error, (OSError, ValueError)) and str(error).startswith(url + ": "):
             raise
         raise as_oserror(url, error) from error
 
@@ -98,6 +98,8 @@ def as_oserror(url, error):
     text = cause.strerror if type(cause).__str__ is OSError.__str__ and cause.strerror else one_line(cause)
     if kind is FileNotFoundError:
         text = "no such file or folder"
+    elif status and hasattr(cause, "message"):  # aiohttp
+        text = "%d %s" % (status, cause.message)
     elif isinstance(cause, KeyError) or not str(cause):
         text = repr(cause)
     told = (kind or OSError)("%s: %s" % (url, text))
@@ -151,15 +153,17 @@ def read_range(url, start=0, end=None):
 def fetched(fs, path, url, start, end):
     """Does the work of read_range() for a path of a remote file system."""
     with reached(url):
-        if end is None:
-            return fs.cat_file(path)
+        if not fs.async_impl:  # its cat_file() opens the file, too, and that of HDFS fails for a range
+            with fs.open(path, "rb") as f:
+                f.seek(start)
+                return f.read() if end is None else f.read(end - start)
         try:
-            content = fs.cat_file(path, start=start, end=end)
+            content = fs.cat_file(path, start=start, end=end) if end is not None else fs.cat_file(path)
         except Exception as error:
             if http_status(error) == 416:  # the range begins at the end of the file
                 return b""
             raise
-    return content[start:end] if len(content) > end - start else content  # some web servers always send all
+    return content if end is None or len(content) <= end - start else content[start:end]  # some web servers always send all
 
 
 class Reached(io.RawIOBase):
@@ -167,9 +171,9 @@ class Reached(io.RawIOBase):
 
     def __init__(self, url):
         self.url = url
-        self.fs, self.path = filesystem(url)
+        self.fs, self.path = (None, url) if is_local(url) else filesystem(url)
         with reached(url):
-            self.file = open(url, "rb", 0) if is_local(url) else self.fs.open(self.path, "rb", block_size=BLOCK)
+            self.file = self.fs.open(self.path, "rb", block_size=BLOCK) if self.fs else open(url, "rb", 0)
 
     def readable(self):
         return True
@@ -216,9 +220,11 @@ def open_binary(url):
 
 def is_folder(url):
     """Returns whether a url is a folder, not a file. Raises FileNotFoundError if it is neither."""
-    fs, path = filesystem(url)
     with reached(url):
-        return stat.S_ISDIR(os.stat(url).st_mode) if is_local(url) else fs.info(path)["type"] == "directory"
+        if is_local(url):
+            return stat.S_ISDIR(os.stat(url).st_mode)
+        fs, path = filesystem(url)
+        return fs.info(path)["type"] == "directory"
 
 
 def image_at(root, name, listings=None):
@@ -284,7 +290,7 @@ def names_in(url):
     """Returns the names in a folder, [] if there is no such folder."""
     try:
         with reached(url):
-            return os.listdir(url) if is_local(url) else sorted(name for name, _ in entries(url))
+            return sorted(os.listdir(url) if is_local(url) else (name for name, _ in entries(url)))
     except FileNotFoundError:
         return []
 
@@ -293,7 +299,6 @@ def names_in(url):
 
 def write(url, content):
     """Writes bytes to a file, which appears whole or not at all and replaces an earlier one. Raises OSError as reached() does."""
-    fs, path = filesystem(url)
     with reached(url):
         if is_local(url):
             try:
@@ -301,13 +306,15 @@ def write(url, content):
                     write_local(temporary, content)
             except OSError as error:
                 raise error.__context__ or error  # whole_file()'s own has no errno
-        elif protocols(fs) & OBJECT_STORES:
+            return
+        fs, path = filesystem(url)
+        if protocols(fs) & OBJECT_STORES:
             fs.pipe_file(path, content)
-        else:
-            temporary = put_beside(fs, path, content)
-            if fs.exists(path):  # HDFS cannot rename to an existing name
-                fs.rm_file(path)
-            fs.mv(temporary, path)
+            return
+        temporary = put_beside(fs, path, content)
+        if fs.exists(path):  # HDFS cannot rename to an existing name
+            fs.rm_file(path)
+        fs.mv(temporary, path)
 
 
 def create(url, content):
@@ -315,10 +322,10 @@ def create(url, content):
 
     Where the file system can, only one of several machines that do this at the same time succeeds.
     """
-    fs, path = filesystem(url)
     with reached(url):
         if is_local(url):
             return create_local(url, content)
+        fs, path = filesystem(url)
         if protocols(fs) & EXCLUSIVE:
             try:
                 fs.pipe_file(path, content, mode="create")

@@ -21,12 +21,11 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from lib.gallery import storage
 from lib.gallery.archive import Tar
 from lib.gallery.parts import write_part
 from lib.gallery.rows import read_rows
 from lib.gallery.source import Damaged, Source
-from lib.gallery.storage import FULL, IMAGE_ERRORS, image_at, is_local, read_range
+from lib.gallery.storage import FULL, IMAGE_ERRORS, fetched, filesystem, image_at, is_local, read_range
 from lib.images import normalise, read_image
 from lib.machine import end_with, uninterrupted
 from lib.names import ENDINGS, is_image
@@ -75,7 +74,8 @@ def reader(root):
 
     It raises OSError, or ValueError if the name or the file cannot be that of an image.
     """
-    return functools.partial(read_local, root, {}) if is_local(root) else functools.partial(read_elsewhere, root)
+    # fsspec makes a file system for each thread that asks for one; a single one keeps the number of connections low
+    return functools.partial(read_local, root, {}) if is_local(root) else functools.partial(read_elsewhere, root, *filesystem(root))
 
 
 def read_local(root, listings, name):
@@ -91,8 +91,9 @@ def open_at_once(path, flags):
     return os.open(path, flags | os.O_NONBLOCK)  # otherwise, opening a FIFO would wait for ever
 
 
-def read_elsewhere(root, name):
-    content = storage.read_image(root, name, MAX_BYTES + 1)  # one request
+def read_elsewhere(root, fs, folder, name):
+    url = image_at(root, name)
+    content = fetched(fs, folder.rstrip("/") + url[len(root.rstrip("/")):], url, 0, MAX_BYTES + 1)  # one request
     check_size(len(content))
     return content
 

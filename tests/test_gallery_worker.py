@@ -568,7 +568,7 @@ def test_remote_images_and_whose_fault_an_answer_is(worker, tmp_path, pictures, 
 
 def test_s3_gives_what_the_disk_gives_and_its_faults_are_no_images_fault(worker, tmp_path, pictures, s3):
     """A refusal in the middle of a tar or a row group; one object with 403; all with 403."""
-    fs, large = s3.file_system(), dict(pictures, **{"large.png": np.random.RandomState(0).bytes(6 * 10 ** 6)})
+    fs, large = fsspec.filesystem("s3"), dict(pictures, **{"large.png": np.random.RandomState(0).bytes(6 * 10 ** 6)})
     fs.mkdir("crops")
     shards = [tarred(tmp_path / "x.tar", *large.items()), row_group(
         tmp_path / "x.parquet", pyarrow.table({"path": list(large), "bytes": list(large.values())}))]

@@ -11,7 +11,7 @@ from lib.script import one_line
 
 PARQUET_ROWS = 64     # this many rows are read at a time
 BUFFER = 2 ** 20      # bytes that pyarrow reads at a time
-MAX_HEADER = 2 ** 16  # bytes of a page's header; writers leave large statistics out
+MAX_HEADER = 2 ** 16  # bytes of a page's header; it may hold the smallest and the largest value, but Arrow leaves out values above 4 kB
 DICTIONARY_PAGE = 2   # in a page's header, field 1 is its type, 3 its length, and these fields have the number of rows in their field 1
 ROWS = {0: 5, 3: 8}   # types DATA_PAGE and DATA_PAGE_V2
 

@@ -11,18 +11,15 @@ class Damaged(Exception):
 class Source(object):
     """An open file of any url that remembers the OSError of its storage, because gzip and pyarrow make other errors of it.
 
-    size: in bytes, None if the storage does not tell. A file that ends before or after that is an error of the storage too.
+    size: in bytes, as the storage tells. A file that ends before or after that is an error of the storage too.
     """
     mode = "rb"  # pyarrow asks
 
     def __init__(self, url):
         self.url, self.error, self.closed = url, None, False
         self.file = open_binary(url)
-        try:
-            self.size = self.file.seek(0, 2)
-            self.file.seek(0)
-        except OSError:  # an answer of a web server is a stream
-            self.size = None
+        self.size = self.file.seek(0, 2)
+        self.file.seek(0)
 
     def __enter__(self):
         return self
@@ -39,7 +36,7 @@ class Source(object):
 
     def read(self, size=-1):
         content = self.call("read", size)
-        if self.size is not None and (size < 0 or len(content) < size) and self.tell() != self.size:
+        if (size < 0 or len(content) < size) and self.tell() != self.size:
             self.error = OSError(errno.EIO, "%s: ends at byte %d, but has %d bytes" % (self.url, self.tell(), self.size))
             raise self.error
         return content

@@ -293,15 +293,16 @@ class Images(object):
             self.turned.append(path)
         return reason
 
-    def check_suspects(self, fit):
-        """Raises Again unless each image that could not be read is itself at fault. fit: see Worker.fit()."""
+    def check_suspects(self, fit, readers):
+        """Raises Again unless each image that could not be read is itself at fault. fit: see Worker.fit(). readers: threads."""
         def check_fit():
             fault = fit()
             if fault:
+                path, _, error = self.suspects[0]
                 raise Again("%s: %s, but %s" % (path, why(error), fault))
 
-        for path, content, error in self.suspects:
-            check_fit()
+        def check(suspect):
+            path, content, error = suspect
             try:
                 content()
                 now = None
@@ -309,6 +310,10 @@ class Images(object):
                 now = other
             if kind_of(now) != kind_of(error):
                 raise Again("%s: %s, and then %s" % (path, why(error), why(now) if now else "it could be read"))
+
+        if self.suspects:
+            check_fit()
+            list(readers.map(check, self.suspects))
             check_fit()
 
 
@@ -334,18 +339,18 @@ class Worker(object):
         if differing:
             raise ValueError("its logits might differ, because it has %s" % ", ".join(differing))
         calls = self.job["calls"]
-        try:
-            with tempfile.TemporaryFile() as f:  # it has no name that a killed worker could leave behind
-                f.write(model)
-                f.flush()
-                self.session = open_session("/proc/self/fd/%d" % f.fileno(), self.job["device_id"], self.job["threads"], calls,
-                                            self.job["provider"])
-            batch = empty_batch(self.session, *input_size(self.session))
-            self.session.run(None, {self.session.get_inputs()[0].name: batch})  # the first call also allocates memory
-        except (ImportError, ValueError):
-            raise
-        except Exception as error:  # ONNX Runtime's own exceptions do not reach another process
-            raise ValueError("the model cannot be opened: %s" % one_line(error))
+        with tempfile.TemporaryFile() as f:  # it has no name that a killed worker could leave behind
+            f.write(model)
+            f.flush()
+            name = "/proc/self/fd/%d" % f.fileno()
+            try:
+                self.session = open_session(name, self.job["device_id"], self.job["threads"], calls, self.job["provider"])
+                batch = empty_batch(self.session, *input_size(self.session))
+                self.session.run(None, {self.session.get_inputs()[0].name: batch})  # the first call also allocates memory
+            except ImportError:
+                raise
+            except Exception as error:  # ONNX Runtime's own exceptions do not reach another process
+                raise ValueError("the model cannot be opened: %s" % one_line(error).replace(name + ": ", ""))
         self.runners, self.readers = ThreadPoolExecutor(calls), ThreadPoolExecutor(self.job["readers"])
 
     def fit(self):
@@ -390,7 +395,7 @@ class Worker(object):
             self.under_way[number] += len(batch)
         if len(paths) != shard.get("images", len(paths)):
             raise Again("%s: gives %d images, not %d" % (shard.get("list") or shard["parquet"], len(paths), shard["images"]))
-        images.check_suspects(self.fit)
+        images.check_suspects(self.fit, self.readers)
         bad = [(path, reason) for path, reason in zip(paths, reasons) if reason is not None]
         counts = {"images": len(paths), "errors": len(bad), "turned": len(images.turned), "left_out": dict(images.left_out)}
         try:

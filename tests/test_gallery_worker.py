@@ -200,13 +200,14 @@ def test_what_belongs_to_one_image_is_a_row(worker, tmp_path, pictures):
     assert counts == {"images": 11, "errors": 10, "turned": 0, "left_out": {}}
     assert "truncated" in errors.pop("cut.png")
     assert errors == {"a.png": None, "no.png": "cannot identify image file", "empty.png": "cannot identify image file",
-                      "folder.png": "is a directory", "fifo.png": "not a regular file", "loop.png": "too many levels of symbolic links",
+                      "folder.png": "is a directory", "fifo.png": "not a regular file",
+                      "loop.png": "too many levels of symbolic links",
                       "large.png": "1000000000000 bytes or more are too many", "missing.png": "no such file",
                       "a.png/b.png": "not a directory", long: "file name too long"}
 
 
 def test_missing_images_are_a_row_only_while_a_witness_can_be_read(worker, tmp_path, pictures, monkeypatch):
-    """A folder that is not mounted, an image that comes back, a server that answers in another way, and 403 for one image or for all."""
+    """A folder that is not mounted, an image that comes back, one that fails in another way, and all or one that may not be read."""
     root = tmp_path / "images"
     root.mkdir()
     (root / "a.png").write_bytes(pictures["im0.png"])
@@ -238,8 +239,9 @@ def test_missing_images_are_a_row_only_while_a_witness_can_be_read(worker, tmp_p
     assert done(worker, shard)[1] == {"a.png": None, "b.png": "permission denied"}
 
 
-@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "Too many open files"), OSError(errno.EIO, "Input/output error"),
-                                   OSError("out of memory error when reading image file")])
+@pytest.mark.parametrize("error", [
+    MemoryError(), OSError(errno.EMFILE, "Too many open files"), OSError(errno.EIO, "Input/output error"),
+    OSError("out of memory error when reading image file")])
 def test_decoding_that_fails_for_this_machine_is_tried_again(worker, tmp_path, pictures, monkeypatch, error):
     def broken(*_, **__):
         raise error
@@ -272,15 +274,17 @@ def test_hostile_tars(worker, tmp_path, pictures):
     """Links, devices and names with .. read nothing outside the tar."""
     with tarfile.open(str(tmp_path / "x.tar"), "w") as tar:
         for name, kind, content in (
-                ("a/1.png", tarfile.REGTYPE, pictures["im0.png"]), ("link.png", tarfile.SYMTYPE, b""), ("hard.png", tarfile.LNKTYPE, b""),
-                ("fifo.png", tarfile.FIFOTYPE, b""), ("../../up.png", tarfile.REGTYPE, pictures["im1.png"]),
+                ("a/1.png", tarfile.REGTYPE, pictures["im0.png"]), ("link.png", tarfile.SYMTYPE, b""),
+                ("hard.png", tarfile.LNKTYPE, b""), ("fifo.png", tarfile.FIFOTYPE, b""),
+                ("../../up.png", tarfile.REGTYPE, pictures["im1.png"]),
                 ("folder.png", tarfile.DIRTYPE, b""), ("/abs\udcff.png", tarfile.REGTYPE, pictures["im2.png"])):
             member = tarfile.TarInfo(name)
             member.type, member.size, member.linkname = kind, len(content), "/etc/passwd"
             tar.addfile(member, io.BytesIO(content))
     link = "is a link or another special entry in the tar, not a file"
     assert done(worker, {"tar": str(tmp_path / "x.tar")})[1] == {"%s/%s" % (tmp_path / "x.tar", name): error for name, error in (
-        ("a/1.png", None), ("link.png", link), ("hard.png", link), ("fifo.png", link), ("../../up.png", None), ("/abs\\udcff.png", None))}
+        ("a/1.png", None), ("link.png", link), ("hard.png", link), ("fifo.png", link), ("../../up.png", None),
+        ("/abs\\udcff.png", None))}
 
 
 @pytest.mark.parametrize("make", [
@@ -386,7 +390,7 @@ def test_damaged_gzip(worker, tmp_path, pictures):
 
 
 def test_storage_that_fails_in_the_middle_is_no_damage(worker, tmp_path, pictures, monkeypatch):
-    """Neither in a plain nor a packed tar nor in Parquet, whatever gzip and pyarrow make of it; and a file that ends too early."""
+    """Neither in a plain or packed tar nor in Parquet, whatever gzip and pyarrow make of it; and a file that ends too early."""
     large = dict(pictures, **{"large.png": np.random.RandomState(0).bytes(3 * 10 ** 6)})
     shards = [tarred(tmp_path / "x.tar", *large.items()), tarred(tmp_path / "y.tar", *large.items(), mode="w:gz"), row_group(
         tmp_path / "x.parquet", pyarrow.table({"path": list(large), "bytes": list(large.values())}))]
@@ -457,8 +461,8 @@ def test_damaged_page_costs_its_own_rows(tmp_path, options, column):
     random = np.random.RandomState(0)
     contents, names, path = [random.bytes(3000) for _ in range(200)], ["%d.png" % i for i in range(200)], tmp_path / "x.parquet"
     values = contents if column == "bytes" else [{"bytes": content} for content in contents]
-    shard = row_group(path, pyarrow.table({"path": names, column.partition(".")[0]: values}), write_page_checksum=True, write_batch_size=8,
-                      write_statistics=False, data_page_size=40000, dictionary_pagesize_limit=100000, **options)
+    shard = row_group(path, pyarrow.table({"path": names, column.partition(".")[0]: values}), write_page_checksum=True,
+                      write_batch_size=8, write_statistics=False, data_page_size=40000, dictionary_pagesize_limit=100000, **options)
     good, chunk = path.read_bytes(), parquet.read_metadata(str(path)).row_group(0).column(1)
     end = (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size
     for place in random.randint(chunk.data_page_offset + 100, end, 4):
@@ -527,7 +531,8 @@ def test_image_that_kills_the_process_that_decodes_it(worker, tmp_path, pictures
 def test_process_for_decoding_that_cannot_start_is_no_images_fault(worker, tmp_path, pictures, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text("import os\nos._exit(1)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    check_failed(worker, "again", tarred(tmp_path / "x.tar", *pictures.items()), "a process for decoding cannot be started", careful=True)
+    shard = tarred(tmp_path / "x.tar", *pictures.items())
+    check_failed(worker, "again", shard, "a process for decoding cannot be started", careful=True)
 
 
 # --- elsewhere --------------------------------------------------------------------------------------------------------------
@@ -557,8 +562,9 @@ def test_remote_images_and_whose_fault_an_answer_is(worker, tmp_path, pictures, 
     shard = dict(listed(tmp_path, names), root="memory://crops")
     worker.job["witnesses"] = [{"root": "memory://crops", "name": "a.png"}]
     assert worker.fit() is None
-    assert done(worker, shard)[1] == {"a.png": None, "simplecache::b.png": None, "c d?.png": None, "locked.png": "permission denied",
-                                      "missing.png": "no such file", "empty.png": "cannot identify image file"}
+    assert done(worker, shard)[1] == {"a.png": None, "simplecache::b.png": None, "c d?.png": None,
+                                      "locked.png": "permission denied", "missing.png": "no such file",
+                                      "empty.png": "cannot identify image file"}
     os.remove(worker.job["output"] + "/part-000000.parquet")
     for status, text in ((403, ".png: permission denied, but memory://crops/a.png cannot be read here: permission denied"),
                          (503, "memory://crops/a.png: refused with 503")):
@@ -593,4 +599,4 @@ def test_s3_gives_what_the_disk_gives_and_its_faults_are_no_images_fault(worker,
     assert done(worker, shard)[1] == dict(dict.fromkeys(pictures), **{"im3.png": "permission denied"})
     os.remove(worker.job["output"] + "/part-000000.parquet")
     s3.fault = lambda request: 403
-    check_failed(worker, "again", shard, ": permission denied, but s3://crops/images/im0.png cannot be read here: permission denied")
+    check_failed(worker, "again", shard, "permission denied, but s3://crops/images/im0.png cannot be read here: permission denied")

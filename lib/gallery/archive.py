@@ -1,7 +1,7 @@
 """Reads tars header by header to the end of the file, so that each member is either read or missed with a word.
 
-The iteration of Python's tarfile does not do: it takes a damaged header for the end, or it skips the header with ignore_zeros. In
-its stream mode, it ignores all but the first of several joined gzip files.
+The iteration of Python's tarfile does not do: it takes a damaged header for the end, or it skips the header with ignore_zeros.
+In its stream mode, it ignores all but the first of several joined gzip files.
 """
 import gzip
 import re
@@ -37,8 +37,9 @@ class Header(tarfile.TarInfo):
 class Tar(object):
     """An open tar, plain or compressed with gzip. Iteration yields the header of each member that is no folder.
 
-    Several tars that were joined are read as one. The iteration ends only behind an end-of-archive, which may be followed by zeros and
-    by further tars. Anything else raises Damaged with the byte and the last good member. Errors of the storage are OSErrors.
+    Several tars that were joined are read as one. The iteration ends only behind an end-of-archive, which may be followed by
+    zeros and by further tars. Anything else raises Damaged with the byte and the last good member. Errors of the storage are
+    OSErrors.
     """
     encoding, errors = "utf-8", "surrogateescape"  # of the members' names, for tarfile
 

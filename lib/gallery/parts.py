@@ -37,8 +37,15 @@ def differences(theirs, ours):
     """Returns the differences that show that two manifests belong to different runs, as texts for the user."""
     theirs, ours = (collections.OrderedDict((name, value) for name, value in flat(manifest).items()
                                             if name.rpartition(".")[2] not in UNCHECKED) for manifest in (theirs, ours))
-    return ["%s: %s there, %s now" % (name, theirs.get(name), ours.get(name))
-            for name in list(ours) + [name for name in theirs if name not in ours] if theirs.get(name) != ours.get(name)]
+    names = [name for name in list(ours) + [name for name in theirs if name not in ours] if theirs.get(name) != ours.get(name)]
+    if "input.kind" in names:  # then everything else about the input differs, too
+        names = [name for name in names if name == "input.kind" or not name.startswith("input.")]
+    return ["%s: %s there, %s now" % (name, short(theirs.get(name)), short(ours.get(name))) for name in names]
+
+
+def short(value):
+    """Returns a value as text, of a checksum only the beginning."""
+    return re.sub("^([0-9a-f]{8})[0-9a-f]{56}$", r"\1...", str(value))
 
 
 def read_manifest(output):

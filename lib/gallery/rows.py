@@ -1,7 +1,7 @@
 """Reads a row group of a Parquet file, so that a damaged page costs only the rows of this page.
 
-pyarrow stops at a damaged page. It then gets the pages one by one. The header of a page says how long it is and how many rows it has
-(PageHeader in parquet.thrift of https://github.com/apache/parquet-format).
+pyarrow stops at a damaged page. It then gets the pages one by one. The header of a page says how long it is and how many rows it
+has (PageHeader in parquet.thrift of https://github.com/apache/parquet-format).
 """
 import inspect
 import itertools
@@ -11,16 +11,16 @@ from lib.script import one_line
 
 PARQUET_ROWS = 64     # this many rows are read at a time
 BUFFER = 2 ** 20      # bytes that pyarrow reads at a time
-MAX_HEADER = 2 ** 16  # bytes of a page's header; it may hold the smallest and the largest value, but Arrow leaves out values above 4 kB
-DICTIONARY_PAGE = 2   # in a page's header, field 1 is its type, 3 its length, and these fields have the number of rows in their field 1
-ROWS = {0: 5, 3: 8}   # types DATA_PAGE and DATA_PAGE_V2
+MAX_HEADER = 2 ** 16  # bytes of a page's header; it may hold the smallest and the largest value, but Arrow leaves out large ones
+DICTIONARY_PAGE = 2   # in a page's header, field 1 is its type and field 3 its length
+ROWS = {0: 5, 3: 8}   # {DATA_PAGE or DATA_PAGE_V2: the field that has the number of rows in its own field 1}
 
 
 def read_rows(source, group, count, columns):
-    """Yields a tuple for each of the count rows in a row group: its value in each column, or an exception where a page is damaged.
+    """Yields a tuple for each of the count rows in a row group: its value in each column, or an exception if a page is damaged.
 
-    source: of lib.gallery.source.Source. columns: their paths, such as image.bytes. Raises OSError, or Damaged if the rows cannot be
-    told apart.
+    source: of lib.gallery.source.Source. columns: their paths, such as image.bytes. Raises OSError, or Damaged if the rows cannot
+    be told apart.
     """
     try:
         file = parquet_file(source)
@@ -128,8 +128,8 @@ class Piece(object):
 def find_pages(source, chunk):
     """Finds the pages of a column in a row group.
 
-    Returns (the column's first byte, the bytes of its dictionary, [(first byte, end, rows) of each data page], whether these are all
-    pages: behind a damaged header, no page can be found).
+    Returns (the column's first byte, the bytes of its dictionary, [(first byte, end, rows) of each data page], whether these are
+    all pages: behind a damaged header, no page can be found).
     """
     start = chunk.data_page_offset
     if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < start:
@@ -155,7 +155,7 @@ def find_pages(source, chunk):
     return start, dictionary, pages, True
 
 
-# --- Thrift's compact protocol, https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md ------------------
+# --- Thrift's compact protocol, https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md --------------
 
 def read_varint(data, place):
     """Returns (an unsigned number of variable length, the place behind it)."""

@@ -27,11 +27,12 @@ with importing():
 MAX_LINE = 10000  # in bytes; a longer line cannot be a name
 MAX_TRIED = 1000  # so many of a list's images are tried until one can be read
 MAX_EXAMPLES = 1000  # so many names that are given more than once are looked up
+MAX_WITNESSES = 16  # so many files are read on each node before it takes work
 REMOTE_REQUESTS = 16  # at a time
 TAR, PARQUET = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE), re.compile(r"\.parquet$", re.IGNORECASE)
 # Archives of other kinds, and the commands that make a tar of some
 PACKED = re.compile(r"\.(tar\.\w+|tbz2?|txz|tlz|tzst|bz2|xz|zst|lz4|lzma|gz|z|zip|7z|rar)$", re.IGNORECASE)
-UNPACK = ((r"\.(tar\.bz2|tbz2?)$", "bzip2"), (r"\.(tar\.xz|txz)$", "xz"), (r"\.(tar\.zst|tzst)$", "zstd"), (r"\.tar\.lz4$", "lz4"))
+UNPACK = (("bzip2", r"\.(tar\.bz2|tbz2?)$"), ("xz", r"\.(tar\.xz|txz)$"), ("zstd", r"\.(tar\.zst|tzst)$"))
 # settings: the input's entry in the manifest, which says what the shards were made from. images: their number, None if only the
 # workers will know it. describe: a function from a shard's number to its dict. count: the number of shards. list: the open list
 # file of stretches(), else None. witnesses: what a node must be able to read: {"root": url, "name": image}, or {"file": url}.
@@ -46,16 +47,18 @@ def find_input(args, copy):
     keep = args.duplicates == "keep"
     found = [pair for pattern in args.input for pair in patiently(matching, absolute(pattern), first=True)]
     folders = {name for name, folder in found if folder}
-    files = [name for file, _ in found for name in (spark_files(file) if file in folders and PARQUET.search(file) else [file])]
+    files = [name for file, folder in found
+             for name in (patiently(spark_files, file) if folder and PARQUET.search(file) else [file])]
     twice = [name for name, count in collections.Counter(files).items() if count > 1]
     if twice:
-        told_twice(some(args.input), "files", twice, keep, len(twice))
-    kinds = {None if name in folders else "parquet" if PARQUET.search(name) else "tar" if TAR.search(name) else None for name in files}
+        told_twice(some(args.input), len(twice), "files", twice, keep)
+    kinds = {None if name in folders else "parquet" if PARQUET.search(name) else "tar" if TAR.search(name) else None
+             for name in files}
     if kinds in ({"tar"}, {"parquet"}) and args.root is None:
         return tars(files) if kinds == {"tar"} else row_groups(files, args.path_column, args.bytes_column, keep)
     packed = [name for name in files if name not in folders and PACKED.search(name) and not TAR.search(name)]
     if packed:
-        program = next((program for ending, program in UNPACK if re.search(ending, packed[0].lower())), None)
+        program = next((program for program, ending in UNPACK if re.search(ending, packed[0].lower())), None)
         raise ValueError("%s: archives of this kind are not read; %s" % (
             packed[0], "make a tar of it: %s -d %s" % (program, packed[0].rpartition("/")[2]) if program else
             "unpack it and give the folder of its images, or a tar of them"))
@@ -106,7 +109,7 @@ def expanded(url, parts, folder=True):
         for name, folder in children(url):
             if name.startswith(".") and not parts[0].startswith("."):
                 continue
-            if parts[0] == "**" and folder:
+            if parts[0] == "**" and folder and not (is_local(url) and os.path.islink("%s/%s" % (url, name))):
                 yield from expanded("%s/%s" % (url, name), parts)
             elif parts[0] != "**" and fnmatch.fnmatchcase(name, parts[0]) and (folder or not parts[1:]):
                 yield from expanded("%s/%s" % (url, name), parts[1:], folder)
@@ -117,7 +120,7 @@ def children(folder):
     try:
         if is_local(folder):
             return sorted((entry.name, entry.is_dir()) for entry in os.scandir(folder or "/"))
-        return sorted((name, entry["type"] == "directory") for name, entry in patiently(entries, folder) if name)
+        return sorted((name, entry["type"] == "directory") for name, entry in entries(folder) if name)
     except (FileNotFoundError, NotADirectoryError):
         return []
 
@@ -132,14 +135,15 @@ def spark_files(folder):
 
 
 def walk(folder):
-    """Yields (folder, its folders' names, {file's name: (size, checksum or None)}) of a remote folder and its subfolders, like os.walk().
+    """Yields (folder, its folders' names, {file's name: (size, checksum or None)}) of a remote folder and its subfolders.
 
-    Raises OSError with the name of the folder that cannot be listed.
+    It is like os.walk(). Raises OSError with the name of the folder that cannot be listed.
     """
     found = patiently(entries, folder)
     folders = [name for name, entry in found if entry["type"] == "directory"]
     if "" in folders:
-        raise ValueError("%s/: some names in it begin with a slash, so this folder cannot be listed; give a list file with --root" % folder)
+        raise ValueError("%s/: some names in it begin with a slash, so this folder cannot be listed; give a list file with --root"
+                         % folder)
     yield folder, folders, {name: of_listing(entry) for name, entry in found if entry["type"] != "directory"}
     for name in folders:
         yield from walk("%s/%s" % (folder, name))
@@ -190,7 +194,7 @@ def local_copy(url):
 
 
 def names_of(content, start):
-    """Returns the names in a stretch of a list file, by the rules of lib.files.read_lines(). start: its first byte in the file."""
+    """Returns the names in a stretch of a list file, by the rules of lib.files.read_lines(). start: its place there."""
     return [line for line in map(str.strip, content.decode("utf-8-sig" if start == 0 else "utf-8").split("\n")) if line]
 
 
@@ -229,11 +233,17 @@ def stretches(file, source, root, size, copy, keep=None):
     if witness is None:
         raise unreadable(source, root, tried)
     if keep is not None:
-        file.seek(0)
-        seen.check(source, ((name, "line %d" % number) for number, line in enumerate(file, 1) for name in names_of(line, number - 1)), keep)
+        seen.check(source, numbered(file), keep)
     settings = {"kind": "list", "root": root, "sha256": digest.hexdigest(), "shards": len(counts), "shard_size": size}
-    return Input(settings, sum(counts), lambda i: {"list": copy, "start": ends[i], "end": ends[i + 1], "root": root, "images": counts[i]},
-                 len(counts), file, [{"root": root, "name": witness}])
+    return Input(settings, sum(counts), lambda i: {"list": copy, "start": ends[i], "end": ends[i + 1], "root": root,
+                                                   "images": counts[i]}, len(counts), file, [{"root": root, "name": witness}])
+
+
+def numbered(file):
+    """Yields (name, "line N") for each line of a list file."""
+    file.seek(0)
+    for number, line in enumerate(file, 1):
+        yield line.decode("utf-8-sig" if number == 1 else "utf-8").strip(), "line %d" % number
 
 
 def readable(source, root, names, tried):
@@ -243,7 +253,7 @@ def readable(source, root, names, tried):
     """
     for name in names:
         try:
-            patiently(lambda _: read_image(root, name, 1), root, first=True)
+            patiently(lambda _: read_image(root, name, 1), root, first=is_local(source))
             return name
         except ValueError as error:
             tried.append((name, error))
@@ -275,31 +285,38 @@ class Repeated(object):
         self.hashes.extend(map(hash, map(plain, names) if "./" in text or "//" in text else names))
 
     def check(self, source, again, keep):
-        """Raises ValueError for repeated names, or prints a note if they may be kept. again: yields all (name, its place) once more."""
-        hashes = np.array(self.hashes, copy=False)
+        """Raises ValueError for repeated names, or prints a note if they may be kept. again: yields all (name, its place)."""
+        hashes = np.asarray(self.hashes)
         hashes.sort()
         repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
-        some_of_them, places = set(repeated[:MAX_EXAMPLES].tolist()), {}
-        for name, place in again if some_of_them else ():
+        if not len(repeated):
+            return
+        if keep:
+            told_twice(source, len(repeated), "images", [], keep)
+            return
+        wanted, places = set(repeated[:MAX_EXAMPLES].tolist()), {}
+        for name, place in again:
             name = plain(name)
-            if hash(name) in some_of_them:
+            if hash(name) in wanted and name:
                 places.setdefault(name, []).append(place)
-        found = ["%s (%s)" % (name, some(where, 2)) for name, where in places.items() if len(where) > 1]  # two names may have one hash
-        if found:
-            told_twice(source, "images", found, keep, max(len(found), len(repeated) if len(repeated) > MAX_EXAMPLES else 0))
+        found = ["%s (%s)" % (name, some(where, 2)) for name, where in places.items() if len(where) > 1]
+        if found:  # else two names have one hash
+            told_twice(source, len(found) if len(repeated) <= MAX_EXAMPLES else len(repeated), "images", found, keep)
 
 
 def plain(name):
     """Returns the shortest form of a path: a/b.png for ./a//b.png."""
-    return re.sub(r"(^(?=\.)|(?<=/))\.?/+", "", name)
+    return re.sub(r"(^(?=\.)|(?<=/))\.?/+", "", name) if "./" in name or "//" in name else name
 
 
-def told_twice(source, what, found, keep, count):
+def told_twice(source, count, what, found, keep):
     """Raises ValueError for what is given more than once, or prints a note if that may be."""
-    text = "%s: %d %s are given more than once: %s" % (source, count, what, some(found))
-    if not keep:
-        raise ValueError("%s; each image needs one row, so remove them, or get a row for each with --duplicates keep" % text)
-    note(text)
+    text = "%s: %d %s are given more than once" % (source, count, what)
+    if keep:
+        note("%s; each gets a row every time" % text)
+        return
+    raise ValueError("%s: %s%s; each image needs one row, so remove the others, or keep a row for each with --duplicates keep"
+                     % (text, ", ".join(found[:5]), " and %d more" % (count - 5) if count > 5 else ""))
 
 
 # --- tars and Parquet files ---------------------------------------------------------------------------------------------
@@ -320,7 +337,7 @@ def of_files(kind, files, sizes, shards, images, **settings):
                        for lines in (["%s\n" % name for name in files], ["%s %s\n" % size for size in sizes]))
     first = {url.rpartition("/")[0]: url for url in reversed(files)}  # one file of each folder
     return Input(dict(settings, kind=kind, names=names, contents=contents, shards=len(shards)), images, shards.__getitem__,
-                 len(shards), None, [{"file": url} for url in sorted(first.values())])
+                 len(shards), None, [{"file": url} for url in sorted(first.values())[:MAX_WITNESSES]])
 
 
 def tars(files):
@@ -355,7 +372,9 @@ def rows_of(url, path_column, bytes_column):
         with open_binary(url) as f:
             file = pyarrow.parquet.ParquetFile(f)
             schema, metadata = file.schema_arrow, file.metadata
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        if str(error).startswith(url + ": "):  # it was not read at all
+            raise
         raise ValueError("%s: is not a Parquet file: %s" % (url, one_line(error)))
     types = columns(schema)
     if not {path_column, bytes_column} <= set(types):
@@ -365,7 +384,8 @@ def rows_of(url, path_column, bytes_column):
     path_type = types[path_column].value_type if kinds.is_dictionary(types[path_column]) else types[path_column]
     if str(path_type) not in ("string", "large_string", "binary", "large_binary") and not kinds.is_integer(path_type):
         raise ValueError("%s: the column %s holds %s, not paths; give --path-column" % (url, path_column, path_type))
-    of_bytes = [name for name, kind in types.items() if str(kind) in ("binary", "large_binary") or kinds.is_fixed_size_binary(kind)]
+    of_bytes = [name for name, kind in types.items()
+                if str(kind) in ("binary", "large_binary") or kinds.is_fixed_size_binary(kind)]
     if bytes_column not in of_bytes:
         raise ValueError("%s: the column %s holds %s, not the bytes of images; give --bytes-column%s" % (
             url, bytes_column, types[bytes_column],
@@ -384,7 +404,7 @@ def columns(schema):
 
 
 def paths_of(shard):
-    """Returns the paths of a row group, without null. Returns [] if this column is damaged, because the worker finds that, too."""
+    """Returns the paths of a row group, without null. Returns [] if this column is damaged, as the worker finds that, too."""
     import pyarrow
     import pyarrow.parquet
     with open_binary(shard["parquet"]) as f:
@@ -396,4 +416,5 @@ def paths_of(shard):
                 raise
             return []
     paths = table.column(shard["path_column"]).to_pylist()
-    return [path.decode("utf-8", "surrogateescape") if isinstance(path, bytes) else str(path) for path in paths if path is not None]
+    return [path.decode("utf-8", "surrogateescape") if isinstance(path, bytes) else str(path)
+            for path in paths if path is not None]

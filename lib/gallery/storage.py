@@ -23,7 +23,7 @@ from lib.script import note, one_line
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "obs"}  # a file put there appears whole or not at all
 BLOCK = 4 * 2 ** 20  # bytes; a remote file that is read in order is fetched in requests of about this size
 WAITS = (4, 8, 16, 32, 64)  # seconds; after these, what storage, network or a worker refused is tried again
-CHECKSUMS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "crc32c")  # under one of these keys, a file system has a checksum
+CHECKSUMS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "crc32c")  # a listing's keys of a checksum
 # An OSError with one of these numbers may be an image's own fault, if other images can be read. Any other is not.
 IMAGE_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -255,7 +255,7 @@ def read_image(root, name, end):
 
 
 def size_and_checksum(url):
-    """Returns (a file's bytes, its checksum). The checksum is SHA-256 for a local file, else what the file system has, or None."""
+    """Returns (a file's size in bytes, its checksum): a local file's SHA-256, else what the file system has, or None."""
     if is_local(url):
         digest, size = hashlib.sha256(), 0
         with open_binary(url) as f:
@@ -332,8 +332,10 @@ def create(url, content):
             except Exception as error:
                 if isinstance(error, FileExistsError) or http_status(error) in (409, 412):
                     return False
-                raise
-            return True
+                if http_status(error) != 501:  # this server knows no such request
+                    raise
+            else:
+                return True
         if fs.exists(path):
             return False
         if protocols(fs) & OBJECT_STORES:

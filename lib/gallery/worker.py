@@ -1,10 +1,11 @@
 """A worker of tools/gallery.py: reads the images of a shard, runs the model on them and writes their part.
 
-A small dict describes a shard: a stretch of a list file, a tar, or a row group of a Parquet file. Each of these, and the images, may
-be local or at any url that fsspec opens.
+A small dict describes a shard: a stretch of a list file, a tar, or a row group of a Parquet file. Each of these, and the images,
+may be local or at any url that fsspec opens.
 
-An image gets a row with an error only for what belongs to it alone: its bytes, or that it is missing or may not be read, while other
-images can be. Everything else is a fault of the storage, the network or this machine. The shard then has no part and is tried again.
+An image gets a row with an error only for what belongs to it alone: its bytes, or that it is missing or may not be read, while
+other images can be. Everything else is a fault of the storage, the network or this machine. The shard then has no part and is
+tried again.
 """
 import collections
 import errno
@@ -41,10 +42,10 @@ MAX_ENDINGS = 30  # so many endings of members that are no images are counted ap
 REMOTE_READERS = 16  # threads that read from an object store, which takes tens of milliseconds to answer
 TRIES = 2  # an image that so often kills the process that decodes it is at fault
 
-# kind: "done"; "damaged" (the shard itself is at fault, so that another try is useless); "again" (the storage, the network or this
-# machine is at fault); "full" (the output has no room). counts: {"images": n, "errors": n, "turned": how many images predict.py would
-# turn by their EXIF data, "left_out": {ending: members of a tar that are no images by their names}}. example: [(path, why)] of one
-# unreadable image. text: why it is not done, on one line. Only a shard that is done has counts and an example.
+# kind: "done"; "damaged" (the shard itself is at fault, so that another try is useless); "again" (the storage, the network or
+# this machine is at fault); "full" (the output has no room). counts: {"images": n, "errors": n, "turned": how many images
+# tools/predict.py would turn, "left_out": {ending: members of a tar that are no images by their names}}. example: [(path, why)]
+# of one unreadable image. text: why it is not done, on one line. Only a shard that is done has counts and an example.
 Result = collections.namedtuple("Result", "kind counts example text")
 
 
@@ -75,7 +76,8 @@ def reader(root):
     It raises OSError, or ValueError if the name or the file cannot be that of an image.
     """
     # fsspec makes a file system for each thread that asks for one; a single one keeps the number of connections low
-    return functools.partial(read_local, root, {}) if is_local(root) else functools.partial(read_elsewhere, root, *filesystem(root))
+    return functools.partial(read_local, root, {}) if is_local(root) else \
+        functools.partial(read_elsewhere, root, *filesystem(root))
 
 
 def read_local(root, listings, name):
@@ -126,7 +128,8 @@ def of_tar(shard, job, left_out):
             raise
         yield shard["tar"], error
     if twice:
-        raise Damaged("%d members have the name of an earlier one: %s; --duplicates keep gives each a row" % (len(twice), some(twice)))
+        raise Damaged("%d members have the name of an earlier one: %s; --duplicates keep gives each a row"
+                      % (len(twice), some(twice)))
 
 
 def content_of(tar, member):
@@ -148,8 +151,10 @@ def count_ending(left_out, name):
 
 
 def endings(left_out):
-    return some(("%d files %s" % (number, "that end in %s" % ending if ending.startswith(".") else "of %s names" % ending if ending else
-                                  "without an ending") for ending, number in left_out.most_common()))
+    """Returns such a Counter as text."""
+    return some(("%d files %s" % (number, "that end in %s" % ending if ending.startswith(".") else
+                                  "of %s names" % ending if ending else "without an ending")
+                 for ending, number in left_out.most_common()))
 
 
 def of_row_group(shard):
@@ -177,7 +182,8 @@ def decode(content, row):
         normalise(image, row)
         return None, turned
     except Exception as error:  # Pillow raises nearly anything on damaged files; its own OSErrors have no errno
-        if isinstance(error, MemoryError) or isinstance(error, OSError) and (error.errno is not None or "out of memory" in str(error)):
+        memory = isinstance(error, MemoryError) or "out of memory" in str(error)
+        if memory or isinstance(error, OSError) and error.errno is not None:
             raise
         return text(re.sub(" <_io.BytesIO object at 0x[0-9a-f]+>", "", one_line(error))), False
 
@@ -399,7 +405,8 @@ class Worker(object):
         bad = [(path, reason) for path, reason in zip(paths, reasons) if reason is not None]
         counts = {"images": len(paths), "errors": len(bad), "turned": len(images.turned), "left_out": dict(images.left_out)}
         try:
-            write_part(self.job["output"], number, self.job["run"], self.job["names"], paths, np.concatenate(parts), reasons, counts)
+            write_part(self.job["output"], number, self.job["run"], self.job["names"], paths, np.concatenate(parts), reasons,
+                       counts)
         except OSError as error:
             return Result("full" if error.errno in FULL | {errno.EROFS} else "again", None, [], text(one_line(error)))
         return Result("done", counts, bad[:1], None)

@@ -120,15 +120,20 @@ def uninterrupted():
 
 
 def start_worker(parent, function):
+    """Prepares a forked process for the pool's function."""
+    gc.freeze()  # the garbage collector leaves this process's copies alone: a library may wait for threads that a fork lacks
+    end_with(parent)
+    call_function.function = function
+
+
+def end_with(parent):
     """Makes a worker process ignore Ctrl-C, end when its parent is killed, and hide Pillow's warnings."""
     import ctypes
-    gc.freeze()  # the garbage collector leaves this process's copies alone: a library may wait for threads that a fork lacks
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
     if os.getppid() != parent:  # the parent was killed before that call
         os._exit(1)
     warnings.simplefilter("ignore")
-    call_function.function = function
 
 
 def call_function(item):

@@ -1,85 +1,52 @@
-"""A worker of tools/gallery.py: reads the images of a shard, runs the model on them and writes their Parquet file.
+"""A worker of tools/gallery.py: reads the images of a shard, runs the model on them and writes their part.
 
-A small dict describes a shard: a stretch of a list file, a tar, or a row group of a Parquet file. This file does not depend on
-Ray. Each path may be local or a URL that fsspec opens, such as s3://bucket/folder.
+A small dict describes a shard: a stretch of a list file, a tar, or a row group of a Parquet file. Each of these, and the images,
+may be local or at any url that fsspec opens.
+
+An image gets a row with an error only for what belongs to it alone: its bytes, or that it is missing or may not be read, while
+other images can be. Everything else is a fault of the storage, the network or this machine. The shard then has no part and is
+tried again.
 """
 import collections
-import contextlib
 import errno
 import functools
 import io
+import multiprocessing
 import os
-import secrets
-import tarfile
+import posixpath
+import re
+import stat
 import tempfile
 import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
-from lib.files import whole_file
-from lib.images import preprocess
-from lib.names import another_form, inside, is_image
+from lib.gallery.archive import Tar
+from lib.gallery.parts import write_part
+from lib.gallery.rows import read_rows
+from lib.gallery.source import Damaged, Source
+from lib.gallery.storage import FULL, IMAGE_ERRORS, fetched, filesystem, image_at, is_local, read_range
+from lib.images import normalise, read_image
+from lib.machine import end_with, uninterrupted
+from lib.names import ENDINGS, is_image
 from lib.results import logits_from, probabilities
-from lib.script import importing, one_line
+from lib.script import importing, one_line, some
 from lib.session import empty_batch, input_size, open_session, run_batches
 
 with importing():
     import numpy as np
 
-OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "obs"}  # a file put there appears whole or not at all
-MAX_BYTES = 256 * 1000 * 1000  # larger image files in a tar or object store are refused, because they are read into memory
-PARQUET_ROWS = 64  # this many rows are read at a time
+MAX_BYTES = 256 * 1000 * 1000  # larger image files are refused, because they are read into memory
+MAX_ENDINGS = 30  # so many endings of members that are no images are counted apart
 REMOTE_READERS = 16  # threads that read from an object store, which takes tens of milliseconds to answer
-# An OSError with one of these numbers is the image's own fault. After any other, such as a network error, the shard is retried.
-IMAGE_ERRORS = {None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
-LISTING_LOCK = threading.Lock()
+TRIES = 2  # an image that so often kills the process that decodes it is at fault
 
-
-# --- files here and elsewhere ------------------------------------------------------------------------------------------
-
-def is_local(url):
-    return "://" not in url
-
-
-def filesystem(url):
-    """Returns (the fsspec file system of a path or URL, the path there). Raises ValueError if no package can open it."""
-    from fsspec.core import url_to_fs
-    try:
-        return url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ValueError("%s: cannot be opened: %s" % (url, one_line(error)))
-
-
-@contextlib.contextmanager
-def whole(url):
-    """Yields the name of a local file for the block to write. The file then appears at url, whole or not at all."""
-    if is_local(url):
-        with whole_file(url) as temporary:
-            yield temporary
-            with open(temporary, "rb") as f:
-                os.fsync(f.fileno())  # without it, a power failure after the rename may leave an empty file
-        return
-    with tempfile.NamedTemporaryFile(prefix="gallery") as f:
-        yield f.name
-        put(f.name, *filesystem(url))
-
-
-def put(name, fs, path):
-    """Copies a local file to path on a file system, where it appears whole or not at all."""
-    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-    if protocols & OBJECT_STORES:
-        fs.put_file(name, path)
-        return
-    temporary = "%s.%s.partial" % (path, secrets.token_hex(4))
-    fs.put_file(name, temporary)
-    if fs.exists(path):  # HDFS cannot rename to an existing name
-        fs.rm_file(path)
-    fs.mv(temporary, path)
-
-
-def own_fault(error):
-    """Returns whether an image, tar or Parquet file itself is at fault, so that another try would fail in the same way."""
-    return not isinstance(error, OSError) or error.errno in IMAGE_ERRORS
+# kind: "done"; "damaged" (the shard itself is at fault, so that another try is useless); "again" (the storage, the network or
+# this machine is at fault); "full" (the output has no room). counts: {"images": n, "errors": n, "turned": how many images
+# tools/predict.py would turn, "left_out": {ending: members of a tar that are no images by their names}}. example: [(path, why)]
+# of one unreadable image. text: why it is not done, on one line. Only a shard that is done has counts and an example.
+Result = collections.namedtuple("Result", "kind counts example text")
 
 
 def text(name):
@@ -88,120 +55,189 @@ def text(name):
 
 
 # --- the images of a shard, each as (its path in the result, its content) ------------------------------------------------
-# The content is bytes, or a function that returns bytes or a local path, or an exception if it cannot be read.
+# The content is bytes, or a function that reads and returns the bytes, or an exception if it cannot be read.
 
 def listed_names(shard):
     """Returns the names in a stretch of a list file, by the rules of lib.files.read_lines()."""
-    fs, path = filesystem(shard["list"])
-    with fs.open(path, "rb") as f:
-        f.seek(shard["start"])
-        lines = f.read(shard["end"] - shard["start"])
+    lines = read_range(shard["list"], shard["start"], shard["end"])
     lines = lines.decode("utf-8-sig" if shard["start"] == 0 else "utf-8")
     return [line.strip() for line in lines.split("\n") if line.strip()]
 
 
 def of_list(shard):
-    root = shard["root"]
-    find = functools.partial(local_path, root, listings={}) if is_local(root) else functools.partial(fetch, *filesystem(root))
+    read = reader(shard["root"])
     for name in listed_names(shard):
-        yield name, functools.partial(find, name)
+        yield name, functools.partial(read, name)
 
 
-def check_inside(name):
-    if not inside(name):  # a list may come from an untrusted source
-        raise ValueError("not a file name inside the images' folder")
+def reader(root):
+    """Returns a function that returns the bytes of the image with this name in the folder root.
+
+    It raises OSError, or ValueError if the name or the file cannot be that of an image.
+    """
+    # fsspec makes a file system for each thread that asks for one; a single one keeps the number of connections low
+    return functools.partial(read_local, root, {}) if is_local(root) else \
+        functools.partial(read_elsewhere, root, *filesystem(root))
 
 
-def local_path(root, name, listings):
-    """Returns the path of a listed image. Its file may have another Unicode form of the name than the list."""
-    check_inside(name)
-    path = os.path.join(root, name)
-    if not os.path.lexists(path) and not name.isascii():
-        path = root
-        for part in name.split("/"):
-            with LISTING_LOCK:
-                path = os.path.join(path, another_form(path, part, listings))
-    if not os.path.lexists(path):
-        raise FileNotFoundError("no such file")
-    return path
+def read_local(root, listings, name):
+    with open(image_at(root, name, listings), "rb", 0, opener=open_at_once) as f:
+        found = os.fstat(f.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("not a regular file")
+        check_size(found.st_size)
+        return f.readall()
 
 
-def fetch(fs, root, name):
-    """Returns the bytes of a listed image on a remote file system. After its OSError with EIO, the shard is retried."""
-    check_inside(name)
+def open_at_once(path, flags):
+    return os.open(path, flags | os.O_NONBLOCK)  # otherwise, opening a FIFO would wait for ever
+
+
+def read_elsewhere(root, fs, folder, name):
+    url = image_at(root, name)
+    content = fetched(fs, folder.rstrip("/") + url[len(root.rstrip("/")):], url, 0, MAX_BYTES + 1)  # one request
+    check_size(len(content))
+    return content
+
+
+def check_size(size):
+    if size > MAX_BYTES:
+        raise ValueError("%d bytes or more are too many" % size)
+
+
+def of_tar(shard, job, left_out):
+    """Yields the images of a tar. left_out: a Counter of the endings of other members."""
+    seen, twice = set(), []
     try:
-        with fs.open("%s/%s" % (root.rstrip("/"), name), "rb") as f:
-            size = getattr(f, "size", None) or 0
-            return f.read() if size <= MAX_BYTES else too_large(size)
-    except FileNotFoundError:
-        raise FileNotFoundError("no such file")
-    except Exception as error:  # each file system has its own kinds of errors
-        raise OSError(errno.EIO, "%s/%s: %s" % (root, name, one_line(error)))
+        with Source(shard["tar"]) as source:
+            tar = Tar(source)
+            for member in tar:
+                if not is_image(member.name):
+                    count_ending(left_out, member.name)
+                    continue
+                name = posixpath.normpath(member.name)
+                if name in seen and job["duplicates"] != "keep":
+                    twice.append(name)
+                seen.add(name)
+                if not twice:  # else nothing will be written
+                    yield "%s/%s" % (shard["tar"], member.name), content_of(tar, member)
+        if left_out and not seen:
+            raise Damaged("holds no image (%s), but %s" % (" ".join(ENDINGS), endings(left_out)))
+    except Damaged as error:
+        if job["damaged"] != "keep" or twice:
+            raise
+        yield shard["tar"], error
+    if twice:
+        raise Damaged("%d members have the name of an earlier one: %s; --duplicates keep gives each a row"
+                      % (len(twice), some(twice)))
 
 
-def too_large(size):
-    """Returns the error that stands for the content of a file that is too large."""
-    return ValueError("%d bytes are too many" % size)
+def content_of(tar, member):
+    """Returns the content of a tar's member."""
+    if not member.isreg():
+        return ValueError("is a link or another special entry in the tar, not a file")
+    try:
+        check_size(max(member.size, tar.offset - tar.place))
+    except ValueError as error:
+        return error
+    return tar.content(member)
 
 
-def of_tar(shard):
-    fs, path = filesystem(shard["tar"])
-    with fs.open(path, "rb") as f, tarfile.open(fileobj=f, mode="r|*") as tar:
-        for member in tar:
-            if member.isdir() or not is_image(member.name):
-                continue
-            if not member.isreg():
-                content = ValueError("is a link or another special entry in the tar, not a file")
-            elif member.size > MAX_BYTES:
-                content = too_large(member.size)
-            else:
-                content = tar.extractfile(member).read()
-            yield "%s/%s" % (shard["tar"], member.name), content
+def count_ending(left_out, name):
+    """Adds a member that is no image to a Counter of endings. Names that begin with a dot count as "hidden"."""
+    name = name.rpartition("/")[2]
+    ending = "hidden" if name.startswith(".") else text(os.path.splitext(name)[1].lower())
+    left_out[ending if ending in left_out or len(left_out) < MAX_ENDINGS else "other"] += 1
+
+
+def endings(left_out):
+    """Returns such a Counter as text."""
+    return some(("%d files %s" % (number, "that end in %s" % ending if ending.startswith(".") else
+                                  "of %s names" % ending if ending else "without an ending")
+                 for ending, number in left_out.most_common()))
 
 
 def of_row_group(shard):
-    import pyarrow
-    import pyarrow.parquet
-    columns = [shard["path_column"], shard["bytes_column"]]
-    fs, path = filesystem(shard["parquet"])
-    with fs.open(path, "rb") as f:
-        file = pyarrow.parquet.ParquetFile(f, buffer_size=2 ** 20)
-        row = 0
-        for batch in file.iter_batches(PARQUET_ROWS, [shard["group"]], columns, use_threads=False):
-            table = pyarrow.Table.from_batches([batch]).flatten()  # a column may be a field: image.bytes
-            for name, content in zip(*(table.column(column) for column in columns)):
-                name, content = name.as_py(), content.as_py()
-                if name is None:
-                    name = "%s row group %d row %d" % (shard["parquet"], shard["group"], row)
-                yield (name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name),
-                       ValueError("no bytes") if content is None else content)
-                row += 1
+    with Source(shard["parquet"]) as source:
+        rows = read_rows(source, shard["group"], shard["images"], (shard["path_column"], shard["bytes_column"]))
+        for row, (name, content) in enumerate(rows):
+            if not isinstance(content, (bytes, Exception)):  # a text is never taken for a path
+                content = ValueError("no bytes" if content is None else "a value of type %s, not bytes" % type(content).__name__)
+            if isinstance(name, Exception):
+                name, content = None, name
+            if name is None:
+                name = "%s row group %d row %d" % (shard["parquet"], shard["group"], row)
+            yield name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name), content
 
 
-def images(shard):
-    """Yields (path, content) for each image of a shard. For a damaged tar or Parquet file, yields its path and the error."""
-    kind = next(kind for kind in ("list", "tar", "parquet") if kind in shard)
+# --- decoding an image ---------------------------------------------------------------------------------------------------
+
+def decode(content, row):
+    """Writes an image, given as bytes, into its row of a batch. Returns (None or why it cannot be read, whether it is turned).
+
+    See lib.images.turned(). Raises MemoryError or OSError if this machine is at fault.
+    """
     try:
-        for name, content in {"list": of_list, "tar": of_tar, "parquet": of_row_group}[kind](shard):
-            yield text(name), content
-    except Exception as error:  # tarfile, zlib, lzma and pyarrow have their own kinds
-        if not own_fault(error) or kind == "list":
+        image, turned = read_image(io.BytesIO(content))
+        normalise(image, row)
+        return None, turned
+    except Exception as error:  # Pillow raises nearly anything on damaged files; its own OSErrors have no errno
+        memory = isinstance(error, MemoryError) or "out of memory" in str(error)
+        if memory or isinstance(error, OSError) and error.errno is not None:
             raise
-        yield shard[kind], error
+        return text(re.sub(" <_io.BytesIO object at 0x[0-9a-f]+>", "", one_line(error))), False
 
 
-def read(image, row):
-    """Writes an image of images() into its row of a batch. Returns None, or why the image cannot be read."""
-    _, content = image
-    try:
-        content = content() if callable(content) else content
-        if isinstance(content, Exception):
-            raise content
-        preprocess(io.BytesIO(content) if isinstance(content, bytes) else content, out=row)
-    except Exception as error:  # Pillow raises nearly anything on damaged files
-        if not own_fault(error):
-            raise
-        return text(one_line(error))
+def decode_apart(content, shape, dtype):
+    """Does the work of decode() in another process. Returns (the row, None or why not, whether it is turned)."""
+    row = np.zeros(shape, dtype)
+    return (row,) + decode(content, row)
+
+
+class Apart(object):
+    """Decodes images in a process that does nothing else, one at a time, because one of them kills processes."""
+
+    def __init__(self):
+        self.pool, self.lock, self.ended = None, threading.Lock(), False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with self.lock:
+            self.ended = True
+            self.close()
+
+    def decode(self, content, row):
+        """Does the work of decode(). An image that kills the process TRIES times cannot be read."""
+        with self.lock:
+            for _ in range(TRIES):
+                try:
+                    row[...], reason, turned = self.started(row).submit(decode_apart, content, row.shape, row.dtype).result()
+                    return reason, turned
+                except BrokenProcessPool:
+                    self.close()
+            return "kills the process that decodes it", False
+
+    def started(self, row):
+        """Returns the pool of the process, which is started if there is none. Raises OSError if that fails."""
+        if self.pool is None:
+            if self.ended:
+                raise OSError("the shard is given up")
+            self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with, (os.getpid(),))
+            try:
+                with uninterrupted():
+                    trial = self.pool.submit(decode_apart, b"", row.shape, row.dtype)
+                trial.result()
+            except BrokenProcessPool:
+                self.close()
+                raise OSError("a process for decoding cannot be started; is there memory left?")
+        return self.pool
+
+    def close(self):
+        if self.pool is not None:
+            self.pool.shutdown()
+            self.pool = None
 
 
 # --- a worker -----------------------------------------------------------------------------------------------------------
@@ -211,6 +247,80 @@ def versions():
     import onnxruntime
     import PIL
     return {"onnxruntime": onnxruntime.__version__, "Pillow": PIL.__version__, "numpy": np.__version__}
+
+
+class Again(Exception):
+    """The storage, the network or this machine is at fault."""
+
+
+def kind_of(error):
+    """Returns what an error of reading is: equal for two errors of the same kind."""
+    return isinstance(error, OSError) and error.errno
+
+
+def why(error):
+    """Returns the reason of an error on one line, without the file's name if it is one of IMAGE_ERRORS."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return text(os.strerror(error.errno).lower() if kind_of(error) in IMAGE_ERRORS else one_line(error))
+
+
+class Images(object):
+    """The images of a shard while they are read. Its methods are called by several threads."""
+
+    def __init__(self, shard, job, decode):
+        self.shard, self.job, self.decode = shard, job, decode
+        self.left_out = collections.Counter()
+        self.suspects = []  # (path, content, error) of each image that may not be at fault itself
+        self.turned = []    # an item for each image that is turned
+
+    def __iter__(self):
+        shard = self.shard
+        for name, content in (of_list(shard) if "list" in shard else of_row_group(shard) if "parquet" in shard else
+                              of_tar(shard, self.job, self.left_out)):
+            yield text(name), content
+
+    def read(self, image, row):
+        """Writes an image into its row of a batch. Returns None, or why the image cannot be read."""
+        path, content = image
+        try:
+            content = content() if callable(content) else content
+        except OSError as error:
+            if kind_of(error) not in IMAGE_ERRORS:
+                raise
+            self.suspects.append((path, image[1], error))
+            return why(error)
+        except ValueError as error:
+            return why(error)
+        if isinstance(content, Exception):
+            return why(content)
+        reason, turned = self.decode(content, row)
+        if turned:
+            self.turned.append(path)
+        return reason
+
+    def check_suspects(self, fit, readers):
+        """Raises Again unless each image that could not be read is itself at fault. fit: see Worker.fit(). readers: threads."""
+        def check_fit():
+            fault = fit()
+            if fault:
+                path, _, error = self.suspects[0]
+                raise Again("%s: %s, but %s" % (path, why(error), fault))
+
+        def check(suspect):
+            path, content, error = suspect
+            try:
+                content()
+                now = None
+            except (OSError, ValueError) as other:
+                now = other
+            if kind_of(now) != kind_of(error):
+                raise Again("%s: %s, and then %s" % (path, why(error), why(now) if now else "it could be read"))
+
+        if self.suspects:
+            check_fit()
+            list(readers.map(check, self.suspects))
+            check_fit()
 
 
 class Worker(object):
@@ -225,70 +335,86 @@ class Worker(object):
         return sum(list(self.under_way.values()))
 
     def start(self, model):
-        """Opens the model, the bytes of an ONNX file. Raises ValueError if this machine does not fit the job."""
+        """Opens the model, the bytes of an ONNX file. Raises ValueError or ImportError if this machine does not fit the job."""
         import pyarrow.parquet  # noqa: F401 - import it now, because that takes a while
         from PIL import Image
         warnings.simplefilter("ignore")  # Pillow warns about damaged files
         Image.core.set_blocks_max(8)  # reuse memory for the next image
-        calls, readers = self.job["calls"], self.job["readers"]
-        with tempfile.NamedTemporaryFile(prefix="gallery", suffix=".onnx") as f:
-            f.write(model)
-            f.flush()
-            self.session = open_session(f.name, threads=self.job["threads"], calls=calls, provider=self.job["provider"])
         differing = ["%s %s, not %s" % (name, mine, self.job["versions"][name])
                      for name, mine in versions().items() if mine != self.job["versions"][name]]
         if differing:
             raise ValueError("its logits might differ, because it has %s" % ", ".join(differing))
-        batch = empty_batch(self.session, *input_size(self.session))
-        self.session.run(None, {self.session.get_inputs()[0].name: batch})  # the first call also allocates memory
-        self.runners, self.readers = ThreadPoolExecutor(calls), ThreadPoolExecutor(readers)
+        calls = self.job["calls"]
+        with tempfile.TemporaryFile() as f:  # it has no name that a killed worker could leave behind
+            f.write(model)
+            f.flush()
+            name = "/proc/self/fd/%d" % f.fileno()
+            try:
+                self.session = open_session(name, self.job["device_id"], self.job["threads"], calls, self.job["provider"])
+                batch = empty_batch(self.session, *input_size(self.session))
+                self.session.run(None, {self.session.get_inputs()[0].name: batch})  # the first call also allocates memory
+            except ImportError:
+                raise
+            except Exception as error:  # ONNX Runtime's own exceptions do not reach another process
+                raise ValueError("the model cannot be opened: %s" % one_line(error).replace(name + ": ", ""))
+        self.runners, self.readers = ThreadPoolExecutor(calls), ThreadPoolExecutor(self.job["readers"])
 
-    def work(self, number, shard):
-        """Computes a shard and writes its part. Returns (number of images, number of unreadable ones, one of them and why).
+    def fit(self):
+        """Returns None, or on one line why one of the job's witnesses cannot be read here."""
+        for witness in self.job["witnesses"]:
+            try:
+                if "file" in witness:
+                    read_range(witness["file"], 0, 1)
+                else:
+                    reader(witness["root"])(witness["name"])
+            except (OSError, ValueError) as error:
+                return text("%s cannot be read here: %s" % (
+                    witness.get("file") or "%s/%s" % (witness["root"], witness["name"]), why(error)))
+        return None
 
-        Several calls may run at the same time. Raises an error if the shard should be tried again.
+    def work(self, number, shard, careful=False):
+        """Computes a shard and writes its part. Returns a Result. Several calls may run at the same time.
+
+        careful: a worker died with this shard, so that each image is decoded in a process that does nothing else.
         """
         self.under_way[number] = 0
         try:
-            return self.compute(number, shard)
+            with Apart() as apart:
+                return self.compute(number, shard, Images(shard, self.job, apart.decode if careful else decode))
+        except Damaged as error:
+            return Result("damaged", None, [], text("%s: %s" % (shard.get("tar") or shard["parquet"], error)))
+        except Exception as error:  # those of file systems and ONNX Runtime do not reach another process
+            name = "" if isinstance(error, (Again, OSError, ValueError)) else type(error).__name__ + ": "
+            return Result("again", None, [], text(name + one_line(error)))
         finally:
             del self.under_way[number]
 
-    def compute(self, number, shard):
+    def compute(self, number, shard, images):
         """Does the work of work()."""
         paths, reasons, parts = [], [], [np.zeros((0, len(self.job["names"])), np.float32)]
-        for batch, unread, values in run_batches(self.session, images(shard), read, self.job["calls"], runner=self.runners,
+        for batch, unread, values in run_batches(self.session, images, images.read, self.job["calls"], runner=self.runners,
                                                  reader=self.readers):
             paths += [path for path, _ in batch]
             reasons += ["the model gives NaN or infinite values" if reason is None and not finite else reason
                         for reason, finite in zip(unread, np.isfinite(values).all(axis=1))]
             parts.append(self.converted(values))
             self.under_way[number] += len(batch)
-        write_part(part_name(self.job["output"], number), self.job["names"], paths, np.concatenate(parts), reasons)
+        if len(paths) != shard.get("images", len(paths)):
+            raise Again("%s: gives %d images, not %d" % (shard.get("list") or shard["parquet"], len(paths), shard["images"]))
+        images.check_suspects(self.fit, self.readers)
         bad = [(path, reason) for path, reason in zip(paths, reasons) if reason is not None]
-        return len(paths), len(bad), bad[:1]
+        counts = {"images": len(paths), "errors": len(bad), "turned": len(images.turned), "left_out": dict(images.left_out)}
+        try:
+            write_part(self.job["output"], number, self.job["run"], self.job["names"], paths, np.concatenate(parts), reasons,
+                       counts)
+        except OSError as error:
+            return Result("full" if error.errno in FULL | {errno.EROFS} else "again", None, [], text(one_line(error)))
+        return Result("done", counts, bad[:1], None)
 
     def converted(self, values):
         """Returns the model's output as logits or probabilities, as the job wants them."""
-        if self.job["sigmoid"] and not self.job["probabilities"]:
+        if self.job["kind"] == "probabilities" and not self.job["probabilities"]:
             return logits_from(values)
-        if self.job["probabilities"] and not self.job["sigmoid"]:
+        if self.job["kind"] == "logits" and self.job["probabilities"]:
             return probabilities(values).astype(np.float32)
         return values
-
-
-def part_name(output, number):
-    return "%s/part-%06d.parquet" % (output, number)
-
-
-def write_part(url, names, paths, values, reasons):
-    """Writes a part: path, a column of values for each attribute, and error. An image with an error has no values."""
-    import pyarrow
-    import pyarrow.parquet
-    bad = np.array([reason is not None for reason in reasons], bool)
-    columns = {"path": pyarrow.array(paths, pyarrow.string())}
-    columns.update((name, pyarrow.array(np.ascontiguousarray(column), pyarrow.float32(), mask=bad))
-                   for name, column in zip(names, values.T))
-    columns["error"] = pyarrow.array(reasons, pyarrow.string())
-    with whole(url) as temporary:
-        pyarrow.parquet.write_table(pyarrow.table(columns), temporary, compression="zstd", use_dictionary=False)

@@ -8,14 +8,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.join(os.path.dirname(TESTS), folder) for folder in ("", "tools", "tools/run", "tests")]
 pytest.register_assert_rewrite("helpers", "small_network")
-from helpers import SIZE, S3Server, run_all, script
+from helpers import SIZE, S3Server, all_images, run_all, script, write_images, write_model
 
 VERSION = "%d.%d" % sys.version_info[:2]
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in all scripts
@@ -85,6 +87,41 @@ def first_run(shared_folder, sample_folder):
                 json.dump([process.args, process.returncode, process.stdout, process.stderr], f)
     with open(told) as f:
         return work, subprocess.CompletedProcess(*json.load(f))
+
+
+@pytest.fixture(scope="session")
+def gallery_folder(tmp_path_factory):
+    """images/ with 22 images, two of them damaged and some in a folder below; m.onnx of batch size 4; list.txt, a.tar, a.parquet."""
+    import pyarrow
+    from pyarrow import parquet
+    path = tmp_path_factory.mktemp("gallery")
+    write_images(path / "images", 15)
+    write_images(path / "images" / "b", 5)
+    (path / "images" / "b" / "empty.png").write_bytes(b"")
+    (path / "images" / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    write_model(path / "m.onnx", 4)
+    names = all_images(path / "images")
+    (path / "list.txt").write_text("".join(name + "\n" for name in names))
+    with tarfile.open(str(path / "a.tar"), "w") as tar:
+        for name in names:
+            tar.add(str(path / "images" / name), name)
+    table = pyarrow.table({"path": names, "bytes": [(path / "images" / name).read_bytes() for name in names]})
+    parquet.write_table(table, str(path / "a.parquet"), row_group_size=8)
+    return path
+
+
+@pytest.fixture(scope="session")
+def many(gallery_folder):
+    """many/ in the gallery's folder: 360 names of ten big pictures, which take a while. Returns the names."""
+    random, folder = np.random.RandomState(0), gallery_folder / "many"
+    folder.mkdir()
+    for i in range(360):
+        path = folder / ("%04d.png" % i)
+        if i < 10:
+            Image.fromarray(random.randint(0, 256, (800, 800, 3)).astype(np.uint8)).save(str(path))
+        else:
+            os.link(str(folder / ("%04d.png" % (i % 10))), str(path))
+    return all_images(folder)
 
 
 @pytest.fixture(scope="session")

@@ -513,3 +513,48 @@ class S3Server(object):
         body = b"".join(self.app(environ, start))
         self.sent += len(body)
         return [body]
+
+
+# --- tools/gallery.py -------------------------------------------------------------------------------------------------
+
+GALLERY = os.path.join(ROOT, "tools", "gallery.py")
+
+
+def run_gallery(folder, *arguments, tool=GALLERY, runner=subprocess.run, **environment):
+    """Runs the tool with m.onnx in a folder. Returns the finished process, or with subprocess.Popen the running one."""
+    return runner([sys.executable, tool, "--onnx", "m.onnx"] + [str(argument) for argument in arguments], cwd=str(folder),
+                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, env=dict(os.environ, **environment))
+
+
+def all_images(path):
+    return sorted(str(name.relative_to(path)) for name in path.rglob("*.*g"))
+
+
+def check_once(output, names):
+    """Returns {path: (error, values)} of all parts. Every image is in exactly one, and nothing else is in the folder."""
+    from pyarrow import parquet
+    found = {}
+    for part in sorted(map(str, output.glob("part-*.parquet"))):
+        for row in parquet.read_table(part).to_pylist():
+            path, error = row.pop("path"), row.pop("error")
+            assert path not in found and {value is None for value in row.values()} == {error is not None}
+            found[path] = error, np.array(list(row.values()), np.float32)
+    assert sorted(found) == sorted(names)
+    assert not [name for name in os.listdir(str(output)) if not re.match(r"part-\d{6}\.parquet$|_manifest.json$|_list.txt$", name)]
+    return found
+
+
+def finish_gallery(process, output, names, lost, again):
+    """Waits for the end of a run over many/. Every image must be there once, with its values. Returns (workers, places, text).
+
+    lost, again: the expected lost workers and repeated shards.
+    """
+    text, errors = process.communicate()
+    assert process.returncode == 0 and all(line.startswith("note: ") for line in errors.splitlines()), (text, errors)
+    found = check_once(output, names)
+    for number, name in enumerate(sorted(names)):  # each tenth is the same picture
+        assert found[name][0] is None and found[name][1].tobytes() == found["%04d.png" % (number % 10)][1].tobytes()
+    workers, places, lost_workers, repeated = map(int, re.search(
+        r"(\d+) workers on (\d+) \w+, (\d+) lost; (\d+) parts started again", text).groups())
+    assert lost_workers == lost and repeated in again, text
+    return workers, places, text

@@ -2,7 +2,7 @@
 import os
 import re
 
-from lib.files import not_utf8, whole_file
+from lib.files import read_text, whole_file
 from lib.images import MEAN, STD
 from lib.names import natural, undecodable
 from lib.script import importing, some
@@ -78,13 +78,8 @@ def write_info(path, folder, names, width, height):
 def read_info(path, height, width, uint8=False):
     """Returns the bins of an info file, [(name, path)]. Raises OSError, or ValueError for a bin of the wrong size."""
     text, size = kind(height, width, uint8)
-    try:
-        with open(path, encoding="utf-8") as f:
-            lines = f.read().split("\n")
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, error.start)
     bins, seen, bad = [], set(), []
-    for line in lines:
+    for line in read_text(path).split("\n"):
         if not line.strip():
             continue
         match = re.match(r"(\d{1,9}) ([^\0]+) (\d{1,9}) (\d{1,9})$", line)

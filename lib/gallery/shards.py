@@ -94,7 +94,7 @@ def stretches(file, source, root, size, copy):
         try:
             content.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise not_utf8(source, (ends[-1] if ends else 0) + error.start)
+            raise not_utf8(source, (ends[-1] if ends else 0) + error.start, content)
         if max(map(len, lines)) == MAX_LINE:
             raise ValueError("%s: is not a list of file names: line %d or a later one has %d bytes or more"
                              % (source, images + 1, MAX_LINE))

@@ -4,7 +4,7 @@ import re
 
 from lib.files import read_text, whole_file
 from lib.images import MEAN, STD
-from lib.names import natural, undecodable
+from lib.names import check_length, natural, undecodable
 from lib.script import importing, some
 
 with importing():
@@ -66,6 +66,8 @@ def list_bins(folder, width, height, uint8=None):
 
 def write_info(path, folder, names, width, height):
     """Writes the info file of a folder's bins, 'INDEX PATH WIDTH HEIGHT' a line. Raises OSError or ValueError."""
+    for name in names:
+        check_length(os.path.splitext(name)[0], folder)
     for name in [folder] + names:
         if "\n" in name:
             raise ValueError("%r: a line of the info file cannot hold this name" % name)
@@ -90,6 +92,7 @@ def read_info(path, height, width, uint8=False):
             raise ValueError("%s: line %d is for %s x %s, not %d x %d"
                              % (path, len(bins) + 1, match.group(3), match.group(4), width, height))
         name = os.path.splitext(os.path.basename(match.group(2)))[0]
+        check_length(name, path)
         if name in seen:
             raise ValueError("%s: two bins are called %s, so their results would be the same file" % (path, name))
         seen.add(name)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 
-from lib.script import note
+from lib.script import note, some
 
 NUMBER = (int, float)  # the types of a number in a JSON file, for fits()
 MOUNT_ERROR = "%s: something is mounted there, so it cannot be replaced as a whole; give a folder inside it"
@@ -61,11 +61,11 @@ def write_text(path, text):
 
 
 @contextlib.contextmanager
-def replaced_folder(path, ending=".bin"):
+def replaced_folder(path, ending=".bin", names=None):
     """Yields an empty folder next to path. If the block succeeds, the folder replaces path.
 
-    An earlier folder at path may only hold names with this ending, so that a mistyped path deletes nothing else. Raises
-    ValueError or OSError.
+    An earlier folder at path may only hold names with this ending, so that a mistyped path deletes nothing else. names: of the
+    files that the block writes, if they are known; all of them must be there. Raises ValueError or OSError.
     """
     path = os.path.realpath(path)
     if os.path.ismount(path):
@@ -95,6 +95,8 @@ def replaced_folder(path, ending=".bin"):
         shutil.rmtree(old, ignore_errors=True)
         try:
             yield partial
+            if names is not None:
+                check_written(path, names, len(os.listdir(partial)))
             if os.path.exists(path):
                 put_away(path, old)
             os.rename(partial, path)
@@ -108,6 +110,16 @@ def replaced_folder(path, ending=".bin"):
         shutil.rmtree(old, ignore_errors=True)
     finally:
         os.close(folder)
+
+
+def check_written(path, names, found):
+    """Raises ValueError if a folder holds fewer files than were written: some file systems do not know a.bin from A.bin."""
+    if found != len(names):
+        first = {}
+        twins = ["%s and %s" % (first[name.lower()], name) for name in names if first.setdefault(name.lower(), name) is not name]
+        raise ValueError("%s: %d files were written, but it holds %d: its file system takes different names for the same%s; "
+                         "rename the images, or write to another file system"
+                         % (path, len(names), found, " (%s)" % some(twins) if twins else ""))
 
 
 def put_away(path, old):

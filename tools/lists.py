@@ -36,7 +36,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.files import read_lines, write_text
 from lib.labels import PETA, read_rows
 from lib.machine import worker_pool
-from lib.names import composed, find_listed, inside, stem, undecodable
+from lib.names import check_length, composed, find_listed, inside, stem, undecodable
 from lib.pickles import Named, Pickle, Unpickler
 from lib.script import command, importing, note, one_line, some
 
@@ -413,9 +413,10 @@ def link(folder, names, paths):
 
 
 def check_stems(path, names):
-    """Raises ValueError if two images would have the same bin."""
+    """Raises ValueError if two images would have the same bin, or if a result's name would be too long."""
     first, pairs = {}, []
     for name in names:
+        check_length(stem(name), path)
         if first.setdefault(stem(name), name) is not name:
             pairs.append("%s and %s" % (first[stem(name)], name))
     if pairs:

@@ -221,17 +221,18 @@ def test_labels_in_another_code_are_refused_or_right(tmp_path, monkeypatch, chan
 
 
 @pytest.mark.parametrize("more, expected", [
-    ({"attributes": [" hat", "bag", "male"], "attr_words": np.array(["hat", "bag", "male"])}, ["hat", "bag", "male"]),  # MSP60K
-    ({"attributes": ["hat", "bag", "male"], "attr_name": ["male", "hat", "bag"], "label_idx": EasyDict(eval=[2, 0, 1])},
-     ["hat", "bag", "male"]),  # RAP and PETA: the labels are in their final order already
-    ({"attr_name": np.array(["hat", "bag", "male"])}, ["hat", "bag", "male"])],  # EventPAR
-    ids=["MSP60K", "RAP", "EventPAR"])
+    ({"attributes": [" hat", "bag", "male"], "attr_words": np.array(["hat", "bag", "male"])}, ["hat", "bag", "male"]),
+    ({"attributes": ["head hat", "a bag", "male"], "attr_name": ["hat", "bag", "male"], "label_idx": EasyDict(eval=[2, 0, 1])},
+     ["hat", "bag", "male"]),  # the labels are in their final order already
+    ({"attributes": ["hat", "bag", "male"], "attr_name": ["male", "hat", "bag"], "sentences": {"0.jpg": "A man."}},
+     ["hat", "bag", "male"]),  # only the labels have been reordered
+    ({"attr_name": np.array(["hat", "bag", "male"])}, ["hat", "bag", "male"])], ids=["MSP60K", "PETA", "RAP for LLM-PAR", "EventPAR"])
 def test_a_pickle_of_openpar_is_read_as_openpar_reads_it(tmp_path, monkeypatch, more, expected):
     monkeypatch.setitem(sys.modules, "easydict", sys.modules[__name__])
     labels = np.array([[0, 1, 0], [1, 0, 1], [0, 0, 1], [1, 1, 0]])
     (tmp_path / "d.pkl").write_bytes(pickle.dumps(EasyDict(
         image_name=["%d.jpg" % i for i in range(4)], label=labels, partition=EasyDict(trainval=np.arange(2), test=np.array([3, 2])),
-        attr_vectors=np.zeros((3, 8), np.float32), sentences={"0.jpg": "A man."}, **more)))
+        attr_vectors=np.zeros((3, 8), np.float32), **more)))
     run("pkl", tmp_path / "d.pkl", "--output", tmp_path / "out")
     assert read_lists(tmp_path / "out") == (["3.jpg", "2.jpg"], [[1, 1, 0], [0, 0, 1]], expected)
     (tmp_path / "d.pkl").write_bytes(pickle.dumps({"image_name": []}))

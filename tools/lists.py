@@ -208,14 +208,16 @@ def texts_of(values):
 def read_pkl(path):
     with open(path, "rb") as f:
         content = entries(DataSet(Pickle(f.read())).load())
-    # OpenPAR reads attributes and all labels in their order. Its attr_name may have another order, and its label_idx has been
-    # applied already. "Rethinking" has no attributes, and applies label_idx.
-    key = next((key for key in ("attributes", "attr_name", "attr_words") if key in content), "attributes")
+    # OpenPAR's labels are in the order of attributes, its own words. attr_name, the data set's words, has the same order, except
+    # in a file with sentences. Only "Rethinking", which has no attributes, still has to apply label_idx.
+    key = "attributes" if "sentences" in content or "attr_name" not in content else "attr_name"
     missing = [name for name in ("image_name", "label", "partition", key) if name not in content]
     if missing:
         raise ValueError("it has no %s" % ", ".join(missing))
     names, attributes = texts_of(content["image_name"]), texts_of(content[key])
-    used = entries(content["label_idx"])["eval"] if key == "attr_name" and "label_idx" in content else np.arange(len(attributes))
+    used = np.arange(len(attributes))
+    if "label_idx" in content and "attributes" not in content:
+        used = entries(content["label_idx"])["eval"]
     splits = entries(content["partition"])
     parts = [part for part in (["train", "val", "test"] if "train" in splits else ["trainval", "test"]) if part in splits]
     arrays = [splits[part] for part in parts]  # each is an array, or a list with one array per partition

@@ -98,7 +98,7 @@ def not_utf8(path, byte, content):
         encoding = "UTF-32"
     elif content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         encoding = "UTF-16"
-    elif max(zeros) > max(20 * min(zeros), len(content) / 20):
+    elif max(zeros) > max(20 * min(zeros), len(content) / 20, 1):
         encoding = "UTF-16BE" if zeros[0] > zeros[1] else "UTF-16LE"
     elif any(zeros):
         return ValueError("%s: is not text (byte %d)" % (path, byte))

@@ -173,7 +173,8 @@ def test_bad_variables_are_usage_errors(tmp_path):
                         (["--stage", "7", "--label-file", __file__], "image_list is not set, and stage 7 needs it"),
                         (["--published-acc", "78,9"], "published_acc"), (["--size", "224"], "height and width"),
                         (["--last-conv-stride", "3"], "last_conv_stride"), (["--chips", "0"], "chips"), (["--pure", "x"], "pure"),
-                        (["--tolerance", "x"], "tolerance"), (["--stage", "7", "--stop-stage", "4"], "no stage would run"), (["--json", "x"], "json needs --check"), (["--strict=no"], "strict")):
+                        (["--tolerance", "x"], "tolerance"), (["--stage", "7", "--stop-stage", "4"], "no stage would run"),
+                        (["--json", "x"], "json needs --check"), (["--strict=no"], "strict")):
         process = run_all("--work-dir", tmp_path / "work", *wrong)
         assert process.returncode == 2 and text in process.stderr, (wrong, process.stderr)
     process = run_all("--work-dir", tmp_path / "work", *own_data("/nowhere"))

@@ -140,7 +140,7 @@ def describe(content, checkpoint, names, size, last_conv_stride):
     return model.SerializeToString()
 
 
-# The same whole_file() and lock() as in lib/files.py, because this file is also copied alone.
+# The same whole_file() and lock(), and above read_text() and not_utf8(), as in lib/files.py, because this file is also copied alone.
 
 @contextlib.contextmanager
 def whole_file(path):

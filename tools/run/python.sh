@@ -32,7 +32,7 @@ missing=$(grep -vxFf "$folder/installed" <<<"$wanted" 2>/dev/null || [ -e "$fold
 if [ -n "$missing" ]; then
     echo "python.sh: installing ${packages//$'\n'/, } into $folder (some minutes, once)" >&2
     [ -x "$folder/bin/pip" ] || "$python" -m venv "$folder" >&2
-    # The user's settings for other places would lead the packages out of the environment. Others, such as a mirror, are kept.
+    # Settings for other places would lead the packages out of the environment. Others, such as a mirror, are kept.
     env -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT PIP_USER=0 "$folder/bin/pip" install --quiet --disable-pip-version-check -r /dev/stdin <<<"$wanted" >&2
     echo "$missing" >>"$folder/installed"
 fi

@@ -145,7 +145,7 @@ def test_bytes_that_are_no_text_are_escaped(tmp_path):
         assert errors.startswith(b"preprocess_deepmar_pytorch.py: error: ") and b"\x9b" not in errors, errors
 
 
-@pytest.mark.parametrize("name", ["x" * 250, "\u4eba" * 83 + "x"])
+@pytest.mark.parametrize("name", ["x" * 250, "\u4eba" * 83 + "x"], ids=["Latin", "Chinese"])
 def test_a_name_too_long_for_its_result_is_refused_before_any_work(tmp_path, name):
     """NAME.bin may be possible where NAME_1.bin is not."""
     (tmp_path / "image.txt").write_text("ok.png\n%s.png\n" % name, encoding="utf-8")

@@ -14,6 +14,7 @@ values can be exported. Give the training's values as --last-conv-stride and --s
 """
 import argparse
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -74,13 +75,44 @@ def verify(model, content, shape):
     return difference, largest
 
 
-def read_names(path):
-    """Reads the attributes' names from a file, one per line. Raises OSError, or ValueError if a name occurs twice."""
+def read_text(path):
+    """Returns the content of a UTF-8 text file without a byte order mark. Each line ends with \\n, whatever the file has.
+
+    Raises OSError or ValueError.
+    """
     try:
         with open(path, encoding="utf-8-sig") as f:
-            names = [line.strip() for line in f.read().split("\n") if line.strip()]
+            text = f.read()
     except UnicodeDecodeError as error:
-        raise ValueError("%s: is not UTF-8 text (byte %d); convert it: iconv -f GBK -t UTF-8" % (path, error.start))
+        raise not_utf8(path, error.start, error.object)
+    if "\0" in text:  # English text in UTF-16 is valid UTF-8
+        raise not_utf8(path, len(text[:text.index("\0")].encode()), text.encode())
+    return text
+
+
+def not_utf8(path, byte, content):
+    """Returns the error for a text file that is not UTF-8. byte: the first wrong one. content: the file's, or some lines of it."""
+    zeros = [content[i::2].count(0) for i in (0, 1)]  # in UTF-16, one byte of each Latin letter and of each line's end is 0
+    encoding = "GBK"
+    if content[:4] == b"\xff\xfe\0\0":
+        encoding = "UTF-32"
+    elif content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        encoding = "UTF-16"
+    elif max(zeros) > max(20 * min(zeros), len(content) / 20, 1):
+        encoding = "UTF-16BE" if zeros[0] > zeros[1] else "UTF-16LE"
+    elif any(zeros):
+        return ValueError("%s: is not text (byte %d)" % (path, byte))
+    else:
+        try:
+            content.decode("gb18030")
+        except UnicodeDecodeError:
+            encoding = "ITS_ENCODING"
+    return ValueError("%s: is not UTF-8 text (byte %d); convert it: iconv -f %s -t UTF-8" % (path, byte, encoding))
+
+
+def read_names(path):
+    """Reads the attributes' names from a file, one per line. Raises OSError, or ValueError if a name occurs twice."""
+    names = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     if len(set(names)) < len(names):
         raise ValueError("%s: holds a name more than once: %s" % (path, max(names, key=names.count)))
     return names
@@ -108,7 +140,7 @@ def describe(content, checkpoint, names, size, last_conv_stride):
     return model.SerializeToString()
 
 
-# The same whole_file() and lock() as in lib/files.py, because this file is also copied alone.
+# The same whole_file() and lock(), and above read_text() and not_utf8(), as in lib/files.py, because this file is also copied alone.
 
 @contextlib.contextmanager
 def whole_file(path):
@@ -125,6 +157,9 @@ def whole_file(path):
             yield temporary
             os.replace(temporary, path)
     except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise OSError("%s: something is mounted there, so it cannot be replaced as a whole; mount the folder that holds it, or "
+                          "give another name" % path)
         raise OSError("%s: cannot be written: %s" % (path, error.strerror or error))
     finally:
         with contextlib.suppress(OSError):

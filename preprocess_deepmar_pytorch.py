@@ -46,7 +46,8 @@ def main(argv=None):
     paths = find_listed(folder, names, image_txt)
     images = [(path, stem(name) + ".bin") for path, name in zip(paths, names)]
     bad, turned = [], 0
-    with replaced_folder(bins) as partial, contextlib.closing(convert_all(images, partial, size, uint8)) as parts:
+    with replaced_folder(bins, names=[name for _, name in images]) as partial, \
+            contextlib.closing(convert_all(images, partial, size, uint8)) as parts:
         with progress(len(names), "image") as bar:
             for reasons, part_turned in parts:
                 bad += [reason for reason in reasons if reason]

@@ -7,7 +7,7 @@
 #   bash run_all.sh --batch-size "1 4 8 16 32 64" --device-id "0 1 2 3"
 #
 # Edit the variables in this file, set them in the environment, or give them as options: batch_size is --batch-size.
-[ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # if it was started with sh run_all.sh
+case $- in *p*) ;; *x*) exec bash -px -- "$0" "$@" ;; *) exec bash -p -- "$0" "$@" ;; esac # -p: without the user's BASH_ENV, options ...
 set -euo pipefail
 
 # --- variables ------------------------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ check=${check-}                    # yes: only list what this machine has of wha
 json=${json-}                      # with --check: also write the list into this file
 # --------------------------------------------------------------------------------------------------------------------
 
-here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
+here=$(dirname "$(readlink -f -- "${BASH_SOURCE[0]}")")
 # tools/run/driver.sh defines the words of the stages:
 #   begin N TEXT, finish      returns whether stage N is to run; ends it
 #   verify FILE=STAGE ...     stops unless each file is what its stage made, from this run's data and settings

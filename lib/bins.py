@@ -2,9 +2,9 @@
 import os
 import re
 
-from lib.files import not_utf8, whole_file
+from lib.files import read_text, whole_file
 from lib.images import MEAN, STD
-from lib.names import natural, undecodable
+from lib.names import check_length, natural, undecodable
 from lib.script import importing, some
 
 with importing():
@@ -66,6 +66,8 @@ def list_bins(folder, width, height, uint8=None):
 
 def write_info(path, folder, names, width, height):
     """Writes the info file of a folder's bins, 'INDEX PATH WIDTH HEIGHT' a line. Raises OSError or ValueError."""
+    for name in names:
+        check_length(os.path.splitext(name)[0], folder)
     for name in [folder] + names:
         if "\n" in name:
             raise ValueError("%r: a line of the info file cannot hold this name" % name)
@@ -78,13 +80,8 @@ def write_info(path, folder, names, width, height):
 def read_info(path, height, width, uint8=False):
     """Returns the bins of an info file, [(name, path)]. Raises OSError, or ValueError for a bin of the wrong size."""
     text, size = kind(height, width, uint8)
-    try:
-        with open(path, encoding="utf-8") as f:
-            lines = f.read().split("\n")
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, error.start)
     bins, seen, bad = [], set(), []
-    for line in lines:
+    for line in read_text(path).split("\n"):
         if not line.strip():
             continue
         match = re.match(r"(\d{1,9}) ([^\0]+) (\d{1,9}) (\d{1,9})$", line)
@@ -95,6 +92,7 @@ def read_info(path, height, width, uint8=False):
             raise ValueError("%s: line %d is for %s x %s, not %d x %d"
                              % (path, len(bins) + 1, match.group(3), match.group(4), width, height))
         name = os.path.splitext(os.path.basename(match.group(2)))[0]
+        check_length(name, path)
         if name in seen:
             raise ValueError("%s: two bins are called %s, so their results would be the same file" % (path, name))
         seen.add(name)

@@ -7,14 +7,14 @@ import json
 import os
 import shutil
 
-from lib.script import note
+from lib.script import note, some
 
 NUMBER = (int, float)  # the types of a number in a JSON file, for fits()
 MOUNT_ERROR = "%s: something is mounted there, so it cannot be replaced as a whole; give a folder inside it"
 
 
 # --- files and folders that appear whole or not at all ---------------------------------------------------------------
-# export_onnx.py, which is also copied alone, has the same whole_file() and lock().
+# export_onnx.py, which is also copied alone, has the same whole_file(), lock(), read_text() and not_utf8().
 
 @contextlib.contextmanager
 def whole_file(path):
@@ -31,6 +31,9 @@ def whole_file(path):
             yield temporary
             os.replace(temporary, path)
     except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise OSError("%s: something is mounted there, so it cannot be replaced as a whole; mount the folder that holds it, or "
+                          "give another name" % path)
         raise OSError("%s: cannot be written: %s" % (path, error.strerror or error))
     finally:
         with contextlib.suppress(OSError):
@@ -58,11 +61,11 @@ def write_text(path, text):
 
 
 @contextlib.contextmanager
-def replaced_folder(path, ending=".bin"):
+def replaced_folder(path, ending=".bin", names=None):
     """Yields an empty folder next to path. If the block succeeds, the folder replaces path.
 
-    An earlier folder at path may only hold names with this ending, so that a mistyped path deletes nothing else. Raises
-    ValueError or OSError.
+    An earlier folder at path may only hold names with this ending, so that a mistyped path deletes nothing else. names: of the
+    files that the block writes, if they are known; all of them must be there. Raises ValueError or OSError.
     """
     path = os.path.realpath(path)
     if os.path.ismount(path):
@@ -92,6 +95,8 @@ def replaced_folder(path, ending=".bin"):
         shutil.rmtree(old, ignore_errors=True)
         try:
             yield partial
+            if names is not None:
+                check_written(path, names, len(os.listdir(partial)))
             if os.path.exists(path):
                 put_away(path, old)
             os.rename(partial, path)
@@ -105,6 +110,16 @@ def replaced_folder(path, ending=".bin"):
         shutil.rmtree(old, ignore_errors=True)
     finally:
         os.close(folder)
+
+
+def check_written(path, names, found):
+    """Raises ValueError if a folder holds fewer files than were written: some file systems do not know a.bin from A.bin."""
+    if found != len(names):
+        first = {}
+        twins = ["%s and %s" % (first[name.lower()], name) for name in names if first.setdefault(name.lower(), name) is not name]
+        raise ValueError("%s: %d files were written, but it holds %d: its file system takes different names for the same%s; "
+                         "rename the images, or write to another file system"
+                         % (path, len(names), found, " (%s)" % some(twins) if twins else ""))
 
 
 def put_away(path, old):
@@ -121,21 +136,44 @@ def put_away(path, old):
 
 # --- text and JSON ----------------------------------------------------------------------------------------------------
 
-def read_lines(path):
-    """Returns the stripped lines of a UTF-8 text file. Ignores a byte order mark, CRLF and a missing last newline.
+def read_text(path):
+    """Returns the content of a UTF-8 text file without a byte order mark. Each line ends with \\n, whatever the file has.
 
     Raises OSError or ValueError.
     """
     try:
         with open(path, encoding="utf-8-sig") as f:
-            return [line.strip() for line in f.read().split("\n")]
+            text = f.read()
     except UnicodeDecodeError as error:
-        raise not_utf8(path, error.start)
+        raise not_utf8(path, error.start, error.object)
+    if "\0" in text:  # English text in UTF-16 is valid UTF-8
+        raise not_utf8(path, len(text[:text.index("\0")].encode()), text.encode())
+    return text
 
 
-def not_utf8(path, byte):
-    """Returns the error for a text file that is not UTF-8. byte: the first wrong one."""
-    return ValueError("%s: is not UTF-8 text (byte %d); convert it: iconv -f GBK -t UTF-8" % (path, byte))
+def not_utf8(path, byte, content):
+    """Returns the error for a text file that is not UTF-8. byte: the first wrong one. content: the file's, or some lines of it."""
+    zeros = [content[i::2].count(0) for i in (0, 1)]  # in UTF-16, one byte of each Latin letter and of each line's end is 0
+    encoding = "GBK"
+    if content[:4] == b"\xff\xfe\0\0":
+        encoding = "UTF-32"
+    elif content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        encoding = "UTF-16"
+    elif max(zeros) > max(20 * min(zeros), len(content) / 20, 1):
+        encoding = "UTF-16BE" if zeros[0] > zeros[1] else "UTF-16LE"
+    elif any(zeros):
+        return ValueError("%s: is not text (byte %d)" % (path, byte))
+    else:
+        try:
+            content.decode("gb18030")
+        except UnicodeDecodeError:
+            encoding = "ITS_ENCODING"
+    return ValueError("%s: is not UTF-8 text (byte %d); convert it: iconv -f %s -t UTF-8" % (path, byte, encoding))
+
+
+def read_lines(path):
+    """Returns the stripped lines of a text file that read_text() reads. Ignores a missing last newline. Raises the same errors."""
+    return [line.strip() for line in read_text(path).split("\n")]
 
 
 def fits(value, shape):
@@ -153,9 +191,9 @@ def fits(value, shape):
 def read_json(path, shape, writer):
     """Returns the content of a JSON file, which must have the shape. writer: the script that writes it. Raises OSError or
     ValueError."""
+    text = read_text(path)
     try:
-        with open(path, encoding="utf-8") as f:
-            value = json.load(f)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError("%s: is not JSON: %s; %s writes this file" % (path, error, writer))
     if not fits(value, shape):

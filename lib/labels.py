@@ -4,7 +4,7 @@ import json
 import os
 import zlib
 
-from lib.files import NUMBER, read_json, read_lines
+from lib.files import NUMBER, read_json, read_lines, read_text
 from lib.models import description
 from lib.names import stem
 from lib.script import importing, some
@@ -28,7 +28,7 @@ THRESHOLDS_SHAPE = {"attributes": [{"name": str, "threshold": NUMBER}], "names_a
 def label_row(values):
     """Returns one image's label as bytes. Raises TypeError or ValueError if it cannot be a label.
 
-    It does not check for values above 1; read_labels() does so for all rows at once.
+    It does not check for values above 1; read_rows() does so for all rows at once.
     """
     if not isinstance(values, list) or not values:
         raise ValueError
@@ -40,37 +40,44 @@ def label_row(values):
         return bytes([int(value) for value in values])
 
 
-def read_labels(path):
-    """Returns ({stem: row}, labels uint8 [images, attributes]) of a label file.
+def read_rows(path):
+    """Returns (names, labels uint8 [images, attributes]) of a label file, whose names may occur twice.
 
-    Raises OSError, or ValueError with the row's name: values other than 0 and 1, a row of another length, a name twice.
+    Raises OSError, or ValueError with the row's name: values other than 0 and 1, a row of another length.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError("%s: no such file; give the label.json of the images, which tools/lists.py writes" % path)
+    text = read_text(path)
     try:
-        with open(path, encoding="utf-8-sig") as f:
-            pairs = json.load(f, object_pairs_hook=list)  # a dict would keep only the last of two equal names
+        pairs = json.loads(text, object_pairs_hook=list)  # a dict would keep only the last of two equal names
     except (ValueError, RecursionError) as error:
         raise ValueError("%s: is not JSON: %s" % (path, error))
     if not isinstance(pairs, list) or not pairs or not all(isinstance(pair, tuple) for pair in pairs):
         raise ValueError("%s: is not {image file name: [0 or 1 for each attribute]}" % path)
-    rows, labels, width = {}, [], len(pairs[0][1]) if isinstance(pairs[0][1], list) else 0
-    for row, (name, values) in enumerate(pairs):
+    labels, width = [], len(pairs[0][1]) if isinstance(pairs[0][1], list) else 0
+    for name, values in pairs:
         try:
             labels.append(label_row(values))
         except (TypeError, ValueError):
             raise ValueError("%s: %r: its label is not a list of 0 and 1" % (path, name))
         if len(values) != width:
             raise ValueError("%s: %r has %d values, but the rows before it have %d" % (path, name, len(values), width))
-        image = stem(name)
-        if image in rows:
-            raise ValueError("%s: %r and %r are the same image, because only the name up to the first dot counts"
-                             % (path, pairs[rows[image]][0], name))
-        rows[image] = row
     labels = np.frombuffer(b"".join(labels), np.uint8).reshape(-1, width)
     wrong = (labels > 1).any(axis=1)  # checking all rows at once takes a third of the time
     if wrong.any():
         raise ValueError("%s: %r: its label is not a list of 0 and 1" % (path, pairs[int(wrong.argmax())][0]))
+    return [name for name, _ in pairs], labels
+
+
+def read_labels(path):
+    """Returns ({stem: row}, labels uint8 [images, attributes]) of a label file. Raises read_rows()'s errors, also for a name twice."""
+    names, labels = read_rows(path)
+    rows = {}
+    for row, name in enumerate(names):
+        first = rows.setdefault(stem(name), row)
+        if first != row:
+            raise ValueError("%s: %r and %r are the same image, because only the name up to the first dot counts"
+                             % (path, names[first], name))
     return rows, labels
 
 

@@ -6,8 +6,9 @@ import sys
 import unicodedata
 
 from lib.files import read_lines
-from lib.script import joined, note
+from lib.script import joined, note, some
 
+MAX_BYTES = 255  # of a file's name in bytes, on Linux's file systems (NAME_MAX)
 RUN_OF_DIGITS = re.compile("[0-9]+")
 # In a folder, files with these endings are images.
 ENDINGS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -41,11 +42,19 @@ def inside(name):
     return len(name) <= 1000 and not re.search(r"[\0-\x1f\x7f-\x9f]|^/|(^|/)\.\.(/|$)", name)
 
 
+def check_length(image, source, ending="_1.bin"):
+    """Raises ValueError if the file of an image's result would have too long a name. image: its stem. source: what names it."""
+    longest = MAX_BYTES - len(ending)
+    if len(image.encode("utf-8", "surrogateescape")) > longest:
+        raise ValueError("%s: %r is too long: a file's name has at most %d bytes, and one would be NAME%s; give the image a name of "
+                         "at most %d bytes up to its first dot" % (source, image, MAX_BYTES, ending, longest))
+
+
 def read_list(path):
     """Returns the image names in a list file, one per line. Ignores blank lines, CRLF and a byte order mark.
 
-    Raises ValueError with the line number for a name that leaves the images' folder, or whose bin an earlier line
-    already writes.
+    Raises ValueError with the line number for a name that leaves the images' folder or is too long, or whose bin an earlier
+    line already writes.
     """
     names, seen = [], {}
     for number, name in enumerate(read_lines(path), 1):
@@ -57,6 +66,7 @@ def read_list(path):
         if not bin_name:
             raise ValueError("%s: line %d: %r has nothing before its first dot, and the bin gets its name from there"
                              % (path, number, name))
+        check_length(bin_name, "%s: line %d" % (path, number))
         if bin_name in seen:
             raise ValueError("%s: lines %d and %d would both write %s.bin; no two images may have the same name up to "
                              "the first dot; tools/lists.py list --flatten makes such names"
@@ -115,17 +125,44 @@ def is_image(name):
     return name.lower().endswith(ENDINGS) and not name.startswith(".")
 
 
-def images_in(folder, walk=None):
-    """Yields (parent folder, name) of each image in a folder and its subfolders, always in the same order.
+def walk_links(folder):
+    """Yields what os.walk(folder) does, in order, and follows links to folders. Each folder is read once.
 
-    walk: an iterator like os.walk(folder), which is the default. Prints a note about files that are no images. Raises OSError,
-    or ValueError if there is no image.
+    A link to another place in the folder, to a folder that holds the link, or to one that was read before is left out with a note.
+    Raises OSError.
     """
     def fail(error):
         raise error
 
+    def within(inner, outer):
+        return os.path.commonpath((inner, outer)) == outer
+
+    root, left = os.path.realpath(folder), []
+    seen = {root}
+    for parent, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        folders.sort()
+        above = os.path.realpath(parent)
+        for name in folders[:]:
+            path = os.path.join(parent, name)
+            real = os.path.realpath(path)
+            if real in seen or os.path.islink(path) and (within(real, root) or within(above, real)):
+                left.append(path)
+                folders.remove(name)
+            seen.add(real)
+        yield parent, folders, files
+    if left:
+        note("%s: %d links lead to folders that are read already, or to one that holds the link; they are left out: %s"
+             % (folder, len(left), some(left)))
+
+
+def images_in(folder, walk=None):
+    """Yields (parent folder, name) of each image in a folder and its subfolders, always in the same order.
+
+    walk: an iterator like os.walk(folder). The default also follows links, see walk_links(). Prints a note about files that are no
+    images. Raises OSError, or ValueError if there is no image.
+    """
     images = others = 0
-    for parent, folders, files in walk or os.walk(folder, onerror=fail):
+    for parent, folders, files in walk or walk_links(folder):
         folders.sort()
         names = sorted(filter(is_image, files))
         images, others = images + len(names), others + len(files) - len(names)

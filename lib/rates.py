@@ -5,6 +5,8 @@ import os
 import re
 import statistics
 
+from lib.files import read_text
+
 COLUMNS = ["batch_size", "devices", "backend", "model", "images", "e2e_images_per_s", "interface_images_per_s",
            "card_images_per_s", "pure_images_per_s", "latency_p50_ms", "latency_p95_ms", "latency_p99_ms", "instance_acc"]
 PERCENTILES = (50, 95, 99)
@@ -42,8 +44,7 @@ def perf_lines(clocks, images):
 
 def read_perf(path):
     """Returns the (end-to-end, Interface) rates in a perf file of the benchmark tool. Raises OSError or ValueError."""
-    with open(path, encoding="utf-8", errors="replace") as f:
-        text = f.read(4096)
+    text = read_text(path)
     found = [re.search(pattern, text, re.MULTILINE) for pattern in
              (r"^\[e2e\] throughputRate: ([^,]+),", r"\bInterface throughputRate: ([^,]+),")]
     try:
@@ -59,8 +60,7 @@ def pure_line(images, seconds):
 
 def read_pure(path):
     """Returns the rate in a file of pure inference. Raises OSError or ValueError."""
-    with open(path, encoding="utf-8", errors="replace") as f:
-        found = re.search(r"ave_throughputRate = ([0-9.e+-]+) ?samples/s", f.read(4096))
+    found = re.search(r"ave_throughputRate = ([0-9.e+-]+) ?samples/s", read_text(path))
     try:
         return figure(found.group(1))
     except (AttributeError, ValueError):
@@ -92,9 +92,9 @@ def read_summary(path):
 
     With several threads, ais_bench lists the beginning and the end of each call.
     """
+    text = read_text(path)
     try:
-        with open(path, encoding="utf-8") as f:
-            content = json.load(f)
+        content = json.loads(text)
         times = [figure(item[1] - item[0] if isinstance(item, list) else item) for item in content["npu_compute_time_list"]]
         return figure(content["throughput"]), times
     except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):

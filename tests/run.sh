@@ -36,7 +36,7 @@ export OMP_NUM_THREADS=1
 pythons=("${PYTHON:-python3}")
 [ -z "$python37" ] || pythons+=("$python37")
 for index in "${!pythons[@]}"; do
-    pythons[index]=$(PYTHON=${pythons[index]} tools/run/python.sh requirements.txt tests/requirements.txt) || exit 1
+    pythons[index]=$(PYTHON=${pythons[index]} bash -p tools/run/python.sh requirements.txt tests/requirements.txt) || exit 1
 done
 DEEPMAR_TEST_PYTHONS=$(IFS=: && echo "${pythons[*]}")
 

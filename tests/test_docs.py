@@ -110,6 +110,6 @@ def test_the_example_of_a_data_set_works(tmp_path, monkeypatch):
     exec(code, vars(lists))  # into the module, as if it were written there
     monkeypatch.setattr(lists, "SETS", eval("{%s}" % line.strip(), vars(lists)))
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"attributes": ["a", "b"], "train": {"1.png": [0, 1], "2.png": [1, 2]}, "test": {"3.png": [1, 1]}}))
+    path.write_text(json.dumps({"attributes": ["a", "b"], "train": {"1.png": [0, 0], "2.png": [1, 2]}, "test": {"3.png": [1, 1]}}))
     lists.main(["mine", str(path), "--split", "train", "--output", str(tmp_path)])
-    assert json.loads((tmp_path / "label.json").read_text()) == {"1.png": [0, 1], "2.png": [1, 0]}
+    assert json.loads((tmp_path / "label.json").read_text()) == {"1.png": [0, 0], "2.png": [1, 0]}

@@ -15,7 +15,7 @@ import pytest
 
 import export_onnx
 from helpers import ROOT
-from lib.files import lock, replaced_folder, whole_file
+from lib.files import lock, not_utf8, read_json, read_lines, read_text, replaced_folder, whole_file
 
 WRITERS = {"file": whole_file, "folder": replaced_folder}
 SUCCESS, NAMED_ERROR, INTERRUPTED, TRACEBACK, KILLED = range(5)  # how a fork ends
@@ -161,6 +161,53 @@ def test_a_folder_that_cannot_be_renamed_stays_whole(tmp_path, monkeypatch, erro
     assert read(path) == ["earlier"] * 2 and os.listdir(str(tmp_path)) == ["out"]
 
 
+def test_a_file_that_is_mounted_on_the_output_is_named(tmp_path, monkeypatch):
+    """As docker run -v FILE:FILE mounts one."""
+    def replace(source, target):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), source, None, target)
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="out: something is mounted there.*; mount the folder that holds it, or give another name"):
+        write("file", str(tmp_path / "out"), "new")
+    assert os.listdir(str(tmp_path)) == []
+
+
+def test_fewer_files_than_were_written_are_an_error(tmp_path, monkeypatch):
+    """As on a file system that ignores case."""
+    write("folder", str(tmp_path / "out"), "earlier")
+    with pytest.raises(ValueError, match=r"out: 3 files were written, but it holds 2: .*for the same \(A.bin and a.bin\); rename"):
+        with replaced_folder(str(tmp_path / "out"), names=["A.bin", "b.bin", "a.bin"]) as partial:
+            for name in ("a.bin", "b.bin", "a.bin"):
+                (tmp_path / partial / name).touch()
+    assert read(str(tmp_path / "out")) == ["earlier"] * 2
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+LINES = "\u884c\u4eba.png\r\nim2.png\r\n"
+
+
+@pytest.mark.parametrize("content, message", [
+    (LINES.encode("utf-16"), "iconv -f UTF-16 -t UTF-8"), (b"\xfe\xff" + LINES.encode("utf-16-be"), "iconv -f UTF-16 -t UTF-8"),
+    (LINES.encode("utf-16-le"), "iconv -f UTF-16LE -t UTF-8"), (b"im2.png\n".decode().encode("utf-16-be"), "(byte 0); convert it: "
+     "iconv -f UTF-16BE -t UTF-8"), (LINES.encode("utf-32"), "iconv -f UTF-32 -t UTF-8"), (LINES.encode("gbk"), "iconv -f GBK -t UTF-8"),
+    ("\u00e9t\u00e9.png\n".encode("latin-1"), "iconv -f ITS_ENCODING -t UTF-8"), (b"im1.png\n" + bytes(9), "is not text (byte 8)"),
+    (b"\x89PNG\r\n\x1a\n" + bytes(8), "is not text (byte 0)")])
+def test_the_remedy_names_the_encoding(tmp_path, content, message):
+    (tmp_path / "a.txt").write_bytes(content)
+    for reader in (read_lines, read_text, lambda path: read_json(path, {}, "x.py")):
+        with pytest.raises(ValueError, match=".*a.txt: .*" + re.escape(message) + "$"):
+            reader(str(tmp_path / "a.txt"))
+
+
+def test_a_byte_order_mark_is_ignored(tmp_path):
+    for text in (LINES, '{"a": 1}'):
+        (tmp_path / "a").write_bytes(text.encode("utf-8-sig"))
+        assert read_text(str(tmp_path / "a")) == text.replace("\r", "")
+    assert read_json(str(tmp_path / "a"), {"a": int}, "x.py") == {"a": 1}
+
+
+# --- the scripts --------------------------------------------------------------------------------------------------------
+
 # The files of these are written into a folder of replaced_folder(), or are those of another tool's interface.
 EXCEPTIONS = {"lib/images.py", "lib/session.py", "tools/sample.py", "tools/run/ais_bench_files.py"}
 
@@ -177,5 +224,5 @@ def test_every_script_writes_through_whole_file():
 
 def test_export_onnx_has_the_same_functions():
     """It is copied alone, so that it holds the text of lib/files.py."""
-    for function in (whole_file, lock):
+    for function in (whole_file, lock, read_text, not_utf8):
         assert inspect.getsource(getattr(export_onnx, function.__name__)) == inspect.getsource(function)

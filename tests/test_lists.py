@@ -200,6 +200,45 @@ def test_attributes_are_listed_in_the_given_order(tmp_path):
     assert "it has no attribute attribute x; it has attribute 0, " in refusal("peta", path, "--attributes", tmp_path / "mine.txt")
 
 
+@pytest.mark.parametrize("change, message", [
+    (lambda labels: labels + 1, "attribute attribute 0 has no 0 at all, only 1 and 2; a label must be 1 for yes, 0 for no"),
+    (lambda labels: np.where(np.arange(ATTRIBUTES) == 3, 1, labels), "attribute attribute 3 has no 0 at all, only 1; "),
+    (lambda labels: labels * 2, "attribute attribute 0 has no 1 at all, only 0 and 2; "),
+    (lambda labels: labels.astype("i2") * 2 - 1, "has a label that is neither 0 nor 1"),
+    (lambda labels: labels != 0, None), (lambda labels: labels.astype("f4"), None)],
+    ids=["1 and 2", "all 1", "0 and 2", "-1 and 1", "booleans", "floats"])
+def test_labels_in_another_code_are_refused_or_right(tmp_path, monkeypatch, change, message):
+    labels = content()["data"][:, 4:]
+    names, parts = ["%d.png" % i for i in range(IMAGES)], EasyDict(train=np.arange(30), test=np.arange(30, IMAGES))
+    monkeypatch.setitem(sys.modules, "easydict", sys.modules[__name__])
+    (tmp_path / "d.pkl").write_bytes(pickle.dumps(EasyDict(
+        image_name=names, label=change(labels), attr_name=["attribute %d" % i for i in range(ATTRIBUTES)], partition=parts)))
+    if message:
+        assert message in refusal("pkl", tmp_path / "d.pkl", "--output", tmp_path / "out") and not (tmp_path / "out").exists()
+    else:
+        run("pkl", tmp_path / "d.pkl", "--output", tmp_path / "out")
+        assert read_lists(tmp_path / "out")[:2] == (names[30:], labels[30:].tolist())
+
+
+@pytest.mark.parametrize("more, expected", [
+    ({"attributes": [" hat", "bag", "male"], "attr_words": np.array(["hat", "bag", "male"])}, ["hat", "bag", "male"]),
+    ({"attributes": ["head hat", "a bag", "male"], "attr_name": ["hat", "bag", "male"], "label_idx": EasyDict(eval=[2, 0, 1])},
+     ["hat", "bag", "male"]),  # the labels are in their final order already
+    ({"attributes": ["hat", "bag", "male"], "attr_name": ["male", "hat", "bag"], "sentences": {"0.jpg": "A man."}},
+     ["hat", "bag", "male"]),  # only the labels have been reordered
+    ({"attr_name": np.array(["hat", "bag", "male"])}, ["hat", "bag", "male"])], ids=["MSP60K", "PETA", "RAP for LLM-PAR", "EventPAR"])
+def test_a_pickle_of_openpar_is_read_as_openpar_reads_it(tmp_path, monkeypatch, more, expected):
+    monkeypatch.setitem(sys.modules, "easydict", sys.modules[__name__])
+    labels = np.array([[0, 1, 0], [1, 0, 1], [0, 0, 1], [1, 1, 0]])
+    (tmp_path / "d.pkl").write_bytes(pickle.dumps(EasyDict(
+        image_name=["%d.jpg" % i for i in range(4)], label=labels, partition=EasyDict(trainval=np.arange(2), test=np.array([3, 2])),
+        attr_vectors=np.zeros((3, 8), np.float32), **more)))
+    run("pkl", tmp_path / "d.pkl", "--output", tmp_path / "out")
+    assert read_lists(tmp_path / "out") == (["3.jpg", "2.jpg"], [[1, 1, 0], [0, 0, 1]], expected)
+    (tmp_path / "d.pkl").write_bytes(pickle.dumps({"image_name": []}))
+    assert "it has no label, partition, attributes" in refusal("pkl", tmp_path / "d.pkl")
+
+
 # Two sub-sets with the same file names. In CUHK's Label.txt, a line has a file's attributes; in others, a person's.
 FOLDERS = {"CUHK": ("0001.png personalMale upperBodyCasual\r\n0002.png hairLong footwearSneakers\r\n", ["0001.png", "0002.png"]),
            "i-LID": ("0001 personalLess30 lowerBodyJeans unheardOf\r\n12 accessoryHat\r\n",
@@ -245,8 +284,9 @@ def test_a_table_is_listed_and_bad_ones_are_refused(tmp_path):
         (tmp_path / "bad.csv").write_text(text)
         error = refusal("csv", tmp_path / "bad.csv", "--output", tmp_path / "new")
         assert error.startswith(str(tmp_path / "bad.csv") + ": ") and message in error, error
-    (tmp_path / "bad.csv").write_bytes("image,\u5e3d\u5b50\nx.png,1\n".encode("gbk"))
-    assert "iconv -f GBK" in refusal("csv", tmp_path / "bad.csv", "--output", tmp_path / "new")
+    for encoding in ("GBK", "UTF-16"):
+        (tmp_path / "bad.csv").write_bytes("image,\u5e3d\u5b50\nx.png,1\n".encode(encoding))
+        assert "iconv -f %s -t" % encoding in refusal("csv", tmp_path / "bad.csv", "--output", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -288,11 +328,18 @@ def test_an_own_list_is_flattened(tmp_path):
     assert "exists already" in refusal(*command) and (tmp_path / "flat" / flat[0]).read_text() == "mine"
     run("list", tmp_path / "image.txt", "--images", tmp_path / "images", "--flatten", tmp_path / "new", "--output", tmp_path / "o")
     assert os.listdir(str(tmp_path / "o")) == ["image.txt"]
-    for bad, message in [("{}", "has no label for 8 of its 8 images"), ("[", "Expecting value"),
-                         (json.dumps(dict(labels, **{names[1]: [1]})), "different lengths"),
-                         (json.dumps(dict(labels, **{names[1]: [7, 1]})), "b/0002.png has a label that is neither 0 nor 1")]:
+    for bad, message in [('{"other": [0, 0]}', "has no label for 8 of its 8 images"), ("[", "Expecting value"),
+                         (json.dumps(dict(labels, **{names[1]: [1]})), "'b/0002.png' has 1 values, but the rows before it have 2"),
+                         (json.dumps({name: [2, 1] for name in names}), "'a/0002.png': its label is not a list of 0 and 1"),
+                         (json.dumps(labels)[:-1] + ', "plain.png": [0, 0]}', "holds 'plain.png' twice")]:
         (tmp_path / "label.json").write_text(bad)
-        assert message in refusal(*command)
+        error = refusal(*command)
+        assert error.startswith(str(tmp_path / "label.json") + ": ") and message in error
+    long = "a/" + 246 * "b" + ".png"  # as a_bbb..., its result would have too long a name
+    (tmp_path / "images" / long).touch()
+    (tmp_path / "image.txt").write_text(long)
+    error = refusal("list", tmp_path / "image.txt", "--images", tmp_path / "images", "--flatten", tmp_path / "long")
+    assert "at most 249 bytes" in error and not (tmp_path / "long").exists()
 
 
 # --- bad files --------------------------------------------------------------------------------------------------------

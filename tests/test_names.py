@@ -1,4 +1,5 @@
 """Names of people's files: Unicode's two forms, Chinese, spaces; and terminals that are not UTF-8."""
+import builtins
 import json
 import os
 import shutil
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from helpers import ROOT, check_error, run_stage_6, script, write_bins, write_images, write_model
-from lib.names import composed, find_listed, read_list, stem
+from lib.bins import read_info, write_info
+from lib.names import composed, find_listed, images_in, read_list, stem
 
 NFC, NFD = ({form: unicodedata.normalize(form, "\u00e9t\u00e9 \ud55c\u56fd")}[form] for form in ("NFC", "NFD"))
 
@@ -141,3 +143,59 @@ def test_bytes_that_are_no_text_are_escaped(tmp_path):
                                    env=dict(os.environ, PYTHONIOENCODING=encoding))
         errors = process.communicate()[1]
         assert errors.startswith(b"preprocess_deepmar_pytorch.py: error: ") and b"\x9b" not in errors, errors
+
+
+@pytest.mark.parametrize("name", ["x" * 250, "\u4eba" * 83 + "x"], ids=["Latin", "Chinese"])
+def test_a_name_too_long_for_its_result_is_refused_before_any_work(tmp_path, name):
+    """NAME.bin may be possible where NAME_1.bin is not."""
+    (tmp_path / "image.txt").write_text("ok.png\n%s.png\n" % name, encoding="utf-8")
+    with pytest.raises(ValueError, match="image.txt: line 2: '%s' is too long: .* at most 249 bytes up to its first dot" % name):
+        read_list(str(tmp_path / "image.txt"))
+    with pytest.raises(ValueError, match="is too long"):
+        write_info(str(tmp_path / "d.info"), "bins", [name + ".bin"], 1, 1)
+    (tmp_path / "d.info").write_text("0 bins/%s.bin 1 1\n" % name, encoding="utf-8")
+    with pytest.raises(ValueError, match="is too long"):
+        read_info(str(tmp_path / "d.info"), 1, 1)
+    (tmp_path / "image.txt").write_text(name[:-1] + ".png", encoding="utf-8")
+    assert read_list(str(tmp_path / "image.txt")) == [name[:-1] + ".png"]
+    (tmp_path / (stem(name[:-1]) + "_1.bin")).touch()
+
+
+def test_a_file_system_that_ignores_case_loses_no_image(tmp_path, monkeypatch):
+    """A stand-in: a file's name is written in small letters."""
+    for old, new in zip(write_images(tmp_path / "images", 2), ("A.png", "a.png")):
+        os.rename(str(tmp_path / "images" / old), str(tmp_path / "images" / new))
+    model = write_model(tmp_path / "m.onnx", 1)
+    write_bins(tmp_path, ["A.png", "a.png"])
+
+    def ignoring_case(path, *arguments, real=open, **named):
+        if str(path).endswith(".bin"):
+            path = os.path.join(os.path.dirname(path), os.path.basename(path).lower())
+        return real(path, *arguments, **named)
+    monkeypatch.setattr(builtins, "open", ignoring_case)
+    check_error(script("preprocess_deepmar_pytorch.py", "images", "input_bin", "image.txt", cwd=tmp_path),
+                "input_bin: 2 files were written, but it holds 1", "(A.bin and a.bin)")
+    check_error(script("tools/benchmark.py", "-batch_size=1", "-om_path=%s" % model, "-input_text_path=deepmar.info", cwd=tmp_path),
+                "dumpOutput_device0: 2 files were written, but it holds 1", "(A_1.bin and a_1.bin)")
+
+
+def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path, capsys):
+    images = tmp_path / "images"
+    for path in ("images/a/1.png", "images/b/2.png", "cam1/3.png", "cam2/deep/4.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    for link, target in (("0", "../cam2/deep"), ("a/again", "../b"), ("a/up", "../.."), ("b/self", "."), ("c", "../cam1"),
+                         ("d", "../cam1"), ("e", "../cam2"), ("5.png", "../cam1/3.png"), ("6.png", "nowhere")):
+        (images / link).symlink_to(target)
+    (tmp_path / "cam1" / "back").symlink_to("../images")
+    found = [os.path.relpath(os.path.join(parent, name), str(images)) for parent, name in images_in(str(images))]
+    assert found == ["5.png", "6.png", "0/4.png", "a/1.png", "b/2.png", "c/3.png"]
+    note = capsys.readouterr().err
+    assert note.startswith("note: %s: 6 links lead to folders that are read already" % images), note
+    with pytest.raises(PermissionError):
+        list(images_in("remote", walk=denied()))
+
+
+def denied():
+    raise PermissionError("listing")
+    yield

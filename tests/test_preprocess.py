@@ -114,7 +114,7 @@ def test_a_second_run_leaves_nothing_stale(images):
 
 
 @pytest.mark.parametrize("content, text", [
-    (b"\n \r\n", "names no image"), (b"a.png\na/../../x.png", "line 2"), (b"/etc/passwd", "line 1"), (b"a\0b.png", "line 1"),
+    (b"\n \r\n", "names no image"), (b"a.png\na/../../x.png", "line 2"), (b"/etc/passwd", "line 1"), (b"a\0b.png", "is not text (byte 1)"),
     (b"\xff\xfe", "UTF-8"), (b".png", "line 1"), (b"a.png\nb.png\na.jpg", "lines 1 and 3"), (b"x/a.png\ny/a.png", "lines 1 and 2"),
     (b"a\x1b[2Jb.png", "is not a file name"), ("a\x9bb.png".encode(), "is not a file name"), (b"x" * 5000, "is not a file name")])
 def test_bad_lists_are_refused_in_a_short_printable_line(tmp_path, content, text):

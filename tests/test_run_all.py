@@ -173,7 +173,8 @@ def test_bad_variables_are_usage_errors(tmp_path):
                         (["--stage", "7", "--label-file", __file__], "image_list is not set, and stage 7 needs it"),
                         (["--published-acc", "78,9"], "published_acc"), (["--size", "224"], "height and width"),
                         (["--last-conv-stride", "3"], "last_conv_stride"), (["--chips", "0"], "chips"), (["--pure", "x"], "pure"),
-                        (["--tolerance", "x"], "tolerance"), (["--json", "x"], "json needs --check"), (["--strict=no"], "strict")):
+                        (["--tolerance", "x"], "tolerance"), (["--stage", "7", "--stop-stage", "4"], "no stage would run"),
+                        (["--json", "x"], "json needs --check"), (["--strict=no"], "strict")):
         process = run_all("--work-dir", tmp_path / "work", *wrong)
         assert process.returncode == 2 and text in process.stderr, (wrong, process.stderr)
     process = run_all("--work-dir", tmp_path / "work", *own_data("/nowhere"))
@@ -265,6 +266,41 @@ def test_it_runs_by_sh_through_a_link_and_with_safe_path(first_run, tmp_path):
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
                              env=dict(os.environ, PYTHON=sys.executable, sample_size=str(SIZE), PYTHONSAFEPATH="1"))
     assert process.returncode == 0 and "scored %d images" % SIZE in process.stdout, process.stderr
+
+
+def test_nothing_of_the_users_shell_gets_in(first_run, tmp_path):
+    work, _ = first_run
+    (tmp_path / "rc").write_text("echo hello\n")
+    settings = {"BASH_ENV": str(tmp_path / "rc"), "SHELLOPTS": "braceexpand:hashall:noglob:keyword", "BASHOPTS": "failglob",
+                "BASH_FUNC_cd%%": '() { builtin cd "$@" && pwd\n}', "CDPATH": ".:/", "POSIXLY_CORRECT": "1", "PYTHONINSPECT": "1",
+                "GREP_OPTIONS": "--color=always", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    process = run_all("--work-dir", work, "--stage", 7, "--stop-stage", 7, **settings)
+    assert process.returncode == 0 and process.stderr == "" and "scored %d images" % SIZE in process.stdout, process.stderr
+    process = subprocess.run(["bash", "-x", os.path.join(ROOT, "run_all.sh"), "--help"], stderr=subprocess.PIPE, text=True)
+    assert process.returncode == 0 and "+ read_options --help" in process.stderr
+
+
+def test_a_folders_name_may_begin_with_a_dash(own_copy, tmp_path):
+    run, work = own_copy
+    work.rename(tmp_path / "-wd")
+    process = run(7, "--stop-stage", 7, work="-wd", cwd=tmp_path)
+    assert process.returncode == 0 and "scored %d images" % SIZE in process.stdout, process.stderr
+
+
+def test_packages_go_into_the_environment_whatever_pips_settings_are(tmp_path):
+    (tmp_path / "tools" / "run").mkdir(parents=True)
+    shutil.copy(os.path.join(ROOT, "tools", "run", "python.sh"), str(tmp_path / "tools" / "run"))
+    (tmp_path / "r.txt").write_text("no-such-package\n")
+    pip = tmp_path / (".venv-%d.%d" % sys.version_info[:2]) / "bin" / "pip"
+    pip.parent.mkdir(parents=True)
+    pip.write_text('#!/bin/sh\necho "$PIP_USER $PIP_INDEX_URL $PIP_TARGET$PIP_PREFIX" >&2\n')
+    pip.chmod(0o755)
+    (tmp_path / "bin").symlink_to(os.path.dirname(sys.executable))
+    process = subprocess.run(["bash", "tools/run/python.sh", "r.txt"], cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True, env=dict(os.environ, PYTHON="bin/" + os.path.basename(sys.executable), CDPATH=str(tmp_path),
+                                                 PIP_USER="1", PIP_TARGET="t", PIP_PREFIX="p", PIP_INDEX_URL="mirror"))
+    assert process.returncode == 0 and process.stdout == "%s/python\n" % pip.parent, process.stderr
+    assert process.stderr.endswith("0 mirror \n"), process.stderr
 
 
 def start(work, *arguments, until="stage 6"):

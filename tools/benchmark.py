@@ -32,7 +32,8 @@ with importing():
 def vision(session, bins, shape, calls, args):
     """Runs the model over the bins. Returns the lines to print."""
     folder = os.path.join("result", "dumpOutput_device%d" % args.device_id)
-    with replaced_folder(folder) as partial, progress(len(bins), "image") as bar:
+    names = ["%s_1.bin" % name for name, _ in bins]
+    with replaced_folder(folder, names=names) as partial, progress(len(bins), "image") as bar:
         clocks, seconds = run(session, bins, shape, partial, bar.update, calls)
     lines = perf_lines(clocks, len(bins))
     write_text("result/perf_vision_batchsize_%d_device_%d.txt" % (args.batch_size, args.device_id),

@@ -8,7 +8,8 @@
     rap2          RAP_annotation.mat of RAP v2: 54 attributes, 5 partitions; split train, val, trainval or test
     pa100k        annotation.mat of PA-100K: 26 attributes; split train, val, trainval or test
     pkl           dataset_zs_run0.pkl (the zero-shot PETA and RAP v2) or dataset_all.pkl of "Rethinking of Pedestrian
-                  Attribute Recognition"; its attributes are in another order. Nothing in the file is executed
+                  Attribute Recognition", or a pickle of OpenPAR, such as MSP60K's; the attributes have the file's order,
+                  which is not that of the .mat file. Nothing in the file is executed
     peta-folders  the folder of PETA's ten sub-sets, each with archive/Label.txt: the 35 attributes, all images
     csv           a table: its first column names the images, each other column is an attribute, 0 or 1, with its name on top
     list          your own image.txt and, with --labels, label.json, to --flatten them
@@ -33,9 +34,9 @@ import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.files import read_lines, write_text
-from lib.labels import PETA, label_row
+from lib.labels import PETA, read_rows
 from lib.machine import worker_pool
-from lib.names import composed, find_listed, inside, stem, undecodable
+from lib.names import check_length, composed, find_listed, inside, stem, undecodable
 from lib.pickles import Named, Pickle, Unpickler
 from lib.script import command, importing, note, one_line, some
 
@@ -89,9 +90,9 @@ def texts(cells, what):
 
 
 def integers(value, what):
-    """Returns an array of whole numbers as int64 in the same shape. Raises ValueError for any other value."""
+    """Returns an array of whole numbers, or of booleans, as int64 in the same shape. Raises ValueError for any other value."""
     whole = isinstance(value, np.ndarray) and (
-        value.dtype.kind in "ui" or value.dtype.kind == "f" and np.array_equal(value, np.floor(value)))
+        value.dtype.kind in "bui" or value.dtype.kind == "f" and np.array_equal(value, np.floor(value)))
     if not whole:
         raise ValueError("%s is not an array of whole numbers" % what)
     return value.astype(np.int64)
@@ -163,7 +164,7 @@ def read_pa100k(path):
     return Annotations(names, np.concatenate(labels), attributes, np.arange(len(attributes)), [rows])
 
 
-# --- the pickles of "Rethinking of Pedestrian Attribute Recognition" ----------------------------------------------------
+# --- the pickles of "Rethinking of Pedestrian Attribute Recognition" and OpenPAR ------------------------------------------
 
 class DataSet(Unpickler):
     """Refuses names that no data set needs."""
@@ -198,13 +199,27 @@ def text_of(value):
     return value if isinstance(value, str) else str(np.frombuffer(value.arguments[1], type_of(value.arguments[0]))[0])
 
 
+def texts_of(values):
+    """Returns the texts of a list or array, without spaces at their ends."""
+    values = array_of(values).tolist() if isinstance(values, Named) else map(text_of, values)
+    return [value.strip() for value in values]
+
+
 def read_pkl(path):
     with open(path, "rb") as f:
         content = entries(DataSet(Pickle(f.read())).load())
-    names, attributes = ([text_of(value) for value in content[key]] for key in ("image_name", "attr_name"))
-    used = entries(content["label_idx"])["eval"] if "label_idx" in content else np.arange(len(attributes))
+    # OpenPAR's labels are in the order of attributes, its own words. attr_name, the data set's words, has the same order, except
+    # in a file with sentences. Only "Rethinking", which has no attributes, still has to apply label_idx.
+    key = "attributes" if "sentences" in content or "attr_name" not in content else "attr_name"
+    missing = [name for name in ("image_name", "label", "partition", key) if name not in content]
+    if missing:
+        raise ValueError("it has no %s" % ", ".join(missing))
+    names, attributes = texts_of(content["image_name"]), texts_of(content[key])
+    used = np.arange(len(attributes))
+    if "label_idx" in content and "attributes" not in content:
+        used = entries(content["label_idx"])["eval"]
     splits = entries(content["partition"])
-    parts = ["train", "val", "test"] if "train" in splits else ["trainval", "test"]
+    parts = [part for part in (["train", "val", "test"] if "train" in splits else ["trainval", "test"]) if part in splits]
     arrays = [splits[part] for part in parts]  # each is an array, or a list with one array per partition
     partitions = list(zip(*arrays)) if isinstance(arrays[0], list) else [arrays]
     return Annotations(names, integers(array_of(content["label"]), "label"), attributes, integers(np.array(used), "eval"), [
@@ -263,15 +278,14 @@ def read_own(labels_path, path):
     names = [line for line in read_lines(path) if line]
     if labels_path is None:
         return Annotations(names, None, None, None, [])
-    with open(labels_path, encoding="utf-8-sig") as f:
-        rows = json.load(f)
+    labelled, labels = read_rows(labels_path)
+    rows = dict(zip(labelled, range(len(labelled))))
+    if len(rows) < len(labelled):
+        raise ValueError("%s: holds %r twice" % (labels_path, max(labelled, key=labelled.count)))
     missing = [name for name in names if name not in rows]
     if missing:
-        raise ValueError("%s has no label for %d of its %d images: %s" % (labels_path, len(missing), len(names), some(missing)))
-    labels = [list(label_row(rows[name])) for name in names]
-    if len({len(row) for row in labels}) > 1:
-        raise ValueError("%s has labels of different lengths" % labels_path)
-    return Annotations(names, np.array(labels), None, None, [])
+        raise ValueError("%s: has no label for %d of its %d images: %s" % (labels_path, len(missing), len(names), some(missing)))
+    return Annotations(names, labels[[rows[name] for name in names]], None, None, [])
 
 
 SPLITS = ["train", "val", "trainval", "test"]
@@ -309,6 +323,14 @@ def select_attributes(annotations, wanted):
     if wrong.any():
         raise ValueError("%s has a label that is neither 0 nor 1" % names[wrong.argmax()])
     unclear = labels == UNCLEAR_LABEL
+    if annotations.partitions:  # of the thousands of images, some lack each attribute; but some codings have 1 for no and 2 for yes
+        for value in (0, 1):
+            bad = ~(labels == value).any(axis=0) & (unclear.any(axis=0) | (value == 0))
+            if bad.any():
+                found = np.unique(labels[:, bad.argmax()])
+                raise ValueError("attribute %s has no %d at all, only %s; a label must be 1 for yes, 0 for no, or RAP's %d for "
+                                 "unclear; write the labels so" % (attributes[bad.argmax()], value, " and ".join(map(str, found)),
+                                                                  UNCLEAR_LABEL))
     if unclear.any():
         note("%d of %d labels are %d (unclear); they count as 0" % (unclear.sum(), labels.size, UNCLEAR_LABEL))
     return (labels == 1).astype(np.uint8), attributes
@@ -343,7 +365,7 @@ def read(data_set, path, labels_path=None, wanted=None):
     except (OSError, ImportError):
         raise
     except Exception as error:  # a damaged file makes scipy and pickle raise nearly anything
-        if str(error).startswith(path):
+        if str(error).startswith((path, labels_path or path)):
             raise ValueError(str(error))
         kind = "" if isinstance(error, ValueError) else type(error).__name__ + ": "
         raise ValueError("%s: is not the %s that lists.py %s takes: %s%s" % (path, form, data_set, kind, one_line(error)[:500]))
@@ -393,9 +415,10 @@ def link(folder, names, paths):
 
 
 def check_stems(path, names):
-    """Raises ValueError if two images would have the same bin."""
+    """Raises ValueError if two images would have the same bin, or if a result's name would be too long."""
     first, pairs = {}, []
     for name in names:
+        check_length(stem(name), path)
         if first.setdefault(stem(name), name) is not name:
             pairs.append("%s and %s" % (first[stem(name)], name))
     if pairs:

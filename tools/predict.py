@@ -27,7 +27,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.files import whole_file, write_text
 from lib.images import preprocess, read_image
 from lib.labels import ASSUMED, PETA, attribute_names, read_thresholds
-from lib.names import images_in, stem
+from lib.names import check_length, images_in, stem
 from lib.results import as_logits, kind_of, probabilities
 from lib.script import command, importing, note, one_line, progress, some
 from lib.session import SIZE_ASSUMED, attributes_of, fixed_size, open_session, run_batches
@@ -174,6 +174,7 @@ def targets(paths, folder):
     result, seen = {}, {}
     for path in paths:
         name = stem(path)
+        check_length(name, path, "_attributes.png.01234567.partial")  # as whole_file() calls it at first
         if name in seen:
             raise ValueError("%s and %s would both be drawn as %s_attributes.png; draw them in two runs with different folders"
                              % (seen[name], path, name))

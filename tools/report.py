@@ -23,7 +23,7 @@ import time
 import warnings
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from lib.files import NUMBER, fits, read_json, whole_file
+from lib.files import NUMBER, fits, read_json, read_text, whole_file
 from lib.images import check_image
 from lib.labels import assumed, attribute_names, read_thresholds
 from lib.metrics import MAX_DROP, METRICS, evaluate, label_acc_interval, metric_intervals
@@ -92,7 +92,7 @@ def read_throughput(path, images, accuracy):
     with this instance_acc.
     """
     rows = []
-    with open(path, encoding="utf-8", newline="") as f:
+    with io.StringIO(read_text(path)) as f:
         reader = csv.DictReader(f, strict=True)
         try:
             if reader.fieldnames != COLUMNS:
@@ -112,7 +112,7 @@ def read_throughput(path, images, accuracy):
                     raise ValueError("%s: line %d is of a run over %d images, but the results are of %d; run all batch "
                                      "sizes over the same list" % (path, reader.line_num, row["images"], images))
                 rows.append(row)
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:
             raise ValueError("%s: is not a CSV file: %s" % (path, error))
     # The file may have few digits.
     if not any(abs(row["instance_acc"] - accuracy) < 1e-4 for row in rows):

@@ -69,7 +69,7 @@ choose_backend() {
 choose_chip() {
     local found count=0 note
     if [ -n "$make_om" ] || [ "$backend" != onnxruntime ]; then
-        found=$(doctor chip "$chip_name" "$chips" "${devices[0]}" "$make_om" 2>&1) || fail "${found#doctor.py: error: }"
+        found=$(set +x && doctor chip "$chip_name" "$chips" "${devices[0]}" "$make_om" 2>&1) || fail "${found#doctor.py: error: }"
         read -r chip_name count note <<<"$found"
         [ -z "$note" ] || say "$note"
     fi

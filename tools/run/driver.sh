@@ -1,6 +1,7 @@
 # The machinery of run_all.sh, which sources this file: options, the work folder, stages, records of what files were made from.
 # shellcheck shell=bash disable=SC2034,SC2046,SC2154
 
+unset GREP_OPTIONS MPLBACKEND POSIXLY_CORRECT PYTHONINSPECT # grep, a notebook's children, bash and Python would behave otherwise
 shopt -u patsub_replacement 2>/dev/null || : # with it, ${x/y/$work_dir} does not keep an & in the folder's name
 say() { printf '[run_all] %s\n' "$*"; }
 fail() { printf 'run_all.sh: error: %s\n' "$*" >&2; exit 1; }
@@ -25,9 +26,9 @@ start_run() {
     check_ais_bench
     open_work_folder
     user_python=$python
-    python=$(PYTHON=$python "$here/tools/run/python.sh" requirements.txt $(needed_packages)) ||
+    python=$(PYTHON=$python bash -p "$here/tools/run/python.sh" requirements.txt $(needed_packages)) ||
         fail "there is no Python with the packages; see above"
-    CDPATH='' cd "$work_dir"
+    cd "$work_dir"
     work_dir=$PWD
     check_data
     trap on_exit EXIT
@@ -35,7 +36,7 @@ start_run() {
 }
 
 help() { # prints the comments at the top of run_all.sh and those of its variables
-    sed -n '3,/^\[/{s/^# \{0,1\}//; /^\[/!p}' "$here/run_all.sh"
+    sed -n '3,/^case/{s/^# \{0,1\}//; /^case/!p}' "$here/run_all.sh"
     sed -n 's/^\([a-z_]*\)=\${.*[-]\(.*[^}]\)}\{1,2\} *# *\(.*\)/\1 \3 [\2]/p; t; s/^\([a-z_]*\)=\${.*} *# */\1 /p; s/^ \{30,\}# /. /p' \
         "$here/run_all.sh" |
         while read -r name text; do
@@ -86,6 +87,7 @@ check_options() {
     for name in aipp pure; do matches $name 'yes|no' "yes or no"; done
     for name in check strict; do matches $name '(yes)?' "yes or empty"; done
     for name in stage stop_stage; do matches $name '[0-8]' "one of 0 to 8"; done
+    [ "$stage" -le "$stop_stage" ] || usage "stage is $stage and stop_stage $stop_stage, so no stage would run"
     matches last_conv_stride '[12]' "1 or 2"
     matches sample_size '[1-9][0-9]*' "a positive whole number"
     matches chips '([1-9][0-9]?)?' "a positive whole number"
@@ -94,6 +96,7 @@ check_options() {
     matches tolerance '(0?\.[0-9]+|[0-9]e-[0-9]+)?' "a fraction such as 0.01"
     matches backend 'auto|benchmark|ais_bench|onnxruntime' "auto, benchmark, ais_bench or onnxruntime"
     [ -z "$json" ] || [ -n "$check" ] || usage "json needs --check"
+    for name in work_dir set_env; do [[ ${!name} != -* ]] || printf -v "$name" %s "./${!name}"; done # commands would take -x for an option
     height=${size% *} width=${size#* }
     read -ra devices <<<"$device_id"
 }
@@ -176,7 +179,7 @@ check_data() {
 
 # --- stages ---------------------------------------------------------------------------------------------------------
 
-current='' scratch_folder='' dropped=''
+current='' scratch_folder='' dropped='' scoring=''
 begin() {
     runs "$1" || return 1
     current=$1 started=$SECONDS
@@ -216,7 +219,7 @@ scratch() {
 # score COMMAND ...: runs stage 7's script in the scratch folder and moves its file into the folder of results and the work folder.
 # A drop of the accuracy only fails the run at its end, after the table and the report.
 score() {
-    if [ -z "${scoring-}" ]; then # only one run at a time may write the files of stages 7 and 8, so that they match each other
+    if [ -z "$scoring" ]; then # only one run at a time may write the files of stages 7 and 8, so that they match each other
         exec {scoring}>>"$work_dir/.scoring.lock"
         locked "$scoring"
     fi

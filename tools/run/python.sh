@@ -8,7 +8,7 @@
 set -euo pipefail
 python=$(command -v "${PYTHON:-python3}") ||
     { echo "python.sh: error: ${PYTHON:-python3}: no such Python; set PYTHON to the path of one" >&2; exit 1; }
-python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
+python=$(realpath -s -- "$python")
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.."
 
 files=() chosen=
@@ -32,7 +32,8 @@ missing=$(grep -vxFf "$folder/installed" <<<"$wanted" 2>/dev/null || [ -e "$fold
 if [ -n "$missing" ]; then
     echo "python.sh: installing ${packages//$'\n'/, } into $folder (some minutes, once)" >&2
     [ -x "$folder/bin/pip" ] || "$python" -m venv "$folder" >&2
-    "$folder/bin/pip" install --quiet --disable-pip-version-check -r /dev/stdin <<<"$wanted" >&2
+    # Settings for other places would lead the packages out of the environment. Others, such as a mirror, are kept.
+    env -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT PIP_USER=0 "$folder/bin/pip" install --quiet --disable-pip-version-check -r /dev/stdin <<<"$wanted" >&2
     echo "$missing" >>"$folder/installed"
 fi
 echo "$folder/bin/python"

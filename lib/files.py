@@ -19,6 +19,8 @@ MOUNT_ERROR = "%s: something is mounted there, so it cannot be replaced as a who
 @contextlib.contextmanager
 def whole_file(path):
     """Yields the name of a new file next to path. Renames it to path if the block succeeds, deletes it if the block fails."""
+    if os.path.exists(path) and not os.path.isfile(path):  # root could replace even /dev/null
+        raise OSError("%s: is no regular file, so it cannot be replaced; give another name" % path)
     # A file that no process locks is left from a killed run.
     for left in glob.glob(glob.escape(path) + ".%s.partial" % ("[0-9a-f]" * 8)):
         with contextlib.suppress(OSError), open(left, "r+b") as file:  # NFS cannot lock a file that is open only for reading

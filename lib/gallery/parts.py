@@ -101,7 +101,8 @@ def publish_list(output, found):
     with contextlib.ExitStack() as stack:
         stack.enter_context(reached(url))
         if is_local(url):
-            f = stack.enter_context(open(stack.enter_context(whole_file(url)), "wb"))
+            temporary = stack.enter_context(whole_file(url))
+            f = stack.enter_context(open(temporary, "wb"))
         else:
             fs, path = filesystem(url)
             f = stack.enter_context(fs.open(path, "wb"))

@@ -395,9 +395,11 @@ def test_storage_that_fails_in_the_middle_is_no_damage(worker, tmp_path, picture
     shards = [tarred(tmp_path / "x.tar", *large.items()), tarred(tmp_path / "y.tar", *large.items(), mode="w:gz"), row_group(
         tmp_path / "x.parquet", pyarrow.table({"path": list(large), "bytes": list(large.values())}))]
     worker.job["damaged"], read = "keep", storage.Reached.readinto
-    for answer in OSError(errno.EIO, "Input/output error"), PermissionError(errno.EACCES, "Forbidden"), 0:
-        def broken(file, buffer, answer=answer):
-            if file.tell() not in range(2 ** 20, 3 * 10 ** 6):
+    for first, last, answer in ((2 ** 20, 3 * 10 ** 6, OSError(errno.EIO, "Input/output error")),
+                                (2 ** 20, 3 * 10 ** 6, PermissionError(errno.EACCES, "Forbidden")),
+                                (0, 10 ** 9, OSError(errno.ESTALE, "Stale file handle")), (2 ** 20, 3 * 10 ** 6, 0)):
+        def broken(file, buffer, answer=answer, first=first, last=last):
+            if file.tell() not in range(first, last):
                 return read(file, buffer)
             if answer:
                 raise answer

@@ -1,6 +1,6 @@
 """Splits the input of tools/gallery.py into shards. A shard is a small dict from which a worker reads about 1000 images.
 
-The same input always gives the same shards. Of a list, the driver keeps a number of 8 bytes per line in memory, but no names.
+The same input always gives the same shards. The driver keeps no names in memory, but 8 bytes per name, which show repeated ones.
 """
 import array
 import collections
@@ -15,8 +15,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 from lib.files import not_utf8
-from lib.gallery.storage import (IMAGE_ERRORS, WEB, absolute, entries, is_folder, is_local, join, of_listing, open_binary, patiently,
-                                 read_image, size_and_checksum, split_chain)
+from lib.gallery.storage import (IMAGE_ERRORS, WEB, absolute, entries, is_folder, is_local, join, of_listing, open_binary,
+                                 patiently, read_image, size_and_checksum, split_chain)
 from lib.machine import cores
 from lib.names import images_in, inside, undecodable
 from lib.script import importing, note, one_line, progress, some

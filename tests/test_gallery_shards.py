@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -136,6 +137,24 @@ def matched(pattern):
         return shards.matching(str(pattern))
     except FileNotFoundError:
         return []
+
+
+def test_inputs_that_do_not_fit(crops):
+    (crops / "a.tar").write_bytes(b"")
+    path = crops.parent / "list.txt"
+    for text, *inputs in (("list.txt: is a list file; give --root", path), ("all end in .tar or all in .parquet$", path, crops / "a.tar"),
+                          ("none: no such file or folder$", crops / "none"), ("all in .parquet$", crops, crops / "b")):
+        check_refused(text, *inputs)
+    check_refused("crops: is a folder; --root is for a list file", crops, root=crops)
+
+
+def test_file_systems_in_a_chain(crops):
+    with zipfile.ZipFile(str(crops.parent / "x.zip"), "w") as file:
+        for name in "list.txt", "crops/im0.png", "crops/im1.png", "crops/b/im0.png":
+            file.write(str(crops.parent / name), name)
+    rest = "::file://%s/x.zip" % crops.parent
+    assert found("zip://crops" + rest).images == found("zip://list.txt" + rest, root="zip://crops" + rest).images == 3
+    assert [url for url, _ in shards.matching("zip://crops/*0.png" + rest)] == ["zip://crops/im0.png" + rest]
 
 
 @pytest.mark.parametrize("name, remedy", [
@@ -366,7 +385,7 @@ def test_s3(s3, bucket, crops, monkeypatch, tmp_path):
     bucket.pipe_file("crops/images/empty.png", b"")
     assert read_image("s3://crops/images", "b::c.png", 9) == b"1" and read_image("s3://crops/images", "empty.png", 9) == b""
     bucket.pipe_file("crops/images//im9.png", b"1")
-    check_refused("s3://crops/images/: some names in it begin with a slash", "s3://crops/images")
+    check_refused("s3://crops/images: it holds names that begin with a slash", "s3://crops/images")
 
 
 def test_stretch_of_a_list_on_s3_is_one_request(s3, bucket):
@@ -411,7 +430,8 @@ def test_package_that_is_missing(tmp_path):
 
 
 if not REMOTE:
+    LOCAL = "test_package_that_is_missing", "test_file_systems_in_a_chain"
     NEEDED = {"table", "hdfs", "web", "s3", "s3_server", "bucket"}
     for name, test in list(globals().items()):
-        if name.startswith("test_") and (NEEDED & set(test.__code__.co_varnames) or name == "test_package_that_is_missing"):
+        if name.startswith("test_") and (NEEDED & set(test.__code__.co_varnames) or name in LOCAL):
             del globals()[name]

@@ -1,6 +1,6 @@
 """Splits the input of tools/gallery.py into shards. A shard is a small dict from which a worker reads about 1000 images.
 
-The same input always gives the same shards. Of a list, the driver keeps a number of 8 bytes per line in memory, but no names.
+The same input always gives the same shards. The driver keeps no names in memory, but 8 bytes per name, which show repeated ones.
 """
 import array
 import collections
@@ -15,8 +15,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 from lib.files import not_utf8
-from lib.gallery.storage import (IMAGE_ERRORS, WEB, absolute, entries, is_folder, is_local, of_listing, open_binary, patiently,
-                                 read_image, size_and_checksum)
+from lib.gallery.storage import (IMAGE_ERRORS, WEB, absolute, entries, is_folder, is_local, join, of_listing, open_binary,
+                                 patiently, read_image, size_and_checksum, split_chain)
 from lib.machine import cores
 from lib.names import images_in, inside, undecodable
 from lib.script import importing, note, one_line, progress, some
@@ -29,9 +29,11 @@ MAX_TRIED = 1000  # so many of a list's images are tried until one can be read
 MAX_EXAMPLES = 1000  # so many names that are given more than once are looked up
 MAX_WITNESSES = 16  # so many files are read on each node before it takes work
 REMOTE_REQUESTS = 16  # at a time
-TAR, PARQUET = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE), re.compile(r"\.parquet$", re.IGNORECASE)
-# Archives of other kinds, and the commands that make a tar of some
-PACKED = re.compile(r"\.(tar\.\w+|tbz2?|txz|tlz|tzst|bz2|xz|zst|lz4|lzma|gz|z|zip|7z|rar)$", re.IGNORECASE)
+# What the endings of files mean
+ENDINGS = [(kind, re.compile(ending, re.IGNORECASE)) for kind, ending in (
+    ("tar", r"\.(tar|tar\.gz|tgz)$"), ("parquet", r"\.parquet$"),
+    ("packed", r"\.(tar\.\w+|tbz2?|txz|tlz|tzst|bz2|xz|zst|lz4|lzma|gz|z|zip|7z|rar)$"))]
+# The programs that make a tar of an archive
 UNPACK = (("bzip2", r"\.(tar\.bz2|tbz2?)$"), ("xz", r"\.(tar\.xz|txz)$"), ("zstd", r"\.(tar\.zst|tzst)$"))
 # settings: the input's entry in the manifest, which says what the shards were made from. images: their number, None if only the
 # workers will know it. describe: a function from a shard's number to its dict. count: the number of shards. list: the open list
@@ -48,19 +50,18 @@ def find_input(args, copy):
     found = [pair for pattern in args.input for pair in patiently(matching, absolute(pattern), first=True)]
     folders = {name for name, folder in found if folder}
     files = [name for file, folder in found
-             for name in (patiently(spark_files, file) if folder and PARQUET.search(file) else [file])]
+             for name in (patiently(spark_files, file) if folder and kind_of(file) == "parquet" else [file])]
     twice = [name for name, count in collections.Counter(files).items() if count > 1]
     if twice:
         told_twice(some(args.input), len(twice), "files", twice, keep)
-    kinds = {None if name in folders else "parquet" if PARQUET.search(name) else "tar" if TAR.search(name) else None
-             for name in files}
+    kinds = {None if name in folders else kind_of(name) for name in files}
     if kinds in ({"tar"}, {"parquet"}) and args.root is None:
         return tars(files) if kinds == {"tar"} else row_groups(files, args.path_column, args.bytes_column, keep)
-    packed = [name for name in files if name not in folders and PACKED.search(name) and not TAR.search(name)]
-    if packed:
-        program = next((program for program, ending in UNPACK if re.search(ending, packed[0].lower())), None)
+    if "packed" in kinds:
+        name = next(name for name in files if kind_of(name) == "packed" and name not in folders)
+        program = next((program for program, ending in UNPACK if re.search(ending, name.lower())), None)
         raise ValueError("%s: archives of this kind are not read; %s" % (
-            packed[0], "make a tar of it: %s -d %s" % (program, packed[0].rpartition("/")[2]) if program else
+            name, "make a tar of it: %s -d %s" % (program, name.rpartition("/")[2]) if program else
             "unpack it and give the folder of its images, or a tar of them"))
     if len(files) != 1 or kinds != {None}:
         raise ValueError("%s: give a folder, or a list file with --root, or files that all end in .tar or all in .parquet"
@@ -80,6 +81,11 @@ def find_input(args, copy):
 
 # --- files and folders -------------------------------------------------------------------------------------------------
 
+def kind_of(url):
+    """Returns "tar", "parquet", "packed" (another archive) or None by a file's name."""
+    return next((kind for kind, ending in ENDINGS if ending.search(split_chain(url)[0])), None)
+
+
 def matching(pattern):
     """Returns (url, whether it is a folder) of what matches a url with *, ?, [ or **, in order.
 
@@ -87,9 +93,10 @@ def matching(pattern):
     """
     with contextlib.suppress(FileNotFoundError):
         return [(pattern, is_folder(pattern))]
-    magic = re.search("[*[]" if WEB.match(pattern) else "[*?[]", pattern)  # in a web address, ? begins a query
-    parent = pattern[:magic.start()].rpartition("/")[0] if magic else ""
-    found = list(expanded(parent, pattern[len(parent) + 1:].split("/"))) if magic else []
+    names, rest = split_chain(pattern)
+    magic = re.search("[*[]" if WEB.match(names) else "[*?[]", names)  # in a web address, ? begins a query
+    parent = names[:magic.start()].rpartition("/")[0] if magic else ""
+    found = list(expanded(parent + rest, names[len(parent) + 1:].split("/"))) if magic else []
     if not found:
         raise FileNotFoundError("%s: no such file or folder" % pattern)
     return found
@@ -100,7 +107,7 @@ def expanded(url, parts, folder=True):
     if not parts:
         yield url, folder
     elif not re.search("[*?[]", parts[0]):
-        url = "%s/%s" % (url, parts[0])
+        url = join(url, parts[0])
         with contextlib.suppress(FileNotFoundError):
             yield from expanded(url, parts[1:], None if parts[1:] else is_folder(url))
     else:
@@ -109,10 +116,11 @@ def expanded(url, parts, folder=True):
         for name, folder in children(url):
             if name.startswith(".") and not parts[0].startswith("."):
                 continue
-            if parts[0] == "**" and folder and not (is_local(url) and os.path.islink("%s/%s" % (url, name))):
-                yield from expanded("%s/%s" % (url, name), parts)
+            child = join(url, name)
+            if parts[0] == "**" and folder and not (is_local(url) and os.path.islink(child)):
+                yield from expanded(child, parts)
             elif parts[0] != "**" and fnmatch.fnmatchcase(name, parts[0]) and (folder or not parts[1:]):
-                yield from expanded("%s/%s" % (url, name), parts[1:], folder)
+                yield from expanded(child, parts[1:], folder)
 
 
 def children(folder):
@@ -128,25 +136,24 @@ def children(folder):
 def spark_files(folder):
     """Returns the Parquet files in a folder and its subfolders. Spark's names that begin with _ or . are no data."""
     found = [url for url, is_dir in expanded(folder, ["**", "*"])
-             if PARQUET.search(url) and not is_dir and not re.search("/[_.]", url[len(folder):])]
+             if kind_of(url) == "parquet" and not is_dir and not re.search("/[_.]", url[len(split_chain(folder)[0]):])]
     if not found:
         raise ValueError("%s: this folder holds no Parquet file" % folder)
     return found
 
 
-def walk(folder):
-    """Yields (folder, its folders' names, {file's name: (size, checksum or None)}) of a remote folder and its subfolders.
+def walk(url, path):
+    """Yields (path, its folders' names, {file's name: (size, checksum or None)}) of a remote folder and its subfolders.
 
-    It is like os.walk(). Raises OSError with the name of the folder that cannot be listed.
+    It is like os.walk(path). Raises OSError with the url of the folder that cannot be listed.
     """
-    found = patiently(entries, folder)
+    found = patiently(entries, url)
     folders = [name for name, entry in found if entry["type"] == "directory"]
     if "" in folders:
-        raise ValueError("%s/: some names in it begin with a slash, so this folder cannot be listed; give a list file with --root"
-                         % folder)
-    yield folder, folders, {name: of_listing(entry) for name, entry in found if entry["type"] != "directory"}
+        raise ValueError("%s: it holds names that begin with a slash, so it cannot be listed; give a list file with --root" % url)
+    yield path, folders, {name: of_listing(entry) for name, entry in found if entry["type"] != "directory"}
     for name in folders:
-        yield from walk("%s/%s" % (folder, name))
+        yield from walk(join(url, name), "%s/%s" % (path, name))
 
 
 def listing(folder, file):
@@ -157,14 +164,14 @@ def listing(folder, file):
     bad, digest, of_folder = [], hashlib.sha256(), {}
 
     def remote():
-        for parent, folders, files in walk(folder):
+        for parent, folders, files in walk(folder, ""):
             of_folder.clear()
             of_folder.update(files)
             yield parent, folders, list(files)
 
     for parent, name in images_in(folder, None if is_local(folder) else remote()):
         content = of_folder.get(name) or (local_size(os.path.join(parent, name)), None)
-        name = (parent[len(folder.rstrip("/")):] + "/" + name).lstrip("/")
+        name = ((parent[len(folder.rstrip("/")):] if is_local(folder) else parent) + "/" + name).lstrip("/")
         if not inside(name) or name != name.strip() or undecodable(name):
             bad.append(name)
         file.write((name + "\n").encode("utf-8", "replace"))

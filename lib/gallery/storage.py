@@ -47,18 +47,30 @@ def absolute(url):
     return os.path.abspath(url) if is_local(url) else url.rstrip("/")
 
 
+def split_chain(url):
+    """Returns (the part of a url that names the file, the rest), with the rest of fsspec's zip://a.png::s3://bucket/x.zip."""
+    first, separator, rest = url.partition("::")
+    return (first, separator + rest) if "://" in first and "://" in rest else (url, "")
+
+
+def join(url, name):
+    """Returns the url of a name in a folder."""
+    folder, rest = split_chain(url)
+    return "%s%s%s%s" % (folder, "" if folder.endswith("/") else "/", name, rest)
+
+
 def filesystem(url):
     """Returns (the fsspec file system of a url, the path there). Raises ValueError if no package can open it."""
     from fsspec.core import url_to_fs
     if is_local(url):
         from fsspec.implementations.local import LocalFileSystem
         return LocalFileSystem(), url
+    first = url.partition("::")[0]
     try:
         with reached(url):
-            first, *others = url.split("::")
-            if not others or "://" not in first or any("://" in other for other in others):  # file systems in a chain
+            if "://" not in first or split_chain(url)[1]:  # file systems in a chain
                 return url_to_fs(url)
-            fs, _ = url_to_fs(first)  # :: is in a name
+            fs, _ = url_to_fs(first)  # a name may hold ::
             return fs, fs._strip_protocol(url)
     except OSError as error:
         if isinstance(error.__cause__, (ImportError, ValueError)):

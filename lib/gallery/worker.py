@@ -124,7 +124,7 @@ def of_tar(shard, job, left_out):
         if left_out and not seen:
             raise Damaged("holds no image (%s), but %s" % (" ".join(ENDINGS), endings(left_out)))
     except Damaged as error:
-        if job["damaged"] != "keep" or twice:
+        if job["damaged"] != "keep":
             raise
         yield shard["tar"], error
     if twice:

@@ -56,6 +56,20 @@ def crops(tmp_path):
 
 # --- lists and folders ------------------------------------------------------------------------------------------------------
 
+def test_each_mount_below_the_root_has_a_witness(crops, monkeypatch):
+    """A node may lack one of them. A mount of which no image can be read has none."""
+    for name in "c", "d":
+        (crops / name).mkdir()
+    (crops.parent / "list.txt").write_text("im0.png\nim1.png\nc/none.png\nb/none.png\nb/im0.png\nd/none.png\nb/im1.png\n")
+    stat = os.stat
+    numbers = {str(crops / "b"): 1001, str(crops / "d"): 1002}
+    monkeypatch.setattr(shards.os, "stat", lambda path, **more: types.SimpleNamespace(st_dev=numbers[path]) if path in numbers else
+                        stat(path, **more))
+    for size in 1, 1000:
+        input = found(crops.parent / "list.txt", root=crops, size=size)
+        assert [witness["name"] for witness in input.witnesses] == (["im0.png", "b/im0.png"] if size == 1 else ["im0.png"])
+
+
 def test_shards_of_a_list(crops):
     """A byte order mark and blank lines; each shard knows the number of its images; the witness is an image that can be read."""
     path = crops.parent / "list.txt"

@@ -211,7 +211,7 @@ def stretches(file, source, root, size, copy, keep=None):
     keep: whether a name may be given twice, which takes 8 bytes per name; None if no name can be.
     """
     ends, counts, lines_read, digest = array.array("Q", [0]), array.array("Q"), 0, hashlib.sha256()
-    seen, witness, tried = Repeated(), None, []
+    seen, witnesses, tried = Repeated(), {}, []
     file.seek(0)
     while True:
         lines = list(itertools.islice(iter(lambda: file.readline(MAX_LINE), b""), size))
@@ -227,8 +227,12 @@ def stretches(file, source, root, size, copy, keep=None):
         if max(map(len, lines)) == MAX_LINE:
             raise ValueError("%s: is not a list of file names: line %d or a later one has %d bytes or more"
                              % (source, lines_read + 1, MAX_LINE))
-        if witness is None:
-            witness = readable(source, root, names, tried)
+        if not witnesses:
+            name = readable(source, root, names, tried)
+            if name is not None:
+                witnesses[file_system(root, name)] = name
+        if witnesses and is_local(root):
+            add_witnesses(root, names, witnesses)
         if keep is not None:
             seen.add(names)
         digest.update(content)
@@ -237,13 +241,13 @@ def stretches(file, source, root, size, copy, keep=None):
         counts.append(len(names))
     if not sum(counts):
         raise ValueError("%s: names no image; it needs one file name per line" % source)
-    if witness is None:
+    if not witnesses:
         raise unreadable(source, root, tried)
     if keep is not None:
         seen.check(source, numbered(file), keep)
     settings = {"kind": "list", "root": root, "sha256": digest.hexdigest(), "shards": len(counts), "shard_size": size}
     return Input(settings, sum(counts), lambda i: {"list": copy, "start": ends[i], "end": ends[i + 1], "root": root,
-                                                   "images": counts[i]}, len(counts), file, [{"root": root, "name": witness}])
+                                                   "images": counts[i]}, len(counts), file, [{"root": root, "name": name} for name in witnesses.values()])
 
 
 def numbered(file):
@@ -251,6 +255,21 @@ def numbered(file):
     file.seek(0)
     for number, line in enumerate(file, 1):
         yield line.decode("utf-8-sig" if number == 1 else "utf-8").strip(), "line %d" % number
+
+
+def file_system(root, name):
+    """Returns the number of the file system in which an image's folder lies, None if it is remote."""
+    return os.stat(os.path.dirname(os.path.join(root, name))).st_dev if is_local(root) else None
+
+
+def add_witnesses(root, names, witnesses):
+    """Adds an image on each further file system to {its number: name}, because a node may lack a mount below the root."""
+    for name in {os.path.dirname(name): name for name in reversed(names)}.values():  # the first image in each folder
+        with contextlib.suppress(OSError, ValueError):
+            number = file_system(root, name)
+            if number not in witnesses:
+                read_image(root, name, 1)
+                witnesses[number] = name
 
 
 def readable(source, root, names, tried):

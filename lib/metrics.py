@@ -40,22 +40,23 @@ def mean(values):
 def of_images(predicted, true):
     """Returns four figures of each image, float64 [4, images]: whether it counts, and its accuracy, precision and recall.
 
-    An image without a true attribute does not count. predicted, true: bool [images, attributes].
+    An image without a true attribute does not count. predicted: bool or, from one_more_error(), shares from 0 to 1, [images,
+    attributes]. true: bool in the same shape.
     """
-    counted, tp = true.any(axis=1), (predicted & true).sum(axis=1)
-    return np.array([counted, tp / np.maximum((predicted | true).sum(axis=1), 1),
+    counted, tp = true.any(axis=1), np.minimum(predicted, true).sum(axis=1)
+    return np.array([counted, tp / np.maximum(np.maximum(predicted, true).sum(axis=1), 1),
                      tp / np.maximum(predicted.sum(axis=1), 1), tp / np.maximum(true.sum(axis=1), 1)], np.float64)
 
 
 def of_attributes(predicted, true):
-    """Returns three decisions for each attribute, [3 x bool [images, attributes]]. Their sums over images are TP, P and TN."""
-    return [predicted & true, true, ~predicted & ~true]
+    """Returns three figures for each attribute, [3 x [images, attributes]]. Their sums over images are TP, P and TN."""
+    return [np.minimum(predicted, true), true, 1 - np.maximum(predicted, true)]
 
 
 def metrics(sums, images):
     """Returns the metrics {name: one value per row} from sums over images, float64 [rows, 4 + 3 * attributes].
 
-    The columns are the sums of of_images() and of_attributes(). images: how many images each row sums up. label_precision,
+    The columns are the sums of of_images() and of_attributes(). images: how many images each row sums up, a number or [rows, 1]. label_precision,
     label_recall and label_F1 are means over the attributes, as mA is.
     """
     acc, precision, recall = (ratio(column, sums[:, 0]) for column in sums.T[1:4])
@@ -94,33 +95,59 @@ def evaluate(logits, labels):
              "label_acc": (of_positives + of_negatives) / 2})
 
 
-def effect(a, b, labels):
+def effect(a, b, labels, groups=None):
     """Returns the metrics of logits a and b and their change a - b, {metric: {"a", "b", "change", "interval"}}.
 
-    An undefined mA is None. interval: the change's paired 95 % interval, or None for too few images.
+    An undefined mA is None. interval: the change's paired 95 % interval, or None for too few images. groups: see drawn().
     """
     of_a, of_b = evaluate(a, labels)[0], evaluate(b, labels)[0]
-    intervals = change_intervals(np.asarray(a) >= 0, np.asarray(b) >= 0, np.asarray(labels) == 1, of_a)
+    intervals = change_intervals(np.asarray(a) >= 0, np.asarray(b) >= 0, np.asarray(labels) == 1, of_a, groups)
     return {name: {"a": of_a[name], "b": of_b[name], "interval": intervals[name],
                    "change": None if of_a[name] is None else of_a[name] - of_b[name]} for name in of_a}
 
 
 # --- intervals --------------------------------------------------------------------------------------------------------
 
-def drawn(sides, true, draws=DRAWS):
+def one_more_error(predicted, true):
+    """Yields predictions with one more error in each image, float64 [images, attributes]: one attribute lost, one wrongly said.
+
+    All right decisions of the image have an equal share of the error.
+    """
+    for right, change in ((predicted & true, -1), (~(predicted | true), 1)):
+        yield predicted + change * right / np.maximum(right.sum(axis=1, keepdims=True), 1)
+
+
+def drawn(sides, true, groups=None, draws=DRAWS):
     """Returns the metrics of several models in the same draws, [{name: array [draws]}], one dict per model.
 
-    sides: what each model predicts, bool [images, attributes] each. true: the truth in the same shape.
+    sides: what each model predicts, bool [images, attributes] each. true: the truth in the same shape. groups: of
+    lib.labels.read_groups().
     """
-    parts = [np.hstack([of_images(predicted, true).T] + of_attributes(predicted, true)) for predicted in sides]
-    columns, images = np.hstack(parts), len(true)
+    def rows(sides):  # an image each: how many images it is, and its figures for each side
+        return np.hstack([np.ones((len(true), 1))] + [part for predicted in sides
+                                                      for part in [of_images(predicted, true).T] + of_attributes(predicted, true)])
+
+    columns = rows(sides)
+    errors = [rows(sides[:i] + [worse] + sides[i + 1:]).mean(axis=0)
+              for i, predicted in enumerate(sides) for worse in one_more_error(predicted, true)]
+    if groups is not None:
+        members = np.argsort(groups, kind="stable")
+        columns = np.add.reduceat(columns[members], np.flatnonzero(np.diff(groups[members], prepend=-1)))
+    columns = np.vstack([columns, np.array(errors) * len(true) / len(columns)])
+    units = len(columns)
     random = np.random.RandomState(SEED)
-    sums, at_once = [], max(1, BLOCK // images)
+    sums, at_once = [], max(1, BLOCK // units)
     for start in range(0, draws, at_once):
-        times = [np.bincount(random.randint(images, size=images), minlength=images)  # how often each image is drawn
+        times = [np.bincount(random.randint(units, size=units), minlength=units)  # how often each image or group is drawn
                  for _ in range(min(at_once, draws - start))]
         sums.append(np.array(times, np.float64) @ columns)
-    return [metrics(part, images) for part in np.split(np.concatenate(sums), len(sides), axis=1)]
+    images, *of_sides = np.split(np.concatenate(sums), [1 + i * (columns.shape[1] - 1) // len(sides) for i in range(len(sides))], axis=1)
+    return [metrics(part, images) for part in of_sides]
+
+
+def enough(true, groups):
+    """Returns whether there are enough images, or groups of images, for an interval."""
+    return len(true if groups is None else set(groups)) >= MIN_IMAGES
 
 
 def interval(values):
@@ -129,15 +156,18 @@ def interval(values):
     return np.round(np.percentile(values, [2.5, 97.5]), DECIMALS).tolist() if len(values) > 1 else None
 
 
-def metric_intervals(predicted, true, names):
-    """Returns these metrics' intervals {name: [low, high]}. One is None for an undefined metric or fewer than MIN_IMAGES images."""
-    of = drawn([predicted], true)[0] if len(true) >= MIN_IMAGES else {}
+def metric_intervals(predicted, true, names, groups=None):
+    """Returns these metrics' intervals {name: [low, high]}. One is None for an undefined metric or fewer than MIN_IMAGES images.
+
+    groups: of lib.labels.read_groups(). With them, MIN_IMAGES is the smallest number of groups.
+    """
+    of = drawn([predicted], true, groups)[0] if enough(true, groups) else {}
     return {name: interval(of[name]) if of else None for name in names}
 
 
-def change_intervals(a, b, true, names):
+def change_intervals(a, b, true, names, groups=None):
     """Returns the same for the difference of a's and b's metrics, a - b, in paired draws."""
-    of_a, of_b = drawn([a, b], true) if len(true) >= MIN_IMAGES else ({}, {})
+    of_a, of_b = drawn([a, b], true, groups) if enough(true, groups) else ({}, {})
     return {name: interval(of_a[name] - of_b[name]) if of_a else None for name in names}
 
 

@@ -6,6 +6,11 @@ The metrics over images get a bootstrap interval. Each of DRAWS draws takes as m
 replacement. The interval holds the middle 95 % of the draws' metrics. Two models over the same images get the same draws, so
 that an image that is easy or hard for both does not widen the interval of their difference.
 
+Errors, or differences of two models, may be so rare that the run has one or none. Draws of its images then hardly differ, although
+other images would. So two more images a model are drawn from. They are like the mean of all images, but in one of them the model loses one
+more attribute, and in the other it wrongly says one more. If the images come in groups, such as several of each person, groups are drawn, because the
+images of a group are not independent.
+
 An attribute's label_acc gets Wilson's interval. The bootstrap's would be far too narrow if few images have the attribute or
 if all are right (tests/test_metrics.py). The seed is fixed, so the same results have the same intervals.
 """
@@ -177,15 +182,22 @@ def wilson(share, count):
     return (centre - half) / (1 + Z ** 2 / count), (centre + half) / (1 + Z ** 2 / count)
 
 
-def label_acc_interval(row):
+def label_counts(true, groups):
+    """Returns how many groups have an image with each attribute, and an image without it, int [2, attributes]."""
+    return np.array([[len(np.unique(groups[images])) for images in side.T] for side in (true, ~true)])
+
+
+def label_acc_interval(row, counts=None):
     """Returns the interval [low, high] of an attribute's label_acc from the Wilson intervals of its two shares.
 
     The distances to the ends of the two intervals add up like standard deviations (Newcombe's method). Returns None if
     label_acc is undefined. row: a dict of label_pos_acc and label_neg_acc, and of positives and negatives, their image counts.
+    counts: of label_counts(), in place of these. A group then counts once, as if all its images had the same result.
     """
-    if not row["positives"] or not row["negatives"]:
+    positives, negatives = (row["positives"], row["negatives"]) if counts is None else counts
+    if not positives or not negatives:
         return None
-    shares = [(row["label_pos_acc"], row["positives"]), (row["label_neg_acc"], row["negatives"])]
+    shares = [(row["label_pos_acc"], positives), (row["label_neg_acc"], negatives)]
     (low_p, high_p), (low_n, high_n) = (wilson(*share) for share in shares)
     (positive, _), (negative, _) = shares
     acc = (positive + negative) / 2

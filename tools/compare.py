@@ -33,7 +33,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.bins import list_bins
 from lib.faults import FACTOR, MAX_IMAGES, explain, judge, layers, overflow
 from lib.files import write_text
-from lib.labels import ASSUMED, PETA, attribute_names, labels_of, read_labels
+from lib.labels import ASSUMED, GROUPS_HELP, PETA, attribute_names, labels_of, read_groups, read_labels
 from lib.metrics import effect
 from lib.names import composed
 from lib.results import as_logits, attributes_in, list_results, read_logits
@@ -138,6 +138,7 @@ def parse(argv):
     parser.add_argument("--rehearsal", metavar="TWIN", help="the float16 twin of --onnx MODEL; it sets how far A may be off")
     parser.add_argument("--layers", action="store_true", help="rank the layers by the relative error in A, if A is a model, or in TWIN")
     parser.add_argument("--labels", metavar="LABEL", help="label.json, for the effect on each metric")
+    parser.add_argument("--groups", metavar="FILE", help=GROUPS_HELP)
     parser.add_argument("--attributes", metavar="FILE",
                         help="a file with the attributes' names, one per line (default: PETA's, if there are 35)")
     parser.add_argument("--max-difference", type=number(float, 0), metavar="X",
@@ -283,11 +284,12 @@ def main(argv=None):
     count = sides.a.shape[1]
     attributes = attribute_names(count, args.attributes)
     labels = None if args.labels is None else labels_of(args.labels, sides.images, count)
+    groups = read_groups(args.groups, sides.images)
     if args.rehearsal:
         check_overflow(sides, args)
     report = dict({"a": args.a, "b": args.b or "%s on %s" % (args.onnx, args.bins)},
                   **compare(sides.a, sides.b, sides.images, attributes))
-    report["metrics"] = None if labels is None else effect(sides.a, sides.b, labels)
+    report["metrics"] = None if labels is None else effect(sides.a, sides.b, labels, groups)
     report["names_assumed"] = attributes is PETA
     if args.rehearsal:
         verdict, problems = judge_by_twin(sides, attributes, args.rehearsal)

@@ -120,8 +120,7 @@ def doubt(content):
              for name, values in content["gain"].items()}
     worse = [texts[name] for name in BALANCED if content["gain"][name]["interval"][1] < 0]
     if worse:
-        return "these thresholds are worse than 0 for all attributes, %s; to keep 0 (a probability of 0.5), leave out --thresholds" % (
-            ", ".join(worse))
+        return "these thresholds lower %s; to keep 0 (a probability of 0.5), leave out --thresholds" % ", ".join(worse)
     if content["goal"] == MAXIMAL_F1 and content["gain"]["label_F1"]["interval"][0] <= 0:
         return "the gain may be chance, %s; keep 0 (a probability of 0.5), or tune on more images" % texts["label_F1"]
     return None

@@ -31,7 +31,7 @@ import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.bins import list_bins
-from lib.faults import FACTOR, MAX_IMAGES, explain, judge, layers, overflow
+from lib.faults import FACTOR, MAX_IMAGES, WRONG_INPUTS, explain, judge, layers, overflow
 from lib.files import write_text
 from lib.labels import ASSUMED, GROUPS_HELP, PETA, attribute_names, labels_of, read_groups, read_labels
 from lib.metrics import effect
@@ -180,9 +180,11 @@ def read_sides(args):
     sessions = {path: open_session(path) for path in (args.a_model, args.onnx, args.rehearsal) if path}
     if args.rehearsal:
         check_twin(sessions[args.rehearsal], args.rehearsal, args.onnx)
-    bins = {}
-    for session in sessions.values():  # all models must take these bins
-        bins = bins_of(args.bins, session)
+    bins, sizes = {}, {}
+    for path, session in sessions.items():  # all models must take these bins
+        bins, sizes[path] = bins_of(args.bins, session), "%d x %d" % input_size(session)[1:]
+    if len(set(sizes.values())) > 1:  # bins of 128 x 256 are as large as those of 256 x 128
+        raise ValueError("the models take images of other sizes (height x width): %s" % ", ".join(map("%s %s".__mod__, sizes.items())))
     paths = [args.a, args.b or args.onnx]
     files = [bins if path in sessions else list_results([path]) for path in paths]
     same_images(args.a, args.b or args.bins, *files)
@@ -270,8 +272,9 @@ def causes_by_twin(sides, attributes, args):
     bins = {image: sides.bins[image] for image in sides.images}
     worst = sides.images[np.abs(sides.a - sides.b).max(axis=1).argmax()]
     return explain(*sides[:3], (args.a_model, args.onnx, args.rehearsal), bins, attributes) or [
-        "no wrong input or order explains it, so a layer or its weights are wrong: give the ONNX model from which the OM was "
-        "made in place of %s, or run on the card: %s" % (args.a, vendors_command(args, bins[worst]))]
+        "none of the %d known faults of the input explains it, nor another order of the results: A may have had other bins or another "
+        "aipp.cfg, or a layer or its weights are wrong. To look at the layers, give the ONNX model from which the OM was made in place "
+        "of %s, or run on the card: %s" % (len(WRONG_INPUTS), args.a, vendors_command(args, bins[worst]))]
 
 
 def main(argv=None):

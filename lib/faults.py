@@ -24,8 +24,8 @@ MAX_IMAGES = 8   # this many images are examined
 MEANS, STDS = (np.array(values).reshape(3, 1, 1) for values in (MEAN, STD))
 
 
-
 def normalised(x, mean=MEANS, std=STDS, scale=255):
+    """Returns pixels, [3,height,width], normalised as stage 4 does it, or with other values."""
     return (x / scale - mean) / std
 
 

@@ -6,10 +6,10 @@ The metrics over images get a bootstrap interval. Each of DRAWS draws takes as m
 replacement. The interval holds the middle 95 % of the draws' metrics. Two models over the same images get the same draws, so
 that an image that is easy or hard for both does not widen the interval of their difference.
 
-Errors, or differences of two models, may be so rare that the run has one or none. Draws of its images then hardly differ, although
-other images would. So two more images a model are drawn from. They are like the mean of all images, but in one of them the model loses one
-more attribute, and in the other it wrongly says one more. If the images come in groups, such as several of each person, groups are drawn, because the
-images of a group are not independent.
+Errors, or differences of two models, may be so rare that a run has none by chance. Draws of its images alone would then hardly
+differ. So each model adds two images to those that are drawn. They are like the mean of all images, but in one of them the
+model loses one more attribute, and in the other it wrongly says one more. The images of a group, such as one person's, are not
+independent. If groups are given, each draw takes whole groups.
 
 An attribute's label_acc gets Wilson's interval. The bootstrap's would be far too narrow if few images have the attribute or
 if all are right (tests/test_metrics.py). The seed is fixed, so the same results have the same intervals.

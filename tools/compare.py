@@ -17,8 +17,8 @@ says that it does not. The script exits with 1 if the runs differ by more than t
 
 With --rehearsal (the third command), the tolerance is what float16 does on these very images: the runs may differ by twice the
 shift of the model's float16 twin (tools/rehearse.py float16), for the largest difference and for the root mean square. A larger
-difference has another cause. From the results alone, the script recognises wrong inputs (BGR, no mean ...), another order of
-attributes or images, values beyond 65504 and a wrong last layer. To find a fault in another layer, give the ONNX model from
+difference has another cause. From the results alone, the script recognises known faults of the input (BGR, no mean ...), another
+order of attributes or images, values beyond 65504 and a wrong last layer. To find a fault in another layer, give the ONNX model from
 which the OM was made as A. --layers ranks the layers by their loss of precision in float16.
 """
 import argparse

@@ -158,11 +158,7 @@ def parse(argv):
 def content_of(args, images, logits, labels):
     """Returns the content of the file to write. Raises OSError or ValueError."""
     true, names = labels == 1, attribute_names(labels.shape[1], args.attributes, args.model)
-    groups = read_groups(args.groups, images)
-    if not enough(true, groups):
-        raise ValueError("%s: the images are of fewer than %d groups; tune on more images"
-                         % (args.groups or args.label_file, MIN_IMAGES))
-    groups = np.arange(len(true)) if groups is None else groups
+    groups = np.arange(len(true)) if args.groups is None else read_groups(args.groups, images)
     target = {"precision": args.target_precision, "recall": args.target_recall}
     goal = MAXIMAL_F1
     for name, value in target.items():
@@ -173,6 +169,8 @@ def content_of(args, images, logits, labels):
     if not tunable.any():
         raise ValueError("%s: has no attribute that at least %d images have and as many do not have; tune on more images"
                          % (args.label_file, MIN_IMAGES))
+    if not enough(true, groups):
+        raise ValueError("%s: these images are of fewer than %d groups; tune on more images" % (args.groups, MIN_IMAGES))
     thresholds, reached = find_thresholds(logits, true, tunable, target)
     gains, predicted = gain(logits, true, tunable, target, groups)
     tuned_on = {image: label_checksum(row) for image, row in zip(images, labels)}

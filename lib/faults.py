@@ -39,6 +39,8 @@ WRONG_INPUTS = {
     "not divided by 255 before the mean and standard deviation": lambda x: normalised(x, scale=1),
     "divided by 255 twice": lambda x: normalised(x, scale=255 ** 2),
     "normalised twice": lambda x: normalised(normalised(x), scale=1),
+    "with the mean rounded to whole numbers (mean_chn in aipp.cfg)": lambda x: normalised(x, np.rint(255 * MEANS) / 255),
+    "with the mean's fraction cut off (mean_chn in aipp.cfg)": lambda x: normalised(x, np.floor(255 * MEANS) / 255),
     "with the mean in the order BGR": lambda x: normalised(x, mean=MEANS[::-1]),
     "with the standard deviation in the order BGR": lambda x: normalised(x, std=STDS[::-1]),
     "with the mean and the standard deviation in the order BGR": lambda x: normalised(x, MEANS[::-1], STDS[::-1]),

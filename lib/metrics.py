@@ -61,8 +61,8 @@ def of_attributes(predicted, true):
 def metrics(sums, images):
     """Returns the metrics {name: one value per row} from sums over images, float64 [rows, 4 + 3 * attributes].
 
-    The columns are the sums of of_images() and of_attributes(). images: how many images each row sums up, a number or [rows, 1]. label_precision,
-    label_recall and label_F1 are means over the attributes, as mA is.
+    The columns are the sums of of_images() and of_attributes(). images: how many images each row sums up, a number or [rows, 1].
+    label_precision, label_recall and label_F1 are means over the attributes, as mA is.
     """
     acc, precision, recall = (ratio(column, sums[:, 0]) for column in sums.T[1:4])
     tp, positives, tn = np.split(sums[:, 4:], 3, axis=1)
@@ -125,20 +125,21 @@ def one_more_error(predicted, true):
 def drawn(sides, true, groups=None, draws=DRAWS):
     """Returns the metrics of several models in the same draws, [{name: array [draws]}], one dict per model.
 
-    sides: what each model predicts, bool [images, attributes] each. true: the truth in the same shape. groups: of
-    lib.labels.read_groups().
+    sides: what each model predicts, bool [images, attributes] each. true: the truth in the same shape. groups: the group of each
+    image as lib.labels.read_groups() gives it, or None if each image is drawn by itself.
     """
-    def rows(sides):  # an image each: how many images it is, and its figures for each side
+    def columns_of(sides):  # a row per image: 1 for the image, then its figures for each side
         return np.hstack([np.ones((len(true), 1))] + [part for predicted in sides
                                                       for part in [of_images(predicted, true).T] + of_attributes(predicted, true)])
 
-    columns = rows(sides)
-    errors = [rows(sides[:i] + [worse] + sides[i + 1:]).mean(axis=0)
-              for i, predicted in enumerate(sides) for worse in one_more_error(predicted, true)]
-    if groups is not None:
+    columns = columns_of(sides)
+    more = [columns_of(sides[:i] + [worse] + sides[i + 1:]).mean(axis=0)
+            for i, predicted in enumerate(sides) for worse in one_more_error(predicted, true)]
+    if groups is not None:  # a row per group, and groups of mean size with one more error in each image
         members = np.argsort(groups, kind="stable")
         columns = np.add.reduceat(columns[members], np.flatnonzero(np.diff(groups[members], prepend=-1)))
-    columns = np.vstack([columns, np.array(errors) * len(true) / len(columns)])
+        more = np.multiply(more, len(true) / len(columns))
+    columns = np.vstack([columns, more])
     units = len(columns)
     random = np.random.RandomState(SEED)
     sums, at_once = [], max(1, BLOCK // units)
@@ -146,8 +147,8 @@ def drawn(sides, true, groups=None, draws=DRAWS):
         times = [np.bincount(random.randint(units, size=units), minlength=units)  # how often each image or group is drawn
                  for _ in range(min(at_once, draws - start))]
         sums.append(np.array(times, np.float64) @ columns)
-    images, *of_sides = np.split(np.concatenate(sums), [1 + i * (columns.shape[1] - 1) // len(sides) for i in range(len(sides))], axis=1)
-    return [metrics(part, images) for part in of_sides]
+    images, sums = np.split(np.concatenate(sums), [1], axis=1)
+    return [metrics(part, images) for part in np.split(sums, len(sides), axis=1)]
 
 
 def enough(true, groups):

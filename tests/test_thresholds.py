@@ -127,7 +127,7 @@ def test_the_file_and_the_screen_show_the_thresholds_and_the_gain(tmp_path):
 
 
 def test_the_interval_of_the_gain_holds_the_true_one():
-    """The gain of these thresholds on new images. Draws with the same thresholds for all would hold it in four fifths of the runs."""
+    """That of these thresholds on new images."""
     new_logits, new_labels = random_run(20000, seed=99)
     of_0, held = metrics.score(new_logits >= 0, new_labels == 1)[0], []
     for seed in range(20):
@@ -135,7 +135,9 @@ def test_the_interval_of_the_gain_holds_the_true_one():
         run_of = logits, labels == 1, np.ones(6, bool), {}
         values, _ = thresholds.gain(*run_of, np.arange(400))
         truth = metrics.score(new_logits >= thresholds.find_thresholds(*run_of)[0], new_labels == 1)[0]
-        held += [low <= truth[name] - of_0[name] <= high for name in thresholds.BALANCED for low, high in [values[name]["interval"]]]
+        for name in thresholds.BALANCED:
+            low, high = values[name]["interval"]
+            held.append(low <= truth[name] - of_0[name] <= high)
     assert np.mean(held) > 0.9
 
 
@@ -171,7 +173,8 @@ def test_groups_come_from_a_file(tmp_path):
     report, _ = score(tmp_path, *case, "--intervals", "--groups", "groups.txt")
     assert report["intervals"] != alone["intervals"] and report["instance_acc"] == alone["instance_acc"]
     assert report["attributes"][0]["label_acc_interval"][0] < alone["attributes"][0]["label_acc_interval"][0]
-    for text, message in (("00000.png\n", "line 1 is not 'NAME GROUP': '00000.png'"), ("00000 a\n", "no group for 119 of 120 images: 00001"),
+    for text, message in (("00000.png\n", "line 1 is not 'NAME GROUP': '00000.png'"),
+                          ("00000 a\n", "no group for 119 of 120 images: 00001"),
                           ("00000 a\n00000.jpg b\n", "line 2: 00000.jpg already has another group")):
         (tmp_path / "groups.txt").write_text(text)
         for name in (TOOL, POSTPROCESS):
@@ -221,9 +224,10 @@ def test_images_that_thresholds_were_tuned_on_are_not_scored(tmp_path, tuned):
     val = options[3].parent / "val"
     both = dict(json.loads((val / "label.json").read_text()), **{"%05d" % i: row.tolist() for i, row in enumerate(labels, 5000)})
     (tmp_path / "both.json").write_text(json.dumps(both))
-    message = "thresholds.json: was tuned on images with the names and labels of 300 of these %d (00000, 00001"
+    message = "thresholds.json: was tuned on images with the names and labels of 300 of these %d (00000, 000"
     for images, *files in ((300, val / "result", val / "label.json"), (420, options[0], val / "result", tmp_path / "both.json")):
-        check_error(script(POSTPROCESS, *files, *options[2:], cwd=tmp_path), message % images, "the test split's", "run_all.sh records them")
+        done = script(POSTPROCESS, *files, *options[2:], cwd=tmp_path)
+        check_error(done, message % images, "the test split's", "run_all.sh records them")
     assert not (tmp_path / "fusion_result.json").exists()
     # Other images may have the same names.
     score(tmp_path, *write_case(tmp_path / "same_names", logits, labels), *options[2:])
@@ -270,7 +274,8 @@ def test_checksums_tell_the_images_that_thresholds_were_tuned_on(tmp_path):
     # Without the records of just these results, names and labels decide.
     (tmp_path / "others" / "deepmar.info").write_text("of other bins")
     run("tools/run/inputs.py", tmp_path / "others", "made", 5, "deepmar.info", "input_bin")
-    check_error(script(POSTPROCESS, *others, *options, cwd=tmp_path), "names and labels of 300 of these 300", "no checksums of these images")
+    done = script(POSTPROCESS, *others, *options, cwd=tmp_path)
+    check_error(done, "names and labels of 300 of these 300", "no checksums of these images")
 
 
 def test_predict_marks_attributes_by_the_thresholds(tmp_path):

@@ -184,7 +184,8 @@ def read_sides(args):
     for path, session in sessions.items():  # all models must take these bins
         bins, sizes[path] = bins_of(args.bins, session), "%d x %d" % input_size(session)[1:]
     if len(set(sizes.values())) > 1:  # bins of 128 x 256 are as large as those of 256 x 128
-        raise ValueError("the models take images of other sizes (height x width): %s" % ", ".join(map("%s %s".__mod__, sizes.items())))
+        raise ValueError("the models take images of different sizes (height x width): %s"
+                         % ", ".join("%s %s" % item for item in sizes.items()))
     paths = [args.a, args.b or args.onnx]
     files = [bins if path in sessions else list_results([path]) for path in paths]
     same_images(args.a, args.b or args.bins, *files)
@@ -272,9 +273,9 @@ def causes_by_twin(sides, attributes, args):
     bins = {image: sides.bins[image] for image in sides.images}
     worst = sides.images[np.abs(sides.a - sides.b).max(axis=1).argmax()]
     return explain(*sides[:3], (args.a_model, args.onnx, args.rehearsal), bins, attributes) or [
-        "none of the %d known faults of the input explains it, nor another order of the results: A may have had other bins or another "
-        "aipp.cfg, or a layer or its weights are wrong. To look at the layers, give the ONNX model from which the OM was made in place "
-        "of %s, or run on the card: %s" % (len(WRONG_INPUTS), args.a, vendors_command(args, bins[worst]))]
+        "none of the %d known faults of the input explains it, nor another order of the results: A may have had other bins or "
+        "another aipp.cfg, or a layer or its weights are wrong. To look at the layers, give the ONNX model from which the OM was "
+        "made in place of %s, or run on the card: %s" % (len(WRONG_INPUTS), args.a, vendors_command(args, bins[worst]))]
 
 
 def main(argv=None):

@@ -135,10 +135,10 @@ def test_the_interval_of_the_gain_holds_the_true_one():
         run_of = logits, labels == 1, np.ones(6, bool), {}
         values, _ = thresholds.gain(*run_of, np.arange(400))
         truth = metrics.score(new_logits >= thresholds.find_thresholds(*run_of)[0], new_labels == 1)[0]
-        for name in thresholds.BALANCED:
+        for name in thresholds.GAIN_METRICS:
             low, high = values[name]["interval"]
             held.append(low <= truth[name] - of_0[name] <= high)
-    assert np.mean(held) > 0.9
+    assert np.mean(held) > 0.94  # without the variance of the thresholds, 0.90
 
 
 def test_groups_are_not_divided():

@@ -22,8 +22,9 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 from lib.files import write_text
-from lib.labels import ASSUMED, PETA, attribute_names, check_not_tuned_on, read_thresholds
-from lib.metrics import MAX_DROP, METRICS, evaluate, label_acc_interval, metric_intervals
+from lib.labels import (ASSUMED, GROUPS_HELP, PETA, attribute_names, check_not_tuned_on, image_checksums, read_groups,
+                        read_thresholds)
+from lib.metrics import MAX_DROP, METRICS, evaluate, label_acc_interval, label_counts, metric_intervals
 from lib.results import declared_kind, read_scored
 from lib.script import command, importing, in_order_or_by_name
 
@@ -82,6 +83,7 @@ def parse(argv):
                              "points) is an error")
     parser.add_argument("--intervals", action="store_true",
                         help="also compute each metric's 95 %% interval, by bootstrap over the images (7600 take half a second)")
+    parser.add_argument("--groups", metavar="FILE", help=GROUPS_HELP)
     parser.add_argument("--thresholds", metavar="FILE",
                         help="each attribute's own threshold, from tools/thresholds.py on other images (default: a logit of 0 for "
                              "all). --published still judges the accuracy at 0, because the published one is at 0")
@@ -103,19 +105,21 @@ def report_of(args, images, logits, labels, without):
     metrics, figures = evaluate(logits - thresholds, labels)
     acc_at_0 = metrics["instance_acc"]
     if tuned:
-        check_not_tuned_on(args.thresholds, tuned["tuned_on"], images, labels)
+        check_not_tuned_on(args.thresholds, tuned, images, labels, image_checksums(args.folders, images))
         acc_at_0 = evaluate(logits, labels)[0]["instance_acc"]
         tuned = {key: tuned[key] for key in ("goal", "images", "checksum")}
+    groups = read_groups(args.groups, images)
+    counts = [None] * len(names) if groups is None else label_counts(labels == 1, groups).T
     rows = []
     for i, name in enumerate(names):
         row = {key: None if np.isnan(values[i]) else values[i].item() for key, values in figures.items()}
         rows.append(dict(row, name=name, threshold=thresholds[i].item(),
-                         label_acc_interval=label_acc_interval(row) if args.intervals else None))
+                         label_acc_interval=label_acc_interval(row, counts[i]) if args.intervals else None))
     return dict(metrics, images=len(logits), labelled_images_without_result=without, published_acc=args.published,
                 drop=None if args.published is None else args.published - acc_at_0,
                 attributes_without_label_acc=[row["name"] for row in rows if row["label_acc"] is None],
                 values=args.values or "logits", names_assumed=names is PETA,
-                intervals=metric_intervals(logits >= thresholds, labels == 1, metrics) if args.intervals else None,
+                intervals=metric_intervals(logits >= thresholds, labels == 1, metrics, groups) if args.intervals else None,
                 attributes=rows, instance_acc_at_0=acc_at_0, thresholds=tuned)
 
 

@@ -17,6 +17,7 @@ image_list=${image_list-}          # image.txt, one file name per line; empty: t
 label_file=${label_file-}          # label.json; empty: the sample's
 attributes=${attributes-}          # a file with the attributes' names, one per line; empty: PETA's if there are 35
 thresholds=${thresholds-}          # a file of tools/thresholds.py with each attribute's threshold; empty: 0 for all
+groups=${groups-}                  # a file with an image's name and its group (person) a line, for the 95 % intervals; empty: none
 published_acc=${published_acc-}    # instance_acc to compare with, as 0.789 or 78.9; empty: the sample's in PyTorch, else none
 size=${size-224 224}               # height and width of the network's input, as in training; a checkpoint does not record them
 aipp=${aipp-no}                    # yes: the bins are uint8, a quarter of the bytes, and the card normalises them (AIPP)
@@ -175,7 +176,8 @@ if begin 7 "accuracy and throughput"; then
         scratch "$result"
         score "$python" "$here/postprocess_deepmar_pytorch.py" "${results[@]/#/$work_dir/}" "$label_file" \
             --image_list "$image_list" ${published:+--published "$published"} ${attributes:+--attributes "$attributes"} \
-            ${described:+--model "$described"} ${thresholds:+--thresholds "$thresholds"} --intervals
+            ${described:+--model "$described"} ${thresholds:+--thresholds "$thresholds"} --intervals \
+            ${groups:+--groups "$groups"}
         read -r model runner <<<"$(inputs get "${results[0]}" model backend)" # as stage 6 recorded them
         rows+=(--run "$batch" "$result" "$model" "$runner")
         all_results+=("${results[@]}")
@@ -193,7 +195,7 @@ if begin 8 "report -> report.html"; then
     verify "${results[@]/%/=6}" throughput.csv=7 "$result/fusion_result.json=7"
     "$python" "$here/tools/report.py" --images "$images" --list "$image_list" --labels "$label_file" \
         --results "${results[@]}" --fusion "$result/fusion_result.json" --throughput throughput.csv --output report.html \
-        ${described:+--model "$described"}
+        ${described:+--model "$described"} ${groups:+--groups "$groups"}
     finish
     say "open $work_dir/report.html in a browser"
 fi

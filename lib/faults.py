@@ -18,18 +18,38 @@ with importing():
     import numpy as np
 
 FACTOR = 2       # this many times the twin's own shift is allowed, because the card's order of accumulation and kernels differ
+SURELY_OTHER = 10  # results that are off by more than this many times the twin's shift in one image are surely of another input
 FLOAT16_MAX = 65504
 MAX_IMAGES = 8   # this many images are examined
 MEANS, STDS = (np.array(values).reshape(3, 1, 1) for values in (MEAN, STD))
 
-# Likely mistakes in the input. Each function makes the wrong input from the pixels, float64 [3,height,width] from 0 to 255.
+
+def normalised(x, mean=MEANS, std=STDS, scale=255):
+    """Returns pixels, [3,height,width], normalised as stage 4 does it, or with other values."""
+    return (x / scale - mean) / std
+
+
+# Known faults of the input. Each function makes the wrong input from the pixels, float64 [3,height,width] from 0 to 255.
 WRONG_INPUTS = {
-    "BGR instead of RGB (stage 4's channels, or rbuv_swap_switch in aipp.cfg)": lambda x: (x[::-1] / 255 - MEANS) / STDS,
-    "without the mean subtracted (min_chn in aipp.cfg)": lambda x: x / 255 / STDS,
-    "without the division by the standard deviation (var_reci_chn in aipp.cfg)": lambda x: x / 255 - MEANS,
+    "BGR instead of RGB (stage 4's channels, or rbuv_swap_switch in aipp.cfg)": lambda x: normalised(x[::-1]),
+    "without the mean subtracted (min_chn in aipp.cfg)": lambda x: normalised(x, mean=0),
+    "without the division by the standard deviation (var_reci_chn in aipp.cfg)": lambda x: normalised(x, std=1),
     "pixels from 0 to 1, neither mean nor standard deviation applied": lambda x: x / 255,
     "pixels from 0 to 255, not normalised": lambda x: x,
-    "in the order [height,width,3]": lambda x: ((x / 255 - MEANS) / STDS).transpose(1, 2, 0).reshape(x.shape)}
+    "not divided by 255 before the mean and standard deviation": lambda x: normalised(x, scale=1),
+    "divided by 255 twice": lambda x: normalised(x, scale=255 ** 2),
+    "normalised twice": lambda x: normalised(normalised(x), scale=1),
+    "with the mean rounded to whole numbers (mean_chn in aipp.cfg)": lambda x: normalised(x, np.rint(255 * MEANS) / 255),
+    "with the mean's fraction cut off (mean_chn in aipp.cfg)": lambda x: normalised(x, np.floor(255 * MEANS) / 255),
+    "with the mean in the order BGR": lambda x: normalised(x, mean=MEANS[::-1]),
+    "with the standard deviation in the order BGR": lambda x: normalised(x, std=STDS[::-1]),
+    "with the mean and the standard deviation in the order BGR": lambda x: normalised(x, MEANS[::-1], STDS[::-1]),
+    "with the mean and the standard deviation exchanged": lambda x: normalised(x, STDS, MEANS),
+    "with a mean and a standard deviation of 0.5": lambda x: normalised(x, 0.5, 0.5),
+    "mirrored": lambda x: normalised(x[:, :, ::-1]),
+    "upside down": lambda x: normalised(x[:, ::-1]),
+    "with height and width exchanged": lambda x: normalised(x).transpose(0, 2, 1).reshape(x.shape),
+    "in the order [height,width,3]": lambda x: normalised(x).transpose(1, 2, 0).reshape(x.shape)}
 
 
 def judge(candidate, float32, float16):
@@ -75,6 +95,10 @@ def layers(float32, others, bins):
     for values in zip(*[tensors(path, names, bins) for path in [float32] + others]):
         for row in rows:
             array, *rest = [value[row["tensor"]].astype(np.float64) for value in values]
+            for path, other in zip(others, rest):
+                if other.shape != array.shape:
+                    raise ValueError("%s: is another network than %s: the results of %s (%s) are %s and %s"
+                                     % (path, float32, row["node"], row["op"], list(other.shape), list(array.shape)))
             row["largest"] = max(row["largest"], float(np.abs(array).max()))
             row["size"] += float((array ** 2).sum())
             for i, other in enumerate(rest):
@@ -169,25 +193,40 @@ def wrong_inputs(candidate, float32, float16, bins):
     _, height, width = input_size(exact)
     uint8 = os.path.getsize(bins[0]) == kind(height, width, True)[1]
     images = [read_pixels(path, uint8, height, width) for path in bins]
-    for text, change in WRONG_INPUTS.items():
-        arrays = [change(image).astype(np.float16 if uint8 else np.float32).astype(np.float32) for image in images]
+
+    def judged(change, count):
+        arrays = [change(image).astype(np.float16 if uint8 else np.float32).astype(np.float32) for image in images[:count]]
         with np.errstate(invalid="ignore"):  # logits may be infinite
-            if judge(candidate, run(exact, arrays, float32), run(twin, arrays, float16))["within"]:
-                yield "these are the results for an input %s" % text
+            return judge(candidate[:count], run(exact, arrays, float32), run(twin, arrays, float16))
+
+    for text, change in WRONG_INPUTS.items():
+        first = judged(change, 1)  # one image is enough to exclude most of them
+        if first["largest"] <= SURELY_OTHER * first["shift"] and judged(change, len(images))["within"]:
+            yield "these are the results for an input %s" % text
 
 
 def wrong_order(candidate, float16, near, worst, images, attributes):
-    """Yields texts about results in another order than the twin's. near: equal results may differ by this much."""
-    columns = np.array([np.abs(float16 - candidate[:, i:i + 1]).max(axis=0) for i in range(candidate.shape[1])])
-    order = columns.argmin(axis=1)
-    if (columns.min(axis=1) <= near).all() and len(set(order)) == len(order) and (order != np.arange(len(order))).any():
-        yield "the attributes are in another order: %s" % some(
-            "%s has the values of %s" % (attributes[i], attributes[j]) for i, j in enumerate(order) if i != j)
-    rows = np.array([np.abs(float16 - candidate[i]).max(axis=1) for i in worst])
-    order = rows.argmin(axis=1)
-    if (rows.min(axis=1) <= near).all() and (order != worst).any():
-        yield "the images are in another order: %s" % some(
-            "%s has the results of %s" % (images[i], images[j]) for i, j in zip(worst, order) if i != j)
+    """Yields texts about results that are those of other attributes or images. near: equal results may differ by this much.
+
+    Several attributes or images may have equal results. So a result that may be its own is, and the others prefer a place that no
+    other result takes. Without one, results are there twice, and the order is not at fault.
+    """
+    for what, names, results, twin, chosen in (("attributes", attributes, candidate.T, float16.T, range(len(attributes))),
+                                               ("images", images, candidate, float16, worst)):
+        free, places, repeated = ~(np.abs(results - twin).max(axis=1) <= near), [], False
+        wrong = [i for i in chosen if free[i]]
+        for i in wrong:
+            off = np.abs(twin - results[i]).max(axis=1)
+            place = np.where(free, off, np.inf).argmin()
+            if not off[place] <= near:
+                place, repeated = off.argmin(), True
+            if not off[place] <= near:
+                break
+            free[place] = False
+            places.append("%s has the results of %s" % (names[i], names[place]))
+        else:
+            if wrong:
+                yield "the %s are %s: %s" % (what, "repeated" if repeated else "in another order", some(places))
 
 
 def outliers(difference, allowed, axis):
@@ -214,7 +253,7 @@ def wrong_few(candidate, float32, float16, allowed, images, attributes):
 
 
 def explain(candidate, float32, float16, models, bins, attributes):
-    """Returns texts about possible causes of results that exceed the bound. The list is empty if only a layer can be at fault.
+    """Returns texts about possible causes of results that exceed the bound. The list is empty if none is found.
 
     models: the paths of the model that gave the candidate, or None, of the float32 model, and of its twin. bins: {image: path},
     in the order of the logits' rows.

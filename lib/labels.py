@@ -1,5 +1,6 @@
 """Labels, the attributes' names, and the threshold of each attribute."""
 import collections
+import contextlib
 import json
 import os
 import zlib
@@ -7,7 +8,7 @@ import zlib
 from lib.files import NUMBER, read_json, read_lines, read_text
 from lib.models import description
 from lib.names import stem
-from lib.script import importing, some
+from lib.script import importing, note, some
 
 with importing():
     import numpy as np
@@ -23,6 +24,9 @@ ASSUMED = "PETA's names are assumed; --attributes FILE gives others"
 # The parts of tools/thresholds.py's file that are read, as a shape for fits().
 THRESHOLDS_SHAPE = {"attributes": [{"name": str, "threshold": NUMBER}], "names_assumed": bool, "goal": str, "images": int,
                    "checksum": str, "tuned_on": dict}
+MAX_SEEN = 0.01  # thresholds may have been tuned on this share of the images that are scored: data sets hold some images twice
+GROUPS_HELP = ("a file with an image's name and its group a line, such as the person's; the 95%% intervals then draw whole groups, "
+               "because images of one person are not independent")
 
 
 def label_row(values):
@@ -139,6 +143,8 @@ def read_thresholds(path, names):
     if path is None:
         return names, np.zeros(len(names), np.float32), None
     content = read_json(path, THRESHOLDS_SHAPE, "tools/thresholds.py")
+    if not isinstance(content.setdefault("image_checksums", {}), dict):  # earlier files have none
+        raise ValueError("%s: is not what tools/thresholds.py writes" % path)
     thresholds = np.array([row["threshold"] for row in content["attributes"]], np.float32)
     theirs = names if content["names_assumed"] else [row["name"] for row in content["attributes"]]
     if len(thresholds) != len(names) or theirs != names and not assumed(names):
@@ -152,13 +158,71 @@ def label_checksum(row):
     return "%08x" % zlib.crc32(row.tobytes())
 
 
-def check_not_tuned_on(path, tuned_on, images, labels):
-    """Raises ValueError if thresholds were tuned on any of these images, because their figures would be too good.
+def image_checksums(folders, images):
+    """Returns what run_all.sh recorded of the image files behind some results, {image: 'SIZE CRC32'}, or {} if a record is missing.
 
-    Other images may have the same names by chance, such as 0001.jpg. Few of those also have the same labels.
+    folders: those of the results. images: their names. tools/run/inputs.py writes the records into the work folder: the results
+    were made from the info file, this from the bins, and these from the images.
     """
-    seen = [image for image in images if image in tuned_on]
-    same = [image for image, row in zip(images, labels) if tuned_on.get(image) == label_checksum(row)]
-    if 2 * len(same) > len(seen):
-        raise ValueError("%s: was tuned on %d of these %d images (%s), whose figures would be too good; score others, such as "
-                         "the test split's" % (path, len(seen), len(images), some(seen)))
+    found = {}
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # no record, or a damaged one
+        for folder in folders:
+            folder = os.path.realpath(folder)
+            work, product = os.path.dirname(os.path.dirname(folder)), "_".join(folder.split(os.sep)[-2:])
+            records = []
+            for name in (product, "deepmar.info", "input_bin"):
+                with open(os.path.join(work, ".made_from", name + ".json"), encoding="utf-8") as f:
+                    records.append(json.load(f))
+            result, info, bins = records
+            if result["inputs"]["deepmar.info"] == info["product"] and info["inputs"]["input_bin"] == bins["product"]:
+                found.update((stem(name), checksum) for name, checksum in bins["inputs"]["images"].items())
+        return {image: found[image] for image in images}
+    return {}
+
+
+def check_not_tuned_on(path, content, images, labels, checksums):
+    """Raises ValueError if thresholds were tuned on these images, because their figures would be too good.
+
+    path, content: of the thresholds' file. checksums: of image_checksums(). Without them or the file's own, only names and labels
+    can tell, and the error or a note says so: other images may have the same names by chance, such as 0001.jpg, but few of those
+    also have the same labels.
+    """
+    theirs, tuned_on, hint = content["image_checksums"], content["tuned_on"], ""
+    if checksums and theirs:
+        known = set(map(str, theirs.values()))
+        seen = [image for image in images if checksums[image] in known]
+        refused, what = len(seen) > MAX_SEEN * len(images), "was tuned on %d of these %d images%s"
+    else:
+        named = [image for image in images if image in tuned_on]
+        seen = [image for image, row in zip(images, labels) if tuned_on.get(image) == label_checksum(row)]
+        refused, what = 2 * len(seen) > len(named), "was tuned on images with the names and labels of %d of these %d%s"
+        hint = "; there are no checksums of %s to tell more: run_all.sh records them" % (
+            "these images" if theirs else "the images that it was tuned on")
+    what = "%s: " % path + what % (len(seen), len(images), " (%s)" % some(seen) if seen else "")
+    if refused:
+        raise ValueError("%s, whose figures would be too good; score others, such as the test split's%s" % (what, hint))
+    if seen or hint:
+        note(what + hint)
+
+
+def read_groups(path, images):
+    """Returns the group of each image, int [images], from a file with 'NAME GROUP' a line. Returns None without a path.
+
+    Groups are numbered from 0. Raises OSError, or ValueError for an image without a group.
+    """
+    if path is None:
+        return None
+    if not os.path.isfile(path):
+        raise FileNotFoundError("%s: no such file; give a file with an image's name and its group a line" % path)
+    groups = {}
+    for number, line in enumerate(read_lines(path), 1):
+        words = line.rsplit(None, 1)
+        if len(words) == 1:
+            raise ValueError("%s: line %d is not 'NAME GROUP': %r" % (path, number, line[:200]))
+        if words and groups.setdefault(stem(words[0]), words[1]) != words[1]:
+            raise ValueError("%s: line %d: %s already has another group" % (path, number, words[0]))
+    lost = [image for image in images if stem(image) not in groups]
+    if lost:
+        raise ValueError("%s: has no group for %d of %d images: %s" % (path, len(lost), len(images), some(lost)))
+    numbers = {}
+    return np.array([numbers.setdefault(groups[stem(image)], len(numbers)) for image in images])

@@ -86,6 +86,9 @@ def test_different_runs(tmp_path):
             (name, values["a"], values["b"], values["change"]) + tuple(values["interval"])) in done.stdout
     for text in ("  im7: 4 (personalLarger60); flipped: ", "largest difference: 4\n"):
         assert text in done.stdout, done.stdout
+    (tmp_path / "groups.txt").write_text("".join("x/im%d.jpg one_person\n" % i for i in range(40)))
+    done = script(TOOL, a, b, "--labels", label, "--groups", tmp_path / "groups.txt")
+    assert "A - B" in done.stdout and "95 %" not in done.stdout  # there are too few groups
 
 
 @pytest.mark.parametrize("step, flips, options, code", [

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from helpers import INSTANCE, POSTPROCESS, independent, random_case, script, write_case
-from lib.metrics import SEED, change_intervals, drawn, evaluate, interval, label_acc_interval, metric_intervals, wilson
+from lib.metrics import (SEED, change_intervals, drawn, evaluate, interval, label_acc_interval, label_counts, metric_intervals,
+                         of_attributes, of_images, one_more_error, wilson)
 
 METRICS = INSTANCE + ["mA"]
 
@@ -104,29 +105,71 @@ def test_wilsons_intervals_are_as_published():
 def test_a_draw_is_a_run_over_its_images():
     logits, labels = random_case()
     predicted, true = logits >= 0, labels == 1
-    a, b = drawn([predicted, ~predicted], true, draws=20)
-    chosen = np.random.RandomState(SEED).randint(len(true), size=(20, len(true)))
-    for i, images in enumerate(chosen):
+    a, b = drawn([predicted, ~predicted], true, draws=300)
+    units = len(true) + 4  # the images, and one more for each model and kind of error
+    chosen = np.random.RandomState(SEED).randint(units, size=(300, units))
+    without = [i for i, images in enumerate(chosen) if images.max() < len(true)]
+    assert without
+    for i, images in zip(without, chosen[without]):
         for of, values in ((a, logits), (b, np.where(predicted, -1, 1))):
             metrics, _ = evaluate(values[images], labels[images])
             assert [of[name][i] for name in METRICS] == pytest.approx([metrics[name] for name in METRICS], rel=0, abs=1e-12)
 
 
+def test_one_more_error_is_spread_over_the_right_decisions():
+    true, predicted = np.array([[1, 1, 0, 0], [1, 0, 0, 0]], bool), np.array([[1, 1, 0, 0], [0, 1, 0, 0]], bool)
+    lost, said = one_more_error(predicted, true)
+    assert lost.tolist() == [[0.5, 0.5, 0, 0], [0, 1, 0, 0]] and said.tolist() == [[1, 1, 0.5, 0.5], [0, 1, 0.5, 0.5]]
+    assert of_images(lost, true)[:, 0].tolist() == [1, 1 / 2, 1, 1 / 2] and of_images(said, true)[:, 0].tolist() == [1, 2 / 3, 2 / 3, 1]
+    assert [values[0].tolist() for values in of_attributes(said, true)] == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0.5, 0.5]]
+
+
+def test_intervals_hold_the_truth_where_few_images_decide():
+    """A change in one of 2000 attributes, and an accuracy near 1. Draws of the images alone would hold it in half of the runs."""
+    true, (b, _) = population(attributes=8)
+    random = np.random.RandomState(4)
+    a, right = (side ^ (random.random_sample(true.shape) < 1 / 2000) for side in (b, true))
+    (of_a, of_b, of_right), held = ([evaluate(side * 2 - 1, true)[0] for side in (a, b, right)]), []
+    for _ in range(60):
+        images = random.randint(len(true), size=300)
+        drawn_a, drawn_b = drawn([a[images], b[images]], true[images], draws=200)
+        alone, = drawn([right[images]], true[images], draws=200)
+        for name in METRICS:
+            for low, high, value in ((*interval(drawn_a[name] - drawn_b[name]), of_a[name] - of_b[name]),
+                                     (*interval(alone[name]), of_right[name])):
+                held.append(low <= value <= high)
+    assert (np.reshape(held, (60, 10)).mean(axis=0) > 0.85).all() and np.mean(held) > 0.93
+
+
+def test_groups_are_drawn_as_a_whole():
+    """Two copies of each image say no more than one."""
+    true, (a, b) = population(10, size=200)
+    groups = np.random.RandomState(0).permutation(np.repeat(np.arange(200), 2))
+    twice = [side[groups] for side in (a, b, true)]
+    assert metric_intervals(*twice[1:], METRICS, groups) == metric_intervals(b, true, METRICS)
+    assert change_intervals(*twice, METRICS, groups) == change_intervals(a, b, true, METRICS)
+    assert metric_intervals(*twice[1:], METRICS, groups // 25) == dict.fromkeys(METRICS)  # too few groups
+    figures = evaluate(b * 2 - 1, true)[1]
+    row = {key: value[0] for key, value in figures.items()}
+    assert label_acc_interval(dict(row, positives=1, negatives=1), label_counts(twice[2], groups)[:, 0]) == label_acc_interval(row)
+
+
 def test_intervals_of_changes_are_paired():
-    """They are far narrower than those of the two sides, and 0 if nothing changes."""
+    """They are far narrower than those of the two sides. Equal sides have one, too: in other images, they might differ."""
     true, (a, _) = population(10, size=1000)
     b = a.copy()
     b[:5] = ~b[:5]
     low, high = change_intervals(a, b, true, METRICS)["mA"]
     assert 0 < low < high and high - low < np.ptp(metric_intervals(a, true, METRICS)["mA"]) / 2
-    assert change_intervals(a, a, true, METRICS) == {name: [0, 0] for name in METRICS}
+    for low, high in change_intervals(a, a, true, METRICS).values():
+        assert -0.002 < low < 0 < high < 0.002
 
 
 def test_undefined_metrics_and_few_images_have_no_interval():
     true = np.array([[True, False]] * 9)
     assert metric_intervals(true, true, METRICS) == dict.fromkeys(METRICS)  # too few images
     of = metric_intervals(np.repeat(true, 2, axis=0), np.repeat(true, 2, axis=0), METRICS)
-    assert of == dict(dict.fromkeys(INSTANCE, [1, 1]), mA=None)  # and mA is not defined
+    assert of.pop("mA") is None and {high for _, high in of.values()} == {1}
     assert label_acc_interval({"label_pos_acc": None, "positives": 0, "label_neg_acc": 1, "negatives": 9}) is None
 
 

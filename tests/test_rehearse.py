@@ -9,7 +9,7 @@ from onnx import helper
 import compare
 from lib.faults import layers, tensors
 import rehearse
-from helpers import check_error, make_model, script, tensor_info
+from helpers import check_error, make_model, script, tensor_info, write_model
 from lib.images import MEAN, STD
 from small_network import (ATTRIBUTES, IMAGES, NAMES, SIZE, Scene, compute, grid, float16, make_twin, normalised, weights,
                            write_bins, write_network)
@@ -89,6 +89,13 @@ def swap(i, j):
     return change
 
 
+def copy(i, j):
+    def change(array):
+        array[i] = array[j]
+        return array
+    return change
+
+
 def test_other_float16_arithmetic_is_within_the_bound(scene, capsys):
     scene.compare(scene.card(), "--json", str(scene.folder / "c.json"))
     out = capsys.readouterr().out
@@ -111,7 +118,21 @@ INPUTS = {
         lambda pixels: (pixels / 255 / np.array(STD)).transpose(0, 3, 1, 2).astype("<f4"),
     "without the division by the standard deviation":
         lambda pixels: (pixels / 255 - np.array(MEAN)).transpose(0, 3, 1, 2).astype("<f4"),
+    "pixels from 0 to 1": lambda pixels: (pixels / 255).transpose(0, 3, 1, 2).astype("<f4"),
     "pixels from 0 to 255": lambda pixels: pixels.transpose(0, 3, 1, 2).astype("<f4"),
+    "not divided by 255": lambda pixels: normalised(pixels * 255.0),
+    "divided by 255 twice": lambda pixels: normalised(pixels / 255),
+    "normalised twice": lambda pixels: normalised(255 * normalised(pixels).transpose(0, 2, 3, 1)),
+    "with the mean rounded to whole numbers": lambda pixels: normalised(pixels, np.rint(np.array(MEAN) * 255) / 255),
+    "with the mean's fraction cut off": lambda pixels: normalised(pixels, np.floor(np.array(MEAN) * 255) / 255),
+    "with the mean in the order BGR": lambda pixels: normalised(pixels, MEAN[::-1]),
+    "with the standard deviation in the order BGR": lambda pixels: normalised(pixels, std=STD[::-1]),
+    "with the mean and the standard deviation in the order BGR": lambda pixels: normalised(pixels, MEAN[::-1], STD[::-1]),
+    "with the mean and the standard deviation exchanged": lambda pixels: normalised(pixels, STD, MEAN),
+    "with a mean and a standard deviation of 0.5": lambda pixels: (pixels / 127.5 - 1).transpose(0, 3, 1, 2).astype("<f4"),
+    "mirrored": lambda pixels: normalised(pixels[:, :, ::-1]),
+    "upside down": lambda pixels: normalised(pixels[:, ::-1]),
+    "with height and width exchanged": lambda pixels: normalised(pixels.transpose(0, 2, 1, 3)),
     "in the order [height,width,3]": lambda pixels: normalised(pixels).transpose(0, 2, 3, 1).reshape(-1, 3, SIZE, SIZE)}
 
 
@@ -126,8 +147,10 @@ def test_wrong_inputs_are_named(scene, name):
     ({"classifier_weight": plus((2, 3), 0.5)}, "only 1 of 6 attributes are off, so look at the last layer: attribute2 (by"),
     ({"classifier_bias": plus(4, 0.5)}, "attribute4 (by +0.5 in all images: its bias)"),
     ({"classifier_weight": swap(1, 5), "classifier_bias": swap(1, 5)},
-     "the attributes are in another order: attribute1 has the values of attribute5, attribute5 has the"),
-    ({"conv2_weight": plus((5, 2, 1, 1), 0.5)}, "no wrong input or order explains it, so a layer or its weights are wrong")])
+     "the attributes are in another order: attribute1 has the results of attribute5, attribute5 has the"),
+    ({"classifier_weight": copy(1, 5), "classifier_bias": copy(1, 5)},
+     "the attributes are repeated: attribute1 has the results of attribute5"),
+    ({"conv2_weight": plus((5, 2, 1, 1), 0.5)}, "none of the 19 known faults of the input explains it, nor another order")])
 def test_wrong_weights_are_recognised_from_the_results(scene, changes, text):
     assert text in scene.refused(scene.card(changed(scene.values, **changes)))
 
@@ -135,6 +158,39 @@ def test_wrong_weights_are_recognised_from_the_results(scene, changes, text):
 def test_small_fault_is_not_blamed_on_the_last_layer(scene):
     """It moves only some attributes beyond the bound."""
     assert "last layer" not in scene.refused(scene.card(changed(scene.values, conv2_weight=plus((5, 2, 1, 1), 0.02))))
+
+
+def test_unknown_input_is_not_blamed_on_a_layer(scene):
+    message = scene.refused(scene.card(inputs=normalised(scene.pixels.mean(axis=3, keepdims=True).repeat(3, axis=3))))
+    assert "A may have had other bins or another aipp.cfg, or a layer or its weights are wrong" in message
+
+
+def test_order_of_attributes_with_equal_results(tmp_path):
+    """As those of the sample, where attributes have the same labels."""
+    values = changed(weights(), classifier_weight=copy(2, 0), classifier_bias=copy(2, 0))
+    other = Scene(tmp_path)
+    other.model = write_network(tmp_path / "equal.onnx", values)
+    other.twin = make_twin(other.model, tmp_path / "equal_t.onnx")
+    side = other.card(changed(values, classifier_weight=swap(0, 4), classifier_bias=swap(0, 4)))
+    message = other.refused(side)
+    assert "another order: attribute0 has the results of attribute4, attribute4 has the results of attribute0" in message
+
+
+def test_repeated_results_are_no_other_order(scene):
+    inputs = normalised(scene.pixels)
+    inputs[1::2] = inputs[::2]
+    message = scene.refused(scene.card(inputs=inputs))
+    assert "the images are repeated: " in message and "im03 has the results of im02" in message
+
+
+def test_other_networks_are_refused(scene, tmp_path):
+    values = changed(scene.values, conv1_weight=lambda w: w[:4], conv1_bias=lambda b: b[:4], conv2_weight=lambda w: w[:4, :4],
+                     conv2_bias=lambda b: b[:4], classifier_weight=lambda w: w[:, :4])
+    message = scene.refused(write_network(tmp_path / "narrow.onnx", values))
+    assert "narrow.onnx: is another network than %s: " % scene.model in message
+    assert "the results of conv1 (Conv) are [1, 4, 16, 16] and [1, 8, 16, 16]" in message
+    wide = write_model(tmp_path / "wide.onnx", size=(8, 32), attributes=ATTRIBUTES)
+    assert "wide.onnx 8 x 32, %s 16 x 16" % scene.model in scene.refused(str(wide))
 
 
 def test_wrong_order_and_one_bad_image_are_named(scene):

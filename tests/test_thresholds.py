@@ -89,7 +89,7 @@ def test_the_gain_is_honest():
         true = labels == 1
         found, _ = thresholds.find_thresholds(logits, true, tunable, {})
         at_0 = mean_f1(logits >= 0, true)
-        gains.append([mean_f1(thresholds.cross_validate(logits, true, tunable, {}), true) - at_0,
+        gains.append([mean_f1(thresholds.cross_validate(logits, true, tunable, {}, np.arange(400)), true) - at_0,
                       mean_f1(logits >= found, true) - at_0, mean_f1(new_logits >= found, new_true) - new_at_0])
     reported, optimistic, real = np.mean(gains, axis=0)
     assert 0.15 < real - 0.02 < reported < real + 0.005 < real + 0.015 < optimistic
@@ -124,6 +124,63 @@ def test_the_file_and_the_screen_show_the_thresholds_and_the_gain(tmp_path):
     content, _ = tune(tmp_path, result, label, "--target-recall", 0.9)
     found = [row["cross_validated"]["recall"] for row in content["attributes"] if row["tuned"]]
     assert content["goal"] == "recall >= 0.9" and abs(np.mean(found) - 0.9) < 0.05
+
+
+def test_the_interval_of_the_gain_holds_the_true_one():
+    """That of these thresholds on new images."""
+    new_logits, new_labels = random_run(20000, seed=99)
+    of_0, held = metrics.score(new_logits >= 0, new_labels == 1)[0], []
+    for seed in range(20):
+        logits, labels = random_run(400, seed=seed)
+        run_of = logits, labels == 1, np.ones(6, bool), {}
+        values, _ = thresholds.gain(*run_of, np.arange(400))
+        truth = metrics.score(new_logits >= thresholds.find_thresholds(*run_of)[0], new_labels == 1)[0]
+        for name in thresholds.GAIN_METRICS:
+            low, high = values[name]["interval"]
+            held.append(low <= truth[name] - of_0[name] <= high)
+    assert np.mean(held) > 0.94  # without the variance of the thresholds, 0.90
+
+
+def test_groups_are_not_divided():
+    """Two copies of each image say no more than one."""
+    logits, labels = random_run(200)
+    groups = np.random.RandomState(0).permutation(np.repeat(np.arange(200), 2))
+    of_one, predicted = thresholds.gain(logits, labels == 1, np.ones(6, bool), {}, np.arange(200))
+    of_two, twice = thresholds.gain(logits[groups], labels[groups] == 1, np.ones(6, bool), {}, groups)
+    assert (twice == predicted[groups]).all()
+    assert [values["interval"] for values in of_two.values()] == [values["interval"] for values in of_one.values()]
+
+
+def test_thresholds_without_a_gain_are_doubted(tmp_path):
+    logits, labels = random_run(300)
+    assert script(TOOL, *write_case(tmp_path / "at_0", logits, labels), cwd=tmp_path).stderr == ""
+    best, _ = thresholds.find_thresholds(logits, labels == 1, np.ones(6, bool), {})
+    for images, options, text in ((100, [], "the gain may be chance, label_F1 "),
+                                  (300, ["--target-recall", 0.99], "these thresholds lower label_F1 -0.")):
+        case = write_case(tmp_path / str(images), (logits - best)[:images], labels[:images])
+        done = script(TOOL, *case, *options, "--output", "found.json", cwd=tmp_path)
+        assert done.returncode == 0 and (tmp_path / "found.json").exists()
+        assert "note: found.json: " + text in done.stderr and "keep 0 (a probability of 0.5)" in done.stderr, done.stderr
+
+
+def test_groups_come_from_a_file(tmp_path):
+    case = write_case(tmp_path, *random_run(120))
+    (tmp_path / "groups.txt").write_text("".join("%05d.png person%d\n" % (i, i // 2) for i in range(120)))
+    plain, _ = tune(tmp_path, *case)
+    content, _ = tune(tmp_path, *case, "--groups", "groups.txt")
+    assert content["gain"]["mA"] != plain["gain"]["mA"]
+    alone, _ = score(tmp_path, *case, "--intervals")
+    report, _ = score(tmp_path, *case, "--intervals", "--groups", "groups.txt")
+    assert report["intervals"] != alone["intervals"] and report["instance_acc"] == alone["instance_acc"]
+    assert report["attributes"][0]["label_acc_interval"][0] < alone["attributes"][0]["label_acc_interval"][0]
+    for text, message in (("00000.png\n", "line 1 is not 'NAME GROUP': '00000.png'"),
+                          ("00000 a\n", "no group for 119 of 120 images: 00001"),
+                          ("00000 a\n00000.jpg b\n", "line 2: 00000.jpg already has another group")):
+        (tmp_path / "groups.txt").write_text(text)
+        for name in (TOOL, POSTPROCESS):
+            check_error(script(name, *case, "--groups", "groups.txt", cwd=tmp_path), "groups.txt: ", message)
+    (tmp_path / "groups.txt").write_text("".join("%05d a\n" % i for i in range(120)))
+    check_error(script(TOOL, *case, "--groups", "groups.txt", cwd=tmp_path), "fewer than 10 groups")
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +224,10 @@ def test_images_that_thresholds_were_tuned_on_are_not_scored(tmp_path, tuned):
     val = options[3].parent / "val"
     both = dict(json.loads((val / "label.json").read_text()), **{"%05d" % i: row.tolist() for i, row in enumerate(labels, 5000)})
     (tmp_path / "both.json").write_text(json.dumps(both))
-    message = "thresholds.json: was tuned on 300 of these %d images (00000, 00001"
+    message = "thresholds.json: was tuned on images with the names and labels of 300 of these %d (00000, 000"
     for images, *files in ((300, val / "result", val / "label.json"), (420, options[0], val / "result", tmp_path / "both.json")):
-        check_error(script(POSTPROCESS, *files, *options[2:], cwd=tmp_path), message % images, "the test split's")
+        done = script(POSTPROCESS, *files, *options[2:], cwd=tmp_path)
+        check_error(done, message % images, "the test split's", "run_all.sh records them")
     assert not (tmp_path / "fusion_result.json").exists()
     # Other images may have the same names.
     score(tmp_path, *write_case(tmp_path / "same_names", logits, labels), *options[2:])
@@ -177,6 +235,47 @@ def test_images_that_thresholds_were_tuned_on_are_not_scored(tmp_path, tuned):
     (tmp_path / "image.txt").write_text("".join("%05d.png\n" % i for i in range(300)))
     lists = ["lists", "--image-list", "image.txt", "--label-file", val / "label.json"]
     check_error(script("tools/run/inputs.py", *lists, *options[2:], cwd=tmp_path), message % 300)
+
+
+def work_folder(folder, prefix, contents, logits, labels):
+    """Writes a work folder of run_all.sh with its records. Returns its folder of results and its labels."""
+    result = folder / "result" / "dumpOutput_device0"
+    for path in (folder / "images", folder / "input_bin", result):
+        path.mkdir(parents=True)
+    names = ["%s%05d.png" % (prefix, i) for i in range(len(logits))]
+    for name, content, row in zip(names, contents, logits):
+        (folder / "images" / name).write_text(content)
+        (result / name.replace(".png", "_1.bin")).write_bytes(row.tobytes())
+    (folder / "image.txt").write_text("".join(name + "\n" for name in names))
+    (folder / "deepmar.info").write_text(prefix)
+    (folder / "label.json").write_text(json.dumps(dict(zip(names, labels.tolist()))))
+    for made in ((4, "input_bin", "image_list", "images"), (5, "deepmar.info", "input_bin"),
+                 (6, "result/dumpOutput_device0", "deepmar.info")):
+        run("tools/run/inputs.py", folder, "made", *made, "--", "image_list=image.txt", "images=images")
+    return result, folder / "label.json"
+
+
+def test_checksums_tell_the_images_that_thresholds_were_tuned_on(tmp_path):
+    logits, labels = random_run(300)
+    contents = ["image %d" % i for i in range(300)]
+    tune(tmp_path, *work_folder(tmp_path / "val", "", contents, logits, labels))
+    options = ["--thresholds", tmp_path / "thresholds.json"]
+    # The same images under other names and with other labels are known.
+    renamed = work_folder(tmp_path / "renamed", "a_", contents, logits, 1 - labels)
+    message = "thresholds.json: was tuned on 300 of these 300 images (a_00000, "
+    check_error(script(POSTPROCESS, *renamed, *options, cwd=tmp_path), message)
+    lists = ["lists", "--image-list", "image.txt", "--images", "images", "--label-file", "label.json"]
+    check_error(script("tools/run/inputs.py", *lists, *options, cwd=tmp_path / "renamed"), message)
+    # Others of the same names and with the same labels are not refused. A data set may hold a few images twice.
+    contents[3:] = ["other %d" % i for i in range(3, 300)]
+    others = work_folder(tmp_path / "others", "", contents, logits, labels)
+    done = script(POSTPROCESS, *others, *options, cwd=tmp_path)
+    assert done.returncode == 0 and "was tuned on 3 of these 300 images (00000, 00001, 00002)\n" in done.stderr, done.stderr
+    # Without the records of just these results, names and labels decide.
+    (tmp_path / "others" / "deepmar.info").write_text("of other bins")
+    run("tools/run/inputs.py", tmp_path / "others", "made", 5, "deepmar.info", "input_bin")
+    done = script(POSTPROCESS, *others, *options, cwd=tmp_path)
+    check_error(done, "names and labels of 300 of these 300", "no checksums of these images")
 
 
 def test_predict_marks_attributes_by_the_thresholds(tmp_path):

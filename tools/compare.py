@@ -17,8 +17,8 @@ says that it does not. The script exits with 1 if the runs differ by more than t
 
 With --rehearsal (the third command), the tolerance is what float16 does on these very images: the runs may differ by twice the
 shift of the model's float16 twin (tools/rehearse.py float16), for the largest difference and for the root mean square. A larger
-difference has another cause. From the results alone, the script recognises wrong inputs (BGR, no mean ...), another order of
-attributes or images, values beyond 65504 and a wrong last layer. To find a fault in another layer, give the ONNX model from
+difference has another cause. From the results alone, the script recognises known faults of the input (BGR, no mean ...), another
+order of attributes or images, values beyond 65504 and a wrong last layer. To find a fault in another layer, give the ONNX model from
 which the OM was made as A. --layers ranks the layers by their loss of precision in float16.
 """
 import argparse
@@ -31,9 +31,9 @@ import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.bins import list_bins
-from lib.faults import FACTOR, MAX_IMAGES, explain, judge, layers, overflow
+from lib.faults import FACTOR, MAX_IMAGES, WRONG_INPUTS, explain, judge, layers, overflow
 from lib.files import write_text
-from lib.labels import ASSUMED, PETA, attribute_names, labels_of, read_labels
+from lib.labels import ASSUMED, GROUPS_HELP, PETA, attribute_names, labels_of, read_groups, read_labels
 from lib.metrics import effect
 from lib.names import composed
 from lib.results import as_logits, attributes_in, kind_of, list_results, read_logits
@@ -139,6 +139,7 @@ def parse(argv):
     parser.add_argument("--rehearsal", metavar="TWIN", help="the float16 twin of --onnx MODEL; it sets how far A may be off")
     parser.add_argument("--layers", action="store_true", help="rank the layers by the relative error in A, if A is a model, or in TWIN")
     parser.add_argument("--labels", metavar="LABEL", help="label.json, for the effect on each metric")
+    parser.add_argument("--groups", metavar="FILE", help=GROUPS_HELP)
     parser.add_argument("--attributes", metavar="FILE",
                         help="a file with the attributes' names, one per line (default: MODEL's, else PETA's if there are 35)")
     parser.add_argument("--max-difference", type=number(float, 0), metavar="X",
@@ -180,9 +181,12 @@ def read_sides(args):
     sessions = {path: open_session(path) for path in (args.a_model, args.onnx, args.rehearsal) if path}
     if args.rehearsal:
         check_twin(sessions[args.rehearsal], args.rehearsal, args.onnx)
-    bins = {}
-    for session in sessions.values():  # all models must take these bins
-        bins = bins_of(args.bins, session)
+    bins, sizes = {}, {}
+    for path, session in sessions.items():  # all models must take these bins
+        bins, sizes[path] = bins_of(args.bins, session), "%d x %d" % input_size(session)[1:]
+    if len(set(sizes.values())) > 1:  # bins of 128 x 256 are as large as those of 256 x 128
+        raise ValueError("the models take images of different sizes (height x width): %s"
+                         % ", ".join("%s %s" % item for item in sizes.items()))
     paths = [args.a, args.b or args.onnx]
     files = [bins if path in sessions else list_results([path]) for path in paths]
     same_images(args.a, args.b or args.bins, *files)
@@ -273,8 +277,9 @@ def causes_by_twin(sides, attributes, args):
     bins = {image: sides.bins[image] for image in sides.images}
     worst = sides.images[np.abs(sides.a - sides.b).max(axis=1).argmax()]
     return explain(*sides[:3], (args.a_model, args.onnx, args.rehearsal), bins, attributes) or [
-        "no wrong input or order explains it, so a layer or its weights are wrong: give the ONNX model from which the OM was "
-        "made in place of %s, or run on the card: %s" % (args.a, vendors_command(args, bins[worst]))]
+        "none of the %d known faults of the input explains it, nor another order of the results: A may have had other bins or "
+        "another aipp.cfg, or a layer or its weights are wrong. To look at the layers, give the ONNX model from which the OM was "
+        "made in place of %s, or run on the card: %s" % (len(WRONG_INPUTS), args.a, vendors_command(args, bins[worst]))]
 
 
 def main(argv=None):
@@ -287,11 +292,12 @@ def main(argv=None):
     count = sides.a.shape[1]
     attributes = attribute_names(count, args.attributes, args.onnx)
     labels = None if args.labels is None else labels_of(args.labels, sides.images, count)
+    groups = read_groups(args.groups, sides.images)
     if args.rehearsal:
         check_overflow(sides, args)
     report = dict({"a": args.a, "b": args.b or "%s on %s" % (args.onnx, args.bins), "a_output": sides.kinds[0], "b_output": sides.kinds[1]},
                   **compare(sides.a, sides.b, sides.images, attributes))
-    report["metrics"] = None if labels is None else effect(sides.a, sides.b, labels)
+    report["metrics"] = None if labels is None else effect(sides.a, sides.b, labels, groups)
     report["names_assumed"] = attributes is PETA
     if args.rehearsal:
         verdict, problems = judge_by_twin(sides, attributes, args.rehearsal)

@@ -19,7 +19,7 @@ import tempfile
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.bins import list_bins
 from lib.files import whole_file
-from lib.labels import labels_of
+from lib.labels import GROUPS_HELP, labels_of, read_groups
 from lib.machine import check_threads
 from lib.metrics import MAX_DROP, effect
 from lib.models import load
@@ -127,6 +127,7 @@ def parse(argv):
     parser.add_argument("--images", type=number(int, 1), default=CALIBRATION_IMAGES, metavar="N",
                         help="number of bins for calibration (default: %(default)s)")
     parser.add_argument("--labels", metavar="LABEL", help="label.json: score both models on all bins")
+    parser.add_argument("--groups", metavar="FILE", help=GROUPS_HELP)
     parser.add_argument("--qdq", action="store_true",
                         help="write QuantizeLinear and DequantizeLinear nodes, opset 13, which OpenVINO reads too; needs a current "
                              "ONNX")
@@ -147,14 +148,14 @@ def open_float32(path):
     return session
 
 
-def score(int8, float32, bins, labels, model):
+def score(int8, float32, bins, labels, groups, model):
     """Prints the accuracy of two sessions over the bins [(name, path)]. Returns (float32's accuracy, int8's drop).
 
     model: the path of the float32 model, which decides for both whether they give logits or probabilities.
     """
     of_float32, kind = as_logits(compute(float32, bins), model, kind_of(model))
     of_int8, _ = as_logits(compute(int8, bins), model, kind)
-    accuracy = effect(of_int8, of_float32, labels)["instance_acc"]
+    accuracy = effect(of_int8, of_float32, labels, groups)["instance_acc"]
     drop, interval = -accuracy["change"], accuracy["interval"]
     print("instance_acc: float32 %r, int8 %r, drop %.2f %%%s; %d of %d attributes flip" % (
         accuracy["b"], accuracy["a"], 100 * drop,
@@ -172,6 +173,7 @@ def main(argv=None):
     labels = None
     if args.labels is not None:
         labels = labels_of(args.labels, [name for name, _ in bins], attributes_of(session))
+    groups = read_groups(args.groups, [name for name, _ in bins])
     accuracy = "FLOAT32_ACCURACY"
     with whole_file(args.output) as temporary:
         with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +181,7 @@ def main(argv=None):
             feeds = [{session.get_inputs()[0].name: batch} for batch in batches([path for _, path in bins], args.images, empty)]
             shutil.copyfile(quantize(args.model, feeds, folder, args.qdq), temporary)
         if labels is not None:
-            accuracy, drop = score(open_session(temporary), session, bins, labels, args.model)
+            accuracy, drop = score(open_session(temporary), session, bins, labels, groups, args.model)
             if drop > MAX_DROP + 1e-9 and not args.allow_drop:
                 raise ValueError("%s: was not written, because instance_acc drops by more than 1 %%; calibrate on more bins "
                                  "(--images), or accept it (--allow-drop)" % args.output)

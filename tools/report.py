@@ -25,8 +25,8 @@ import warnings
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.files import NUMBER, fits, read_json, read_text, whole_file
 from lib.images import check_image
-from lib.labels import assumed, attribute_names, read_thresholds
-from lib.metrics import MAX_DROP, METRICS, evaluate, label_acc_interval, metric_intervals
+from lib.labels import GROUPS_HELP, assumed, attribute_names, read_groups, read_thresholds
+from lib.metrics import MAX_DROP, METRICS, evaluate, label_acc_interval, label_counts, metric_intervals
 from lib.models import description
 from lib.names import find_listed, read_list, stem
 from lib.rates import COLUMNS, figure, read_perf
@@ -269,6 +269,7 @@ def parse(argv):
                              "the attributes")
     parser.add_argument("--thresholds", metavar="FILE",
                         help="the file of tools/thresholds.py that stage 7 used (default: the values in fusion_result.json)")
+    parser.add_argument("--groups", metavar="FILE", help=GROUPS_HELP)
     parser.add_argument("--output", default="report.html", metavar="FILE",
                         help="the page to write (default: %(default)s)")
     return parser.parse_args(argv)
@@ -296,11 +297,11 @@ def read_fusion(path):
     return fusion
 
 
-def check_run(args, fusion, logits, true):
+def check_run(args, fusion, logits, true, groups):
     """Computes a run's accuracy from its logits and truth. Raises ValueError if it is not that of fusion_result.json.
 
     Returns (thresholds, scores). thresholds: the smallest logit that means yes, float32 [attributes]. scores: what
-    fusion_result.json holds, with what the page shows besides.
+    fusion_result.json holds, with what the page shows besides. groups: of read_groups(), in the images' order.
     """
     count = true.shape[1]
     names = attribute_names(count, args.attributes, args.model)
@@ -311,14 +312,15 @@ def check_run(args, fusion, logits, true):
         thresholds = np.zeros(count)  # check_fusion() will report the difference
     thresholds = np.array(thresholds, np.float32)
     check_fusion(args.fusion, fusion, len(true), *evaluate(logits - thresholds, true))
-    attributes = [dict(row, threshold=threshold, label_acc_interval=label_acc_interval(row))
-                  for row, threshold in zip(fusion["attributes"], thresholds.tolist())]
+    counts = [None] * count if groups is None else label_counts(true, groups).T
+    attributes = [dict(row, threshold=threshold, label_acc_interval=label_acc_interval(row, counted))
+                  for row, threshold, counted in zip(fusion["attributes"], thresholds.tolist(), counts)]
     names_assumed = fusion.get("names_assumed", False)
     if args.attributes is not None or not assumed(names):
         attributes = [dict(row, name=name) for row, name in zip(attributes, names)]
         names_assumed = False
     return thresholds, dict(fusion, attributes=attributes, names_assumed=names_assumed, thresholds=tuned,
-                            intervals=metric_intervals(logits >= thresholds, true, METRICS),
+                            intervals=metric_intervals(logits >= thresholds, true, METRICS, groups),
                             instance_acc_at_0=evaluate(logits, true)[0]["instance_acc"])
 
 
@@ -351,7 +353,7 @@ def main(argv=None):
     declared = "probabilities" if fusion.get("values") == "probabilities" else "logits"
     names, logits, true = read_results(args, declared)
     doubt = PROBABILITIES if declared == "logits" and look_like_probabilities(logits) else None
-    thresholds, scores = check_run(args, fusion, logits, true)
+    thresholds, scores = check_run(args, fusion, logits, true, read_groups(args.groups, names))
     speeds = read_perf_files(args.perf)
     if args.throughput is not None:
         speeds = read_throughput(args.throughput, len(names), scores["instance_acc"])

@@ -9,7 +9,7 @@ Stage 7 and tools/predict.py take the file with --thresholds. Without it, all th
 
 A threshold always looks good on the images on which it was found. So stage 7 refuses to score these images with it. For the
 same reason, the script computes the gain by cross-validation: it judges each fifth of the images with thresholds from the
-other four.
+other four. A note says if the thresholds gain nothing, or make a metric worse.
 """
 import argparse
 import hashlib
@@ -19,17 +19,20 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.files import write_text
-from lib.labels import assumed, attribute_names, label_checksum
-from lib.metrics import MIN_IMAGES, SEED, change_intervals, ratio, score
+from lib.labels import GROUPS_HELP, assumed, attribute_names, image_checksums, label_checksum, read_groups
+from lib.metrics import DECIMALS, MIN_IMAGES, SEED, Z, drawn, enough, ratio, score
 from lib.results import declared_kind, read_scored
-from lib.script import command, importing, number
+from lib.script import command, importing, note, number
 
 with importing():
     import numpy as np
 
+MAXIMAL_F1 = "maximal F1"  # the goal without a target
 FOLDS = 5
+RETUNED = 40  # this many draws of the images get thresholds of their own, to see how much the thresholds vary
 GAIN_METRICS = ["label_precision", "label_recall", "label_F1", "mA", "instance_acc", "instance_precision", "instance_recall",
                 "instance_F1"]
+BALANCED = ["label_F1", "mA", "instance_acc", "instance_F1"]  # these weigh what is missed against what is wrongly said
 
 
 def find_threshold(logits, true, precision=None, recall=None):
@@ -63,10 +66,13 @@ def find_thresholds(logits, true, tunable, target):
     return np.array([threshold or 0 for threshold in found], np.float32), [threshold is not None for threshold in found]
 
 
-def cross_validate(logits, true, tunable, target):
-    """Returns the predictions for each image, bool [images, attributes], with thresholds that were found without this image."""
+def cross_validate(logits, true, tunable, target, groups):
+    """Returns the predictions for each image, bool [images, attributes], with thresholds that were found without its group.
+
+    groups: int [images]. Each image may be a group of its own.
+    """
     predicted = np.empty(true.shape, bool)
-    fold_of = np.random.RandomState(SEED).permutation(len(true)) % FOLDS
+    fold_of = (np.random.RandomState(SEED).permutation(groups.max() + 1) % FOLDS)[groups]
     for fold in range(FOLDS):
         others = fold_of != fold
         predicted[~others] = logits[~others] >= find_thresholds(logits[others], true[others], tunable, target)[0]
@@ -81,12 +87,43 @@ def figures(predicted, true):
             for row in values]
 
 
-def gain(tuned, at_0, true):
-    """Returns the metrics of predictions with tuned thresholds and with 0, {metric: {"at_0", "tuned", "gain", "interval"}}."""
+def gain(logits, true, tunable, target, groups):
+    """Returns the metrics at 0 and with thresholds found on other images, {metric: {"at_0", "tuned", "gain", "interval"}}, and the
+    predictions with these thresholds, bool [images, attributes].
+
+    The interval has two causes: other images might be scored (the bootstrap's variance), and other thresholds might be found (the
+    variance over RETUNED draws of the images). groups: as in cross_validate().
+    """
+    tuned, at_0 = cross_validate(logits, true, tunable, target, groups), logits >= 0
     of_tuned, of_0 = score(tuned, true)[0], score(at_0, true)[0]
-    intervals = change_intervals(tuned, at_0, true, GAIN_METRICS)
-    return {name: {"at_0": of_0[name], "tuned": of_tuned[name], "gain": of_tuned[name] - of_0[name],
-                   "interval": intervals[name]} for name in GAIN_METRICS if not np.isnan(of_tuned[name] + of_0[name])}
+    drawn_tuned, drawn_0 = drawn([tuned, at_0], true, groups)
+    retuned, random, count = [], np.random.RandomState(SEED), groups.max() + 1
+    for _ in range(RETUNED):
+        images = np.repeat(np.arange(len(true)), np.bincount(random.randint(count, size=count), minlength=count)[groups])
+        retuned.append(score(logits >= find_thresholds(logits[images], true[images], tunable, target)[0], true)[0])
+    values = {}
+    for name in GAIN_METRICS:
+        change = of_tuned[name] - of_0[name]
+        if not np.isnan(change):
+            half = Z * np.sqrt(np.nanvar(drawn_tuned[name] - drawn_0[name]) + np.nanvar([figures[name] for figures in retuned]))
+            values[name] = {"at_0": of_0[name], "tuned": of_tuned[name], "gain": change,
+                            "interval": np.round([change - half, change + half], DECIMALS).tolist()}
+    return values, tuned
+
+
+def doubt(content):
+    """Returns a text if the thresholds make a metric worse, or if their gain may be chance. Otherwise returns None.
+
+    Precision and recall do not count, because thresholds raise one at the cost of the other.
+    """
+    texts = {name: "%s %+.4f (%+.4f to %+.4f)" % ((name, values["gain"]) + tuple(values["interval"]))
+             for name, values in content["gain"].items()}
+    worse = [texts[name] for name in BALANCED if content["gain"][name]["interval"][1] < 0]
+    if worse:
+        return "these thresholds lower %s; to keep 0 (a probability of 0.5), leave out --thresholds" % ", ".join(worse)
+    if content["goal"] == MAXIMAL_F1 and content["gain"]["label_F1"]["interval"][0] <= 0:
+        return "the gain may be chance, %s; keep 0 (a probability of 0.5), or tune on more images" % texts["label_F1"]
+    return None
 
 
 def table(rows):
@@ -110,6 +147,7 @@ def parse(argv):
                         help="choose the largest recall at this precision, such as 0.9")
     target.add_argument("--target-recall", type=number(float, 0.01, 1), metavar="R",
                         help="choose the largest precision at this recall")
+    parser.add_argument("--groups", metavar="FILE", help=GROUPS_HELP)
     parser.add_argument("--attributes", metavar="FILE", help="a file with the attributes' names, one per line")
     parser.add_argument("--model", metavar="FILE", help="the model that made the results; it names the attributes if it can")
     parser.add_argument("--values", choices=["logits", "probabilities"], help="what the results hold, as in stage 7")
@@ -120,8 +158,9 @@ def parse(argv):
 def content_of(args, images, logits, labels):
     """Returns the content of the file to write. Raises OSError or ValueError."""
     true, names = labels == 1, attribute_names(labels.shape[1], args.attributes, args.model)
+    groups = np.arange(len(true)) if args.groups is None else read_groups(args.groups, images)
     target = {"precision": args.target_precision, "recall": args.target_recall}
-    goal = "maximal F1"
+    goal = MAXIMAL_F1
     for name, value in target.items():
         if value is not None:
             goal = "%s >= %g" % (name, value)
@@ -130,16 +169,19 @@ def content_of(args, images, logits, labels):
     if not tunable.any():
         raise ValueError("%s: has no attribute that at least %d images have and as many do not have; tune on more images"
                          % (args.label_file, MIN_IMAGES))
+    if not enough(true, groups):
+        raise ValueError("%s: these images are of fewer than %d groups; tune on more images" % (args.groups, MIN_IMAGES))
     thresholds, reached = find_thresholds(logits, true, tunable, target)
-    predicted, at_0 = cross_validate(logits, true, tunable, target), logits >= 0
+    gains, predicted = gain(logits, true, tunable, target, groups)
     tuned_on = {image: label_checksum(row) for image, row in zip(images, labels)}
     lines = "".join("%s %s\n" % item for item in sorted(tuned_on.items()))
     rows = [{"name": name, "threshold": float(threshold), "tuned": tuned, "positives": int(count), "at_0": old,
              "cross_validated": new}
-            for name, threshold, tuned, count, old, new in zip(names, thresholds, reached, positives, figures(at_0, true),
+            for name, threshold, tuned, count, old, new in zip(names, thresholds, reached, positives, figures(logits >= 0, true),
                                                            figures(predicted, true))]
     return {"goal": goal, "images": len(images), "checksum": hashlib.sha256(lines.encode("utf-8")).hexdigest(),
-            "names_assumed": assumed(names), "attributes": rows, "gain": gain(predicted, at_0, true), "tuned_on": tuned_on}
+            "names_assumed": assumed(names), "attributes": rows, "gain": gains, "tuned_on": tuned_on,
+            "image_checksums": image_checksums(args.folders, images)}
 
 
 def lines_of(content, path):
@@ -156,8 +198,8 @@ def lines_of(content, path):
         yield "stay at 0 (fewer than %d images have it, or do not have it): %s" % (MIN_IMAGES, ", ".join(few))
     yield "gain on images that were not used to find the thresholds (%d-fold cross-validation; 95 %% intervals):" % FOLDS
     for name, values in content["gain"].items():
-        line = "  %-18s %.4f -> %.4f  %+.4f" % (name, values["at_0"], values["tuned"], values["gain"])
-        yield line + " (%+.4f to %+.4f)" % tuple(values["interval"]) if values["interval"] else line
+        yield "  %-18s %.4f -> %.4f  %+.4f (%+.4f to %+.4f)" % (
+            (name, values["at_0"], values["tuned"], values["gain"]) + tuple(values["interval"]))
 
 
 def main(argv=None):
@@ -167,6 +209,9 @@ def main(argv=None):
     write_text(args.output, json.dumps(content, indent=1, allow_nan=False) + "\n")
     for line in lines_of(content, args.output):
         print(line)
+    text = doubt(content)
+    if text:
+        note("%s: %s" % (args.output, text))
 
 
 if __name__ == "__main__":

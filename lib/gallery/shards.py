@@ -247,7 +247,8 @@ def stretches(file, source, root, size, copy, keep=None):
         seen.check(source, numbered(file), keep)
     settings = {"kind": "list", "root": root, "sha256": digest.hexdigest(), "shards": len(counts), "shard_size": size}
     return Input(settings, sum(counts), lambda i: {"list": copy, "start": ends[i], "end": ends[i + 1], "root": root,
-                                                   "images": counts[i]}, len(counts), file, [{"root": root, "name": name} for name in witnesses.values()])
+                                                   "images": counts[i]}, len(counts), file,
+                 [{"root": root, "name": name} for name in witnesses.values()])
 
 
 def numbered(file):

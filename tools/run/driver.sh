@@ -106,9 +106,9 @@ check_options() {
 check_given() {
     local name needed
     sample=yes
-    for name in checkpoint images image_list label_file attributes thresholds; do
+    for name in checkpoint images image_list label_file attributes thresholds groups; do
         [ -n "${!name}" ] || continue
-        case $name in attributes | thresholds) ;; *) sample='' ;; esac
+        case $name in attributes | thresholds | groups) ;; *) sample='' ;; esac
         [ -e "${!name}" ] || [ -n "$check" ] || fail "$name: ${!name}: no such file or folder"
         printf -v "$name" %s "$(realpath -m -- "${!name}")"
     done
@@ -169,7 +169,7 @@ check_data() {
     if [ -z "$sample" ]; then
         num_att=$("$python" "$here/tools/run/inputs.py" lists ${image_list:+--image-list "$image_list"} \
             ${images:+--images "$images"} ${label_file:+--label-file "$label_file"} ${attributes:+--attributes "$attributes"} \
-            ${thresholds:+--thresholds "$thresholds"}) || exit 1
+            ${thresholds:+--thresholds "$thresholds"} ${groups:+--groups "$groups"}) || exit 1
         return
     fi
     checkpoint=$work_dir/sample/checkpoint.pth.tar images=$work_dir/sample/images

@@ -167,20 +167,24 @@ def verify(product, stage, variables, seen):
 def check_lists(arguments):
     """Checks the lists against each other. Returns the number of attributes, or None without labels. Raises OSError or ValueError."""
     parser = argparse.ArgumentParser(prog="inputs.py lists")
-    for name in ("image-list", "images", "label-file", "attributes", "thresholds"):
+    for name in ("image-list", "images", "label-file", "attributes", "thresholds", "groups"):
         parser.add_argument("--" + name)
     args = parser.parse_args(arguments)
-    from lib.labels import attribute_names, check_not_tuned_on, labels_of, read_labels, read_thresholds
+    from lib.labels import attribute_names, check_not_tuned_on, labels_of, read_groups, read_labels, read_thresholds
     names = read_list(args.image_list) if args.image_list else []
     if args.images and names:
         find_listed(args.images, names, args.image_list)
+    read_groups(args.groups, names)
     count = None
     if args.label_file:
         count = read_labels(args.label_file)[1].shape[1]
         labels = labels_of(args.label_file, names, count)
         if args.thresholds:
             _, _, thresholds = read_thresholds(args.thresholds, attribute_names(count, args.attributes))
-            check_not_tuned_on(args.thresholds, thresholds["tuned_on"], [stem(name) for name in names], labels)
+            stems, checksums = list(map(stem, names)), {}
+            if args.images and thresholds["image_checksums"]:
+                checksums = dict(zip(stems, identities(find_listed(args.images, names, args.image_list))))
+            check_not_tuned_on(args.thresholds, thresholds, stems, labels, checksums)
     if args.attributes:
         attribute_names(count, args.attributes)
     return count

@@ -128,11 +128,6 @@ def declared_kind(values, model):
     return values or ("probabilities" if model and description(model).get("output") == "probabilities" else None)
 
 
-def ends_in_sigmoid(model):
-    """Returns whether an onnx.ModelProto gives probabilities."""
-    return output_kind(model) == "probabilities"
-
-
 def read_scored(folders, label_file, image_list=None, declared=None):
     """Reads a run's results and their labels. Returns (the images' names, logits, labels, how many labelled images have no result).
 

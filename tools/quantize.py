@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -113,9 +114,19 @@ def calibrate(folded, result, feeds, qdq):
         def get_next(self):
             return self.rest.pop() if self.rest else None
 
+    # Without VNNI, an x86 CPU adds two products in 16 bits, which overflow unless the weights have 7 bits.
+    # https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
     # AIPP's table is not quantized: ONNX Runtime 1.10 would convert it to int8, which its convolution does not accept.
     quantize_static(folded, result, Reader(), quant_format=QuantFormat.QDQ if qdq else QuantFormat.QOperator, per_channel=True,
-                    activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=["aipp_gather", "aipp_transpose"])
+                    activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=["aipp_gather", "aipp_transpose"],
+                    reduce_range=not multiplies_exactly())
+
+
+def multiplies_exactly(cpuinfo="/proc/cpuinfo"):
+    """Returns whether this CPU multiplies uint8 by int8 without overflow: one with VNNI, or one that is not x86."""
+    with open(cpuinfo) as f:
+        flags = re.search(r"^flags\s*: (.*)", f.read(), re.MULTILINE)
+    return not flags or bool({"avx512_vnni", "avx_vnni"} & set(flags.group(1).split()))
 
 
 def parse(argv):

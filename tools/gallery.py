@@ -44,7 +44,8 @@ from lib.models import load
 from lib.providers import CPU, PROVIDERS
 from lib.results import look_like_probabilities, output_kind
 from lib.script import Silent, command, importing, note, number, one_line, progress, some
-from lib.session import calls_at_once, input_size, open_session, run_batches, takes_uint8
+from lib.session import (SIZE_ASSUMED, attributes_of, calls_at_once, fixed_size, input_size, open_session, run_batches,
+                         takes_uint8)
 
 with importing():
     import numpy as np
@@ -147,10 +148,9 @@ def local_devices(args):
 def examine(args, session):
     """Returns (the model's entry for the manifest, its attributes' names, what its graph says that it gives: see output_kind())."""
     batch_size, height, width = input_size(session)
-    output = session.get_outputs()[0]
-    if not isinstance(output.shape[1], int):
-        raise ValueError("%s: does not fix the number of its attributes; its output is %s" % (args.onnx, output.shape))
-    names = attribute_names(output.shape[1], args.attributes, args.onnx)
+    if None in fixed_size(session)[1:]:
+        note(SIZE_ASSUMED)
+    names = attribute_names(attributes_of(session), args.attributes, args.onnx)
     if names is PETA:
         note(ASSUMED)
     lower = [name.lower() for name in names] + ["path", "error"]  # names in SQL ignore case

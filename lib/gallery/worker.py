@@ -32,7 +32,7 @@ from lib.machine import end_with, uninterrupted
 from lib.names import ENDINGS, is_image
 from lib.results import logits_from, probabilities
 from lib.script import importing, one_line, some
-from lib.session import empty_batch, input_size, open_session, run_batches
+from lib.session import callers, empty_batch, infer, input_size, open_session, run_batches
 
 with importing():
     import numpy as np
@@ -352,12 +352,12 @@ class Worker(object):
             try:
                 self.session = open_session(name, self.job["device_id"], self.job["threads"], calls, self.job["provider"])
                 batch = empty_batch(self.session, *input_size(self.session))
-                self.session.run(None, {self.session.get_inputs()[0].name: batch})  # the first call also allocates memory
+                infer(self.session, batch)  # the first call also allocates memory
             except ImportError:
                 raise
             except Exception as error:  # ONNX Runtime's own exceptions do not reach another process
                 raise ValueError("the model cannot be opened: %s" % one_line(error).replace(name + ": ", ""))
-        self.runners, self.readers = ThreadPoolExecutor(calls), ThreadPoolExecutor(self.job["readers"])
+        self.runners, self.readers = callers(calls), ThreadPoolExecutor(self.job["readers"])
 
     def fit(self):
         """Returns None, or on one line why one of the job's witnesses cannot be read here."""

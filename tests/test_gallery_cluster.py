@@ -132,8 +132,8 @@ def test_killed_driver_goes_on_and_a_new_node_is_used(cluster, folder, many, tmp
     os.kill(worker, signal.SIGCONT)
     workers, nodes, text = finish_gallery(process, tmp_path / "out", many, lost=0, again=(0,))
     assert (workers, nodes) == (2, 2)
-    there = int(re.search(r"(\d+) of %d parts are there already" % 36, text).group(1))
-    assert 3 <= there < 36 and "%d images in " % (10 * (36 - there)) in text
+    there = int(re.search(r"(\d+) of %d parts are there already" % 18, text).group(1))
+    assert 3 <= there < 18 and "%d images in " % (10 * (18 - there)) in text
 
 
 def test_parts_are_those_of_one_machine(cluster, folder, tmp_path):

@@ -10,6 +10,7 @@ import os
 import queue
 import re
 import socket
+import tempfile
 import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -244,7 +245,10 @@ class Processes(Pool):
 
     def __init__(self, job, model, actors, devices, per_device):
         super(Processes, self).__init__(actors)
-        self.job, self.model, self.slots = job, model, dict.fromkeys(devices, per_device)
+        self.job, self.slots = job, dict.fromkeys(devices, per_device)
+        self.model = tempfile.TemporaryFile()  # the processes read it there: 100 MB in the pipe of a killed one could wait for ever
+        self.model.write(model)
+        self.model.flush()
 
     def places(self):
         return self.slots
@@ -255,12 +259,13 @@ class Processes(Pool):
     def start(self, place):
         context = multiprocessing.get_context("spawn")  # a fork would lack the threads of ONNX Runtime
         computed = context.Value("Q", 0, lock=False)
-        return ProcessPoolExecutor(1, context, start_process, (os.getpid(), dict(self.job, device_id=place), computed)), computed
+        model = "/proc/%d/fd/%d" % (os.getpid(), self.model.fileno())
+        return ProcessPoolExecutor(1, context, start_process, (os.getpid(), dict(self.job, device_id=place), model, computed)), computed
 
     def call(self, member, method, *arguments):
         try:
             with uninterrupted():  # the process starts here
-                return member.handle[0].submit(call_worker, method, (self.model,) if method == "start" else arguments)
+                return member.handle[0].submit(call_worker, method, arguments)
         except (BrokenProcessPool, OSError) as error:
             future = Future()
             future.set_exception(error)
@@ -272,7 +277,7 @@ class Processes(Pool):
     def kill(self, member):
         for process in list((getattr(member.handle[0], "_processes", None) or {}).values()):
             process.kill()
-        member.handle[0].shutdown(wait=False)
+        member.handle[0].shutdown()
 
     def died(self, error):
         return isinstance(error, BrokenProcessPool)
@@ -282,10 +287,11 @@ class Processes(Pool):
             self.kill(member)
 
 
-def start_process(parent, job, computed):
-    """Prepares a child process. A thread keeps the shared value computed up to date while the process works."""
+def start_process(parent, job, model, computed):
+    """Prepares a child process. model: a path. A thread keeps the shared value computed up to date while the process works."""
     end_with(parent)
-    call_worker.worker = worker = Worker(job)
+    worker = Worker(job)
+    call_worker.worker, call_worker.model = worker, model
 
     def tell():
         while True:
@@ -295,6 +301,9 @@ def start_process(parent, job, computed):
 
 
 def call_worker(method, arguments):
+    if method == "start":
+        with open(call_worker.model, "rb") as f:
+            arguments = f.read(),
     return getattr(call_worker.worker, method)(*arguments)
 
 

@@ -265,7 +265,7 @@ def file_system(root, name):
 
 def add_witnesses(root, names, witnesses):
     """Adds an image on each further file system to {its number: name}, because a node may lack a mount below the root."""
-    for name in {os.path.dirname(name): name for name in reversed(names)}.values():  # the first image in each folder
+    for name in {name.rpartition("/")[0]: name for name in reversed(names)}.values():  # the first image in each folder
         with contextlib.suppress(OSError, ValueError):
             number = file_system(root, name)
             if number not in witnesses:

@@ -135,7 +135,7 @@ def write_part(output, number, run, names, paths, values, reasons, counts):
     pyarrow.parquet.write_table(
         pyarrow.table(columns).replace_schema_metadata({METADATA: json.dumps(dict(counts, run=run), sort_keys=True)}),
         content, compression="zstd", use_dictionary=False)
-    write(part_name(output, number), content.getvalue())
+    write(part_name(output, number), content.getvalue().to_pybytes())
 
 
 def read_counts(output, number, run):

@@ -15,6 +15,7 @@ import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from lib.gallery.parts import sweep
 from lib.gallery.storage import WAITS
 from lib.gallery.worker import Result, Worker
 from lib.machine import end_with, uninterrupted
@@ -28,6 +29,7 @@ FIT_SECONDS = 8      # before another look whether a worker can read the images
 PATIENCE = 180       # in seconds: without a worker for this long, the run ends
 HEAD_SECONDS = 10    # a cluster's head that does not answer for this long is lost
 MAX_STARTS = 3       # a place is left out after so many workers that died while they started
+CLOSE_SECONDS = 2    # for which the driver waits for a killed child process
 TELL_SECONDS = 0.5   # between two answers of a child process how far it is
 MAX_ASKED = 100      # at each look, the driver asks this many workers how far they are
 
@@ -245,6 +247,8 @@ class Processes(Pool):
     def __init__(self, job, model, actors, devices, per_device):
         super(Processes, self).__init__(actors)
         self.job, self.model, self.slots = job, model, dict.fromkeys(devices, per_device)
+        # multiprocessing's resource tracker, a process of its own, would warn about the semaphores of killed processes
+        os.environ["PYTHONWARNINGS"] = "ignore::UserWarning"
 
     def places(self):
         return self.slots
@@ -270,7 +274,7 @@ class Processes(Pool):
         return sum(member.handle[1].value for member in self.members)
 
     def kill(self, member):
-        for process in list((getattr(member.handle[0], "_processes", None) or {}).values()):
+        for process in alive(member):
             process.kill()
         member.handle[0].shutdown(wait=False)
 
@@ -278,8 +282,16 @@ class Processes(Pool):
         return isinstance(error, BrokenProcessPool)
 
     def close(self):
+        processes = [process for member in self.members for process in alive(member)]
         for member in self.members:
             self.kill(member)
+        for process in processes:
+            process.join(CLOSE_SECONDS)
+        sweep(self.job["output"])
+
+
+def alive(member):
+    return list((getattr(member.handle[0], "_processes", None) or {}).values())
 
 
 def start_process(parent, job, computed):

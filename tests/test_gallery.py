@@ -192,7 +192,7 @@ def test_killed_driver_leaves_nothing_and_goes_on(folder, many, tmp_path, number
     process.send_signal(number)
     _, errors = process.communicate()
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
-    assert number == signal.SIGKILL or errors == "note: %s\n" % ASSUMED
+    assert errors == "note: %s\n" % ASSUMED  # nothing of multiprocessing's resource tracker either
     deadline = time.monotonic() + 60
     while any(os.path.exists("/proc/%d/exe" % worker) for worker in workers):
         assert time.monotonic() < deadline

@@ -339,6 +339,7 @@ def flip(data, place):
     (cut, 1100, "the file ends at byte 1100, in a header; the last good member is 0.png"),
     (cut, 4096, "the file ends at byte 4096 without an end-of-archive; the last good member is 3.png"),
     (lambda data, place: data[:place] + b"\0" * 512 + b"x" * 512, 4096, "byte 4608 has no tar header"),
+    (lambda data, place: data[:place] + bytes(2 ** 20 + 512), 2048, "from byte 2048 on, it holds nothing but zeros"),
     (lambda data, place: b"no tar" * 1000, 0, "byte 0 has no tar header")])
 def test_damaged_tar_gives_no_part_or_what_is_before_the_damage(worker, tmp_path, change, place, text):
     shard, path = tarred(tmp_path / "x.tar", *(("%d.png" % i, b"x" * 512) for i in range(4))), tmp_path / "x.tar"

@@ -13,6 +13,7 @@ from lib.script import one_line
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_HEADER = 2 ** 24  # bytes; a longer name or other header is damaged
+MAX_ZEROS = 2 ** 20  # bytes; no program writes so many behind an end-of-archive, but an unfinished download may have them
 NO_FILES = (b"V", b"D")  # GNU tar's types for the name of a volume and for the listing of a folder
 LATER_VOLUME = b"M"  # GNU tar's type for the rest of a file that begins in another tar
 PAX_RECORD = re.compile(br"(\d{1,8}) [^=]+=")
@@ -38,8 +39,8 @@ class Tar(object):
     """An open tar, plain or compressed with gzip. Iteration yields the header of each member that is no folder.
 
     Several tars that were joined are read as one. The iteration ends only behind an end-of-archive, which may be followed by
-    zeros and by further tars. Anything else raises Damaged with the byte and the last good member. Errors of the storage are
-    OSErrors.
+    some zeros and by further tars. Anything else raises Damaged with the byte and the last good member. Errors of the storage
+    are OSErrors.
     """
     encoding, errors = "utf-8", "surrogateescape"  # of the members' names, for tarfile
 
@@ -87,12 +88,14 @@ class Tar(object):
         return self.place
 
     def __iter__(self):
-        ended = False
+        ended = 0  # bytes of zeros that were read
         while True:
             start, block = self.place, self.take(BLOCK)
             if not block.strip(b"\0"):
+                if ended >= MAX_ZEROS:
+                    raise self.damaged("from byte %d on, it holds nothing but zeros, as an unfinished copy does" % (start - ended))
                 if len(block) == BLOCK:
-                    ended, self.pax_headers = True, {}
+                    ended, self.pax_headers = ended + BLOCK, {}
                 elif ended:
                     return
                 else:
@@ -109,7 +112,7 @@ class Tar(object):
                 raise self.damaged("byte %d has no tar header (negative size)" % start)
             if member.type == LATER_VOLUME:
                 raise self.damaged("byte %d has the rest of %s, which begins in another volume" % (start, member.name))
-            ended, self.reading = False, "the member %s" % member.name
+            ended, self.reading = 0, "the member %s" % member.name
             if not member.isdir() and member.type not in NO_FILES:
                 yield member
             while self.place < self.offset:

@@ -16,6 +16,7 @@ import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from lib.gallery.parts import sweep
 from lib.gallery.storage import WAITS
 from lib.gallery.worker import Result, Worker
 from lib.machine import end_with, uninterrupted
@@ -249,6 +250,8 @@ class Processes(Pool):
         self.model = tempfile.TemporaryFile()  # the processes read it there: 100 MB in the pipe of a killed one could wait for ever
         self.model.write(model)
         self.model.flush()
+        # multiprocessing's resource tracker, a process of its own, would warn about the semaphores of killed processes
+        os.environ["PYTHONWARNINGS"] = "ignore::UserWarning"
 
     def places(self):
         return self.slots
@@ -285,6 +288,7 @@ class Processes(Pool):
     def close(self):
         for member in self.members:
             self.kill(member)
+        sweep(self.job["output"])
 
 
 def start_process(parent, job, model, computed):

@@ -158,8 +158,8 @@ def test_s3_gives_the_same_as_the_disk(folder, bucket, cluster, tmp_path, argume
         cluster.need(1)
         command += ["--address", cluster.address]
     done = run_gallery(folder, *command)
-    assert done.returncode == 0 and "22 images in 3 parts, 2 images cannot be read" in done.stdout, (done.stdout, done.stderr)
-    assert "3 of 3 parts are there already" in run_gallery(folder, *command).stdout
+    assert done.returncode == 0 and re.search("22 images in [13] parts, 2 images cannot be read", done.stdout), (done.stdout, done.stderr)
+    assert re.search("([13]) of \\1 parts are there already", run_gallery(folder, *command).stdout)
     assert run_gallery(folder, "images", "--output", tmp_path / "local", "--shard-size", 5).returncode == 0
     expected = check_once(tmp_path / "local", all_images(folder / "images"))
     bucket.get(output, str(tmp_path / "out"), recursive=True)

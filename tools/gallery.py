@@ -304,9 +304,9 @@ def main(argv=None):
         with workers(args, job, model, devices) as pool, report.bar:
             check_run(output, run)
             compute(pool, found, output, left, report)
-            print("%d images in %.1f s, %.1f images/s after the start; %d workers on %d %s, %d lost; %d parts started again" % (
-                report.images, report.seconds(), report.rate(), len(pool.members), len(pool.seen), pool.unit, pool.lost,
-                report.repeated))
+        print("%d images in %.1f s, %.1f images/s after the start; %d workers on %d %s, %d lost; %d parts started again" % (
+            report.images, report.seconds(), report.rate(), len(pool.members), len(pool.seen), pool.unit, pool.lost,
+            report.repeated))
         check_run(output, run)
         counts = total(output, range(found.count), run)
     print("%s: %d images in %d parts, %d images cannot be read" % (args.output, counts["images"], found.count, counts["errors"]))

@@ -22,6 +22,7 @@ from lib.script import one_line, progress, some
 MANIFEST, LIST = "_manifest.json", "_list.txt"
 METADATA = b"gallery"  # the key of a part's id and counts in the metadata of its file
 UNCHECKED = ("run", "ray", "pyarrow", "python")  # they may differ between two starts of a run, because no logit depends on them
+WORDS = {"input.contents": " (the input's files have other sizes or checksums, so they were replaced)"}
 READERS = 32  # threads that read the parts' metadata
 
 
@@ -41,7 +42,7 @@ def differences(theirs, ours):
     names = [name for name in list(ours) + [name for name in theirs if name not in ours] if theirs.get(name) != ours.get(name)]
     if "input.kind" in names:  # then everything else about the input differs, too
         names = [name for name in names if name == "input.kind" or not name.startswith("input.")]
-    return ["%s: %s there, %s now" % (name, short(theirs.get(name)), short(ours.get(name))) for name in names]
+    return ["%s: %s there, %s now%s" % (name, short(theirs.get(name)), short(ours.get(name)), WORDS.get(name, "")) for name in names]
 
 
 def short(value):

@@ -251,7 +251,7 @@ class Processes(Pool):
         self.model.write(model)
         self.model.flush()
         # multiprocessing's resource tracker, a process of its own, would warn about the semaphores of killed processes
-        os.environ["PYTHONWARNINGS"] = "ignore::UserWarning"
+        os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
 
     def places(self):
         return self.slots

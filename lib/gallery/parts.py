@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from lib.files import lock, whole_file
-from lib.gallery.storage import create, filesystem, is_local, names_in, open_binary, reached, read_range, write
+from lib.gallery.storage import create, filesystem, is_local, names_in, open_binary, patiently, reached, read_range, write
 from lib.script import one_line, progress, some
 
 MANIFEST, LIST = "_manifest.json", "_list.txt"
@@ -54,7 +54,7 @@ def read_manifest(output):
     """Returns a run's manifest. Raises OSError, or ValueError if it is damaged."""
     url = "%s/%s" % (output, MANIFEST)
     try:
-        manifest = json.loads(read_range(url).decode("utf-8"))
+        manifest = json.loads(patiently(read_range, url).decode("utf-8"))
         if not isinstance(manifest, dict) or not isinstance(manifest.get("run"), str):
             raise ValueError("it has no id of a run")
     except ValueError as error:
@@ -70,7 +70,7 @@ def begin(output, manifest, count):
     """
     if is_local(output):
         os.makedirs(output, exist_ok=True)
-    names = names_in(output)
+    names = patiently(names_in, output)
     numbers = sorted(int(match.group(1)) for match in map(re.compile(r"part-(\d{6,})\.parquet$").match, names) if match)
     if MANIFEST not in names:
         if numbers:
@@ -148,14 +148,18 @@ def sweep(output):
                 os.remove(left)
 
 
+def footer(url):
+    """Returns the metadata of a Parquet file."""
+    import pyarrow.parquet
+    with open_binary(url) as f:
+        return pyarrow.parquet.read_metadata(f)
+
+
 def read_counts(output, number, run):
     """Returns a part's counts. Raises OSError, or ValueError if the part is damaged or of another run."""
-    import pyarrow
-    import pyarrow.parquet
     url = part_name(output, number)
     try:
-        with open_binary(url) as f:
-            metadata = pyarrow.parquet.read_metadata(f)
+        metadata = patiently(footer, url)
         counts = json.loads(metadata.metadata[METADATA].decode("utf-8"))
     except (KeyError, TypeError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
         raise ValueError("%s: is not a part of this run (%s); delete it, or give another --output" % (url, one_line(error)))

@@ -9,6 +9,9 @@
         prints the path of set_env.sh of this machine's CANN, if there is one
     tools/run/doctor.py explain LOG CHIP
         prints what to do about the failure in a tool's LOG, if it is a known one
+    tools/run/doctor.py om MODEL BATCH_SIZE HEIGHT WIDTH BINS DEVICES
+        stops if an OM says that it is for another chip than DEVICES, or for other input than the run's. BINS is their folder, or
+        aipp's value, yes or no, for the bins that the run will make
 
 The script needs no packages. No other file reads npu-smi's table and CANN's folders.
 """
@@ -21,9 +24,10 @@ import subprocess
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))))
+from lib import om
 from lib.files import write_text
 from lib.names import read_list
-from lib.script import command, has_module
+from lib.script import command, has_module, note
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 MACHINE = os.uname().machine
@@ -290,6 +294,70 @@ def explain(log, name):
     return None
 
 
+# --- an OM ------------------------------------------------------------------------------------------------------------
+
+def other_family(name, other):
+    """Returns whether two chips are surely of different families. A mere 910 or 910B may be a chip of any 910's family."""
+    first, second = family(name)[0], family(other)[0]
+    vague = name[:3] == other[:3] and any(re.match("910[BC]?$", chip) for chip in (name, other))
+    return bool(first and second) and first != second and not vague
+
+
+def holds_uint8(bins, height, width):
+    """Returns whether the bins in a folder are uint8, judged by one of them. It is None if that is not certain."""
+    if bins in ("yes", "no"):
+        return bins == "yes"
+    if not os.path.isdir(bins) or not has_module("numpy"):
+        return None
+    from lib.bins import holds_uint8
+    path = next((entry.path for entry in os.scandir(bins) if entry.name.endswith(".bin")), None)
+    return path and holds_uint8(path, height, width)
+
+
+def om_rows(path, batch_size, height, width, bins, devices):
+    """Returns what is wrong with an OM for a run, as [(state, found, command)] with the states of Check.
+
+    Only what the OM says counts. If it says nothing, or if the other side is not known, nothing is wrong.
+    """
+    facts, rows, cann = om.read(path), [], Cann()
+    chip, shape = short(facts.get("soc_version", "")), om.input_shape(facts) or [None] * 4
+    convert = "bash run_all.sh --stage 3 --stop-stage 3 --batch-size %s" % batch_size
+    try:
+        chips = {row[1] for row in npu_smi()[1] if row[3] is None or row[3] in devices}
+    except (OSError, ValueError):
+        chips = ()
+    if chips and all(other_family(chip, own) for own in chips):
+        own = " and ".join(sorted(chips))
+        rows.append(("missing", "the OM is for Ascend%s, but npu-smi info names Ascend%s" % (chip, own),
+                     "%s --chip-name %s" % (convert, own.split()[0])))
+    if shape[0] not in (None, int(batch_size)):
+        rows.append(("missing", "the OM takes %d images at a time, not %s" % (shape[0], batch_size), convert))
+    aipp, uint8 = om.has_aipp(facts), holds_uint8(bins, height, width)
+    if not aipp and None not in shape[2:] and shape[2:] != [height, width]:  # AIPP may crop or resize larger images
+        rows.append(("missing", "the OM takes images of height and width %d %d, not %d %d" % tuple(shape[2:] + [height, width]),
+                     "bash run_all.sh --stage 4 --size %d %d" % tuple(shape[2:])))
+    if aipp and uint8 is False:
+        rows.append(("missing", "the OM has AIPP (--insert_op_conf) and takes uint8 bins, but the run's are float32",
+                     "bash run_all.sh --stage 4 --aipp yes"))
+    elif aipp is False and shape[1] and uint8:
+        rows.append(("missing", "the OM has no AIPP (no --insert_op_conf) and takes float32 bins, but the run's are uint8",
+                     "bash run_all.sh --stage 4 --aipp no"))
+    made = facts.get("atc_version") or facts.get("opp_version", "")
+    if om.newer(made, [cann.version] + [text for name in ("compiler", "opp") for text in re.findall(
+            r"^Version=(\S+)", read(os.path.join(cann.home or "", name, "version.info")), re.MULTILINE)]):
+        rows.append(("note", "the OM was made by version %s, newer than %s, and may not load" % (made, cann), convert))
+    return rows
+
+
+def check_om(path, batch_size, height, width, bins, devices):
+    """Prints the notes about an OM. Raises ValueError for the first fault."""
+    for state, found, command in om_rows(path, batch_size, int(height), int(width), bins, devices.split()):
+        text = "%s: %s; run: %s" % (path, found, command)
+        if state == "missing":
+            raise ValueError(text)
+        note(text)
+
+
 # --- the whole machine ----------------------------------------------------------------------------------------------
 
 class Check(object):
@@ -312,6 +380,7 @@ class Check(object):
         self.toolkit()
         self.disk()
         self.tools()
+        self.models()
 
     def row(self, stage, what, state, found, command=None):
         self.rows.append({"stage": stage, "what": what, "state": state, "found": found, "run": command})
@@ -497,6 +566,17 @@ class Check(object):
             found, _, command = str(error).partition("; run: ")
             self.row("6", "ONNX Runtime", self.lack(needed), found, command or None)
 
+    def models(self):
+        """Checks the OMs that are there and will be run."""
+        if not self.on_card or self.runs(3) and self.cann.atc:  # stage 3 will make others
+            return
+        values = self.values
+        bins = values["aipp"] if self.runs(4) else os.path.join(self.work, "input_bin")
+        for path, batch_size in zip(self.oms, values["batch_size"].split()):
+            for row in om_rows(path, batch_size, *map(int, values["size"].split()), bins, values["device_id"].split()) \
+                    if os.path.isfile(path) else ():
+                self.row("6", os.path.basename(path), *row)
+
 
 def main():
     arguments = sys.argv[1:]
@@ -506,6 +586,8 @@ def main():
         print(find_set_env() or "")
     elif arguments[:1] == ["explain"] and len(arguments) == 3:
         print(explain(read(arguments[1]), arguments[2]) or "")
+    elif arguments[:1] == ["om"] and len(arguments) == 7:
+        check_om(*arguments[1:])
     elif arguments[:1] == ["check"]:
         values = dict(argument.split("=", 1) for argument in arguments[1:])
         rows = Check(values).rows
@@ -522,7 +604,7 @@ def main():
             write_text(values["json"], json.dumps({"backend": values["backend"], "ok": not lacking, "rows": rows}, indent=1) + "\n")
         sys.exit(1 if lacking else 0)
     else:
-        print("usage: doctor.py check|chip|set_env|explain ARGUMENT ...\n\n" + __doc__, end="")
+        print("usage: doctor.py check|chip|set_env|explain|om ARGUMENT ...\n\n" + __doc__, end="")
         sys.exit(0 if arguments in ([], ["-h"], ["--help"]) else 2)
 
 

@@ -22,6 +22,7 @@ start_run() {
     [ -z "$check" ] || check_machine
     choose_backend
     choose_chip
+    [ -n "$make_om" ] || check_oms
     check_ais_bench
     open_work_folder
     user_python=$python

@@ -58,7 +58,7 @@ def attributes(data):
             name, text = bytes(entry.get(KEY, b"")).decode(), bytes(dict(fields(entry.get(VALUE, b""))).get(STRING, b""))
             if name in TEXTS and text and text.decode().isprintable():
                 found[name] = text.decode()
-    return found
+    return {name: found[name] for name in TEXTS if name in found}
 
 
 def model_defs(f, length, start, form):
@@ -108,10 +108,13 @@ def option(facts, name):
 
 
 def has_aipp(facts):
-    """Returns whether the OM has AIPP and so takes integers. It is None if the OM does not have atc's command line."""
-    if "--" not in facts.get("atc_cmdline", ""):
-        return None
-    return bool(option(facts, r"ins[\w-]*"))  # insert_op_conf; atc takes the beginning of a name, too
+    """Returns whether the OM has AIPP and so takes integers. It is None if atc's command line does not tell.
+
+    A mere mention of AIPP does not tell: the model of tools/rehearse.py aipp takes integers, too.
+    """
+    if option(facts, r"ins[\w-]*"):  # insert_op_conf; atc also takes the beginning of an option's name
+        return True
+    return None if re.search("aipp|insert|^[^-]*$", facts.get("atc_cmdline", ""), re.IGNORECASE) else False
 
 
 def input_shape(facts):

@@ -268,7 +268,7 @@ def test_missing_packages_are_left_to_the_run(machine):
     bare, checkout = machine / "bare", machine / "checkout"
     subprocess.check_call([sys.executable, "-m", "venv", "--without-pip", str(bare)])
     for name in ("run_all.sh", "requirements.txt", "get_info.py", "tools/run/backend.sh", "tools/run/driver.sh", "tools/run/doctor.py",
-                 "lib/__init__.py", "lib/script.py", "lib/files.py", "lib/names.py", "tools/run/ais_bench_files.py"):
+                 "lib/__init__.py", "lib/script.py", "lib/files.py", "lib/names.py", "lib/om.py", "tools/run/ais_bench_files.py"):
         with open(os.path.join(ROOT, name)) as f:
             write(checkout / name, f.read())
     process, rows = check(machine, root=checkout, PYTHON=str(bare / "bin" / "python"))

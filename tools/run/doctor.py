@@ -297,10 +297,10 @@ def explain(log, name):
 # --- an OM ------------------------------------------------------------------------------------------------------------
 
 def other_family(name, other):
-    """Returns whether two chips are surely of different families. A mere 910 or 910B may be a chip of any 910's family."""
+    """Returns whether two chips are surely of different families. 910, 910B and unknown names may be of any family of their number."""
     first, second = family(name)[0], family(other)[0]
-    vague = name[:3] == other[:3] and any(re.match("910[BC]?$", chip) for chip in (name, other))
-    return bool(first and second) and first != second and not vague
+    clear = all(re.match(r"310([PB]\w*)?$|910(A|Pro[AB]|PremiumA|_93\w*|B[1-4][\w-]*)$", chip) for chip in (name, other))
+    return bool(first and second) and first != second and (clear or name[:3] != other[:3])
 
 
 def holds_uint8(bins, height, width):

@@ -1,6 +1,5 @@
 """uint8 bins and AIPP: stage 4's pixels, the file for atc, the model with AIPP's arithmetic, and bins that are never mixed."""
 import os
-import sys
 
 import numpy as np
 import onnx
@@ -11,7 +10,7 @@ from lib.bins import fault
 from lib.faults import tensors
 import rehearse
 from lib.models import description
-from helpers import ROOT, check_error, parse_predictions, script, write_images, write_model
+from helpers import check_error, parse_predictions, script, write_images, write_model
 from small_network import IMAGES, NAMES, SIZE, Scene, compute, make_twin, normalised, weights, write_bins, write_network
 
 import aipp  # the stand-ins'

@@ -9,6 +9,7 @@ import om as standin
 from helpers import check_error, script
 from lib import om
 from lib.bins import holds_uint8
+from lib.images import MEAN, STD
 
 TEXTS = {"soc_version": "Ascend310P3", "atc_version": "7.5.0.1.129", "opp_version": "7.5.0.1.130",
          "atc_cmdline": "atc --model=m.onnx --framework=5 --input_shape=actual_input_1:4,3,64,32 --insert_op_conf=aipp.cfg"}
@@ -20,30 +21,35 @@ def write_om(path, old=False, **changes):
     return str(path)
 
 
-@pytest.fixture
-def rows(tmp_path, monkeypatch):
-    """A function that returns om_rows() of an OM of batch size 4 for a run on such chips, at device 0 of them."""
-    monkeypatch.setattr(doctor, "Cann", lambda: type("Cann", (), {"version": "8.0.RC3", "home": None, "__str__": lambda _: "CANN 8.0.RC3"})())
-
-    def of(path, bins="yes", size=(64, 32), batch_size="4", chips=("310P3",)):
-        monkeypatch.setattr(doctor, "npu_smi", lambda: ("25.2.0", [("0", chip, "OK", str(i)) for i, chip in enumerate(chips)]))
-        return doctor.om_rows(path, batch_size, *size, bins, ["0"])
-    return of
+def faults(path, uint8=True, size=(64, 32), batch_size=4, chips=("310P3",), cann="8.0.RC3"):
+    """What is wrong with an OM, by default for a run that TEXTS fit."""
+    installed = doctor.Cann()
+    installed.version, installed.home = cann, None
+    return doctor.om_faults(om.read(path), batch_size, list(size), uint8, chips, installed)
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_oms_damaged_at_every_byte_are_neither_misread_nor_refused(tmp_path, rows, old):
+def test_oms_damaged_at_every_byte_are_neither_misread_nor_refused(tmp_path, old):
     path = write_om(tmp_path / "m.om", old)
-    assert om.read(path) == TEXTS and om.has_aipp(TEXTS) and om.input_shape(TEXTS) == [4, 3, 64, 32] and rows(path) == []
+    assert om.read(path) == TEXTS and om.has_aipp(TEXTS) and om.input_shape(TEXTS) == [4, 3, 64, 32] and faults(path) == []
     whole = (tmp_path / "m.om").read_bytes()
     sizes, seen = whole.index(b"4,3,64,32"), [{}, TEXTS]  # other digits there are another shape
-    for i in range(len(whole)):
-        for damaged in (whole[:i], whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1:], whole[:i] + bytes([whole[i] ^ 255]) + whole[i + 1:]):
-            (tmp_path / "m.om").write_bytes(damaged)
-            found = om.read(path)
-            assert set(found) <= set(om.TEXTS) and all(text.isprintable() for text in found.values())
-            assert found in seen or sizes <= i < sizes + 9 or not [row for row in rows(path) if row[0] != "note"], i
-            seen.append(found)
+
+    def check(i):
+        found = om.read(path)
+        assert set(found) <= set(om.TEXTS) and all(text.isprintable() for text in found.values())
+        assert found in seen or sizes <= i < sizes + 9 or not [fault for fault in faults(path) if fault[0] != "note"], i
+        seen.append(found)
+
+    with open(path, "r+b", buffering=0) as f:
+        for i, byte in enumerate(whole):
+            for damaged in (byte ^ 1, byte ^ 255, byte):
+                f.seek(i)
+                f.write(bytes([damaged]))
+                check(i)
+        for i in reversed(range(len(whole))):
+            f.truncate(i)
+            check(i)
 
 
 def test_files_that_are_no_known_om_say_nothing(tmp_path):
@@ -86,52 +92,42 @@ def test_versions_in_several_forms_are_compared(made, installed, newer):
     ("Ascend310P1", "310P3", False), ("Ascend910B2C", "910B4-1", False), ("Ascend910ProB", "910A", False),
     ("Ascend910_9362", "910", False), ("Ascend910", "910B3", False), ("Ascend910B", "910B3", False),  # names of several families
     ("Ascend310Q1", "310P3", False), ("Ascend950PR", "310P3", False), ("310", "Odd", False)])
-def test_chips_are_refused_where_their_families_surely_differ(tmp_path, rows, soc_version, card, other):
-    found = rows(write_om(tmp_path / "m.om", soc_version=soc_version), chips=(card,))
-    assert [row[0] for row in found] == ["missing"] * other
+def test_chips_are_refused_where_their_families_surely_differ(tmp_path, soc_version, card, other):
+    found = faults(write_om(tmp_path / "m.om", soc_version=soc_version), chips=(card,))
+    assert [fault[0] for fault in found] == ["missing"] * other
     if other:
         assert "the OM is for %s, but npu-smi info names Ascend%s" % (soc_version, card) in found[0][1]
         assert found[0][2].endswith("--stage 3 --stop-stage 3 --batch-size 4 --chip-name " + card)
 
 
-def test_only_the_chips_of_the_runs_devices_count(tmp_path, rows):
-    path = write_om(tmp_path / "m.om")
-    assert rows(path, chips=("310P3", "910B3")) == [] != rows(path, chips=("910B3", "310P3")) and rows(path, chips=()) == []
+def test_other_input_is_refused_and_the_command_that_mends_it_named(tmp_path):
+    aipp, (plain, dynamic, nhwc) = write_om(tmp_path / "aipp.om"), (
+        write_om(tmp_path / (shape + ".om"), atc_cmdline="atc --input_shape=actual_input_1:" + shape)
+        for shape in ("4,3,64,32", "-1,3,64,32", "4,64,32,3"))
+    for path, changes, found, command in (
+            (aipp, {"uint8": False}, "has AIPP (--insert_op_conf) and takes uint8 bins", "--stage 4 --aipp yes"),
+            (plain, {"uint8": True}, "has no AIPP (no --insert_op_conf) and takes float32 bins", "--stage 4 --aipp no"),
+            (plain, {"uint8": False, "batch_size": 8}, "takes 4 images at a time, not 8", "--stop-stage 3 --batch-size 8"),
+            (dynamic, {"uint8": False, "size": (224, 224)}, "height and width 64 32, not 224 224", "--stage 4 --size 64 32")):
+        (state, text, run), = faults(path, **changes)
+        assert state == "missing" and found in text and run.endswith(command)
+    for path, changes in (
+            (aipp, {"uint8": None}), (aipp, {"size": (72, 40)}), (aipp, {"chips": ()}), (aipp, {"chips": ("310P3", "910B3")}), (nhwc, {}),
+            (plain, {"uint8": None}), (plain, {"uint8": False}), (dynamic, {"uint8": False, "batch_size": 8})):
+        assert faults(path, **changes) == [], (path, changes)
+    (state, text, run), = faults(write_om(tmp_path / "new.om", atc_version="", opp_version="8.5.0"))
+    assert state == "note" and "made by version 8.5.0, newer than " in text
 
 
-def write_bins(folder, array):
-    folder.mkdir()
-    array.tofile(str(folder / "a.bin"))
-    return str(folder)
-
-
-def test_other_input_is_refused_and_the_command_that_mends_it_named(tmp_path, rows):
-    line = TEXTS["atc_cmdline"]
-    aipp = write_om(tmp_path / "aipp.om")
-    plain, dynamic, nhwc = (write_om(tmp_path / ("%d.om" % i), atc_cmdline=line.split(" --ins")[0].replace("4,3,64,32", shape))
-                            for i, shape in enumerate(("4,3,64,32", "-1,3,64,32", "4,64,32,3")))
-    random = np.random.RandomState(0)
-    pixels = random.randint(0, 256, (64, 32, 3)).astype(np.uint8)
-    floats = write_bins(tmp_path / "float32", ((pixels.transpose(2, 0, 1) / np.float32(255) - np.float32(0.485)) / np.float32(0.229)))
-    images = write_bins(tmp_path / "uint8", pixels)
-    four = write_bins(tmp_path / "four", np.stack([pixels] * 4))  # as many bytes as a float32 bin
-    black, nv12 = write_bins(tmp_path / "black", np.zeros((4, 64, 32, 3), np.uint8)), write_bins(tmp_path / "nv12", np.zeros(64 * 48, np.uint8))
-    for path, bins, text, command in ((aipp, "no", "has AIPP", "--stage 4 --aipp yes"), (aipp, floats, "has AIPP", "--stage 4 --aipp yes"),
-                                      (plain, "yes", "has no AIPP", "--stage 4 --aipp no"), (plain, images, "has no AIPP", "--stage 4 --aipp no")):
-        (state, found, run), = rows(path, bins)
-        assert state == "missing" and text in found and run.endswith(command)
-    for path, fitting in ((aipp, ("yes", images, four, black, nv12, "none")), (plain, ("no", floats, four, black, nv12, "none")),
-                          (nhwc, ("yes", images))):
-        assert all(rows(path, bins) == [] for bins in fitting)
-    assert [holds_uint8(folder + "/a.bin", 64, 32) for folder in (images, floats, four, black, nv12)] == [True, False, None, None, None]
-    (_, found, run), = rows(plain, "no", batch_size="8")
-    assert found == "the OM takes 4 images at a time, not 8" and run.endswith("--stage 3 --stop-stage 3 --batch-size 8")
-    assert rows(dynamic, "no", batch_size="8") == []
-    (_, found, run), = rows(dynamic, "no", size=(224, 224))
-    assert found == "the OM takes images of height and width 64 32, not 224 224" and run.endswith("--stage 4 --size 64 32")
-    assert rows(aipp, size=(72, 40)) == []  # AIPP can crop
-    (state, found, _), = rows(write_om(tmp_path / "new.om", atc_version="", opp_version="8.5.0"))
-    assert state == "note" and found == "the OM was made by version 8.5.0, newer than CANN 8.0.RC3, and may not load"
+def test_kinds_of_bins_are_told_by_their_content(tmp_path):
+    pixels = np.random.RandomState(0).randint(0, 256, (64, 32, 3)).astype(np.uint8)
+    floats = ((pixels.transpose(2, 0, 1) / 255 - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))).astype(np.float32)
+    path = tmp_path / "a.bin"
+    for array, uint8 in ((pixels, True), (floats, False), (np.stack([pixels] * 4), None), (np.zeros((4, 64, 32, 3), np.uint8), None),
+                         (np.zeros(8 * 64 * 32 * 3 // 2, np.uint8), None),  # eight in NV12
+                         (floats * 2, None), (pixels[:32], None)):
+        array.tofile(str(path))
+        assert holds_uint8(str(path), 64, 32) is uint8
 
 
 def test_describe_prints_what_an_om_says(tmp_path):

@@ -76,14 +76,12 @@ choose_chip() {
     chips=${chips:-$count}
 }
 
-# check_oms [BATCH_SIZE ...]: stops if an OM says that it is for another chip, batch size, size or kind of bins than the run's
+# check_oms BATCH_SIZES: stops if an OM says that it is for another chip, batch size, size or kind of bins than the run's
 check_oms() {
-    local batch bins=$aipp
+    local bins=$aipp
     if [ "$backend" = onnxruntime ] || ! runs 6; then return 0; fi
     runs 4 || bins=$work_dir/input_bin
-    for batch in ${*:-$batch_size}; do
-        doctor om "$work_dir/deepmar_bs$batch.om" "$batch" "$height" "$width" "$bins" "$device_id" || exit 1
-    done
+    doctor om "$work_dir" "$1" "$size" "$bins" "$device_id" || exit 1
 }
 
 # check_ais_bench: if ais_bench will run, stops if it does not start or would refuse the files. Sets how it divides the images

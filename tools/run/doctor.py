@@ -9,12 +9,13 @@
         prints the path of set_env.sh of this machine's CANN, if there is one
     tools/run/doctor.py explain LOG CHIP
         prints what to do about the failure in a tool's LOG, if it is a known one
-    tools/run/doctor.py om MODEL BATCH_SIZE HEIGHT WIDTH BINS DEVICES
-        stops if an OM says that it is for another chip than DEVICES, or for other input than the run's. BINS is their folder, or
-        aipp's value, yes or no, for the bins that the run will make
+    tools/run/doctor.py om WORK_DIR BATCH_SIZES SIZE BINS DEVICES
+        stops if an OM in the work folder says that it is for another chip than the devices', or for other input than the run's. BINS
+        is the folder of the bins, or yes or no, the value of aipp, if the run will make them
 
 The script needs no packages. No other file reads npu-smi's table and CANN's folders.
 """
+import contextlib
 import glob
 import json
 import os
@@ -244,6 +245,11 @@ class Cann(object):
     def __str__(self):
         return "CANN %s in %s" % (self.version, self.home) if self.home else "the CANN on the PATH"
 
+    def versions(self):
+        """Returns CANN's version and those of the packages that an OM names, as far as they are known."""
+        texts = [read(os.path.join(self.home or "", name, "version.info")) for name in ("compiler", "opp")]
+        return [self.version] + [version for text in texts for version in re.findall(r"^Version=(\S+)", text, re.MULTILINE)]
+
     def operator_package(self, name):
         """Returns the command that installs the operators of a chip, or None if no package is known."""
         word, old = family(name)[1], self.number and self.number < (8, 5)
@@ -303,59 +309,48 @@ def other_family(name, other):
     return bool(first and second) and first != second and (clear or name[:3] != other[:3])
 
 
-def holds_uint8(bins, height, width):
-    """Returns whether the bins in a folder are uint8, judged by one of them. It is None if that is not certain."""
-    if bins in ("yes", "no"):
-        return bins == "yes"
-    if not os.path.isdir(bins) or not has_module("numpy"):
-        return None
-    from lib.bins import holds_uint8
-    path = next((entry.path for entry in os.scandir(bins) if entry.name.endswith(".bin")), None)
-    return path and holds_uint8(path, height, width)
+def om_faults(facts, batch_size, size, uint8, chips, cann):
+    """Returns what is wrong for a run with an OM that says these facts of itself: [(state, found, command)], notes last.
 
-
-def om_rows(path, batch_size, height, width, bins, devices):
-    """Returns what is wrong with an OM for a run, as [(state, found, command)] with the states of Check.
-
-    Only what the OM says counts. If it says nothing, or if the other side is not known, nothing is wrong.
+    The states are those of Check. size: [height, width]. uint8: whether the run's bins are uint8, None if that is not certain.
+    chips: the names of the devices' chips. What the OM does not say, and what is not known of the run, is no fault.
     """
-    facts, rows, cann = om.read(path), [], Cann()
-    chip, shape = short(facts.get("soc_version", "")), om.input_shape(facts) or [None] * 4
-    convert = "bash run_all.sh --stage 3 --stop-stage 3 --batch-size %s" % batch_size
-    try:
-        chips = {row[1] for row in npu_smi()[1] if row[3] is None or row[3] in devices}
-    except (OSError, ValueError):
-        chips = ()
+    faults, convert = [], "bash run_all.sh --stage 3 --stop-stage 3 --batch-size %d" % batch_size
+    chip, shape, aipp = short(facts.get("soc_version", "")), om.input_shape(facts) or [None] * 4, om.has_aipp(facts)
     if chips and all(other_family(chip, own) for own in chips):
-        own = " and ".join(sorted(chips))
-        rows.append(("missing", "the OM is for Ascend%s, but npu-smi info names Ascend%s" % (chip, own),
-                     "%s --chip-name %s" % (convert, own.split()[0])))
-    if shape[0] not in (None, int(batch_size)):
-        rows.append(("missing", "the OM takes %d images at a time, not %s" % (shape[0], batch_size), convert))
-    aipp, uint8 = om.has_aipp(facts), holds_uint8(bins, height, width)
-    if not aipp and None not in shape[2:] and shape[2:] != [height, width]:  # AIPP may crop or resize larger images
-        rows.append(("missing", "the OM takes images of height and width %d %d, not %d %d" % tuple(shape[2:] + [height, width]),
-                     "bash run_all.sh --stage 4 --size %d %d" % tuple(shape[2:])))
+        faults.append(("missing", "the OM is for Ascend%s, but npu-smi info names Ascend%s" % (chip, " and ".join(chips)),
+                       "%s --chip-name %s" % (convert, chips[0])))
+    if shape[0] not in (None, batch_size):
+        faults.append(("missing", "the OM takes %d images at a time, not %d" % (shape[0], batch_size), convert))
+    if not aipp and None not in shape[2:] and shape[2:] != size:  # AIPP may crop or resize larger images
+        faults.append(("missing", "the OM takes images of height and width %d %d, not %d %d" % tuple(shape[2:] + size),
+                       "bash run_all.sh --stage 4 --size %d %d" % tuple(shape[2:])))
     if aipp and uint8 is False:
-        rows.append(("missing", "the OM has AIPP (--insert_op_conf) and takes uint8 bins, but the run's are float32",
-                     "bash run_all.sh --stage 4 --aipp yes"))
+        faults.append(("missing", "the OM has AIPP (--insert_op_conf) and takes uint8 bins, but the run's are float32",
+                       "bash run_all.sh --stage 4 --aipp yes"))
     elif aipp is False and shape[1] and uint8:
-        rows.append(("missing", "the OM has no AIPP (no --insert_op_conf) and takes float32 bins, but the run's are uint8",
-                     "bash run_all.sh --stage 4 --aipp no"))
+        faults.append(("missing", "the OM has no AIPP (no --insert_op_conf) and takes float32 bins, but the run's are uint8",
+                       "bash run_all.sh --stage 4 --aipp no"))
     made = facts.get("atc_version") or facts.get("opp_version", "")
-    if om.newer(made, [cann.version] + [text for name in ("compiler", "opp") for text in re.findall(
-            r"^Version=(\S+)", read(os.path.join(cann.home or "", name, "version.info")), re.MULTILINE)]):
-        rows.append(("note", "the OM was made by version %s, newer than %s, and may not load" % (made, cann), convert))
-    return rows
+    if om.newer(made, cann.versions()):
+        faults.append(("note", "the OM was made by version %s, newer than %s, and may not load" % (made, cann), convert))
+    return faults
 
 
-def check_om(path, batch_size, height, width, bins, devices):
-    """Prints the notes about an OM. Raises ValueError for the first fault."""
-    for state, found, command in om_rows(path, batch_size, int(height), int(width), bins, devices.split()):
-        text = "%s: %s; run: %s" % (path, found, command)
-        if state == "missing":
-            raise ValueError(text)
-        note(text)
+def check_oms(work, batch_sizes, size, bins, devices):
+    """Yields (path, om_faults()) of each OM that is there. The arguments are those of the command om."""
+    size, cann, chips, uint8 = [int(text) for text in size.split()], Cann(), [], bins == "yes" if bins in ("yes", "no") else None
+    with contextlib.suppress(OSError, ValueError):
+        chips = sorted({row[1] for row in npu_smi()[1] if row[3] is None or row[3] in devices.split()})
+    with contextlib.suppress(OSError):
+        if uint8 is None and has_module("numpy"):
+            from lib.bins import holds_uint8
+            names = sorted(name for name in os.listdir(bins) if name.endswith(".bin"))
+            uint8 = holds_uint8(os.path.join(bins, names[0]), *size) if names else None
+    for batch_size in batch_sizes.split():
+        path = os.path.join(work, "deepmar_bs%s.om" % batch_size)
+        with contextlib.suppress(OSError):
+            yield path, om_faults(om.read(path), int(batch_size), size, uint8, chips, cann)
 
 
 # --- the whole machine ----------------------------------------------------------------------------------------------
@@ -570,12 +565,10 @@ class Check(object):
         """Checks the OMs that are there and will be run."""
         if not self.on_card or self.runs(3) and self.cann.atc:  # stage 3 will make others
             return
-        values = self.values
-        bins = values["aipp"] if self.runs(4) else os.path.join(self.work, "input_bin")
-        for path, batch_size in zip(self.oms, values["batch_size"].split()):
-            for row in om_rows(path, batch_size, *map(int, values["size"].split()), bins, values["device_id"].split()) \
-                    if os.path.isfile(path) else ():
-                self.row("6", os.path.basename(path), *row)
+        bins = self.values["aipp"] if self.runs(4) else os.path.join(self.work, "input_bin")
+        for path, faults in check_oms(self.work, self.values["batch_size"], self.values["size"], bins, self.values["device_id"]):
+            if faults:
+                self.row("6", os.path.basename(path), faults[0][0], "; ".join(fault[1] for fault in faults), faults[0][2])
 
 
 def main():
@@ -586,8 +579,13 @@ def main():
         print(find_set_env() or "")
     elif arguments[:1] == ["explain"] and len(arguments) == 3:
         print(explain(read(arguments[1]), arguments[2]) or "")
-    elif arguments[:1] == ["om"] and len(arguments) == 7:
-        check_om(*arguments[1:])
+    elif arguments[:1] == ["om"] and len(arguments) == 6:
+        for path, faults in check_oms(*arguments[1:]):
+            for state, found, run in faults:
+                text = "%s: %s; run: %s" % (path, found, run)
+                if state == "missing":
+                    raise ValueError(text)
+                note(text)
     elif arguments[:1] == ["check"]:
         values = dict(argument.split("=", 1) for argument in arguments[1:])
         rows = Check(values).rows

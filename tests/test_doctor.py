@@ -231,7 +231,7 @@ def test_oms_of_the_run_are_checked(machine):
              atc_cmdline="atc --input_shape=x:8,3,224,224 --insert_op_conf=a")
     row = check(machine, *arguments)[1]["deepmar_bs1.om"]
     assert row["state"] == "missing" and row["run"].endswith("--chip-name 310P3")
-    for text in ("for Ascend910B3, but npu-smi info names Ascend310P3", "takes 8 images at a time, not 1", "takes uint8 bins"):
+    for text in ("for Ascend910B3, but npu-smi info names Ascend310P3", "takes batches of 8, not 1", "takes uint8 bins"):
         assert text in row["found"]
     assert "deepmar_bs1.om" not in check(machine, "--stage", 4)[1]  # ONNX Runtime does not run it
 

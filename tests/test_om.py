@@ -107,7 +107,7 @@ def test_other_input_is_refused_and_the_command_that_mends_it_named(tmp_path):
     for path, changes, found, command in (
             (aipp, {"uint8": False}, "has AIPP (--insert_op_conf) and takes uint8 bins", "--stage 4 --aipp yes"),
             (plain, {"uint8": True}, "has no AIPP (no --insert_op_conf) and takes float32 bins", "--stage 4 --aipp no"),
-            (plain, {"uint8": False, "batch_size": 8}, "takes 4 images at a time, not 8", "--stop-stage 3 --batch-size 8"),
+            (plain, {"uint8": False, "batch_size": 8}, "takes batches of 4, not 8", "--stop-stage 3 --batch-size 8"),
             (dynamic, {"uint8": False, "size": (224, 224)}, "height and width 64 32, not 224 224", "--stage 4 --size 64 32")):
         (state, text, run), = faults(path, **changes)
         assert state == "missing" and found in text and run.endswith(command)

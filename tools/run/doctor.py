@@ -321,7 +321,7 @@ def om_faults(facts, batch_size, size, uint8, chips, cann):
         faults.append(("missing", "the OM is for Ascend%s, but npu-smi info names Ascend%s" % (chip, " and ".join(chips)),
                        "%s --chip-name %s" % (convert, chips[0])))
     if shape[0] not in (None, batch_size):
-        faults.append(("missing", "the OM takes %d images at a time, not %d" % (shape[0], batch_size), convert))
+        faults.append(("missing", "the OM takes batches of %d, not %d" % (shape[0], batch_size), convert))
     if not aipp and None not in shape[2:] and shape[2:] != size:  # AIPP may crop or resize larger images
         faults.append(("missing", "the OM takes images of height and width %d %d, not %d %d" % tuple(shape[2:] + size),
                        "bash run_all.sh --stage 4 --size %d %d" % tuple(shape[2:])))

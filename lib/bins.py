@@ -33,10 +33,10 @@ def kind(height, width, uint8):
 
 
 def holds_uint8(path, height, width):
-    """Returns whether a bin is uint8 (True) or float32 (False), by its content too. It is None if neither is certain.
+    """Returns whether a bin is uint8 (True) or float32 (False), or None if neither is certain.
 
-    The size alone does not tell: a float32 bin is as large as a file of four RGB images, or of eight in NV12. A file is float32 if its
-    values are normalised pixels.
+    The size alone does not tell: a float32 bin is as large as a file of four RGB images, or of eight in NV12. Therefore a float32
+    bin must also hold normalised pixels.
     """
     pixels, size = fault(np.fromfile(path, np.uint8)) is None, os.path.getsize(path)
     return pixels if size == kind(height, width, pixels)[1] else None

@@ -59,7 +59,7 @@ def test_files_that_are_no_known_om_say_nothing(tmp_path):
     for content in (b"", b"IMOD", data[:256], encrypted, b"IMOD" + b"\xff" * 4096, data[:256] + b"\1" + bytes(7) + b"\xff" * 24):
         path.write_bytes(content)
         assert om.read(str(path)) == {}
-    write_om(path, atc_cmdline="", soc_version="")  # as the OMs of ge's tests
+    write_om(path, atc_cmdline="", soc_version="Ascend\n310")  # ge's tests have OMs without a command line
     facts = om.read(str(path))
     assert set(facts) == {"atc_version", "opp_version"} and om.has_aipp(facts) is om.input_shape(facts) is None
 
@@ -97,7 +97,7 @@ def test_chips_are_refused_where_their_families_surely_differ(tmp_path, soc_vers
     assert [fault[0] for fault in found] == ["missing"] * other
     if other:
         assert "the OM is for %s, but npu-smi info names Ascend%s" % (soc_version, card) in found[0][1]
-        assert found[0][2].endswith("--stage 3 --stop-stage 3 --batch-size 4 --chip-name " + card)
+        assert found[0][2].endswith("--stage 3 --stop-stage 3 --batch-size 4 --size 64 32 --aipp yes --chip-name " + card)
 
 
 def test_other_input_is_refused_and_the_command_that_mends_it_named(tmp_path):
@@ -107,7 +107,7 @@ def test_other_input_is_refused_and_the_command_that_mends_it_named(tmp_path):
     for path, changes, found, command in (
             (aipp, {"uint8": False}, "has AIPP (--insert_op_conf) and takes uint8 bins", "--stage 4 --aipp yes"),
             (plain, {"uint8": True}, "has no AIPP (no --insert_op_conf) and takes float32 bins", "--stage 4 --aipp no"),
-            (plain, {"uint8": False, "batch_size": 8}, "takes batches of 4, not 8", "--stop-stage 3 --batch-size 8"),
+            (plain, {"uint8": False, "batch_size": 8}, "takes batches of 4, not 8", "--stop-stage 3 --batch-size 8 --size 64 32"),
             (dynamic, {"uint8": False, "size": (224, 224)}, "height and width 64 32, not 224 224", "--stage 4 --size 64 32")):
         (state, text, run), = faults(path, **changes)
         assert state == "missing" and found in text and run.endswith(command)

@@ -32,7 +32,7 @@ def message(*parts):
 
 def model_def(texts):
     """A ModelDef with a graph of one node and these attributes, and others as an OM has them."""
-    values = dict({name: [(2, text.encode())] for name, text in texts.items()}, stream_num=[(3, 1)], om_info_list=[(1, message((3, 1)))])
+    values = dict({name: [(2, text.encode())] for name, text in texts.items()}, stream_num=[(3, 1)], om_info_list=[(1, b"")])
     return message((1, b"deepmar"), (2, 1), (7, message((1, b"deepmar"), (6, message((1, b"input"), (2, b"Data"))))),
                    *((11, message((1, name.encode()), (2, message(*value)))) for name, value in values.items()))
 

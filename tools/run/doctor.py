@@ -10,8 +10,8 @@
     tools/run/doctor.py explain LOG CHIP
         prints what to do about the failure in a tool's LOG, if it is a known one
     tools/run/doctor.py om WORK_DIR BATCH_SIZES SIZE BINS DEVICES
-        stops if an OM in the work folder says that it is for another chip than the devices', or for other input than the run's. BINS
-        is the folder of the bins, or yes or no, the value of aipp, if the run will make them
+        stops if an OM in the work folder says that it is for another chip than the devices', or for other input than the run's.
+        BINS is the folder of the bins, or yes or no, the value of aipp, if the run will make them
 
 The script needs no packages. No other file reads npu-smi's table and CANN's folders.
 """
@@ -247,8 +247,9 @@ class Cann(object):
 
     def versions(self):
         """Returns CANN's version and those of the packages that an OM names, as far as they are known."""
-        texts = [read(os.path.join(self.home or "", name, "version.info")) for name in ("compiler", "opp")]
-        return [self.version] + [version for text in texts for version in re.findall(r"^Version=(\S+)", text, re.MULTILINE)]
+        places = "compiler", "opp", "share/info/ge-compiler"  # the last one: from CANN 8.5 on
+        texts = [read(os.path.join(self.home or "/dev/null", place, "version.info")) for place in places]
+        return [self.version] + re.findall(r"^Version=(\S+)", "\n".join(texts), re.MULTILINE)
 
     def operator_package(self, name):
         """Returns the command that installs the operators of a chip, or None if no package is known."""
@@ -303,7 +304,7 @@ def explain(log, name):
 # --- an OM ------------------------------------------------------------------------------------------------------------
 
 def other_family(name, other):
-    """Returns whether two chips are surely of different families. 910, 910B and unknown names may be of any family of their number."""
+    """Returns whether two chips are surely of different families. A mere 910 or 910B may be any chip whose name begins with 910."""
     first, second = family(name)[0], family(other)[0]
     clear = all(re.match(r"310([PB]\w*)?$|910(A|Pro[AB]|PremiumA|_93\w*|B[1-4][\w-]*)$", chip) for chip in (name, other))
     return bool(first and second) and first != second and (clear or name[:3] != other[:3])
@@ -315,8 +316,10 @@ def om_faults(facts, batch_size, size, uint8, chips, cann):
     The states are those of Check. size: [height, width]. uint8: whether the run's bins are uint8, None if that is not certain.
     chips: the names of the devices' chips. What the OM does not say, and what is not known of the run, is no fault.
     """
-    faults, convert = [], "bash run_all.sh --stage 3 --stop-stage 3 --batch-size %d" % batch_size
-    chip, shape, aipp = short(facts.get("soc_version", "")), om.input_shape(facts) or [None] * 4, om.has_aipp(facts)
+    faults, shape, aipp = [], om.input_shape(facts) or [None] * 4, om.has_aipp(facts)
+    chip = short(facts.get("soc_version", ""))
+    convert = "bash run_all.sh --stage 3 --stop-stage 3 --batch-size %d --size %d %d%s" % (
+        batch_size, size[0], size[1], " --aipp yes" if aipp else "")
     if chips and all(other_family(chip, own) for own in chips):
         faults.append(("missing", "the OM is for Ascend%s, but npu-smi info names Ascend%s" % (chip, " and ".join(chips)),
                        "%s --chip-name %s" % (convert, chips[0])))

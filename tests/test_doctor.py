@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import doctor
-from helpers import MACHINE, ROOT, check_error, own_data, run_all, script, standin
+from helpers import MACHINE, ROOT, check_error, own_data, run_all, script, standin, write_model, write_om
 
 TABLES = {  # a recorded table: what it says, (driver, chip, {card: number of its chips})
     "20.2.2_300i": ("20.2.2", "310", {"2048": 4, "2049": 4}), "21.0.3.1_200dk": ("21.0.3.1", "310", {"0": 1}),
@@ -225,6 +225,30 @@ def test_missing_pieces_of_a_card_are_named_with_their_commands(machine):
     assert "910_N" in rows["chip"]["found"] and rows["chip"]["state"] == "absent"
 
 
+def test_oms_of_the_run_are_checked(machine):
+    work, arguments = machine / "work", ["--backend", "benchmark", "--stage", 4]
+    write_om(write(work / "deepmar_bs1.om"), write_model(machine / "m.onnx"), soc_version="Ascend910B3",
+             atc_cmdline="atc --input_shape=x:8,3,224,224 --insert_op_conf=a")
+    row = check(machine, *arguments)[1]["deepmar_bs1.om"]
+    assert row["state"] == "missing" and row["run"].endswith("--chip-name 310P3")
+    for text in ("for Ascend910B3, but npu-smi info names Ascend310P3", "takes batches of 8, not 1", "takes uint8 bins"):
+        assert text in row["found"]
+    assert "deepmar_bs1.om" not in check(machine, "--stage", 4)[1]  # ONNX Runtime does not run it
+
+
+def test_oms_made_by_a_newer_cann_are_noted(machine, monkeypatch):
+    """An OM has the number of a package, which differs from CANN's own."""
+    home = install(machine / "Ascend", "8.1.RC1", "ascend310p")
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(home))
+    model, path = write_model(machine / "m.onnx"), write(machine / "deepmar_bs1.om")
+    for made, package, noted in (("7.7.0.1.238", "", False), ("7.8.0.1.1", "7.7.0.1.238", True), ("8.2.RC1", "", True)):
+        write(home / "compiler" / "version.info", "Version=%s\nversion_dir=8.1\n" % package if package else "")
+        write_om(path, model, atc_version=made)
+        process = script("tools/run/doctor.py", "om", machine, "1", "224 224", "no", "0")
+        assert process.returncode == 0 and process.stdout == ""
+        assert process.stderr.startswith("note: %s: the OM was made by version %s, newer than CANN 8.1.RC1 in " % (path, made)) == noted
+
+
 def test_disk_must_hold_the_bins(machine):
     rows = check(machine, "--stop-stage", 4, sample_size="9" * 12)[1]
     quarter = check(machine, "--stop-stage", 4, "--aipp", "yes", sample_size="9" * 12)[1]
@@ -268,7 +292,7 @@ def test_missing_packages_are_left_to_the_run(machine):
     bare, checkout = machine / "bare", machine / "checkout"
     subprocess.check_call([sys.executable, "-m", "venv", "--without-pip", str(bare)])
     for name in ("run_all.sh", "requirements.txt", "get_info.py", "tools/run/backend.sh", "tools/run/driver.sh", "tools/run/doctor.py",
-                 "lib/__init__.py", "lib/script.py", "lib/files.py", "lib/names.py", "tools/run/ais_bench_files.py"):
+                 "lib/__init__.py", "lib/script.py", "lib/files.py", "lib/names.py", "lib/om.py", "tools/run/ais_bench_files.py"):
         with open(os.path.join(ROOT, name)) as f:
             write(checkout / name, f.read())
     process, rows = check(machine, root=checkout, PYTHON=str(bare / "bin" / "python"))

@@ -9,7 +9,7 @@ import sys
 
 import aipp
 import onnx
-from om import FAIL, MAGIC, die
+from om import FAIL, MODEL_DEF, TASKS, WEIGHTS, content, die, model_def
 
 OPTIONS = ("model weight framework output input_format input_shape input_shape_range dynamic_batch_size dynamic_dims log "
            "soc_version insert_op_conf out_nodes output_type precision_mode op_select_implmode enable_small_channel "
@@ -83,7 +83,9 @@ if FAIL in FAILURES:
     failed(*FAILURES[FAIL])
 if FAIL != "atc leaves nothing":
     with open(values["model"], "rb") as f:
-        content = f.read()
+        weights = f.read()
+    texts = {"soc_version": values["soc_version"], "atc_version": "7.5.0.1.129", "opp_version": "7.5.0.1.129",  # CANN 8.0.RC3's
+             "atc_cmdline": " ".join(["atc"] + sys.argv[1:])}
     with open(values["output"] + ".om", "wb") as f:
-        f.write(MAGIC + insert + content)
+        f.write(content([(MODEL_DEF, model_def(texts)), (WEIGHTS, weights), (TASKS, insert)]))
 print("ATC start working now, please wait for a moment.\n...\nATC run success, welcome to the next use.")

@@ -76,6 +76,14 @@ choose_chip() {
     chips=${chips:-$count}
 }
 
+# check_oms BATCH_SIZES: stops if an OM says that it is for another chip, batch size, size or kind of bins than the run's
+check_oms() {
+    local bins=$aipp
+    if [ "$backend" = onnxruntime ] || ! runs 6; then return 0; fi
+    runs 4 || bins=$work_dir/input_bin
+    doctor om "$work_dir" "$1" "$size" "$bins" "$device_id" || exit 1
+}
+
 # check_ais_bench: if ais_bench will run, stops if it does not start or would refuse the files. Sets how it divides the images
 check_ais_bench() {
     local files=() batch
@@ -106,6 +114,7 @@ keep() {
     [ -e "$1" ] || broken "atc wrote no $1" "atc_bs$batch"
     mv "$1" "$work_dir/"
     cd "$work_dir"
+    check_oms "$batch"
 }
 
 # info_of DEVICE: prints the name of a device's info file. If there are several devices, each has its own part of the images

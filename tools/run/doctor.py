@@ -9,9 +9,13 @@
         prints the path of set_env.sh of this machine's CANN, if there is one
     tools/run/doctor.py explain LOG CHIP
         prints what to do about the failure in a tool's LOG, if it is a known one
+    tools/run/doctor.py om WORK_DIR BATCH_SIZES SIZE BINS DEVICES
+        stops if an OM in the work folder says that it is for another chip than the devices', or for other input than the run's.
+        BINS is the folder of the bins, or yes or no, the value of aipp, if the run will make them
 
 The script needs no packages. No other file reads npu-smi's table and CANN's folders.
 """
+import contextlib
 import glob
 import json
 import os
@@ -21,9 +25,10 @@ import subprocess
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))))
+from lib import om
 from lib.files import write_text
 from lib.names import read_list
-from lib.script import command, has_module
+from lib.script import command, has_module, note
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 MACHINE = os.uname().machine
@@ -240,6 +245,12 @@ class Cann(object):
     def __str__(self):
         return "CANN %s in %s" % (self.version, self.home) if self.home else "the CANN on the PATH"
 
+    def versions(self):
+        """Returns CANN's version and those of the packages that an OM names, as far as they are known."""
+        places = "compiler", "opp", "share/info/ge-compiler"  # the last one: from CANN 8.5 on
+        texts = [read(os.path.join(self.home or "/dev/null", place, "version.info")) for place in places]
+        return [self.version] + re.findall(r"^Version=(\S+)", "\n".join(texts), re.MULTILINE)
+
     def operator_package(self, name):
         """Returns the command that installs the operators of a chip, or None if no package is known."""
         word, old = family(name)[1], self.number and self.number < (8, 5)
@@ -290,6 +301,61 @@ def explain(log, name):
     return None
 
 
+# --- an OM ------------------------------------------------------------------------------------------------------------
+
+def other_family(name, other):
+    """Returns whether two chips are surely of different families. A mere 910 or 910B may be any chip whose name begins with 910."""
+    first, second = family(name)[0], family(other)[0]
+    clear = all(re.match(r"310([PB]\w*)?$|910(A|Pro[AB]|PremiumA|_93\w*|B[1-4][\w-]*)$", chip) for chip in (name, other))
+    return bool(first and second) and first != second and (clear or name[:3] != other[:3])
+
+
+def om_faults(facts, batch_size, size, uint8, chips, cann):
+    """Returns what is wrong for a run with an OM that says these facts of itself: [(state, found, command)], notes last.
+
+    The states are those of Check. size: [height, width]. uint8: whether the run's bins are uint8, None if that is not certain.
+    chips: the names of the devices' chips. What the OM does not say, and what is not known of the run, is no fault.
+    """
+    faults, shape, aipp = [], om.input_shape(facts) or [None] * 4, om.has_aipp(facts)
+    chip = short(facts.get("soc_version", ""))
+    convert = "bash run_all.sh --stage 3 --stop-stage 3 --batch-size %d --size %d %d%s" % (
+        batch_size, size[0], size[1], " --aipp yes" if aipp else "")
+    if chips and all(other_family(chip, own) for own in chips):
+        faults.append(("missing", "the OM is for Ascend%s, but npu-smi info names Ascend%s" % (chip, " and ".join(chips)),
+                       "%s --chip-name %s" % (convert, chips[0])))
+    if shape[0] not in (None, batch_size):
+        faults.append(("missing", "the OM takes batches of %d, not %d" % (shape[0], batch_size), convert))
+    if not aipp and None not in shape[2:] and shape[2:] != size:  # AIPP may crop or resize larger images
+        faults.append(("missing", "the OM takes images of height and width %d %d, not %d %d" % tuple(shape[2:] + size),
+                       "bash run_all.sh --stage 4 --size %d %d" % tuple(shape[2:])))
+    if aipp and uint8 is False:
+        faults.append(("missing", "the OM has AIPP (--insert_op_conf) and takes uint8 bins, but the run's are float32",
+                       "bash run_all.sh --stage 4 --aipp yes"))
+    elif aipp is False and shape[1] and uint8:
+        faults.append(("missing", "the OM has no AIPP (no --insert_op_conf) and takes float32 bins, but the run's are uint8",
+                       "bash run_all.sh --stage 4 --aipp no"))
+    made = facts.get("atc_version") or facts.get("opp_version", "")
+    if om.newer(made, cann.versions()):
+        faults.append(("note", "the OM was made by version %s, newer than %s, and may not load" % (made, cann), convert))
+    return faults
+
+
+def check_oms(work, batch_sizes, size, bins, devices):
+    """Yields (path, om_faults()) of each OM that is there. The arguments are those of the command om."""
+    size, cann, chips, uint8 = [int(text) for text in size.split()], Cann(), [], bins == "yes" if bins in ("yes", "no") else None
+    with contextlib.suppress(OSError, ValueError):
+        chips = sorted({row[1] for row in npu_smi()[1] if row[3] is None or row[3] in devices.split()})
+    with contextlib.suppress(OSError):
+        if uint8 is None and has_module("numpy"):
+            from lib.bins import holds_uint8
+            names = sorted(name for name in os.listdir(bins) if name.endswith(".bin"))
+            uint8 = holds_uint8(os.path.join(bins, names[0]), *size) if names else None
+    for batch_size in batch_sizes.split():
+        path = os.path.join(work, "deepmar_bs%s.om" % batch_size)
+        with contextlib.suppress(OSError):
+            yield path, om_faults(om.read(path), int(batch_size), size, uint8, chips, cann)
+
+
 # --- the whole machine ----------------------------------------------------------------------------------------------
 
 class Check(object):
@@ -312,6 +378,7 @@ class Check(object):
         self.toolkit()
         self.disk()
         self.tools()
+        self.models()
 
     def row(self, stage, what, state, found, command=None):
         self.rows.append({"stage": stage, "what": what, "state": state, "found": found, "run": command})
@@ -497,6 +564,15 @@ class Check(object):
             found, _, command = str(error).partition("; run: ")
             self.row("6", "ONNX Runtime", self.lack(needed), found, command or None)
 
+    def models(self):
+        """Checks the OMs that are there and will be run."""
+        if not self.on_card or self.runs(3) and self.cann.atc:  # stage 3 will make others
+            return
+        bins = self.values["aipp"] if self.runs(4) else os.path.join(self.work, "input_bin")
+        for path, faults in check_oms(self.work, self.values["batch_size"], self.values["size"], bins, self.values["device_id"]):
+            if faults:
+                self.row("6", os.path.basename(path), faults[0][0], "; ".join(fault[1] for fault in faults), faults[0][2])
+
 
 def main():
     arguments = sys.argv[1:]
@@ -506,6 +582,13 @@ def main():
         print(find_set_env() or "")
     elif arguments[:1] == ["explain"] and len(arguments) == 3:
         print(explain(read(arguments[1]), arguments[2]) or "")
+    elif arguments[:1] == ["om"] and len(arguments) == 6:
+        for path, faults in check_oms(*arguments[1:]):
+            for state, found, run in faults:
+                text = "%s: %s; run: %s" % (path, found, run)
+                if state == "missing":
+                    raise ValueError(text)
+                note(text)
     elif arguments[:1] == ["check"]:
         values = dict(argument.split("=", 1) for argument in arguments[1:])
         rows = Check(values).rows
@@ -522,7 +605,7 @@ def main():
             write_text(values["json"], json.dumps({"backend": values["backend"], "ok": not lacking, "rows": rows}, indent=1) + "\n")
         sys.exit(1 if lacking else 0)
     else:
-        print("usage: doctor.py check|chip|set_env|explain ARGUMENT ...\n\n" + __doc__, end="")
+        print("usage: doctor.py check|chip|set_env|explain|om ARGUMENT ...\n\n" + __doc__, end="")
         sys.exit(0 if arguments in ([], ["-h"], ["--help"]) else 2)
 
 

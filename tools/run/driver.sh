@@ -23,6 +23,7 @@ start_run() {
     [ -z "$check" ] || check_machine
     choose_backend
     choose_chip
+    [ -n "$make_om" ] || check_oms "$batch_size"
     check_ais_bench
     open_work_folder
     user_python=$python

@@ -228,6 +228,25 @@ def test_models_with_aipp_run_on_all_backends(card, tmp_path):
     assert "batch size 5: deepmar_bs5_aipp.onnx" in process.stdout and np.abs(logits() - binary).max() < 1e-4
 
 
+def test_options_of_atc_are_passed_on_and_recorded(card, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(str(card.work), str(work))
+
+    def run(*arguments):
+        return card.run("--work-dir", work, "--batch-size", 5, "--stop-stage", 6, *arguments)
+
+    options = "--precision_mode_v2=mixed_float16 --enable_small_channel=1"
+    process = run("--stage", 3, "--atc-options", options, "--stop-stage", 3)
+    assert process.returncode == 0 and "--soc_version=Ascend310P3 %s\n" % options in process.stdout, process.stderr
+    process = run("--stage", 6)
+    assert process.returncode == 1, process.stdout
+    assert "deepmar_bs5.om was made with atc_options %s, not (none); run stage 3 again, or give --atc-options '%s'" % (
+        options, options) in process.stderr
+    assert run("--stage", 6, "--atc-options", options).returncode == 0
+    check_stopped(run("--stage", 3, "--atc-options=--precision_mode_v2=fp8"), "E10001: Value [fp8]", "stage 3 failed")
+    check_error(run("--atc-options", "precision_mode_v2=origin"), "atc_options must be options of atc", code=2)
+
+
 @pytest.mark.parametrize("wrong, message", [
     ({"accuracy": 0.9}, "instance_acc differs between the batch sizes, by 0.100000"),
     ({"images": 11}, "the batch sizes have results of different numbers of images: 12 at 1, 11 at 8; run stage 6 again")])

@@ -200,8 +200,8 @@ def test_users_of_a_310_keep_their_cann(machine):
 def test_drivers_and_versions_of_cann(machine, monkeypatch, version, drivers):
     monkeypatch.setenv("ASCEND_HOME_PATH", str(install(machine / "Ascend", version)))
     for state, driver in ((text[0], text[1:]) for text in drivers.split()):
-        refused, text = doctor.Cann().driver_problem(driver)
-        assert (refused, bool(text)) == (state == "-", state != "+"), (driver, text)
+        problem = doctor.Cann().driver_problem(driver)
+        assert (problem and problem[0]) == {"+": None, "?": False, "-": True}[state], (driver, problem)
 
 
 def test_driver_that_is_too_old_for_cann_is_missing_on_a_card(machine):
@@ -259,7 +259,7 @@ def test_cann_limits_the_python_and_packages_of_atc(machine, monkeypatch, versio
 
 @pytest.mark.parametrize("chip, log, texts", [
     ("310P3", "No supported Ops kernel and engine are found for [Conv_0], optype [Conv2D].",
-     ("has no operators for Ascend310P3, only for ascend910b", "ops_8.5.0_linux-%s.run --install --install-path=$HOME/Ascend-310p" % MACHINE)),
+     ("has no operators for Ascend310P3, only for ascend910b; run: ", ANOTHER_PLACE.format("310p"))),
     ("310", "No supported Ops kernel and engine are found for [Conv_0], optype [Conv2D].", ("keep your present CANN", "--set-env")),
     ("910B3", "No supported Ops kernel and engine are found for [Abs_1], optype [Odd].", ("but none for the model's Odd",)),
     ("310P3", "EC0010: Failed to import Python module [ModuleNotFoundError: No module named 'decorator'.].",
@@ -272,11 +272,11 @@ def test_cann_limits_the_python_and_packages_of_atc(machine, monkeypatch, versio
     ("310P3", "TypeError: cannot pickle 'FrameLocalsProxy' object", ("is too new: CANN 8.5.0 needs Python 3.7 to 3.12", "export PATH=")),
     ("310P3", "AttributeError: `np.float_` was removed in the NumPy 2.0 release.", ("has NumPy 2, but", "pip install 'numpy<2'")),
     ("310P3", "AttributeError: module 'numpy' has no attribute 'float_'", ("has NumPy 2, but",)),
-    ("310P3", "E10016: Opname [input] specified in [--input_shape] is not found in the model.", ("has no node input, which --input_shape",)),
-    ("310P3", "E10016: Op name input specified in --input_shape is not found in the model. Confirm", ("has no node input, which --input_",)),
-    ("310P3", "E20001: [PID: 4711] Failed to compile Op [Conv_0]. (optype: [Conv2D])", ("E20001: [PID: 4711] Failed to compile Op [Conv_0]",)),
-    ("310P3", "E19999: Inner Error!\nE19999: [PID: 62] [Call][PreRun] Failed, graph_id:151[FILE: manager.cc]", ("E19999: [PID: 62] [Call][Pre",)),
-    ("310P3", "E19999: Inner Error!\n        Unknown error occurred. Please check the log.", ("E19999: Unknown error occurred", "export ASCEND_")),
+    ("310P3", "E10016: Opname [input] specified in [--input_shape] is not found in the model.", ("has no node input, which --input",)),
+    ("310P3", "E10016: Op name input specified in --input_shape is not found in the model. Confirm", ("has no node input, which ",)),
+    ("310P3", "E20001: [PID: 4711] Failed to compile Op [Conv_0]. (optype: [Conv2D])", ("E20001: [PID: 4711] Failed to compile Op",)),
+    ("310P3", "E19999: Inner Error!\nE19999: [PID: 62] [Call][PreRun] Failed[FILE: manager.cc]", ("E19999: [PID: 62] [Call][PreRun]",)),
+    ("310P3", "E19999: Inner Error!\n        Unknown error occurred. Please check the log.", ("E19999: Unknown error", "export ASC")),
     ("310P3", "E10001: Value [x] for parameter [--model] is invalid.", ("None",))])
 def test_atcs_failures_are_explained(machine, monkeypatch, chip, log, texts):
     monkeypatch.setenv("ASCEND_HOME_PATH", str(install(machine / "Ascend", "8.5.0", "ascend910b")))
@@ -362,7 +362,7 @@ def test_ais_bench_that_fails_without_pkg_resources_is_refused(tmp_path, monkeyp
 
 def test_python_without_wheels_of_ais_bench_is_told_how_to_build_them(monkeypatch):
     monkeypatch.setattr(ais_bench_files, "has_module", lambda name: False)
-    for version, text in (((3, 12, 1), "no aclruntime; run: .* -m pip install aclruntime-"), ((3, 13, 0), "; run: CANN_PATH=/FOLDER/OF/CANN ")):
+    for version, text in (((3, 12, 1), "no aclruntime; run: .* -m pip install aclruntime-"), ((3, 13, 0), "up to Python 3.12.* run: CANN")):
         monkeypatch.setattr(ais_bench_files.sys, "version_info", version)
         with pytest.raises(ValueError, match=text):
             ais_bench_files.check("/work")

@@ -13,6 +13,7 @@
 The script needs no packages. No other file reads npu-smi's table and CANN's folders.
 """
 import glob
+import importlib.util
 import json
 import os
 import re
@@ -30,7 +31,7 @@ MACHINE = os.uname().machine
 INPUT_STAGES = {"checkpoint": [1], "images": [4, 8], "image_list": [4, 7], "label_file": [7]}  # the stages that need an input
 TOOLKIT = "bash ./Ascend-cann-toolkit_%%s_linux-%s.run --install" % MACHINE
 DRIVER = "bash ./Ascend-hdk-CHIP-npu-driver_VERSION_linux-%s.run" % MACHINE
-KEEP_CANN = ("CANN 8.5 and later have no operators for a 310; keep your present CANN, or install 8.3 or older",
+KEEP_CANN = ("; CANN 8.5 and later have none for a 310: keep your present CANN, or install 8.3 or older",
              "bash run_all.sh --set-env /FOLDER/OF/THAT/CANN/set_env.sh")
 DETAILS = "export ASCEND_SLOG_PRINT_TO_STDOUT=1 ASCEND_GLOBAL_LOG_LEVEL=1, and repeat the stage: its log then names the cause"
 PYTHON_REMEDY = "export PATH=/FOLDER/OF/SUCH/A/PYTHON/bin:$PATH"
@@ -105,6 +106,11 @@ def short(name):
 def family(name):
     """Returns (the folder of a chip's operators, the word in their package's name). What is unknown is None."""
     return next((rest for beginning, *rest in FAMILIES if re.match(beginning, name)), (None, None))
+
+
+def numbers(version):
+    """Returns the numbers in a version, (25, 0, 1) for 25.0.rc1."""
+    return tuple(map(int, re.findall(r"\d+", version)))
 
 
 def read(path):
@@ -214,8 +220,9 @@ def find_set_env():
     folders = []
     for home in filter(None, map(os.environ.get, ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME"))):
         folders += [home, os.path.dirname(home.rstrip("/"))]  # up to CANN 8.3, set_env.sh is beside the folder latest
-    for folder in sys.path:  # of pip's package
-        folders += sorted(glob.glob(os.path.join(glob.escape(folder), "ascend", "cann-*")), reverse=True)
+    package = importlib.util.find_spec("ascend")  # pip installs CANN in site-packages/ascend/cann-VERSION
+    for folder in package.submodule_search_locations or [] if package else []:
+        folders += sorted(glob.glob(os.path.join(glob.escape(folder), "cann-*")), reverse=True)
     roots = [os.path.expanduser("~/Ascend"), "/usr/local/Ascend"]
     if os.environ.get("CONDA_PREFIX"):
         roots.insert(0, os.path.join(os.environ["CONDA_PREFIX"], "Ascend"))
@@ -244,7 +251,7 @@ class Cann(object):
         versions = [version for name, version in self.packages.items() if not name.endswith("-ops")]
         older = re.search(r"toolkit_running_version=\[[^]:]*:([^]]+)\]", read(os.path.join(self.home or "", "version.cfg")))
         self.version = versions[0] if versions else older.group(1) if older else "unknown"
-        self.number = tuple(map(int, re.findall(r"\d+", self.version)[:3]))
+        self.number = numbers(self.version)[:3]
         opp = os.environ.get("ASCEND_OPP_PATH") or os.path.join(self.home or "", "opp")
         # Each folder that describes operators is named after a family of chips. CANN before 6.0 has the second of these places.
         self.operators = sorted({os.path.basename(os.path.dirname(path)) for place in ("built-in/op_impl", "op_impl/built-in")
@@ -275,23 +282,24 @@ class Cann(object):
         return "%s --install-path=%s && %s --install-path=%s && bash run_all.sh --set-env %s/cann/set_env.sh" % (
             TOOLKIT % version, place, package, place, place)
 
-    def lack_of_operators(self, name):
-        """Returns (a text about the operators that a chip does not have here, the command that helps or None)."""
-        others = ", only for " + ", ".join(self.operators) if self.operators else ""
-        text = "has no operators for Ascend%s%s" % (name, others)
+    def operator_remedy(self, name):
+        """Returns (advice or '', the command or None) for a chip without operators here."""
         if family(name)[0] == "ascend310" and self.number >= (8, 5):
-            return "%s; %s" % (text, KEEP_CANN[0]), KEEP_CANN[1]
-        return text, self.operator_package(name)
+            return KEEP_CANN
+        return "", self.operator_package(name)
 
     def driver_problem(self, driver):
-        """Returns (whether the release notes exclude this version of the driver, a text about it or None if they list it)."""
-        found = tuple(map(int, re.findall(r"\d+", driver)[:2]))
+        """Returns (whether the release notes exclude a version of the driver, a text, a command), or None if they list it."""
+        found = numbers(driver)[:2]
         first, last = next((rule[1:] for rule in DRIVERS if self.number >= rule[0]), (None, None))
         if not found or not first or first <= found <= (last or found):
-            return False, None
+            return None
         if found < first and first > (25, 0):
-            return True, "CANN %s needs driver %d.%d or later, not %s" % ((self.version,) + first + (driver,))
-        return False, "driver %s is not in the release notes of CANN %s" % (driver, self.version)
+            return True, "CANN %s needs driver %d.%d or later, not %s" % ((self.version,) + first + (driver,)), DRIVER + " --upgrade"
+        text = "driver %s is not in the release notes of CANN %s" % (driver, self.version)
+        if found < first:
+            return False, text, DRIVER + " --upgrade"
+        return False, text + ", but in those of later ones", TOOLKIT.replace("--install", "--upgrade") % "VERSION"
 
     def driver_library(self):
         """Returns the setting with which atc finds the driver's library, from the driver or from the toolkit, which has a copy."""
@@ -317,18 +325,13 @@ class Cann(object):
         notes = ["no " + PACKAGES[name] for name in list(PACKAGES)[5:] if name in missing]
         if numpy and limit and numbers(numpy) >= numbers(limit):
             text = "NumPy %s, but CANN %s needs NumPy below %s" % (numpy, self.version, limit)
-            (problems if numbers(numpy) >= [2] else notes).append(text)
+            (problems if numbers(numpy) >= (2,) else notes).append(text)
         if protobuf and numbers(protobuf)[:2] != numbers(PROTOBUF):
             notes.append("protobuf %s, but CANN's guide says %s; if another package needs this one, give atc a Python of its own"
                          % (protobuf, PROTOBUF))
         names = [{"numpy": "'numpy<%s'" % limit if limit else "numpy", "protobuf": "'protobuf==%s.*'" % PROTOBUF}.get(name, name)
                  for name in PACKAGES.values()]
         return ", ".join(problems) or None, ", ".join(notes) or None, "python3 -m pip install " + " ".join(names)
-
-
-def numbers(version):
-    """Returns the numbers of a version, [1, 26] for 1.26."""
-    return list(map(int, re.findall(r"\d+", version)))
 
 
 def explain(log, name):
@@ -340,10 +343,12 @@ def explain(log, name):
     if found and family(name)[0] in cann.operators:
         return "%s has operators for Ascend%s, but none for the model's %s" % (cann, name, found.group(1))
     if found or re.search(r"not within the support list of \{\s*\}", log):
-        text, command = cann.lack_of_operators(name)
-        return "%s %s; %s" % (cann, text, "run: " + command if command else "install a CANN that has them")
+        others = ", only for " + ", ".join(cann.operators) if cann.operators else ""
+        advice, command = cann.operator_remedy(name)
+        return "%s has no operators for Ascend%s%s%s; %s" % (
+            cann, name, others, advice, "run: " + command if command else "install a CANN that has them")
     found = re.search(r"supported socVersion ?= ?(\w+),\s*but the model socVersion ?= ?(\w+)", log) or re.search(
-        r"E10001: Value ()\[?(\w+)\]? for parameter \[?soc_version\]? is invalid\. Reason: (Model soc|aclrtCheckArch)", log)
+        r"Value ()\[?(\w+)\]? for parameter \[?soc_version\]? is invalid\. Reason: (Model soc|aclrtCheckArch)", log)
     if found:
         model, card = short(found.group(2)), short(found.group(1)) or name
         return "the OM is for Ascend%s, but the card's chip is %s; run: bash run_all.sh --stage 3 --chip-name %s" % (
@@ -481,9 +486,10 @@ class Check(object):
                          % (found, wrong[0], " ".join(there)), "bash run_all.sh --device-id %s" % there[0])
             else:
                 self.row("3 6", "driver and card", "note" if alarms else "ok", found)
-            refused, found = self.cann.driver_problem(driver)
-            if found:
-                self.row("6", "driver for CANN", self.lack(self.on_card) if refused else "note", found, DRIVER + " --upgrade")
+            problem_of_cann = self.cann.driver_problem(driver)
+            if problem_of_cann:
+                excluded, found, command = problem_of_cann
+                self.row("6", "driver for CANN", self.lack(self.on_card) if excluded else "note", found, command)
         except (OSError, ValueError) as error:
             self.row("3 6", "driver and card", self.lack(self.on_card), str(error), None if shutil.which("npu-smi") else
                      DRIVER + " --full")
@@ -520,9 +526,8 @@ class Check(object):
         if not cann.home or not self.chip:
             self.row("3", "operators", "note", "%s; the chip is not known" % found if cann.home else "the CANN is unknown")
         elif family(self.chip)[0] not in cann.operators:
-            _, command = cann.lack_of_operators(self.chip)
-            keep = "; " + KEEP_CANN[0] if command == KEEP_CANN[1] else ""
-            self.row("3", "operators", self.lack(self.converts), "none for Ascend%s, only: %s%s" % (self.chip, found, keep), command)
+            advice, command = cann.operator_remedy(self.chip)
+            self.row("3", "operators", self.lack(self.converts), "none for Ascend%s, only: %s%s" % (self.chip, found, advice), command)
         else:
             notes, command = [], None
             if set(packages.values()) - {cann.version}:

@@ -469,7 +469,7 @@ class Check(object):
                  ", ".join(problems or [values[name] for name in given] + ["%d images" % self.images]))
 
     def card(self):
-        devices, chips, problem = self.values["device_id"].split(), [], "nothing names it"
+        devices, chips, driver, problem = self.values["device_id"].split(), [], "", "nothing names it"
         try:
             if not shutil.which("npu-smi"):
                 raise OSError("no npu-smi on the PATH")
@@ -486,10 +486,6 @@ class Check(object):
                          % (found, wrong[0], " ".join(there)), "bash run_all.sh --device-id %s" % there[0])
             else:
                 self.row("3 6", "driver and card", "note" if alarms else "ok", found)
-            problem_of_cann = self.cann.driver_problem(driver)
-            if problem_of_cann:
-                excluded, found, command = problem_of_cann
-                self.row("6", "driver for CANN", self.lack(self.on_card) if excluded else "note", found, command)
         except (OSError, ValueError) as error:
             self.row("3 6", "driver and card", self.lack(self.on_card), str(error), None if shutil.which("npu-smi") else
                      DRIVER + " --full")
@@ -504,6 +500,10 @@ class Check(object):
                                                             "--chips sets how many a card has"))
         else:
             self.row("3 7", "chip", self.lack(self.converts), problem, "bash run_all.sh --chip-name 310P3")
+        wrong_driver = self.cann.driver_problem(driver)
+        if wrong_driver and family(self.chip)[0] != "ascend310":  # its users keep an older CANN
+            excluded, found, command = wrong_driver
+            self.row("6", "driver for CANN", self.lack(self.on_card) if excluded else "note", found, command)
 
     def toolkit(self):
         cann = self.cann
@@ -527,7 +527,8 @@ class Check(object):
             self.row("3", "operators", "note", "%s; the chip is not known" % found if cann.home else "the CANN is unknown")
         elif family(self.chip)[0] not in cann.operators:
             advice, command = cann.operator_remedy(self.chip)
-            self.row("3", "operators", self.lack(self.converts), "none for Ascend%s, only: %s%s" % (self.chip, found, advice), command)
+            others = ", only: " + found if found != "none" else ""
+            self.row("3", "operators", self.lack(self.converts), "none for Ascend%s%s%s" % (self.chip, others, advice), command)
         else:
             notes, command = [], None
             if set(packages.values()) - {cann.version}:

@@ -140,7 +140,8 @@ def test_several_devices_share_the_images(card):
 
 def test_failing_inference_tool_leaves_the_earlier_results(card):
     for fail, text in (
-            ("benchmark", "benchmark ended with status 255"),
+            ("benchmark", "benchmark ended with status 255; above"),
+            ("another chip", "benchmark ended with status 255: the OM is for Ascend910B, but the card's chip is Ascend310P3; run: "),
             ("benchmark leaves fewer", "benchmark wrote %d results for %d images" % (SIZE - 1, SIZE)),
             ("benchmark leaves no rate", "benchmark wrote no result/perf_vision_batchsize_1_device_0.txt, which holds its rate")):
         process = card.run("--stage", 6, "--batch-size", "1 5", FAIL=fail)
@@ -246,6 +247,25 @@ def test_models_with_aipp_run_on_all_backends(card, tmp_path):
     (card.root / "away").rename(card.root / BINARY)
     assert process.returncode == 0 and "ATC run success" in process.stdout, process.stderr
     assert "batch size 5: deepmar_bs5_aipp.onnx" in process.stdout and np.abs(logits() - binary).max() < 1e-4
+
+
+def test_options_of_atc_are_passed_on_and_recorded(card, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(str(card.work), str(work))
+
+    def run(*arguments):
+        return card.run("--work-dir", work, "--batch-size", 5, "--stop-stage", 6, *arguments)
+
+    options = "--precision_mode_v2=mixed_float16 --enable_small_channel=1"
+    process = run("--stage", 3, "--atc-options", options, "--stop-stage", 3)
+    assert process.returncode == 0 and "--soc_version=Ascend310P3 %s\n" % options in process.stdout, process.stderr
+    process = run("--stage", 6)
+    assert process.returncode == 1, process.stdout
+    assert "deepmar_bs5.om was made with atc_options %s, not (none); run stage 3 again, or give --atc-options '%s'" % (
+        options, options) in process.stderr
+    assert run("--stage", 6, "--atc-options", options).returncode == 0
+    check_stopped(run("--stage", 3, "--atc-options=--precision_mode_v2=fp8"), "E10001: Value [fp8]", "stage 3 failed")
+    check_error(run("--atc-options", "precision_mode_v2=origin"), "atc_options must be options of atc", code=2)
 
 
 @pytest.mark.parametrize("wrong, message", [

@@ -43,6 +43,7 @@ from lib.session import compute, input_size, open_session, takes_uint8
 with importing():
     import numpy as np
 
+LESS_FLOAT16 = "convert the OM with run_all.sh --atc-options=--precision_mode_v2=mixed_float16, or with origin in place of mixed_float16"
 MAX_LOGIT_DIFFERENCE = 0.1
 MAX_FLIP_SHARE = 0.001
 WORST_IMAGES = 5    # the report names this many
@@ -218,6 +219,7 @@ def check_overflow(sides, args):
         path = next(path for path, values in zip((args.a, args.onnx, args.rehearsal), logits) if not np.isfinite(values).all())
         models = [path for path in (args.rehearsal, args.a_model) if path]
         why = overflow(args.onnx, models, [sides.bins[name] for name in names[bad][:MAX_IMAGES]])
+        why = why and "%s; %s" % (why, LESS_FLOAT16)
         raise ValueError("%s: NaN or infinite logits for %d of %d images (%s): %s" % (
             path, bad.sum(), len(names), some(names[bad]),
             why or "no value of %s exceeds float16, so these results are of another model or another input" % args.onnx))
@@ -314,7 +316,8 @@ def main(argv=None):
     if args.json is not None:
         write_text(args.json, json.dumps(report, indent=1, allow_nan=False) + "\n")
     if problems:
-        causes = causes_by_twin(sides, attributes, args) if args.rehearsal else ["look at the worst images above"]
+        causes = causes_by_twin(sides, attributes, args) if args.rehearsal else [
+            "look at the worst images above; if float16 is the cause (--rehearsal), " + LESS_FLOAT16]
         raise ValueError("%s and %s differ%s: %s" % (report["a"], report["b"], explanation, "; ".join(problems + causes)))
     print("within %s: difference %.6g, flips %d" % (explained, report["allowed_difference"], report["allowed_flips"]))
 

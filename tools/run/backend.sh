@@ -38,7 +38,7 @@ choose_backend() {
     local why='' binary=${benchmark##*/}
     if runs 3 && has_atc && [ "$backend" != onnxruntime ]; then make_om=yes; fi
     if [ "$backend" = auto ] && runs 6; then
-        backend=onnxruntime why="no $binary beside the scripts, and $python has no ais_bench.infer with aclruntime"
+        backend=onnxruntime why="no $binary beside the scripts, and $python has no ais_bench.infer with aclruntime that works"
         if ! has_om; then
             why="no atc and no OM on this machine"
         elif [ -x "$benchmark" ]; then
@@ -103,8 +103,8 @@ tool() {
 }
 # broken WHAT LOG: stops. Prints a tool's [ERROR] lines and its last lines, which alone may only be its usage text
 broken() {
-    local log=$work_dir/logs/$2.log last=10 why=''
-    [[ $2 != atc_* ]] || why=$(doctor explain "$log" "$chip_name") || why=''
+    local log=$work_dir/logs/$2.log last=10 why
+    why=$(doctor explain "$log" "$chip_name") || why=''
     if tr '\r' '\n' <"$log" | grep -F '[ERROR]' | sed -n '1,10s/^/    /p' >&2; then last=3; fi
     tr '\r' '\n' <"$log" | tail -n "$last" | grep -vF '[ERROR]' | sed 's/^/    /' >&2 || :
     fail "$1${why:+: $why}; above are the errors and the last lines of $log"

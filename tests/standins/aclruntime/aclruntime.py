@@ -85,11 +85,12 @@ class Tensor(object):
 
 
 class TensorDesc(object):
-    def __init__(self, value, aipp=None):
-        n, *shape = value.shape
-        self.name, self.shape = value.name, [n] + (shape[1:] + shape[:1] if aipp else shape)
-        self.datatype = dtype.uint8 if aipp else dtype.float32
-        self.size = self.realsize = (1 if aipp else 4) * int(np.prod(value.shape))
+    def __init__(self, value, size=None):
+        floats = 4 * int(np.prod(value.shape))
+        self.name, self.shape, self.datatype = value.name, value.shape, dtype.float32
+        self.size = self.realsize = size or floats
+        if self.size != floats:  # AIPP takes pixels
+            self.shape, self.datatype = [self.shape[i] for i in (0, 2, 3, 1)], dtype.uint8
 
 
 class Summary(object):
@@ -120,7 +121,7 @@ class InferenceSession(object):
 
     def get_inputs(self):
         call("get_inputs")
-        return [TensorDesc(self.model.input, self.model.aipp)]
+        return [TensorDesc(self.model.input, self.model.batch_size * self.model.bin_bytes)]
 
     def get_outputs(self):
         call("get_outputs")

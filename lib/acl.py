@@ -139,7 +139,7 @@ class Om(object):
         """Returns the Value of one of aclruntime's descriptions of a tensor."""
         kind, size = TYPES.get(int(tensor.datatype), ("ACL type %d" % int(tensor.datatype), None))
         shape = list(tensor.shape)
-        if min(shape) < 1:
+        if min(shape, default=1) < 1:
             raise ValueError("%s: the shape of %s is dynamic, %s; convert the model with one batch size, as run_all.sh does"
                              % (path, tensor.name, shape))
         if kind == "tensor(uint8)" and len(shape) == 4 and shape[1] == 3 != shape[3]:

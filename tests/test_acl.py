@@ -1,15 +1,17 @@
 """lib/acl.py: OMs in the tools through aclruntime (its stand-in), with the calls of ais_bench's own InferSession."""
 import json
 import os
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-import aipp  # the stand-ins'
+import lib.script
 import om
-from helpers import FRONT_ENDS, ROOT, RUNTIME, all_images, check_error, check_once, run_gallery, write_bins, write_images, write_model, write_om
+from helpers import (FRONT_ENDS, ROOT, RUNTIME, all_images, check_error, check_once, run_gallery, write_bins, write_images, write_model,
+                     write_om)
 
 NAMES = ["attribute %d" % i for i in range(35)]
 CONTEXT = ("session_options", "InferenceSession", "set_staticbatch", "BaseTensor", "run", "to_host", "free_resource", "finalize")
@@ -202,3 +204,19 @@ def test_stdin_excludes_files(folder):
         check_error(run(folder, "tools/predict.py", "--model", "m.onnx", *options), "give either images, or --stdin", code=2)
     process = run(folder, "tools/predict.py", "--model", "m.onnx", "--stdin")
     assert process.returncode == 0
+
+
+def test_the_example_of_a_service_works(folder):
+    with open(os.path.join(ROOT, "docs", "accuracy.md"), encoding="utf-8") as f:
+        code = f.read().partition("### A service")[2].split("```\n")[1]
+    for theirs, ours in (("python3", sys.executable), ("tools/predict.py", os.path.join(ROOT, "tools", "predict.py")),
+                         ("deepmar_bs1.om", "m.om"), ("person.png", "images/im1.png")):
+        code = code.replace(theirs, ours)
+    done = run(folder, "-c", code)
+    assert done.returncode == 0 and re.match(r"images/im1.png \['attribute .*\nabsent.png None None no such image file\n$", done.stdout)
+
+
+def test_progress_bar_without_tqdm_shows_nothing(monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(lib.script, "has_module", lambda name: name != "tqdm")
+    assert isinstance(lib.script.progress(1, "image"), lib.script.Silent)

@@ -304,7 +304,8 @@ def main(argv=None):
     groups = read_groups(args.groups, sides.images)
     if args.rehearsal:
         check_overflow(sides, args)
-    report = dict({"a": args.a, "b": args.b or "%s on %s" % (args.model, args.bins), "a_output": sides.kinds[0], "b_output": sides.kinds[1]},
+    report = dict({"a": args.a, "b": args.b or "%s on %s" % (args.model, args.bins),
+                   "a_output": sides.kinds[0], "b_output": sides.kinds[1]},
                   **compare(sides.a, sides.b, sides.images, attributes))
     report["metrics"] = None if labels is None else effect(sides.a, sides.b, labels, groups)
     report["names_assumed"] = attributes is PETA

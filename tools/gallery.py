@@ -86,7 +86,8 @@ def parse(argv):
     parser.add_argument("--cpus", type=number(int, 1), metavar="N",
                         help="cores per worker (default: 1 on a cluster or with devices, else all)")
     parser.add_argument("--gpus", type=number(float, 0, 1), default=0, metavar="N", help="GPUs per worker; may be a fraction")
-    parser.add_argument("--npus", type=number(float, 0, 1), default=0, metavar="N", help="Ascend NPUs per worker; may be a fraction (default for an OM: 1)")
+    parser.add_argument("--npus", type=number(float, 0, 1), default=0, metavar="N",
+                        help="Ascend NPUs per worker; may be a fraction (default for an OM: 1)")
     parser.add_argument("--devices", metavar="IDS", help="this machine's NPUs or GPUs to use, as 0,1 (default: all)")
     args = parser.parse_args(argv)
     args.npus = args.npus or int(is_om(args.model))

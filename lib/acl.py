@@ -28,14 +28,11 @@ Value = collections.namedtuple("Value", "name type shape")  # an input or output
 
 
 def is_om(path):
-    """Returns whether a file is an OM, by its name or its first bytes."""
-    if path.endswith(".om"):
-        return True
-    try:
-        with open(path, "rb") as f:
-            return f.read(4) == b"IMOD"
-    except OSError:
-        return False  # whoever opens it as an ONNX model says so
+    """Returns whether a file is an OM, by its name or its first bytes. Raises OSError if it cannot be read."""
+    if path.endswith(".om") or not os.path.isfile(path):
+        return path.endswith(".om")
+    with open(path, "rb") as f:
+        return f.read(4) == b"IMOD"
 
 
 # --- the thread of all sessions -----------------------------------------------------------------------------------------

@@ -281,9 +281,10 @@ def answer(session, source, names, thresholds):
         except Exception as error:  # Pillow raises nearly anything on damaged files
             found["error"] = one_line(error)
         else:
-            logits, judged = as_logits(infer(session, batch)[0], source, kind)
-            kind = kind or (judged if judged == "logits" else None)  # all values between 0 and 1 may be a chance
+            logits = infer(session, batch)[0]
             if np.isfinite(logits).all():
+                logits, judged = as_logits(logits, source, kind)
+                kind = kind or (judged if judged == "logits" else None)  # logits may all lie between 0 and 1 by chance
                 found.update(has=having(names, logits, thresholds), logits=dict(zip(names, digits(logits))))
             else:
                 found["error"] = "the model gives NaN or infinite logits"

@@ -243,7 +243,7 @@ class Apart(object):
 
 # --- a worker -----------------------------------------------------------------------------------------------------------
 
-def versions(provider):
+def versions(provider=None):
     """Returns the versions of the packages that compute the logits. They must be the same on all machines."""
     import PIL
     found = {"Pillow": PIL.__version__, "numpy": np.__version__}

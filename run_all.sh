@@ -24,6 +24,7 @@ aipp=${aipp-no}                    # yes: the bins are uint8, a quarter of the b
 last_conv_stride=${last_conv_stride-2} # the stride in layer4, 1 or 2, as in training; a checkpoint does not record it
 state_dict=${state_dict-}          # the state dict to use if the checkpoint has several, such as state_dict_ema
 chip_name=${chip_name-}            # the card's chip for atc, Ascend310 or 310P3; empty: npu-smi info names it
+atc_options=${atc_options-}        # more options for atc, such as --precision_mode_v2=origin; paths in them must be absolute
 backend=${backend-auto}            # what runs the model: benchmark (the binary), ais_bench, onnxruntime; auto: the first that works
 provider=${provider-}              # onnxruntime: the execution provider; empty: CANN, CUDA or the CPU
 tolerance=${tolerance-}            # onnxruntime: allowed difference from the CPU's logits, as a fraction of the largest logit
@@ -83,20 +84,17 @@ if begin 2 "Pad removed from ONNX"; then
 fi
 
 if begin 3 "ONNX -> OM with atc"; then
-    aipp_options=()
-    if [ "$aipp" = yes ]; then
-        "$python" "$here/tools/rehearse.py" cfg aipp.cfg --size $size
-        aipp_options=(--insert_op_conf=../aipp.cfg --enable_small_channel=1)
-    fi
+    [ "$aipp" = no ] || "$python" "$here/tools/rehearse.py" cfg aipp.cfg --size $size
+    [ "$aipp" = yes ] && aipp_options="--insert_op_conf=../aipp.cfg --enable_small_channel=1" || aipp_options=
     for batch in $batch_size; do
         verify deepmar_bs${batch}_nopad.onnx=2
         if [ -n "$make_om" ]; then
             scratch atc # atc also writes a fusion_result.json
             tool atc_bs$batch atc --model=../deepmar_bs${batch}_nopad.onnx --framework=5 --output=deepmar_bs$batch \
                 --input_format=NCHW --input_shape="actual_input_1:$batch,3,$height,$width" --log=error \
-                --soc_version="$chip_name" "${aipp_options[@]}"
+                --soc_version="$chip_name" $aipp_options $atc_options
             keep deepmar_bs$batch.om
-            made deepmar_bs$batch.om from deepmar_bs${batch}_nopad.onnx aipp
+            made deepmar_bs$batch.om from deepmar_bs${batch}_nopad.onnx aipp atc_options
         fi
         if [ -n "$make_twin" ]; then # ONNX Runtime runs this model in place of an OM with AIPP
             "$python" "$here/tools/rehearse.py" aipp deepmar_bs${batch}_nopad.onnx deepmar_bs${batch}_aipp.onnx

@@ -32,6 +32,16 @@ def kind(height, width, uint8):
     return (("uint8 [%d,%d,3]" if uint8 else "float32 [3,%d,%d]") % (height, width), 3 * height * width * (1 if uint8 else 4))
 
 
+def holds_uint8(path, height, width):
+    """Returns whether a bin is uint8 (True) or float32 (False), or None if neither is certain.
+
+    The size alone does not tell: a float32 bin is as large as a file of four RGB images, or of eight in NV12. Therefore a float32
+    bin must also hold normalised pixels.
+    """
+    pixels, size = fault(np.fromfile(path, np.uint8)) is None, os.path.getsize(path)
+    return pixels if size == kind(height, width, pixels)[1] else None
+
+
 def list_bins(folder, width, height, uint8=None):
     """Returns the names of a folder's bins in natural order. Raises OSError, or ValueError for a bin of the wrong size.
 

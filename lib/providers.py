@@ -36,7 +36,19 @@ def import_onnxruntime():
 def default(device_id=0):
     """Returns the providers that a session tries by default: those of PROVIDERS that this ONNX Runtime was built with."""
     built = import_onnxruntime().get_available_providers()
-    return [(name, {} if name == CPU else {"device_id": str(device_id)}) for name in PROVIDERS if name in built]
+    return [(name, own_options(name, device_id)) for name in PROVIDERS if name in built]
+
+
+def own_options(name, device_id):
+    """Returns the options that a provider gets: the number of its device. CANN's also gets the one that stops it from writing OMs.
+
+    CANN's provider writes an .om file for each model into the current folder, unless dump_om_model is 0. ONNX Runtime 1.18 was the
+    first with this option; older ones refuse it.
+    """
+    options = {"device_id": str(device_id)} if name in DEVICE_PROVIDERS else {}
+    if name == PROVIDERS[0] and [int(number) for number in import_onnxruntime().__version__.split(".")[:2]] >= [1, 18]:
+        options["dump_om_model"] = "0"
+    return options
 
 
 def provider_note(session, available):
@@ -76,7 +88,7 @@ def add(options, name, device_id, threads, calls, exact):
     if name == CPU:
         return [CPU]
     if name != OPENVINO:
-        return [(name, {"device_id": str(device_id)} if name in DEVICE_PROVIDERS else {}), CPU]
+        return [(name, own_options(name, device_id)), CPU]
     # The provider options for streams and threads (num_streams, num_of_threads) have no effect. This configuration works.
     configuration = {"NUM_STREAMS": str(calls), "INFERENCE_NUM_THREADS": str(threads)}
     if exact:  # otherwise it computes in bfloat16 if the CPU can

@@ -27,6 +27,9 @@ from lib.script import seen_notes
 from lib.session import cpu_session
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+STANDINS = os.path.join(ROOT, "tests", "standins")
+sys.path.append(STANDINS)
+import om
 SIZE = 12  # the number of images in run_all.sh's sample
 FLOAT = TensorProto.FLOAT
 MACHINE = os.uname().machine
@@ -423,7 +426,6 @@ def write_case(folder, logits, labels, extension=".png", output=1, prefix="", fi
 
 # --- the card's stand-ins ---------------------------------------------------------------------------------------------
 
-STANDINS = os.path.join(ROOT, "tests", "standins")
 BINARY = "benchmark." + MACHINE
 RUNTIME = os.path.join(STANDINS, "aclruntime")
 PACKAGES = "%s:%s" % (os.path.join(STANDINS, "packages"), RUNTIME)
@@ -436,9 +438,9 @@ def standin(path, name):
     path.chmod(0o755)
 
 
-def write_om(path, onnx):
-    """Makes an OM of the stand-ins of an ONNX model."""
-    path.write_bytes(b"IMOD" + onnx.read_bytes())
+def write_om(path, onnx, old=False, **texts):
+    """Makes an OM of the stand-ins of an ONNX model. texts: what it says of itself. old: with the older table, which they cannot run."""
+    path.write_bytes(om.content([(om.MODEL_DEF, om.model_def(texts)), (om.WEIGHTS, onnx.read_bytes()), (om.TASKS, b"")], old))
 
 
 class FrontEnd(object):

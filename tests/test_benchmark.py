@@ -114,6 +114,16 @@ def test_provider_of_other_precision_needs_tolerance(folder, monkeypatch, capsys
     assert "FastExecutionProvider, bs8.onnx" in capsys.readouterr().out and results(folder, 9).shape == (COUNT, 35)
 
 
+@pytest.mark.parametrize("version, more", [("1.17.3", {}), ("1.18.0", {"dump_om_model": "0"}), ("1.22.1", {"dump_om_model": "0"})])
+def test_provider_of_cann_writes_no_om(monkeypatch, version, more):
+    cann, cuda = PROVIDERS[:2]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [cann, cuda, "CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    options = dict({"device_id": "3"}, **more)
+    assert providers.default(3) == [(cann, options), (cuda, {"device_id": "3"}), ("CPUExecutionProvider", {})]
+    assert providers.add(None, cann, 3, 1, 1, True) == [(cann, options), "CPUExecutionProvider"]
+
+
 def test_missing_provider_is_refused(folder):
     check_error(run(folder, "bs1.onnx", 1, "-provider=CUDAExecutionProvider"), "has no provider CUDAExecutionProvider, only ")
 

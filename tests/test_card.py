@@ -51,9 +51,9 @@ class Card(object):
 
 @pytest.fixture(scope="module")
 def card_and_run(tmp_path_factory):
-    """A card and its first run, of the binary at two batch sizes on a 300I, which has four chips 310."""
+    """A card and its first run, of the binary at two batch sizes on a 300I Duo, which has two chips 310P3."""
     made = Card(tmp_path_factory.mktemp("card"))
-    return made, made.run("--stage", 2, "--stop-stage", 8, "--batch-size", "1 5", TABLE="20.2.2_300i")
+    return made, made.run("--stage", 2, "--stop-stage", 8, "--batch-size", "1 5", TABLE="25.2.0_300i_duo")
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def names(ending):
 def test_benchmark_runs_at_several_batch_sizes(card_and_run):
     made, process = card_and_run
     assert process.returncode == 0, process.stdout + process.stderr
-    assert "npu-smi info names the chip Ascend310" in process.stdout
+    assert "npu-smi info names the chip Ascend310P3" in process.stdout
     assert "backend benchmark: %s is beside the scripts" % BINARY in process.stdout
     assert process.stdout.count("ATC run success") == 2
     assert process.stdout.count("stage 4: ") == 1  # the bins are made once
@@ -82,15 +82,35 @@ def test_benchmark_runs_at_several_batch_sizes(card_and_run):
         e2e, interface = re.search(r"\[e2e\] throughputRate: (\S+),", perf), re.search(r"Interface throughputRate: (\S+),", perf)
         assert float(row["e2e_images_per_s"]) == float(e2e.group(1))
         assert float(row["interface_images_per_s"]) == float(interface.group(1))
-        assert float(row["card_images_per_s"]) == 4 * float(interface.group(1))
+        assert float(row["card_images_per_s"]) == 2 * float(interface.group(1))
         with open(str(made.work / folder / "fusion_result.json")) as f:
             assert json.load(f)["instance_acc"] == float(row["instance_acc"])
-    assert "card (x 4)" in process.stdout and "instance_acc is the same at all batch sizes" in process.stdout
+    assert "card (x 2)" in process.stdout and "instance_acc is the same at all batch sizes" in process.stdout
     with open(str(made.work / "fusion_result.json")) as f:  # stage 7's, not the one that atc leaves
         assert json.load(f)["images"] == SIZE
-    process = made.run("--stage", 7, "--stop-stage", 7, "--batch-size", "1 5", "--chips", 2)
-    assert process.returncode == 0 and "card (x 2)" in process.stdout, process.stderr
+    process = made.run("--stage", 7, "--stop-stage", 7, "--batch-size", "1 5", "--chips", 3)
+    assert process.returncode == 0 and "card (x 3)" in process.stdout, process.stderr
     assert not [name for name in os.listdir(str(made.work)) if "partial" in name]
+
+
+def test_om_of_another_chip_or_input_stops_the_run_before_any_work(card):
+    path = card.work / "deepmar_bs1.om"
+    facts = json.loads(script("tools/describe.py", path).stdout)["om"]
+    assert (facts["soc_version"], facts["input_shape"], facts["aipp"]) == ("Ascend310P3", [1, 3, 224, 224], False)
+    assert "--output=deepmar_bs1 " in facts["atc_cmdline"]
+    for options, table, text in ((["--stage", 6], "26.0.rc1_910b4", "is for Ascend310P3, but npu-smi info names Ascend910B4; run: "),
+                                 (["--stage", 4, "--aipp", "yes"], "25.2.0_300i_duo", "has no AIPP"),
+                                 (["--stage", 4, "--size", 256, 128], "25.2.0_300i_duo", "224 224, not 256 128; run: ")):
+        process = card.run(*options, TABLE=table)
+        check_error(process, "%s: the OM " % path, text)
+        assert "stage" not in process.stdout
+    # atc makes an OM of another chip than the card's: the run does not prepare images for it.
+    other = card.work.parent / "other"
+    other.mkdir()
+    shutil.copy(str(card.work / "deepmar_bs1.onnx"), str(other))
+    process = card.run("--stage", 2, "--work-dir", other, "--chip-name", "910B4")
+    assert process.returncode == 1 and "is for Ascend910B4, but npu-smi info names Ascend310P3" in process.stderr, process.stderr
+    assert "stage 4" not in process.stdout
 
 
 def test_several_devices_share_the_images(card):
@@ -120,7 +140,8 @@ def test_several_devices_share_the_images(card):
 
 def test_failing_inference_tool_leaves_the_earlier_results(card):
     for fail, text in (
-            ("benchmark", "benchmark ended with status 255"),
+            ("benchmark", "benchmark ended with status 255; above"),
+            ("another chip", "benchmark ended with status 255: the OM is for Ascend910B, but the card's chip is Ascend310P3; run: "),
             ("benchmark leaves fewer", "benchmark wrote %d results for %d images" % (SIZE - 1, SIZE)),
             ("benchmark leaves no rate", "benchmark wrote no result/perf_vision_batchsize_1_device_0.txt, which holds its rate")):
         process = card.run("--stage", 6, "--batch-size", "1 5", FAIL=fail)
@@ -226,6 +247,25 @@ def test_models_with_aipp_run_on_all_backends(card, tmp_path):
     (card.root / "away").rename(card.root / BINARY)
     assert process.returncode == 0 and "ATC run success" in process.stdout, process.stderr
     assert "batch size 5: deepmar_bs5_aipp.onnx" in process.stdout and np.abs(logits() - binary).max() < 1e-4
+
+
+def test_options_of_atc_are_passed_on_and_recorded(card, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(str(card.work), str(work))
+
+    def run(*arguments):
+        return card.run("--work-dir", work, "--batch-size", 5, "--stop-stage", 6, *arguments)
+
+    options = "--precision_mode_v2=mixed_float16 --enable_small_channel=1"
+    process = run("--stage", 3, "--atc-options", options, "--stop-stage", 3)
+    assert process.returncode == 0 and "--soc_version=Ascend310P3 %s\n" % options in process.stdout, process.stderr
+    process = run("--stage", 6)
+    assert process.returncode == 1, process.stdout
+    assert "deepmar_bs5.om was made with atc_options %s, not (none); run stage 3 again, or give --atc-options '%s'" % (
+        options, options) in process.stderr
+    assert run("--stage", 6, "--atc-options", options).returncode == 0
+    check_stopped(run("--stage", 3, "--atc-options=--precision_mode_v2=fp8"), "E10001: Value [fp8]", "stage 3 failed")
+    check_error(run("--atc-options", "precision_mode_v2=origin"), "atc_options must be options of atc", code=2)
 
 
 @pytest.mark.parametrize("wrong, message", [

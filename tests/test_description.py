@@ -80,6 +80,7 @@ def test_describe_writes_the_json_of_an_om(exported, tmp_path):
     assert json.loads(script("tools/describe.py", tmp_path / "plain.onnx").stdout) == {"output": "probabilities"}
     (tmp_path / "bad.onnx").write_bytes(b"<html>")
     (tmp_path / "bad.json").write_text("<html>")
+    (tmp_path / "bad.om").write_bytes(b"<html>")
     for name, message in (("bad.onnx", "bad.onnx: is not a valid ONNX model"), ("bad.om", "bad.json: is not JSON"), ("no.json", "no.json")):
         check_error(script("tools/describe.py", tmp_path / name), message)
 

@@ -16,7 +16,8 @@ OPTION = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*")
 FILE = re.compile(r"(?<![\w./-])(?:tools|lib|tests|docs)/[\w./-]*")
 LINK = re.compile(r"\]\((?!http)([^)#\s]*)(?:#([^)\s]*))?\)")
 FOREIGN_SCRIPTS = {"set_env.sh", "baseline/model/DeepMAR.py"}  # of CANN and of the open-source repository
-FOREIGN_OPTIONS = {"--insert_op_conf", "--enable_small_channel", "--divide_input", "--batchsize", "--pids-limit", "-v7"}
+FOREIGN_OPTIONS = {"--insert_op_conf", "--enable_small_channel", "--precision_mode_v2", "--divide_input", "--batchsize", "--pids-limit",
+                   "-v7", "--upgrade", "--install", "--device"}
 TAKES_ACTION = {"tools/lists.py", "tools/rehearse.py"}  # their first argument decides which options they have
 
 

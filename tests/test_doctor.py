@@ -1,13 +1,15 @@
 """tools/run/doctor.py reads npu-smi's tables and both layouts of CANN, explains atc's failures and checks a whole machine."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+import ais_bench_files
 import doctor
-from helpers import MACHINE, ROOT, check_error, own_data, run_all, script, standin
+from helpers import MACHINE, ROOT, check_error, own_data, run_all, script, standin, write_model, write_om
 
 TABLES = {  # a recorded table: what it says, (driver, chip, {card: number of its chips})
     "20.2.2_300i": ("20.2.2", "310", {"2048": 4, "2049": 4}), "21.0.3.1_200dk": ("21.0.3.1", "310", {"0": 1}),
@@ -16,6 +18,8 @@ TABLES = {  # a recorded table: what it says, (driver, chip, {card: number of it
     "24.1.rc3.7_a3": ("24.1.rc3.7", "910", {"0": 2}), "25.0.rc1.1_910b4-1": ("25.0.rc1.1", "910B4-1", {"0": 1, "1": 1}),
     "25.2.0_300i_duo": ("25.2.0", "310P3", {"2": 2}), "25.3.rc1_300i_pro": ("25.3.rc1", "310P3", {"6": 1}),
     "26.0.rc1_910b4": ("26.0.rc1", "910B4", {"0": 1})}
+ANOTHER_PLACE = " && ".join("bash ./Ascend-cann-%%s_8.5.0_linux-%s.run --install --install-path=$HOME/Ascend-{0}" % MACHINE % package
+                            for package in ("toolkit", "{0}-ops")) + " && bash run_all.sh --set-env $HOME/Ascend-{0}/cann/set_env.sh"
 RECORDED = os.path.join(ROOT, "tests", "npu_smi")
 
 
@@ -102,14 +106,15 @@ def install(root, version, *families):
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     """A machine with a card and its driver. It has npu-smi, a python3 that atc can run, and a home folder without CANN."""
-    for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_OPP_PATH"):
+    for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_OPP_PATH", "CONDA_PREFIX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     bin = tmp_path / "bin"
     bin.mkdir()
     standin(bin / "npu-smi", "npu_smi.py")
     for module in doctor.PACKAGES:
-        write(tmp_path / "packages" / (module.replace(".", "/") + ".py"), "__version__ = '1.24.0'\n")
+        write(tmp_path / "packages" / (module.replace(".", "/") + ".py"),
+              "__version__ = '%s'\n" % ("3.20.3" if "protobuf" in module else "1.24.0"))
     write(bin / "python3", '#!/bin/sh\nPYTHONPATH=%s exec "%s" "$@"\n' % (tmp_path / "packages", sys.executable)).chmod(0o755)
     monkeypatch.setenv("PATH", "%s:%s" % (bin, os.environ["PATH"]))
     return tmp_path
@@ -144,6 +149,8 @@ def test_both_layouts_of_cann_are_found(machine, monkeypatch, version, folder):
     assert rows["ONNX Runtime"]["state"] == "ok" and "CPUExecutionProvider" in rows["ONNX Runtime"]["found"]
     process, rows = check(machine, "--stop-stage", 3, "--chip-name", "910B3")  # there are no operators for this chip
     assert rows["operators"]["state"] == "missing" and "operators" in process.stdout.splitlines()[-1]
+    assert rows["operators"]["run"] == (ANOTHER_PLACE.format("910b") if version == "8.5.0" else
+                                        "bash ./Ascend-cann-kernels-910b_8.1.RC1_linux-%s.run --install" % MACHINE)
     # In another place, the same CANN is found by a variable.
     os.rename(str(machine / "Ascend"), str(machine / "elsewhere"))
     latest = machine / "elsewhere" / ("cann-8.5.0" if version == "8.5.0" else "ascend-toolkit/latest")
@@ -152,6 +159,73 @@ def test_both_layouts_of_cann_are_found(machine, monkeypatch, version, folder):
         with monkeypatch.context() as patch:
             patch.setenv(name, str(latest))
             assert script("tools/run/doctor.py", "set_env").stdout == "%s\n" % set_env
+
+
+def test_cann_by_conda_and_pip_is_found(machine, monkeypatch):
+    monkeypatch.setenv("CONDA_PREFIX", str(machine / "env"))
+    monkeypatch.setenv("PYTHONPATH", str(machine / "site-packages"))
+    homes = [install(machine / folder, "8.5.0") for folder in ("Ascend", "env/Ascend", "site-packages/ascend")]
+    for home, command in zip(homes[::-1], ("python3 -m pip install ascend-cann-310p-ops==8.5.0",
+                                           "conda install ascend::cann-310p-ops==8.5.0",
+                                           "bash ./Ascend-cann-310p-ops_8.5.0_linux-%s.run --install" % MACHINE)):
+        process, rows = check(machine, "--stop-stage", 3)
+        assert "CANN 8.5.0 in %s, layout cann, " % home in rows["CANN"]["found"], process.stdout
+        row = rows["operators"]
+        assert (row["state"], row["found"], row["run"]) == ("missing", "none for Ascend310P3", command)
+        (home / "set_env.sh").unlink()
+
+
+def test_families_must_not_share_a_place(machine):
+    install(machine / "Ascend", "8.5.0", "ascend310p", "ascend910b")
+    row = check(machine, "--stop-stage", 3)[1]["operators"]
+    assert row["state"] == "note" and "must not share a place: ascend310p ascend910b" in row["found"]
+    assert row["run"] == ANOTHER_PLACE.format("310p")
+    shutil.rmtree(str(machine / "Ascend"))
+    install(machine / "Ascend", "8.1.RC1", "ascend310p", "ascend910b")
+    assert check(machine, "--stop-stage", 3)[1]["operators"]["state"] == "ok"
+
+
+def test_users_of_a_310_keep_their_cann(machine):
+    home = install(machine / "Ascend", "8.5.0", "ascend310p")
+    rows = check(machine, "--stop-stage", 3, TABLE="20.2.2_300i")[1]
+    row = rows["operators"]
+    assert row["state"] == "missing" and "keep your present CANN" in row["found"] and "--set-env" in row["run"]
+    assert "driver for CANN" not in rows  # the present driver fits the present CANN
+    shutil.rmtree(str(home))
+    row = check(machine, "--stop-stage", 3, TABLE="20.2.2_300i")[1]["CANN"]
+    assert "CANN 8.3 is the last one for a 310" in row["found"]
+
+
+@pytest.mark.parametrize("version, drivers", [  # + listed, - excluded, ? not listed
+    ("8.3.RC1", "+24.1.0 +26.2"), ("8.5.0", "?24.1.rc3.7 +25.0.rc1.1 +25.5.1 ?25.7 ?26.0.rc1 ?26.1"), ("8.5.1", "?25.7"),
+    ("8.5.2", "?24.1.0 +25.0 +25.7 +26.2"), ("9.0.0-beta.2", "+25.0 +26.0.rc1"), ("9.1.0", "-24.1 -25.0.rc1.1 +25.2.0 +26.2"),
+    ("9.2.0", "-25.0 -25.2.0 +25.3.rc1 +26.2"), ("9.2.0", "+unknown")])
+def test_drivers_and_versions_of_cann(machine, monkeypatch, version, drivers):
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(install(machine / "Ascend", version)))
+    for state, driver in ((text[0], text[1:]) for text in drivers.split()):
+        problem = doctor.Cann().driver_problem(driver)
+        assert (problem and problem[0]) == {"+": None, "?": False, "-": True}[state], (driver, problem)
+
+
+def test_driver_that_is_too_old_for_cann_is_missing_on_a_card(machine):
+    install(machine / "Ascend", "9.1.0", "ascend910b")
+    for arguments, state in ((["--backend", "ais_bench"], "missing"), (["--stop-stage", 3], "absent")):
+        row = check(machine, *arguments, TABLE="25.0.rc1.1_910b4-1")[1]["driver for CANN"]
+        assert row["state"] == state and row["found"] == "CANN 9.1.0 needs driver 25.2 or later, not 25.0.rc1.1"
+        assert row["run"].endswith(".run --upgrade")
+
+
+def test_host_without_atc_is_told_that_it_makes_no_om(machine):
+    def last(*arguments):
+        process = check(machine, *arguments, FAIL="npu-smi")[0]
+        assert process.returncode == 0
+        return process.stdout.splitlines()[-1]
+
+    assert last().endswith("has all that it needs, but makes no OM; for that it lacks: chip, CANN")
+    assert last("--stop-stage", 3, "--chip-name", "310P3") == "run_all.sh has all that it needs, but makes no OM; for that it lacks: CANN"
+    assert last("--stop-stage", 3, "--backend", "onnxruntime") == "run_all.sh with backend onnxruntime has all that it needs"
+    write(machine / "work" / "deepmar_bs1.om")
+    assert last("--stop-stage", 3) == "run_all.sh has all that it needs"
 
 
 def test_packages_of_operators_depend_on_chip_and_version(machine, monkeypatch):
@@ -171,30 +245,60 @@ def test_packages_of_operators_depend_on_chip_and_version(machine, monkeypatch):
     assert (doctor.Cann().version, doctor.Cann().operators) == ("6.0.1", ["ascend310"])
 
 
-@pytest.mark.parametrize("version, python, missing, numpy, problem", [
-    ("8.1.RC1", [3, 9, 2], [], "1.24.0", None), ("8.1.RC1", [3, 9, 2], [], "2.0.1", "NumPy 2.0.1, but CANN 8.1.RC1 needs NumPy 1"),
-    ("8.1.RC1", [3, 12, 0], [], "1.26.4", "CANN 8.1.RC1 needs Python 3.7 to 3.11"), ("8.5.0", [3, 13, 1], [], "2.2.0", None),
-    ("5.1.RC1", [3, 7, 5], ["decorator", "attr"], "1.18.5", "no attrs, no decorator"),
-    ("8.5.0", [3, 6, 8], [], "1.19.5", "CANN 8.5.0 needs Python 3.7 to 3.13"), ("9.1.0", [3, 14, 0], ["absl"], "2.3.0", None)])
-def test_cann_limits_the_python_and_packages_of_atc(machine, monkeypatch, version, python, missing, numpy, problem):
+@pytest.mark.parametrize("version, python, missing, numpy, problem, note", [
+    ("8.1.RC1", [3, 9, 2], [], "1.24.0", None, None),
+    ("8.1.RC1", [3, 9, 2], [], "1.26.4", None, "NumPy 1.26.4, but CANN 8.1.RC1 needs NumPy below 1.25"),
+    ("8.1.RC1", [3, 9, 2], [], "2.0.1", "NumPy 2.0.1, but CANN 8.1.RC1 needs NumPy below 1.25", None),
+    ("8.1.RC1", [3, 12, 0], [], "1.26.4", "CANN 8.1.RC1 needs Python 3.7 to 3.11", None), ("8.5.0", [3, 13, 1], [], "2.2.0", None, None),
+    ("8.5.0", [3, 12, 1], [], "2.2.0", "NumPy 2.2.0, but CANN 8.5.0 needs NumPy below 2", None),
+    ("5.1.RC1", [3, 7, 5], ["decorator", "attr"], "1.18.5", "no attrs, no decorator", None),
+    ("8.5.0", [3, 6, 8], [], "1.19.5", "CANN 8.5.0 needs Python 3.7 to 3.13", None),
+    ("9.1.0", [3, 14, 0], ["absl"], "2.3.0", None, "no absl-py")])
+def test_cann_limits_the_python_and_packages_of_atc(machine, monkeypatch, version, python, missing, numpy, problem, note):
     monkeypatch.setenv("ASCEND_HOME_PATH", str(install(machine / "Ascend", version)))
-    assert doctor.Cann().python_problem(python, missing, numpy)[0] == problem
+    assert doctor.Cann().python_problem(python, missing, numpy, "3.20.1")[:2] == (problem, note)
+    assert "protobuf 4.25.3, but CANN's guide says 3.20; " in doctor.Cann().python_problem([3, 7, 5], [], numpy, "4.25.3")[1]
 
 
 @pytest.mark.parametrize("chip, log, texts", [
     ("310P3", "No supported Ops kernel and engine are found for [Conv_0], optype [Conv2D].",
-     ("has no operators for Ascend310P3, only for ascend910b", "run: bash ./Ascend-cann-310p-ops_8.5.0_linux-")),
+     ("has no operators for Ascend310P3, only for ascend910b; run: ", ANOTHER_PLACE.format("310p"))),
+    ("310", "No supported Ops kernel and engine are found for [Conv_0], optype [Conv2D].", ("keep your present CANN", "--set-env")),
     ("910B3", "No supported Ops kernel and engine are found for [Abs_1], optype [Odd].", ("but none for the model's Odd",)),
     ("310P3", "EC0010: Failed to import Python module [ModuleNotFoundError: No module named 'decorator'.].",
      ("bin/python3, has no decorator; run: python3 -m pip install decorator",)),
     ("310P3", "E40000: ModuleNotFoundError: No module named 'attr'", ("pip install attrs",)),
     ("310P3", "E40000: ModuleNotFoundError: No module named 'te'", ("has no te; source CANN's set_env.sh",)),
     ("310P3", "error while loading shared libraries: libascend_hal.so: cannot open shared object file", ("devlib:$LD_LIBRARY_PATH",)),
+    ("310P3", "E10001: Value [linux] for parameter [--host_env_os] is invalid. Reason: The OS linux is not within the support list of "
+     "{}, and the OS type must be consistent with that of the opp.", ("has no operators for Ascend310P3",)),
+    ("310P3", "TypeError: cannot pickle 'FrameLocalsProxy' object", ("is too new: CANN 8.5.0 needs Python 3.7 to 3.12", "export PATH=")),
+    ("310P3", "AttributeError: `np.float_` was removed in the NumPy 2.0 release.", ("has NumPy 2, but", "pip install 'numpy<2'")),
+    ("310P3", "AttributeError: module 'numpy' has no attribute 'float_'", ("has NumPy 2, but",)),
+    ("310P3", "E10016: Opname [input] specified in [--input_shape] is not found in the model.", ("has no node input, which --input",)),
+    ("310P3", "E10016: Op name input specified in --input_shape is not found in the model. Confirm", ("has no node input, which ",)),
+    ("310P3", "E20001: [PID: 4711] Failed to compile Op [Conv_0]. (optype: [Conv2D])", ("E20001: [PID: 4711] Failed to compile Op",)),
+    ("310P3", "E19999: Inner Error!\nE19999: [PID: 62] [Call][PreRun] Failed[FILE: manager.cc]", ("E19999: [PID: 62] [Call][PreRun]",)),
+    ("310P3", "E19999: Inner Error!\n        Unknown error occurred. Please check the log.", ("E19999: Unknown error", "export ASC")),
     ("310P3", "E10001: Value [x] for parameter [--model] is invalid.", ("None",))])
 def test_atcs_failures_are_explained(machine, monkeypatch, chip, log, texts):
     monkeypatch.setenv("ASCEND_HOME_PATH", str(install(machine / "Ascend", "8.5.0", "ascend910b")))
     explanation = str(doctor.explain("ATC run failed\n%s\n  TraceBack\n" % log, "Ascend" + chip))
     assert all(text in explanation for text in texts), explanation
+
+
+@pytest.mark.parametrize("chip, log, text", [
+    ("310P3", "[ERROR] EE1001: rtModelCheckCompatibility failed, supported socVersion=Ascend310P3, but the model socVersion=Ascend910B",
+     "the OM is for Ascend910B, but the card's chip is Ascend310P3; run: bash run_all.sh --stage 3 --chip-name 310P3"),
+    ("310P3", "E10001: Value Ascend910B4 for parameter soc_version is invalid. Reason: Model soc version is not support in this device.",
+     "the OM is for Ascend910B4, but the card's chip is Ascend310P3; "),
+    ("310P3", "E10001: Value [Ascend310P3] for parameter [soc_version] is invalid. Reason: aclrtCheckArchCompatibility ret: 0x1",
+     "the OM is for Ascend310P3, but the card's chip is another one; "),
+    ("310", "E19999: Inner Error!\nE19999 index:0 > stream_list.size(): 0, check invalid[FUNC:SetStream]", "is probably for another chip"),
+    ("310", "E19999 The opp version of the model does not match the current opp run package, Model is [6.4]", "was made with another CANN"),
+    ("310P3", "ModuleNotFoundError: No module named 'attr'", "None")])  # of whichever Python ran this tool
+def test_failures_of_tools_that_run_oms_are_explained(chip, log, text):
+    assert text in str(doctor.explain("[INFO] acl init success\n%s\n[ERROR] load model from file failed\n" % log, "Ascend" + chip))
 
 
 def test_given_set_env_wins(machine):
@@ -225,6 +329,30 @@ def test_missing_pieces_of_a_card_are_named_with_their_commands(machine):
     assert "910_N" in rows["chip"]["found"] and rows["chip"]["state"] == "absent"
 
 
+def test_oms_of_the_run_are_checked(machine):
+    work, arguments = machine / "work", ["--backend", "benchmark", "--stage", 4]
+    write_om(write(work / "deepmar_bs1.om"), write_model(machine / "m.onnx"), soc_version="Ascend910B3",
+             atc_cmdline="atc --input_shape=x:8,3,224,224 --insert_op_conf=a")
+    row = check(machine, *arguments)[1]["deepmar_bs1.om"]
+    assert row["state"] == "missing" and row["run"].endswith("--chip-name 310P3")
+    for text in ("for Ascend910B3, but npu-smi info names Ascend310P3", "takes batches of 8, not 1", "takes uint8 bins"):
+        assert text in row["found"]
+    assert "deepmar_bs1.om" not in check(machine, "--stage", 4)[1]  # ONNX Runtime does not run it
+
+
+def test_oms_made_by_a_newer_cann_are_noted(machine, monkeypatch):
+    """An OM has the number of a package, which differs from CANN's own."""
+    home = install(machine / "Ascend", "8.1.RC1", "ascend310p")
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(home))
+    model, path = write_model(machine / "m.onnx"), write(machine / "deepmar_bs1.om")
+    for made, package, noted in (("7.7.0.1.238", "", False), ("7.8.0.1.1", "7.7.0.1.238", True), ("8.2.RC1", "", True)):
+        write(home / "compiler" / "version.info", "Version=%s\nversion_dir=8.1\n" % package if package else "")
+        write_om(path, model, atc_version=made)
+        process = script("tools/run/doctor.py", "om", machine, "1", "224 224", "no", "0")
+        assert process.returncode == 0 and process.stdout == ""
+        assert process.stderr.startswith("note: %s: the OM was made by version %s, newer than CANN 8.1.RC1 in " % (path, made)) == noted
+
+
 def test_disk_must_hold_the_bins(machine):
     rows = check(machine, "--stop-stage", 4, sample_size="9" * 12)[1]
     quarter = check(machine, "--stop-stage", 4, "--aipp", "yes", sample_size="9" * 12)[1]
@@ -241,6 +369,30 @@ def test_ais_bench_is_checked_by_ais_bench_files(machine):
     write(site / "aclruntime.py")
     row = check(machine, *arguments, PYTHONPATH=str(site))[1]["ais_bench"]
     assert row["state"] in ("ok", "note"), row  # a note if there is no pkg_resources
+
+
+@pytest.mark.parametrize("version, year", [("except ImportError: pass", 2024), ("except ImportError: version = None", 2023)])
+def test_ais_bench_that_fails_without_pkg_resources_is_refused(tmp_path, monkeypatch, capsys, version, year):
+    write(tmp_path / "ais_bench" / "__init__.py")
+    write(tmp_path / "ais_bench" / "infer" / "__init__.py")
+    write(tmp_path / "ais_bench" / "infer" / "miscellaneous.py",
+          "def version_check(args):\n    try: import no_such_module as version\n    %s\n    return version\n" % version)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(ais_bench_files, "has_module", lambda name: name != "pkg_resources")
+    if year == 2024:
+        with pytest.raises(ValueError, match="no pkg_resources, .* fails without it; run: .* -m pip install 'setuptools<81'"):
+            ais_bench_files.check("/work")
+    else:
+        ais_bench_files.check("/work")
+        assert "runs in an older mode" in capsys.readouterr().err
+
+
+def test_python_without_wheels_of_ais_bench_is_told_how_to_build_them(monkeypatch):
+    monkeypatch.setattr(ais_bench_files, "has_module", lambda name: False)
+    for version, text in (((3, 12, 1), "no aclruntime; run: .* -m pip install aclruntime-"), ((3, 13, 0), "up to Python 3.12.* run: CANN")):
+        monkeypatch.setattr(ais_bench_files.sys, "version_info", version)
+        with pytest.raises(ValueError, match=text):
+            ais_bench_files.check("/work")
 
 
 def test_inputs_of_the_user_are_checked(machine):
@@ -268,7 +420,7 @@ def test_missing_packages_are_left_to_the_run(machine):
     bare, checkout = machine / "bare", machine / "checkout"
     subprocess.check_call([sys.executable, "-m", "venv", "--without-pip", str(bare)])
     for name in ("run_all.sh", "requirements.txt", "get_info.py", "tools/run/backend.sh", "tools/run/driver.sh", "tools/run/doctor.py",
-                 "lib/__init__.py", "lib/script.py", "lib/files.py", "lib/names.py", "tools/run/ais_bench_files.py"):
+                 "lib/__init__.py", "lib/script.py", "lib/files.py", "lib/names.py", "lib/om.py", "tools/run/ais_bench_files.py"):
         with open(os.path.join(ROOT, name)) as f:
             write(checkout / name, f.read())
     process, rows = check(machine, root=checkout, PYTHON=str(bare / "bin" / "python"))

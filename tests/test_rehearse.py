@@ -227,6 +227,7 @@ def test_overflow_is_named(scene, given, tmp_path):
             path.write_bytes(np.nan_to_num(np.fromfile(str(path), "<f4")).tobytes())
     message = other.refused(side)
     assert "overflow in conv1 (Conv): its values reach" in message and "float16 ends at 65504" in message
+    assert "--atc-options=--precision_mode_v2=mixed_float16, or with origin" in message
 
 
 def test_overflow_that_float16_does_not_explain(scene):

@@ -8,7 +8,6 @@ import re
 
 import numpy as np
 
-MARK = b"AIPP"
 INTEGER, NUMBER, TRUTH = r"[-+]?\d+$", r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$", "(true|false)$"
 FIELDS = {"aipp_mode": "(undefined|static|dynamic)$", "related_input_rank": INTEGER, "input_edge_idx": INTEGER,
           "max_src_image_size": INTEGER, "support_rotation": TRUTH, "cpadding_value": NUMBER,
@@ -68,15 +67,7 @@ def settings(options, shape, failed):
     for name, size in zip(("src_image_size_h", "src_image_size_w"), shape[2:]):
         if int(fields.get(name, 0)) not in (0, size):
             failed("%s: %s is not the model's %d, and neither crop nor padding is on" % (name, fields[name], size))
-    return MARK + json.dumps(fields).encode() + b"\n"
-
-
-def split(content):
-    """Returns (AIPP's fields or None, the model) of the content of an "OM"."""
-    if not content.startswith(MARK):
-        return None, content
-    line, _, content = content.partition(b"\n")
-    return json.loads(line[len(MARK):].decode()), content
+    return json.dumps(fields).encode()
 
 
 def network_input(data, fields, shape):

@@ -9,11 +9,11 @@ import sys
 
 import aipp
 import onnx
-from om import FAIL, MAGIC, die
+from om import FAIL, MODEL_DEF, TASKS, WEIGHTS, content, die, model_def
 
 OPTIONS = ("model weight framework output input_format input_shape input_shape_range dynamic_batch_size dynamic_dims log "
            "soc_version insert_op_conf out_nodes output_type precision_mode op_select_implmode enable_small_channel "
-           "buffer_optimize fusion_switch_file mode").split()
+           "buffer_optimize fusion_switch_file mode precision_mode_v2").split()
 SOC = r"Ascend(310|310P[1-7]|310B[1-4]|610|910(A|B|ProA|ProB|PremiumA|B[1-4]|B2C|B4-1|_93\d\d))$"
 FAILURES = {
     "atc": ["E40000: the compiler is out of memory", "TEFUSION: op[Conv2D_0] failed to compile"],
@@ -33,7 +33,7 @@ def invalid(option, reason):
 
 values = {}
 for argument in sys.argv[1:]:
-    match = re.match("--([a-z_]+)=(.*)$", argument)
+    match = re.match("--([a-z0-9_]+)=(.*)$", argument)
     if not match or match.group(1) not in OPTIONS:
         failed("ERROR: unknown command line flag '%s'" % argument.lstrip("-").split("=")[0])
     values[match.group(1)] = match.group(2)
@@ -56,6 +56,8 @@ if values.get("input_format", "NCHW") not in ("NCHW", "ND", "NCDHW"):
     invalid("input_format", "The value must be NCHW, ND or NCDHW in ONNX model.")
 if values.get("log", "null") not in ("debug", "info", "warning", "error", "null"):
     failed("E10010: Value [%s] for parameter [--log] is invalid." % values["log"])
+if values.get("precision_mode_v2", "fp16") not in ("fp16", "origin", "cube_fp16in_fp32out", "mixed_float16", "mixed_bfloat16"):
+    invalid("precision_mode_v2", "The current value is not within the valid range.")
 if not re.match(SOC, values["soc_version"]):
     failed("EE1000: Value [%s] is invalid for the SoC version." % values["soc_version"])
 model = onnx.load(values["model"])
@@ -83,7 +85,9 @@ if FAIL in FAILURES:
     failed(*FAILURES[FAIL])
 if FAIL != "atc leaves nothing":
     with open(values["model"], "rb") as f:
-        content = f.read()
+        weights = f.read()
+    texts = {"soc_version": values["soc_version"], "atc_version": "7.5.0.1.129", "opp_version": "7.5.0.1.129",  # CANN 8.0.RC3's
+             "atc_cmdline": " ".join(["atc"] + sys.argv[1:])}
     with open(values["output"] + ".om", "wb") as f:
-        f.write(MAGIC + insert + content)
+        f.write(content([(MODEL_DEF, model_def(texts)), (WEIGHTS, weights), (TASKS, insert)]))
 print("ATC start working now, please wait for a moment.\n...\nATC run success, welcome to the next use.")

@@ -25,6 +25,8 @@ if not values["om_path"].endswith(".om") or not os.path.isfile(values["om_path"]
 batch_size, device = int(values["batch_size"]), int(values["device_id"])
 if device not in devices():
     die("[ERROR] aclrtSetDevice failed, device %d, errorCode 107001" % device)
+if FAIL == "another chip":
+    die("[ERROR] rtModelCheckCompatibility failed, supported socVersion=Ascend310P3, but the model socVersion=Ascend910B")
 model = Model(values["om_path"])
 if model.batch_size != batch_size or not pure and model.shape[2:] != [int(values["input_height"]), int(values["input_width"])]:
     die("[ERROR] the model's input is %s" % model.shape)

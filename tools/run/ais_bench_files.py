@@ -2,7 +2,8 @@
 
     PYTHON tools/run/ais_bench_files.py check WORK_DIR [PATH ...]
         runs before any work, in the Python that will run ais_bench. It fails if this Python has no ais_bench.infer or
-        aclruntime, or if ais_bench would refuse the work folder's path or the owner of an existing file or folder
+        aclruntime, or no pkg_resources for a version that cannot do without, or if ais_bench would refuse the work folder's path
+        or the owner of an existing file or folder
     PYTHON tools/run/ais_bench_files.py options
         prints the option that makes ais_bench divide the images among several devices. It fails if ais_bench does not start
     python3 tools/run/ais_bench_files.py give BINS MODEL
@@ -27,6 +28,9 @@ from lib.names import natural
 from lib.script import command, has_module, note  # both work without packages, because ais_bench's Python may have few
 
 SAFE_NAME = re.compile("[A-Za-z0-9_./-]+")
+LAST_WHEEL = (3, 12)  # there are wheels of aclruntime from Python 3.7 to this one
+# Without pkg_resources, the version of 2024 fails here: it reads a variable that it has not set.
+VERSION_CHECK = "import argparse; from ais_bench.infer.miscellaneous import version_check; version_check(argparse.Namespace())"
 
 
 def check(work, *paths):
@@ -38,11 +42,21 @@ def check(work, *paths):
                          "PyPI's ais_bench_benchmark for language models; run: %s uninstall ais_bench_benchmark && %s"
                          % (sys.executable, pip, install))
     missing = [module for module in ("ais_bench", "aclruntime") if not has_module(module)]
+    if "aclruntime" in missing and sys.version_info[:2] > LAST_WHEEL:
+        install = ("there are wheels of aclruntime up to Python %d.%d: name such a Python with --python, or build it from a source of "
+                   "late 2025 or newer, in ais-bench_workload/tool/ais_bench; run: CANN_PATH=/FOLDER/OF/CANN %s install ./backend ."
+                   % (LAST_WHEEL + (pip,)))
+    else:
+        install = "run: " + install
     if missing:
-        raise ValueError("backend ais_bench: %s has no %s; run: %s" % (sys.executable, " and no ".join(missing), install))
+        raise ValueError("backend ais_bench: %s has no %s; %s" % (sys.executable, " and no ".join(missing), install))
     if not has_module("pkg_resources"):
-        note("%s has no pkg_resources, with which ais_bench finds aclruntime's version. Without it, ais_bench of 2024 fails, and "
-             "others run in an older mode; run: %s install 'setuptools<81'" % (sys.executable, pip))
+        text = "%s has no pkg_resources, with which ais_bench finds aclruntime's version" % sys.executable
+        remedy = "%s install 'setuptools<81'" % pip
+        process = subprocess.run([sys.executable, "-c", VERSION_CHECK], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        if b"UnboundLocalError" in process.stderr:
+            raise ValueError("backend ais_bench: %s; this version of ais_bench fails without it; run: %s" % (text, remedy))
+        note("%s. Without it, ais_bench runs in an older mode; run: %s" % (text, remedy))
     if not SAFE_NAME.fullmatch(os.path.realpath(work)):
         raise ValueError("%s: ais_bench takes only paths of A-Z a-z 0-9 _ - / and the dot; choose another --work-dir"
                          % os.path.realpath(work))

@@ -38,7 +38,7 @@ choose_backend() {
     local why='' binary=${benchmark##*/}
     if runs 3 && has_atc && [ "$backend" != onnxruntime ]; then make_om=yes; fi
     if [ "$backend" = auto ] && runs 6; then
-        backend=onnxruntime why="no $binary beside the scripts, and $python has no ais_bench.infer with aclruntime"
+        backend=onnxruntime why="no $binary beside the scripts, and $python has no ais_bench.infer with aclruntime that works"
         if ! has_om; then
             why="no atc and no OM on this machine"
         elif [ -x "$benchmark" ]; then
@@ -76,6 +76,14 @@ choose_chip() {
     chips=${chips:-$count}
 }
 
+# check_oms BATCH_SIZES: stops if an OM says that it is for another chip, batch size, size or kind of bins than the run's
+check_oms() {
+    local bins=$aipp
+    if [ "$backend" = onnxruntime ] || ! runs 6; then return 0; fi
+    runs 4 || bins=$work_dir/input_bin
+    doctor om "$work_dir" "$1" "$size" "$bins" "$device_id" || exit 1
+}
+
 # check_ais_bench: if ais_bench will run, stops if it does not start or would refuse the files. Sets how it divides the images
 check_ais_bench() {
     local files=() batch
@@ -95,8 +103,8 @@ tool() {
 }
 # broken WHAT LOG: stops. Prints a tool's [ERROR] lines and its last lines, which alone may only be its usage text
 broken() {
-    local log=$work_dir/logs/$2.log last=10 why=''
-    [[ $2 != atc_* ]] || why=$(doctor explain "$log" "$chip_name") || why=''
+    local log=$work_dir/logs/$2.log last=10 why
+    why=$(doctor explain "$log" "$chip_name") || why=''
     if tr '\r' '\n' <"$log" | grep -F '[ERROR]' | sed -n '1,10s/^/    /p' >&2; then last=3; fi
     tr '\r' '\n' <"$log" | tail -n "$last" | grep -vF '[ERROR]' | sed 's/^/    /' >&2 || :
     fail "$1${why:+: $why}; above are the errors and the last lines of $log"
@@ -106,6 +114,7 @@ keep() {
     [ -e "$1" ] || broken "atc wrote no $1" "atc_bs$batch"
     mv "$1" "$work_dir/"
     cd "$work_dir"
+    check_oms "$batch"
 }
 
 # info_of DEVICE: prints the name of a device's info file. If there are several devices, each has its own part of the images

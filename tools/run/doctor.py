@@ -8,11 +8,16 @@
     tools/run/doctor.py set_env
         prints the path of set_env.sh of this machine's CANN, if there is one
     tools/run/doctor.py explain LOG CHIP
-        prints what to do about the failure in a tool's LOG, if it is a known one
+        prints what to do about the failure in the LOG of atc or of a tool that runs OMs, if it is a known one
+    tools/run/doctor.py om WORK_DIR BATCH_SIZES SIZE BINS DEVICES
+        stops if an OM in the work folder says that it is for another chip than the devices', or for other input than the run's.
+        BINS is the folder of the bins, or yes or no, the value of aipp, if the run will make them
 
 The script needs no packages. No other file reads npu-smi's table and CANN's folders.
 """
+import contextlib
 import glob
+import importlib.util
 import json
 import os
 import re
@@ -21,22 +26,31 @@ import subprocess
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))))
+from lib import om
 from lib.files import write_text
 from lib.names import read_list
-from lib.script import command, has_module
+from lib.script import command, has_module, note
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 MACHINE = os.uname().machine
 INPUT_STAGES = {"checkpoint": [1], "images": [4, 8], "image_list": [4, 7], "label_file": [7]}  # the stages that need an input
-TOOLKIT = "bash ./Ascend-cann-toolkit_VERSION_linux-%s.run --install" % MACHINE
+TOOLKIT = "bash ./Ascend-cann-toolkit_%%s_linux-%s.run --install" % MACHINE
+DRIVER = "bash ./Ascend-hdk-CHIP-npu-driver_VERSION_linux-%s.run" % MACHINE
+KEEP_CANN = ("; CANN 8.5 and later have none for a 310: keep your present CANN, or install 8.3 or older",
+             "bash run_all.sh --set-env /FOLDER/OF/THAT/CANN/set_env.sh")
+DETAILS = "export ASCEND_SLOG_PRINT_TO_STDOUT=1 ASCEND_GLOBAL_LOG_LEVEL=1, and repeat the stage: its log then names the cause"
 PYTHON_REMEDY = "export PATH=/FOLDER/OF/SUCH/A/PYTHON/bin:$PATH"
 
 # The beginning of a chip's name, the folder of its operators in CANN, and the word for it in the name of their package. The first
 # match counts: 910B is an old name of the 910, but 910B3 is a chip of the later 910b.
 FAMILIES = [("310P", "ascend310p", "310p"), ("310B", "ascend310b", "310b"), ("310", "ascend310", None),
             ("910_93", "ascend910_93", "A3"), ("910B[1-4]", "ascend910b", "910b"), ("910", "ascend910", "910")]
-# The first CANN version of a range, the last Python 3 that its guide allows, and whether NumPy must be below 2 before Python 3.13
-PYTHONS = [((9, 1), 14, False), ((9, 0), 13, False), ((8, 5), 13, True), ((8, 0), 11, True), ((7, 0), 10, True), ((0,), 9, True)]
+# The first CANN version of a range, the last Python 3 that its guide allows, and the NumPy that it must be below (before Python 3.13)
+PYTHONS = [((9, 1), 14, None), ((9, 0), 13, None), ((8, 5), 13, "2"), ((8, 0), 11, "1.25"), ((7, 0), 10, "2"), ((0,), 9, "2")]
+PROTOBUF = "3.20"  # of all guides
+# The first CANN version of a range, and the first and the last driver in the tables of its release notes. The last is None if even
+# the newest is there. The tables begin with driver 25.0.
+DRIVERS = [((9, 2), (25, 3), None), ((9, 1), (25, 2), None), ((8, 5, 2), (25, 0), None), ((8, 5), (25, 0), (25, 5))]
 # CANN's guide installs these packages in that Python. atc stops if one of the first five is missing.
 PACKAGES = {"attr": "attrs", "decorator": "decorator", "numpy": "numpy", "psutil": "psutil", "scipy": "scipy", "absl": "absl-py",
             "cffi": "cffi", "google.protobuf": "protobuf", "pathlib2": "pathlib2", "requests": "requests", "sympy": "sympy",
@@ -44,12 +58,13 @@ PACKAGES = {"attr": "attrs", "decorator": "decorator", "numpy": "numpy", "psutil
 
 # These programs run in other Pythons and print JSON.
 MODULES_PROGRAM = """
-import json, sys
+import importlib, json, sys
 sys.path.insert(0, sys.argv[1])
 from lib.script import has_module
 missing = [name for name in sys.argv[2:] if not has_module(name)]
-numpy = None if "numpy" in missing else __import__("numpy").__version__
-print(json.dumps([list(sys.version_info[:3]), missing, numpy]))
+versions = [name not in missing and getattr(importlib.import_module(name), "__version__", "unknown")
+            for name in ("numpy", "google.protobuf")]
+print(json.dumps([list(sys.version_info[:3]), missing] + versions))
 """
 PROVIDER_PROGRAM = """
 import json, sys
@@ -96,6 +111,11 @@ def short(name):
 def family(name):
     """Returns (the folder of a chip's operators, the word in their package's name). What is unknown is None."""
     return next((rest for beginning, *rest in FAMILIES if re.match(beginning, name)), (None, None))
+
+
+def numbers(version):
+    """Returns the numbers in a version, (25, 0, 1) for 25.0.rc1."""
+    return tuple(map(int, re.findall(r"\d+", version)))
 
 
 def read(path):
@@ -205,7 +225,12 @@ def find_set_env():
     folders = []
     for home in filter(None, map(os.environ.get, ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME"))):
         folders += [home, os.path.dirname(home.rstrip("/"))]  # up to CANN 8.3, set_env.sh is beside the folder latest
-    roots = (os.path.expanduser("~/Ascend"), "/usr/local/Ascend")
+    package = importlib.util.find_spec("ascend")  # pip installs CANN in site-packages/ascend/cann-VERSION
+    for folder in package.submodule_search_locations or [] if package else []:
+        folders += sorted(glob.glob(os.path.join(glob.escape(folder), "cann-*")), reverse=True)
+    roots = [os.path.expanduser("~/Ascend"), "/usr/local/Ascend"]
+    if os.environ.get("CONDA_PREFIX"):
+        roots.insert(0, os.path.join(os.environ["CONDA_PREFIX"], "Ascend"))
     folders += [os.path.join(root, name) for root in roots for name in ("cann", "ascend-toolkit")]
     folders += [os.path.join(root, "nnrt") for root in roots]  # it has no atc, but is enough on the card's machine
     return next((path for path in (os.path.join(folder, "set_env.sh") for folder in folders) if os.path.isfile(path)), None)
@@ -231,7 +256,7 @@ class Cann(object):
         versions = [version for name, version in self.packages.items() if not name.endswith("-ops")]
         older = re.search(r"toolkit_running_version=\[[^]:]*:([^]]+)\]", read(os.path.join(self.home or "", "version.cfg")))
         self.version = versions[0] if versions else older.group(1) if older else "unknown"
-        self.number = tuple(map(int, re.findall(r"\d+", self.version)[:2]))
+        self.number = numbers(self.version)[:3]
         opp = os.environ.get("ASCEND_OPP_PATH") or os.path.join(self.home or "", "opp")
         # Each folder that describes operators is named after a family of chips. CANN before 6.0 has the second of these places.
         self.operators = sorted({os.path.basename(os.path.dirname(path)) for place in ("built-in/op_impl", "op_impl/built-in")
@@ -240,13 +265,52 @@ class Cann(object):
     def __str__(self):
         return "CANN %s in %s" % (self.version, self.home) if self.home else "the CANN on the PATH"
 
+    def versions(self):
+        """Returns CANN's version and those of the packages that an OM names, as far as they are known."""
+        places = "compiler", "opp", "share/info/ge-compiler"  # the last one: from CANN 8.5 on
+        texts = [read(os.path.join(self.home or "/dev/null", place, "version.info")) for place in places]
+        return [self.version] + re.findall(r"^Version=(\S+)", "\n".join(texts), re.MULTILINE)
+
     def operator_package(self, name):
-        """Returns the command that installs the operators of a chip, or None if no package is known."""
+        """Returns the command that installs the operators of a chip, or None if no package is known.
+
+        From CANN 8.5 on, operators of two families must not share a place, so a second family needs another toolkit, too.
+        """
         word, old = family(name)[1], self.number and self.number < (8, 5)
         if not word or (old and word == "A3"):
             return None
-        form = "Ascend-cann-kernels-%s_%s_linux-%s.run" if old else "Ascend-cann-%s-ops_%s_linux-%s.run"
-        return "bash ./%s --install" % (form % (word, self.version if self.number else "VERSION", MACHINE))
+        version = self.version if self.number else "VERSION"
+        alone = not set(self.operators) - {family(name)[0]}
+        if alone and "/site-packages/ascend/" in str(self.home):
+            return "python3 -m pip install ascend-cann-%s-ops==%s" % (word.lower(), version)
+        if alone and os.environ.get("CONDA_PREFIX") and str(self.home).startswith(os.path.realpath(os.environ["CONDA_PREFIX"])):
+            return "conda install ascend::cann-%s-ops==%s" % (word.lower(), version)
+        form = "bash ./Ascend-cann-kernels-%s_%s_linux-%s.run --install" if old else "bash ./Ascend-cann-%s-ops_%s_linux-%s.run --install"
+        package = form % (word, version, MACHINE)
+        if old or alone:
+            return package
+        place = "$HOME/Ascend-" + word
+        return "%s --install-path=%s && %s --install-path=%s && bash run_all.sh --set-env %s/cann/set_env.sh" % (
+            TOOLKIT % version, place, package, place, place)
+
+    def operator_remedy(self, name):
+        """Returns (advice or '', the command or None) for a chip without operators here."""
+        if family(name)[0] == "ascend310" and self.number >= (8, 5):
+            return KEEP_CANN
+        return "", self.operator_package(name)
+
+    def driver_problem(self, driver):
+        """Returns (whether the release notes exclude a version of the driver, a text, a command), or None if they list it."""
+        found = numbers(driver)[:2]
+        first, last = next((rule[1:] for rule in DRIVERS if self.number >= rule[0]), (None, None))
+        if not found or not first or first <= found <= (last or found):
+            return None
+        if found < first and first > (25, 0):
+            return True, "CANN %s needs driver %d.%d or later, not %s" % ((self.version,) + first + (driver,)), DRIVER + " --upgrade"
+        text = "driver %s is not in the release notes of CANN %s" % (driver, self.version)
+        if found < first:
+            return False, text, DRIVER + " --upgrade"
+        return False, text + ", but in those of later ones", TOOLKIT.replace("--install", "--upgrade") % "VERSION"
 
     def driver_library(self):
         """Returns the setting with which atc finds the driver's library, from the driver or from the toolkit, which has a copy."""
@@ -255,39 +319,132 @@ class Cann(object):
         folder = os.path.dirname(found[0]) if found else "/FOLDER/OF/CANN/%s-linux/devlib" % MACHINE
         return "LD_LIBRARY_PATH=%s:$LD_LIBRARY_PATH" % folder
 
-    def python_problem(self, version, missing, numpy):
-        """Returns (what is wrong with the Python that atc runs, the command that helps), or (None, None)."""
-        last, old_numpy = next(rule[1:] for rule in PYTHONS if (self.number or (99,)) >= rule[0])
+    def python_limits(self, minor):
+        """Returns (the last Python 3 that CANN's guide allows, the NumPy that Python 3.minor's must be below or None)."""
+        last, numpy = next(rule[1:] for rule in PYTHONS if (self.number or (99,)) >= rule[0])
+        return last, numpy if minor < 13 else None
+
+    def python_problem(self, version, missing, numpy, protobuf):
+        """Returns (what is wrong with the Python that atc runs, what else differs from CANN's guide, the command that helps).
+
+        numpy, protobuf: their versions, or False without them. What there is nothing of is None.
+        """
+        last, limit = self.python_limits(version[1])
         if not (3, 7) <= tuple(version[:2]) <= (3, last):
-            return "CANN %s needs Python 3.7 to 3.%d" % (self.version, last), PYTHON_REMEDY
+            return "CANN %s needs Python 3.7 to 3.%d" % (self.version, last), None, PYTHON_REMEDY
         problems = ["no " + PACKAGES[name] for name in list(PACKAGES)[:5] if name in missing]
-        old_numpy = old_numpy and version[1] < 13
-        if numpy and old_numpy and int(numpy.split(".")[0]) >= 2:
-            problems.append("NumPy %s, but CANN %s needs NumPy 1" % (numpy, self.version))
-        names = ["'numpy<2'" if name == "numpy" and old_numpy else name for name in PACKAGES.values()]
-        return (", ".join(problems), "python3 -m pip install " + " ".join(names)) if problems else (None, None)
+        notes = ["no " + PACKAGES[name] for name in list(PACKAGES)[5:] if name in missing]
+        if numpy and limit and numbers(numpy) >= numbers(limit):
+            text = "NumPy %s, but CANN %s needs NumPy below %s" % (numpy, self.version, limit)
+            (problems if numbers(numpy) >= (2,) else notes).append(text)
+        if protobuf and numbers(protobuf)[:2] != numbers(PROTOBUF):
+            notes.append("protobuf %s, but CANN's guide says %s; if another package needs this one, give atc a Python of its own"
+                         % (protobuf, PROTOBUF))
+        names = [{"numpy": "'numpy<%s'" % limit if limit else "numpy", "protobuf": "'protobuf==%s.*'" % PROTOBUF}.get(name, name)
+                 for name in PACKAGES.values()]
+        return ", ".join(problems) or None, ", ".join(notes) or None, "python3 -m pip install " + " ".join(names)
 
 
 def explain(log, name):
-    """Returns what to do about the failure in atc's log, or None if it is not a known one."""
+    """Returns what to do about the failure in the log of atc or of a tool that runs an OM, or None if it is not a known one."""
     cann, name = Cann(), short(name)
+    python = "the Python that atc runs, %s," % shutil.which("python3")
+
     found = re.search(r"No supported Ops kernel and engine are found for .*optype \[(\w+)\]", log)
-    if found:
-        if family(name)[0] in cann.operators:
-            return "%s has operators for Ascend%s, but none for the model's %s" % (cann, name, found.group(1))
+    if found and family(name)[0] in cann.operators:
+        return "%s has operators for Ascend%s, but none for the model's %s" % (cann, name, found.group(1))
+    if found or re.search(r"not within the support list of \{\s*\}", log):
         others = ", only for " + ", ".join(cann.operators) if cann.operators else ""
-        command = cann.operator_package(name)
-        return "%s has no operators for Ascend%s%s; %s" % (
-            cann, name, others, "run: " + command if command else "install a CANN that has them")
-    found = re.search(r"No module named '([\w.]+)'", log)
+        advice, command = cann.operator_remedy(name)
+        return "%s has no operators for Ascend%s%s%s; %s" % (
+            cann, name, others, advice, "run: " + command if command else "install a CANN that has them")
+    found = re.search(r"supported socVersion ?= ?(\w+),\s*but the model socVersion ?= ?(\w+)", log) or re.search(
+        r"Value ()\[?(\w+)\]? for parameter \[?soc_version\]? is invalid\. Reason: (Model soc|aclrtCheckArch)", log)
     if found:
+        model, card = short(found.group(2)), short(found.group(1)) or name
+        return "the OM is for Ascend%s, but the card's chip is %s; run: bash run_all.sh --stage 3 --chip-name %s" % (
+            (model, "Ascend" + card, card) if card != model else (model, "another one", "CHIP, with the chip that npu-smi info names"))
+    if "ModelCheckCompatibility failed" in log or "stream_list.size()" in log:  # the second is of the loader of CANN 6
+        return "the OM is probably for another chip than the card's; run: bash run_all.sh --stage 3"
+    if "opp version of the model does not match" in log:
+        return "the OM was made with another CANN; run: bash run_all.sh --stage 3"
+    found = re.search(r"No module named '([\w.]+)'", log)
+    if found and "ATC" in log:
         package, remedy = PACKAGES.get(found.group(1)), "source CANN's set_env.sh, or put another python3 first on the PATH"
         if package:
             remedy = "run: python3 -m pip install " + package
-        return "the Python that atc runs, %s, has no %s; %s" % (shutil.which("python3"), package or found.group(1), remedy)
+        return "%s has no %s; %s" % (python, package or found.group(1), remedy)
     if "libascend_hal.so: cannot open" in log:
         return "atc does not find libascend_hal.so, a library of the driver; run: export " + cann.driver_library()
+    if "FrameLocalsProxy" in log:
+        return "%s is too new: CANN %s needs Python 3.7 to 3.%d; run: %s" % (
+            python, cann.version, min(cann.python_limits(0)[0], 12), PYTHON_REMEDY)
+    if re.search(r"np\.float_\b.* was removed|no attribute 'float_'", log):
+        return "%s has NumPy 2, but CANN %s needs NumPy 1; run: python3 -m pip install 'numpy<%s'" % (
+            python, cann.version, cann.python_limits(0)[1] or "2")
+    found = re.search(r"Op ?name \[?([^\s\]]+)\]? specified in \[?--(\w+)\]? is not found in the model", log)
+    if found:
+        return ("the ONNX model has no node %s, which --%s names; give atc the model of stage 2, whose input is actual_input_1; run: "
+                "bash run_all.sh --stage 1" % found.groups())
+    found = re.search(r"^\s*(E19999|E20001):? *(?:In(?:ner|ternal) Error!?\s*(?:E19999:? *)?)?(.+)", log, re.MULTILINE)
+    if found:
+        return "CANN reports %s: %s; run: %s" % (found.group(1), found.group(2).strip()[:300], DETAILS)
     return None
+
+
+# --- an OM ------------------------------------------------------------------------------------------------------------
+
+def other_family(name, other):
+    """Returns whether two chips are surely of different families. A mere 910 or 910B may be any chip whose name begins with 910."""
+    first, second = family(name)[0], family(other)[0]
+    clear = all(re.match(r"310([PB]\w*)?$|910(A|Pro[AB]|PremiumA|_93\w*|B[1-4][\w-]*)$", chip) for chip in (name, other))
+    return bool(first and second) and first != second and (clear or name[:3] != other[:3])
+
+
+def om_faults(facts, batch_size, size, uint8, chips, cann):
+    """Returns what is wrong for a run with an OM that says these facts of itself: [(state, found, command)], notes last.
+
+    The states are those of Check. size: [height, width]. uint8: whether the run's bins are uint8, None if that is not certain.
+    chips: the names of the devices' chips. What the OM does not say, and what is not known of the run, is no fault.
+    """
+    faults, shape, aipp = [], om.input_shape(facts) or [None] * 4, om.has_aipp(facts)
+    chip = short(facts.get("soc_version", ""))
+    convert = "bash run_all.sh --stage 3 --stop-stage 3 --batch-size %d --size %d %d%s" % (
+        batch_size, size[0], size[1], " --aipp yes" if aipp else "")
+    if chips and all(other_family(chip, own) for own in chips):
+        faults.append(("missing", "the OM is for Ascend%s, but npu-smi info names Ascend%s" % (chip, " and ".join(chips)),
+                       "%s --chip-name %s" % (convert, chips[0])))
+    if shape[0] not in (None, batch_size):
+        faults.append(("missing", "the OM takes batches of %d, not %d" % (shape[0], batch_size), convert))
+    if not aipp and None not in shape[2:] and shape[2:] != size:  # AIPP may crop or resize larger images
+        faults.append(("missing", "the OM takes images of height and width %d %d, not %d %d" % tuple(shape[2:] + size),
+                       "bash run_all.sh --stage 4 --size %d %d" % tuple(shape[2:])))
+    if aipp and uint8 is False:
+        faults.append(("missing", "the OM has AIPP (--insert_op_conf) and takes uint8 bins, but the run's are float32",
+                       "bash run_all.sh --stage 4 --aipp yes"))
+    elif aipp is False and shape[1] and uint8:
+        faults.append(("missing", "the OM has no AIPP (no --insert_op_conf) and takes float32 bins, but the run's are uint8",
+                       "bash run_all.sh --stage 4 --aipp no"))
+    made = facts.get("atc_version") or facts.get("opp_version", "")
+    if om.newer(made, cann.versions()):
+        faults.append(("note", "the OM was made by version %s, newer than %s, and may not load" % (made, cann), convert))
+    return faults
+
+
+def check_oms(work, batch_sizes, size, bins, devices):
+    """Yields (path, om_faults()) of each OM that is there. The arguments are those of the command om."""
+    size, cann, chips, uint8 = [int(text) for text in size.split()], Cann(), [], bins == "yes" if bins in ("yes", "no") else None
+    with contextlib.suppress(OSError, ValueError):
+        chips = sorted({row[1] for row in npu_smi()[1] if row[3] is None or row[3] in devices.split()})
+    with contextlib.suppress(OSError):
+        if uint8 is None and has_module("numpy"):
+            from lib.bins import holds_uint8
+            names = sorted(name for name in os.listdir(bins) if name.endswith(".bin"))
+            uint8 = holds_uint8(os.path.join(bins, names[0]), *size) if names else None
+    for batch_size in batch_sizes.split():
+        path = os.path.join(work, "deepmar_bs%s.om" % batch_size)
+        with contextlib.suppress(OSError):
+            yield path, om_faults(om.read(path), int(batch_size), size, uint8, chips, cann)
 
 
 # --- the whole machine ----------------------------------------------------------------------------------------------
@@ -312,6 +469,7 @@ class Check(object):
         self.toolkit()
         self.disk()
         self.tools()
+        self.models()
 
     def row(self, stage, what, state, found, command=None):
         self.rows.append({"stage": stage, "what": what, "state": state, "found": found, "run": command})
@@ -323,6 +481,13 @@ class Check(object):
 
     def runs(self, stage):
         return int(self.values["stage"]) <= stage <= int(self.values["stop_stage"])
+
+    def no_om(self):
+        """Returns a text about what stage 3 lacks if a run that could make OMs makes none and has none, else ''."""
+        if not self.runs(3) or self.converts or self.values["asked_backend"] == "onnxruntime" or all(map(os.path.exists, self.oms)):
+            return ""
+        lacking = [row["what"] for row in self.rows if row["state"] == "absent" and row["stage"] in ("3", "3 7")]
+        return ", but makes no OM; for that it lacks: " + ", ".join(lacking)
 
     def uses(self, backend):
         return self.runs(6) and self.values["backend"] == backend
@@ -371,7 +536,7 @@ class Check(object):
                  ", ".join(problems or [values[name] for name in given] + ["%d images" % self.images]))
 
     def card(self):
-        devices, chips, problem = self.values["device_id"].split(), [], "nothing names it"
+        devices, chips, driver, problem = self.values["device_id"].split(), [], "", "nothing names it"
         try:
             if not shutil.which("npu-smi"):
                 raise OSError("no npu-smi on the PATH")
@@ -390,7 +555,7 @@ class Check(object):
                 self.row("3 6", "driver and card", "note" if alarms else "ok", found)
         except (OSError, ValueError) as error:
             self.row("3 6", "driver and card", self.lack(self.on_card), str(error), None if shutil.which("npu-smi") else
-                     "bash ./Ascend-hdk-CHIP-npu-driver_VERSION_linux-%s.run --full" % MACHINE)
+                     DRIVER + " --full")
         self.chip = short(self.values["chip_name"])
         try:
             self.chip = self.chip or (name_of(chips) if chips else "")
@@ -402,12 +567,18 @@ class Check(object):
                                                             "--chips sets how many a card has"))
         else:
             self.row("3 7", "chip", self.lack(self.converts), problem, "bash run_all.sh --chip-name 310P3")
+        wrong_driver = self.cann.driver_problem(driver)
+        if wrong_driver and family(self.chip)[0] != "ascend310":  # its users keep an older CANN
+            excluded, found, command = wrong_driver
+            self.row("6", "driver for CANN", self.lack(self.on_card) if excluded else "note", found, command)
 
     def toolkit(self):
         cann = self.cann
         if not cann.atc:
             found = "no atc on the PATH" if find_set_env() else "no atc on the PATH, and no set_env.sh was found"
-            return self.row("3", "CANN", self.lack(self.converts), found, TOOLKIT)
+            if family(self.chip)[0] == "ascend310":
+                found += "; CANN 8.3 is the last one for a 310"
+            return self.row("3", "CANN", self.lack(self.converts), found, TOOLKIT % "VERSION")
         layout = "cann" if os.path.basename(cann.home or "").startswith("cann") else "ascend-toolkit"
         self.row("3", "CANN", "ok", "%s, layout %s, %s" % (cann, layout, cann.atc))
         self.operators()
@@ -422,28 +593,29 @@ class Check(object):
         if not cann.home or not self.chip:
             self.row("3", "operators", "note", "%s; the chip is not known" % found if cann.home else "the CANN is unknown")
         elif family(self.chip)[0] not in cann.operators:
-            self.row("3", "operators", self.lack(self.converts), "none for Ascend%s, only: %s" % (self.chip, found),
-                     cann.operator_package(self.chip))
+            advice, command = cann.operator_remedy(self.chip)
+            others = ", only: " + found if found != "none" else ""
+            self.row("3", "operators", self.lack(self.converts), "none for Ascend%s%s%s" % (self.chip, others, advice), command)
         else:
-            other = set(packages.values()) - {cann.version}
-            if other:
-                found += "; CANN itself is %s" % cann.version
-            self.row("3", "operators", "note" if other else "ok", found)
+            notes, command = [], None
+            if set(packages.values()) - {cann.version}:
+                notes.append("CANN itself is %s" % cann.version)
+            if len(cann.operators) > 1 and cann.number >= (8, 5):
+                notes.append("operators of several families must not share a place: %s" % " ".join(cann.operators))
+                command = cann.operator_package(self.chip)
+            self.row("3", "operators", "note" if notes else "ok", "; ".join([found] + notes), command)
 
     def atc_python(self):
         python = shutil.which("python3") or "python3"
         try:
-            version, missing, numpy = ask(python, MODULES_PROGRAM, ROOT, *PACKAGES)
+            version, missing, numpy, protobuf = ask(python, MODULES_PROGRAM, ROOT, *PACKAGES)
         except OSError as error:
             return self.row("3", "atc's Python", self.lack(self.converts), str(error), PYTHON_REMEDY)
         found = "%s, %s" % (".".join(map(str, version)), python)
-        problem, command = self.cann.python_problem(version, missing, numpy)
-        if problem:
-            self.row("3", "atc's Python", self.lack(self.converts), "%s: %s" % (found, problem), command)
-        elif missing:
-            names = [PACKAGES[name] for name in missing]
-            self.row("3", "atc's Python", "note", "%s: no %s" % (found, ", ".join(names)),
-                     "python3 -m pip install " + " ".join(names))
+        problem, note, command = self.cann.python_problem(version, missing, numpy, protobuf)
+        if problem or note:
+            self.row("3", "atc's Python", self.lack(self.converts) if problem else "note",
+                     "%s: %s" % (found, ", ".join(filter(None, (problem, note)))), command)
         else:
             self.row("3", "atc's Python", "ok", "%s, NumPy %s" % (found, numpy))
 
@@ -473,7 +645,7 @@ class Check(object):
             self.row("6", name, self.lack(self.uses("benchmark")), binary + " does not exist", "cp %s %s/" % (name, ROOT))
         found = library("libascendcl.so")
         self.row("6", "CANN's library", "ok" if found else self.lack(self.on_card), found or "no libascendcl.so, to run an OM",
-                 None if found else "source " + find_set_env() if find_set_env() else TOOLKIT)
+                 None if found else "source " + find_set_env() if find_set_env() else TOOLKIT % "VERSION")
         paths = [path for path in self.oms + [os.path.join(self.work, "input_bin")] if os.path.exists(path)]
         status, output = run([sys.executable, "-B", os.path.join(ROOT, "tools", "run", "ais_bench_files.py"), "check", self.work] + paths)
         found = re.sub("^ais_bench_files.py: error: (backend ais_bench: )?", "", output.strip().split("\n")[-1])
@@ -497,6 +669,15 @@ class Check(object):
             found, _, command = str(error).partition("; run: ")
             self.row("6", "ONNX Runtime", self.lack(needed), found, command or None)
 
+    def models(self):
+        """Checks the OMs that are there and will be run."""
+        if not self.on_card or self.runs(3) and self.cann.atc:  # stage 3 will make others
+            return
+        bins = self.values["aipp"] if self.runs(4) else os.path.join(self.work, "input_bin")
+        for path, faults in check_oms(self.work, self.values["batch_size"], self.values["size"], bins, self.values["device_id"]):
+            if faults:
+                self.row("6", os.path.basename(path), faults[0][0], "; ".join(fault[1] for fault in faults), faults[0][2])
+
 
 def main():
     arguments = sys.argv[1:]
@@ -506,9 +687,17 @@ def main():
         print(find_set_env() or "")
     elif arguments[:1] == ["explain"] and len(arguments) == 3:
         print(explain(read(arguments[1]), arguments[2]) or "")
+    elif arguments[:1] == ["om"] and len(arguments) == 6:
+        for path, faults in check_oms(*arguments[1:]):
+            for state, found, run in faults:
+                text = "%s: %s; run: %s" % (path, found, run)
+                if state == "missing":
+                    raise ValueError(text)
+                note(text)
     elif arguments[:1] == ["check"]:
         values = dict(argument.split("=", 1) for argument in arguments[1:])
-        rows = Check(values).rows
+        check = Check(values)
+        rows = check.rows
         lacking = [row["what"] for row in rows if row["state"] == "missing"]
         form = "%-6s %-16s %-8s %s"
         print(form % ("stage", "what", "state", "found"))
@@ -517,12 +706,12 @@ def main():
             if row["run"]:
                 print(form % ("", "", "", "run: " + row["run"]))
         backend = " with backend %s" % values["backend"] if values["backend"] != "auto" else ""
-        print("run_all.sh%s %s" % (backend, "lacks: " + ", ".join(lacking) if lacking else "has all that it needs"))
+        print("run_all.sh%s %s" % (backend, "lacks: " + ", ".join(lacking) if lacking else "has all that it needs" + check.no_om()))
         if values["json"]:
             write_text(values["json"], json.dumps({"backend": values["backend"], "ok": not lacking, "rows": rows}, indent=1) + "\n")
         sys.exit(1 if lacking else 0)
     else:
-        print("usage: doctor.py check|chip|set_env|explain ARGUMENT ...\n\n" + __doc__, end="")
+        print("usage: doctor.py check|chip|set_env|explain|om ARGUMENT ...\n\n" + __doc__, end="")
         sys.exit(0 if arguments in ([], ["-h"], ["--help"]) else 2)
 
 

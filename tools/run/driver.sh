@@ -23,6 +23,7 @@ start_run() {
     [ -z "$check" ] || check_machine
     choose_backend
     choose_chip
+    [ -n "$make_om" ] || check_oms "$batch_size"
     check_ais_bench
     open_work_folder
     user_python=$python
@@ -93,6 +94,7 @@ check_options() {
     matches chips '([1-9][0-9]?)?' "a positive whole number"
     matches chip_name '((Ascend)?[0-9]+[A-Za-z0-9_-]*)?' "a name such as Ascend310 or 310P3"
     matches published_acc '(100(\.0*)?|[0-9]{1,2}(\.[0-9]*)?|\.[0-9]+)?' "a number such as 0.789 or 78.9"
+    matches atc_options '(--[a-z].*)?' "options of atc, such as --precision_mode_v2=origin"
     matches tolerance '(0?\.[0-9]+|[0-9]e-[0-9]+)?' "a fraction such as 0.01"
     matches backend 'auto|benchmark|ais_bench|onnxruntime' "auto, benchmark, ais_bench or onnxruntime"
     [ -z "$json" ] || [ -n "$check" ] || usage "json needs --check"
@@ -197,7 +199,8 @@ on_exit() {
 
 inputs() { # keeps and checks the records of what each file was made from
     "$python" "$here/tools/run/inputs.py" "$@" -- checkpoint="$checkpoint" image_list="$image_list" images="$images" size="$size" \
-        aipp="$aipp" last_conv_stride="$last_conv_stride" state_dict="$state_dict" batch_size="$batch_size" device_id="$device_id"
+        aipp="$aipp" last_conv_stride="$last_conv_stride" state_dict="$state_dict" batch_size="$batch_size" device_id="$device_id" \
+        atc_options="$atc_options"
 }
 made() { inputs made "$current" "$1" "${@:3}"; } # the second word is "from"
 verify() { inputs verify "$@" || exit 1; }

@@ -38,13 +38,14 @@ from lib.gallery.pool import Cluster, Processes, Shards, connection
 from lib.gallery.shards import find_input
 from lib.gallery.storage import absolute, is_local
 from lib.gallery.worker import REMOTE_READERS, Images, decode, versions
+from lib.images import NV12
 from lib.labels import ASSUMED, PETA, attribute_names
 from lib.machine import cores
 from lib.models import load
 from lib.providers import CPU, PROVIDERS
 from lib.results import look_like_probabilities, output_kind
 from lib.script import Silent, command, importing, note, number, one_line, progress, some
-from lib.session import calls_at_once, input_size, open_session, run_batches, takes_uint8
+from lib.session import calls_at_once, input_kind, input_size, open_session, run_batches
 
 with importing():
     import numpy as np
@@ -148,6 +149,8 @@ def examine(args, session):
     """Returns (the model's entry for the manifest, its attributes' names, what its graph says that it gives: see output_kind())."""
     batch_size, height, width = input_size(session)
     output = session.get_outputs()[0]
+    if input_kind(session) in NV12:
+        raise ValueError("%s: takes NV12, a video's frames; for image files give the model without it" % args.onnx)
     if not isinstance(output.shape[1], int):
         raise ValueError("%s: does not fix the number of its attributes; its output is %s" % (args.onnx, output.shape))
     names = attribute_names(output.shape[1], args.attributes, args.onnx)
@@ -161,7 +164,7 @@ def examine(args, session):
     with open(args.onnx, "rb") as f:
         digest = hashlib.sha256(f.read()).hexdigest()
     return {"sha256": digest, "batch_size": batch_size, "height": height, "width": width,
-            "input": "uint8" if takes_uint8(session) else "float32"}, list(names), output_kind(load(args.onnx))
+            "input": input_kind(session)}, list(names), output_kind(load(args.onnx))
 
 
 def kind_by_values(args, session, found):

@@ -30,7 +30,7 @@ from lib.labels import ASSUMED, PETA, attribute_names, read_thresholds
 from lib.names import check_length, images_in, stem
 from lib.results import as_logits, kind_of, probabilities
 from lib.script import command, importing, note, one_line, progress, some
-from lib.session import SIZE_ASSUMED, attributes_of, fixed_size, open_session, run_batches
+from lib.session import SIZE_ASSUMED, attributes_of, fixed_size, input_kind, open_session, run_batches
 
 with importing():
     import numpy as np
@@ -62,11 +62,11 @@ def predict(session, paths, source, advance):
 
     def fill(path, row):
         try:
-            preprocess(path, out=row, upright=True)
+            preprocess(path, out=row, upright=True, kind=kind)
         except Exception as error:  # Pillow raises nearly anything on damaged files
             return one_line(error)
 
-    predictions, bad = {}, {}
+    kind, predictions, bad = input_kind(session), {}, {}
     for batch, reasons, outputs in run_batches(session, paths, fill):
         for path, reason, row in zip(batch, reasons, outputs):
             if reason is None:

@@ -50,9 +50,9 @@ class Tensor(object):
 
 
 class TensorDesc(object):
-    def __init__(self, value, item_bytes=4):
+    def __init__(self, value, size=None):
         self.name, self.shape = value.name, value.shape
-        self.size = self.realsize = item_bytes * int(np.prod(value.shape))
+        self.size = self.realsize = size or 4 * int(np.prod(value.shape))
 
 
 class Summary(object):
@@ -76,7 +76,7 @@ class InferenceSession(object):
         self.model, self._options, self._summary = Model(path), options, Summary()
 
     def get_inputs(self):
-        return [TensorDesc(self.model.input, 1 if self.model.aipp else 4)]
+        return [TensorDesc(self.model.input, self.model.batch_size * self.model.bin_bytes)]
 
     def get_outputs(self):
         return [TensorDesc(value) for value in self.model.outputs]

@@ -260,7 +260,7 @@ def write_input(args):
         camera.check_even(*args.size)
     kind = "nv12-" + args.nv12 if args.kind == "nv12" else args.kind
     count, _ = write_bins(args.images, args.bins, args.image_txt, tuple(args.size), kind, lambda *image: deployed(*image, args))
-    steps = ["JPEG of quality %d" % args.jpeg] * bool(args.jpeg) + ["resize " + args.resize] + ["NV12 %s" % args.nv12] * bool(args.nv12)
+    steps = ["%s %s" % (name, value) for name, value in (("jpeg", args.jpeg), ("resize", args.resize), ("nv12", args.nv12)) if value]
     print("%s: %d images -> %d bins of %s (%s)" % (args.bins, count, count, contents(kind, *args.size)[0], ", ".join(steps)))
     print("next: python3 tools/compare.py result/dumpOutput_device0 --onnx MODEL --bins %s" % args.bins)
 

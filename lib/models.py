@@ -4,7 +4,7 @@ import os
 import warnings
 
 from lib.files import fits, read_json
-from lib.script import importing, one_line
+from lib.script import importing, note, one_line
 
 PREFIX = "deepmar."  # the names of our entries in an ONNX file's metadata begin with this
 TEXTS = ("layout", "output", "checkpoint_sha256", "version")  # these entries are plain text, the others JSON
@@ -141,7 +141,10 @@ def description(path):
     checkpoint_sha256, version. An ONNX file's output is what its graph tells. Raises OSError or ValueError.
     """
     if path.endswith(".om"):
-        path = path[:-len(".om")] + ".json"
+        om, path = path, path[:-len(".om")] + ".json"
+        if os.path.isfile(om) and not os.path.exists(path):
+            note("%s: there is no description, a .json file of the same name, next to it" % om)
+            return {}
     if path.endswith(".json"):
         return checked(read_json(path, {}, "tools/describe.py"), path)
     model = read_unchecked(path)

@@ -102,7 +102,10 @@ def logits_from(chances):
 
 
 def kind_of(path):
-    """Returns output_kind() of the model in an .onnx file. Raises OSError or ValueError."""
+    """Returns output_kind() of an ONNX model, or what an OM's description says. Raises OSError or ValueError."""
+    if path.endswith(".om"):
+        found = description(path).get("output")
+        return found if found in ("logits", "probabilities") else None
     return output_kind(read_unchecked(path))
 
 

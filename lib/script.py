@@ -133,8 +133,8 @@ def note(text):
 
 
 def progress(total, unit):
-    """Returns a progress bar that appears after two seconds. Without a terminal, the bar shows nothing."""
-    if not sys.stderr.isatty():
+    """Returns a progress bar that appears after two seconds. Without a terminal or tqdm, the bar shows nothing."""
+    if not sys.stderr.isatty() or not has_module("tqdm"):
         return Silent()
     from tqdm import tqdm
     return tqdm(total=total, unit=unit, delay=2, leave=False)

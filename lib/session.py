@@ -1,4 +1,4 @@
-"""ONNX Runtime: opens a model, checks it, and runs batches through it."""
+"""A session of a model, an ONNX model on ONNX Runtime or an OM on a card: opened, checked, and given batches."""
 import collections
 import contextlib
 import itertools
@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from lib import providers
+from lib.acl import Om, is_om
 from lib.bins import fault
 from lib.images import LAYOUTS, MEAN, NV12, SIZE, STD, empty_input
 from lib.machine import check_threads, cores
@@ -47,12 +48,16 @@ def cpu_session(model, threads=1):
 
 
 def open_session(path, device_id=0, threads=None, calls=1, provider=None, exact=True):
-    """Returns an ONNX Runtime session of a DeepMAR model.
+    """Returns a session of a DeepMAR model: an ONNX Runtime session, or for an OM an Om, for which only path and device_id count.
 
     threads: CPU threads for all calls together (default: one for each core that this process may use). calls: how many calls
     will run at the same time. provider: an execution provider's name (default: the best on this machine). exact: see
     providers.add(). Raises OSError, or ValueError if the provider does not load or check_interface() refuses the model.
     """
+    if is_om(path):
+        session = Om(path, device_id)
+        check_interface(session, path)
+        return session
     onnxruntime = providers.import_onnxruntime()
     load(path)  # it runs onnx's checker and refuses weights outside the file
     threads = threads or cores()
@@ -104,8 +109,8 @@ def check_interface(session, path):
 
 
 def described_by(session, path="the model"):
-    """Returns the description in a model's metadata. Raises ValueError if it is damaged."""
-    return metadata(session.get_modelmeta().custom_metadata_map, path)
+    """Returns the description in a model's metadata, or next to an OM. Raises ValueError if it is damaged."""
+    return session.description if isinstance(session, Om) else metadata(session.get_modelmeta().custom_metadata_map, path)
 
 
 def text_of(shape):
@@ -218,11 +223,13 @@ def callers(calls):
 def infer(session, batch):
     """Returns what a model gives for a batch, float32 [N,attributes]. Raises ValueError if it cannot compute the batch, or if it
     gives another shape than it states."""
-    import onnxruntime
-    quiet = onnxruntime.RunOptions()
-    quiet.log_severity_level = 4  # the exception already reports an error
+    options = []
+    if not isinstance(session, Om):
+        import onnxruntime
+        options.append(onnxruntime.RunOptions())
+        options[0].log_severity_level = 4  # the exception already reports an error
     try:
-        outputs, = session.run(None, {session.get_inputs()[0].name: batch}, quiet)
+        outputs, = session.run(None, {session.get_inputs()[0].name: batch}, *options)
     except Exception as error:  # ONNX Runtime's exceptions have no common class
         raise ValueError("the model cannot compute a batch of %s: %s" % (text_of(batch.shape), one_line(error)))
     attributes = session.get_outputs()[0].shape[1]

@@ -151,7 +151,7 @@ def test_errors(tmp_path):
     check_error(script(TOOL, a, b), "hold NaN", "a/im0_1.bin")
     for arguments in ([a], [a, b, "--onnx", "m.onnx", "--bins", "input_bin"], [a, "--onnx", "m.onnx"],
                       [a, "--bins", "input_bin"], [a, b, "--bins", "input_bin"]):
-        check_error(script(TOOL, *arguments), "either B, or --onnx and --bins", code=2)
+        check_error(script(TOOL, *arguments), "either B, or --model and --bins", code=2)
     check_error(script(TOOL, a, b, "--max-difference", "nan"), "--max-difference", code=2)
     check_error(script(TOOL, a, b, "--max-flips", "-1"), "--max-flips", code=2)
 

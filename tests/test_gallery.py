@@ -10,7 +10,8 @@ import time
 import pytest
 
 import gallery
-from helpers import GALLERY, ROOT, all_images, check_error, check_once, contents, finish_gallery, run_gallery, script, write_images, write_model
+from helpers import (GALLERY, ROOT, all_images, check_error, check_once, contents, finish_gallery, run_gallery, script,
+                     write_images, write_model)
 from lib.gallery.pool import why
 from lib.labels import ASSUMED, PETA
 
@@ -141,7 +142,7 @@ def test_errors_before_work(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     out = tmp_path / "out"
     check_error(run_gallery(folder, "nowhere", "--output", out), "nowhere: no such file or folder")
-    for more in ("--onnx m.om", "--devices 0", "--npus 1 --devices x", "--npus 2", "--npus 1 --gpus 1"):
+    for more in ("--model m.om --gpus 1", "--devices 0", "--npus 1 --devices x", "--npus 2", "--npus 1 --gpus 1"):
         with pytest.raises(SystemExit):
             gallery.parse(["images", "--output", "out", "--onnx", "m.onnx"] + more.split())
     check_refused("no /dev/davinci0", "images", "--npus", "1", output=out)

@@ -49,7 +49,7 @@ def started(model, output, **more):
     """A worker whose parts go to a new folder."""
     output.mkdir(exist_ok=True)
     found = Worker(dict({"output": str(output), "run": "r", "names": PETA, "kind": "logits", "probabilities": False, "calls": 2,
-                         "device_id": 0, "threads": 2, "readers": 2, "provider": CPU, "versions": versions(), "witnesses": [],
+                         "device_id": 0, "threads": 2, "readers": 2, "provider": CPU, "versions": versions(CPU), "witnesses": [],
                          "damaged": "error", "duplicates": "error"}, **more))
     found.start(model.read_bytes())
     return found
@@ -161,7 +161,7 @@ def test_images_that_predict_turns_are_counted_and_not_turned(worker, folder, tm
 
 def test_versions_must_be_the_same_on_all_machines(folder, tmp_path):
     with pytest.raises(ValueError, match="it has numpy .*, not 1.0"):
-        started(folder / "m.onnx", tmp_path / "out", versions=dict(versions(), numpy="1.0"))
+        started(folder / "m.onnx", tmp_path / "out", versions=dict(versions(CPU), numpy="1.0"))
     with pytest.raises(ValueError, match="not a valid ONNX model|is not a DeepMAR model"):
         started(folder / "images" / "im0.png", tmp_path / "out")
 

@@ -1,9 +1,10 @@
 """Compares two runs over the same images: how far the logits differ, which attributes flip, and how the metrics change.
 
     python3 tools/compare.py result/dumpOutput_device0 result_onnx/dumpOutput_device0
-    python3 tools/compare.py result/dumpOutput_device0 --onnx deepmar_bs1_nopad.onnx --bins input_bin --labels label.json
-    python3 tools/compare.py result/dumpOutput_device0 --onnx deepmar_bs1_nopad.onnx --rehearsal deepmar_bs1_float16.onnx \\
+    python3 tools/compare.py result/dumpOutput_device0 --model deepmar_bs1_nopad.onnx --bins input_bin --labels label.json
+    python3 tools/compare.py result/dumpOutput_device0 --model deepmar_bs1_nopad.onnx --rehearsal deepmar_bs1_float16.onnx \\
         --bins input_bin
+    python3 tools/compare.py deepmar_bs1.om --model deepmar_bs1_nopad.onnx --bins input_bin
 
 Use it when the accuracy drops. It compares the OM's results with ONNX Runtime's (the second command computes these), or the
 results of two batch sizes or two software versions. An attribute flips if one run says that an image has it and the other
@@ -133,12 +134,15 @@ def lines(report):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("a", metavar="A", help="a folder of results from the benchmark tool or ais_bench, or a model, NAME.onnx")
+    parser.add_argument("a", metavar="A",
+                        help="a folder of results from the benchmark tool or ais_bench, or a model, NAME.onnx or NAME.om")
     parser.add_argument("b", metavar="B", nargs="?", help="the folder to compare A with")
-    parser.add_argument("--onnx", metavar="MODEL", help="instead of B: the model that computes the other side")
+    parser.add_argument("--model", "--onnx", help="instead of B: the model, .onnx or .om, that computes the other side")
+    parser.add_argument("--device", type=number(int, 0), default=0, metavar="ID", help="the card's or GPU's number (default: 0)")
     parser.add_argument("--bins", metavar="BIN_DIR", help="the models' input, the folder that stage 4 wrote")
-    parser.add_argument("--rehearsal", metavar="TWIN", help="the float16 twin of --onnx MODEL; it sets how far A may be off")
-    parser.add_argument("--layers", action="store_true", help="rank the layers by the relative error in A, if A is a model, or in TWIN")
+    parser.add_argument("--rehearsal", metavar="TWIN", help="the float16 twin of MODEL, an ONNX model; it sets how far A may be off")
+    parser.add_argument("--layers", action="store_true",
+                        help="rank the layers by the relative error in A, if A is an ONNX model, or in TWIN")
     parser.add_argument("--labels", metavar="LABEL", help="label.json, for the effect on each metric")
     parser.add_argument("--groups", metavar="FILE", help=GROUPS_HELP)
     parser.add_argument("--attributes", metavar="FILE",
@@ -149,13 +153,16 @@ def parse(argv):
                         help="allowed number of flips (default: one in 1000 of images x attributes)")
     parser.add_argument("--json", metavar="FILE", help="also write the result here")
     args = parser.parse_args(argv)
-    if (args.b is None) == (args.onnx is None) or (args.onnx is None) != (args.bins is None):
-        parser.error("give either B, or --onnx and --bins")
-    args.a_model = args.a if args.a.endswith(".onnx") else None
-    if args.onnx is None and (args.a_model or args.rehearsal):
-        parser.error("a model as A, or --rehearsal, needs --onnx MODEL and --bins BIN_DIR")
-    if args.layers and not (args.a_model or args.rehearsal):
-        parser.error("--layers needs --rehearsal, or a model as A")
+    if (args.b is None) == (args.model is None) or (args.model is None) != (args.bins is None):
+        parser.error("give either B, or --model and --bins")
+    args.a_model = args.a if args.a.endswith((".onnx", ".om")) else None
+    args.a_onnx = args.a if args.a.endswith(".onnx") else None
+    if args.model is None and (args.a_model or args.rehearsal):
+        parser.error("a model as A, or --rehearsal, needs --model MODEL and --bins BIN_DIR")
+    if args.layers and not (args.a_onnx or args.rehearsal):
+        parser.error("--layers needs --rehearsal, or an ONNX model as A")
+    if (args.layers or args.rehearsal) and any(path.endswith(".om") for path in (args.model, args.rehearsal or "")):
+        parser.error("--layers and --rehearsal need ONNX models as MODEL and TWIN; give the OM as A")
     if args.rehearsal and (args.max_difference, args.max_flips) != (None, None):
         parser.error("--rehearsal sets the tolerances; leave out --max-difference and --max-flips")
     return args
@@ -179,16 +186,16 @@ def check_twin(session, path, model):
 
 def read_sides(args):
     """Reads or computes the logits of all sides. Raises OSError or ValueError. With --rehearsal, logits may be NaN or infinite."""
-    sessions = {path: open_session(path) for path in (args.a_model, args.onnx, args.rehearsal) if path}
+    sessions = {path: open_session(path, args.device) for path in (args.a_model, args.model, args.rehearsal) if path}
     if args.rehearsal:
-        check_twin(sessions[args.rehearsal], args.rehearsal, args.onnx)
+        check_twin(sessions[args.rehearsal], args.rehearsal, args.model)
     bins, sizes = {}, {}
     for path, session in sessions.items():  # all models must take these bins
         bins, sizes[path] = bins_of(args.bins, session), "%d x %d" % input_size(session)[1:]
     if len(set(sizes.values())) > 1:  # bins of 128 x 256 are as large as those of 256 x 128
         raise ValueError("the models take images of different sizes (height x width): %s"
                          % ", ".join("%s %s" % item for item in sizes.items()))
-    paths = [args.a, args.b or args.onnx]
+    paths = [args.a, args.b or args.model]
     files = [bins if path in sessions else list_results([path]) for path in paths]
     same_images(args.a, args.b or args.bins, *files)
     if args.rehearsal:
@@ -216,19 +223,19 @@ def check_overflow(sides, args):
     logits, names = sides[:3], np.array(sides.images)
     bad = ~np.isfinite(logits).all(axis=(0, 2))
     if bad.any():
-        path = next(path for path, values in zip((args.a, args.onnx, args.rehearsal), logits) if not np.isfinite(values).all())
-        models = [path for path in (args.rehearsal, args.a_model) if path]
-        why = overflow(args.onnx, models, [sides.bins[name] for name in names[bad][:MAX_IMAGES]])
+        path = next(path for path, values in zip((args.a, args.model, args.rehearsal), logits) if not np.isfinite(values).all())
+        models = [path for path in (args.rehearsal, args.a_onnx) if path]
+        why = overflow(args.model, models, [sides.bins[name] for name in names[bad][:MAX_IMAGES]])
         why = why and "%s; %s" % (why, LESS_FLOAT16)
         raise ValueError("%s: NaN or infinite logits for %d of %d images (%s): %s" % (
             path, bad.sum(), len(names), some(names[bad]),
-            why or "no value of %s exceeds float16, so these results are of another model or another input" % args.onnx))
+            why or "no value of %s exceeds float16, so these results are of another model or another input" % args.model))
 
 
 def rank(args, images, bins):
-    """Yields the lines of a ranking of the layers of A, if it is a model, or of TWIN, over images spread over the folder."""
+    """Yields the lines of a ranking of the layers of A, if it is an ONNX model, or of TWIN, over images spread over the folder."""
     chosen = sorted({round(i * (len(images) - 1) / (MAX_IMAGES - 1)) for i in range(MAX_IMAGES)})
-    rows = layers(args.onnx, [args.a_model or args.rehearsal], [bins[images[i]] for i in chosen])
+    rows = layers(args.model, [args.a_onnx or args.rehearsal], [bins[images[i]] for i in chosen])
     error = {row["tensor"]: row["error"][0] for row in rows}
     yield "relative error of each layer's result, the largest first, and its ratio to the error of the layer's input:"
     for row in sorted((row for row in rows if row["op"] != "Relu"), key=lambda row: -row["error"][0])[:WORST_LAYERS]:
@@ -240,7 +247,7 @@ def rank(args, images, bins):
 
 def vendors_command(args, path):
     """Returns the command of the vendor's tool that compares the layers of an OM and an ONNX model on the card's machine."""
-    onnx = re.sub(r"_aipp\.onnx$", "_nopad.onnx", args.onnx)
+    onnx = re.sub(r"_aipp\.onnx$", "_nopad.onnx", args.model)
     return "msprobe compare -m offline_model -gp %s -tp %s --input_data %s -o msprobe_output" % (
         onnx, re.sub(r"(_nopad)?(\.onnx)?$", "", onnx) + ".om", path)
 
@@ -278,7 +285,7 @@ def causes_by_twin(sides, attributes, args):
     """Returns texts about possible causes of a difference that float16 does not explain, and what to do."""
     bins = {image: sides.bins[image] for image in sides.images}
     worst = sides.images[np.abs(sides.a - sides.b).max(axis=1).argmax()]
-    return explain(*sides[:3], (args.a_model, args.onnx, args.rehearsal), bins, attributes) or [
+    return explain(*sides[:3], (args.a_onnx, args.model, args.rehearsal), bins, attributes) or [
         "none of the %d known faults of the input explains it, nor another order of the results: A may have had other bins or "
         "another aipp.cfg, or a layer or its weights are wrong. To look at the layers, give the ONNX model from which the OM was "
         "made in place of %s, or run on the card: %s" % (len(WRONG_INPUTS), args.a, vendors_command(args, bins[worst]))]
@@ -292,12 +299,13 @@ def main(argv=None):
         attribute_names(None, args.attributes)
     sides = read_sides(args)
     count = sides.a.shape[1]
-    attributes = attribute_names(count, args.attributes, args.onnx)
+    attributes = attribute_names(count, args.attributes, args.model)
     labels = None if args.labels is None else labels_of(args.labels, sides.images, count)
     groups = read_groups(args.groups, sides.images)
     if args.rehearsal:
         check_overflow(sides, args)
-    report = dict({"a": args.a, "b": args.b or "%s on %s" % (args.onnx, args.bins), "a_output": sides.kinds[0], "b_output": sides.kinds[1]},
+    report = dict({"a": args.a, "b": args.b or "%s on %s" % (args.model, args.bins),
+                   "a_output": sides.kinds[0], "b_output": sides.kinds[1]},
                   **compare(sides.a, sides.b, sides.images, attributes))
     report["metrics"] = None if labels is None else effect(sides.a, sides.b, labels, groups)
     report["names_assumed"] = attributes is PETA

@@ -23,7 +23,7 @@ from lib.script import command, note
 
 
 def described(path):
-    """Returns a model's description, and with it what an OM says of itself. An OM may lack the JSON file next to it."""
+    """Returns a model's description, and with it what an OM says of itself."""
     if not path.endswith(".om"):
         return description(path)
     facts = om.read(path)
@@ -31,11 +31,7 @@ def described(path):
         facts.update(input_shape=om.input_shape(facts), aipp=om.has_aipp(facts))
     else:
         note("%s: says nothing of itself, or not in a known form" % path)
-    try:
-        return dict(description(path), om=facts)
-    except FileNotFoundError:
-        note("%s: there is no description, a .json file of the same name, next to it" % path)
-        return {"om": facts}
+    return dict(description(path), om=facts)
 
 
 def main(argv=None):

@@ -1,9 +1,9 @@
 """Computes the attributes of any number of images, as Parquet files. Needs no bins or labels; one machine or a Ray cluster.
 
-    python3 tools/gallery.py crops/ --onnx deepmar_bs8_nopad.onnx --output attributes/
-    python3 tools/gallery.py list.txt --root crops/ --onnx deepmar_bs8_nopad.onnx --output attributes/
-    python3 tools/gallery.py 'shards/*.tar' --onnx deepmar_bs8_nopad.onnx --output attributes/ --npus 1 --devices 0,1
-    python3 tools/gallery.py s3://bucket/crops --onnx deepmar_bs8_nopad.onnx --output s3://bucket/attributes --address auto
+    python3 tools/gallery.py crops/ --model deepmar_bs8_nopad.onnx --output attributes/
+    python3 tools/gallery.py list.txt --root crops/ --model deepmar_bs8_nopad.onnx --output attributes/
+    python3 tools/gallery.py 'shards/*.tar' --model deepmar_bs8.om --output attributes/ --npus 1 --devices 0,1
+    python3 tools/gallery.py s3://bucket/crops --model deepmar_bs8_nopad.onnx --output s3://bucket/attributes --address auto
 
 The images come from a folder and its subfolders, from a list file (one path in --root per line), from WebDataset tars, or from
 Parquet files with a column of paths and a column of the images' bytes. All of these may be local or on any file system that
@@ -33,6 +33,7 @@ import sys
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from lib.acl import PROVIDER as OM, is_om
 from lib.gallery.parts import LIST, begin, check_run, left_out, part_name, publish_list, total
 from lib.gallery.pool import Cluster, Processes, Shards, connection
 from lib.gallery.shards import find_input
@@ -41,9 +42,8 @@ from lib.gallery.worker import REMOTE_READERS, Images, decode, versions
 from lib.images import NV12
 from lib.labels import ASSUMED, PETA, attribute_names
 from lib.machine import cores
-from lib.models import load
 from lib.providers import CPU, PROVIDERS
-from lib.results import look_like_probabilities, output_kind
+from lib.results import kind_of, look_like_probabilities
 from lib.script import Silent, command, importing, note, number, one_line, progress, some
 from lib.session import calls_at_once, input_kind, input_size, open_session, run_batches
 
@@ -64,7 +64,7 @@ DEVICES = {"gpus": ("CUDA_VISIBLE_DEVICES", "nvidia"), "npus": ("ASCEND_RT_VISIB
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("input", nargs="+", metavar="INPUT", help="a folder, a list file, tars, or Parquet files; a pattern in quotes")
-    parser.add_argument("--onnx", metavar="MODEL", required=True, help="the model, of any batch size")
+    parser.add_argument("--model", "--onnx", required=True, help="the model, .onnx or .om, of any batch size; an OM runs on NPUs")
     parser.add_argument("--output", metavar="FOLDER", required=True, help="a new folder, or the folder of a run to continue")
     parser.add_argument("--root", metavar="FOLDER", help="the folder of a list's images")
     parser.add_argument("--path-column", default="path", metavar="NAME", help="the column of paths in Parquet files (default: path)")
@@ -87,17 +87,17 @@ def parse(argv):
     parser.add_argument("--cpus", type=number(int, 1), metavar="N",
                         help="cores per worker (default: 1 on a cluster or with devices, else all)")
     parser.add_argument("--gpus", type=number(float, 0, 1), default=0, metavar="N", help="GPUs per worker; may be a fraction")
-    parser.add_argument("--npus", type=number(float, 0, 1), default=0, metavar="N", help="Ascend NPUs per worker; may be a fraction")
+    parser.add_argument("--npus", type=number(float, 0, 1), default=0, metavar="N",
+                        help="Ascend NPUs per worker; may be a fraction (default for an OM: 1)")
     parser.add_argument("--devices", metavar="IDS", help="this machine's NPUs or GPUs to use, as 0,1 (default: all)")
     args = parser.parse_args(argv)
+    args.npus = args.npus or int(is_om(args.model))
     if args.gpus and args.npus:
-        parser.error("give either --gpus or --npus")
+        parser.error("give either --gpus or --npus; an OM runs on NPUs")
     if args.devices is not None and (args.address or not args.gpus + args.npus):
         parser.error("--devices: needs --npus or --gpus, and no --address")
     if args.devices is not None and not re.match(r"\d+(,\d+)*$", args.devices):
         parser.error("--devices: must be numbers, as 0,1, not %r" % args.devices)
-    if args.onnx.endswith(".om"):
-        parser.error("--onnx: %s is an OM, which only the card runs; give the ONNX model" % args.onnx)
     args.cpus = args.cpus or (1 if args.address or args.gpus or args.npus else max(1, cores() // (args.actors or 1)))
     return args
 
@@ -146,14 +146,14 @@ def local_devices(args):
 # --- the model ------------------------------------------------------------------------------------------------------------
 
 def examine(args, session):
-    """Returns (the model's entry for the manifest, its attributes' names, what its graph says that it gives: see output_kind())."""
+    """Returns (the model's entry for the manifest, its attributes' names, what it says that it gives: see kind_of())."""
     batch_size, height, width = input_size(session)
     output = session.get_outputs()[0]
     if input_kind(session) in NV12:
-        raise ValueError("%s: takes NV12, a video's frames; for image files give the model without it" % args.onnx)
+        raise ValueError("%s: takes NV12, a video's frames; for image files give the model without it" % args.model)
     if not isinstance(output.shape[1], int):
-        raise ValueError("%s: does not fix the number of its attributes; its output is %s" % (args.onnx, output.shape))
-    names = attribute_names(output.shape[1], args.attributes, args.onnx)
+        raise ValueError("%s: does not fix the number of its attributes; its output is %s" % (args.model, output.shape))
+    names = attribute_names(output.shape[1], args.attributes, args.model)
     if names is PETA:
         note(ASSUMED)
     lower = [name.lower() for name in names] + ["path", "error"]  # names in SQL ignore case
@@ -161,10 +161,10 @@ def examine(args, session):
     if twice:
         raise ValueError("these attributes' columns would have the name path or error, or the same name: %s; give other names with "
                          "--attributes" % some(twice))
-    with open(args.onnx, "rb") as f:
+    with open(args.model, "rb") as f:
         digest = hashlib.sha256(f.read()).hexdigest()
     return {"sha256": digest, "batch_size": batch_size, "height": height, "width": width,
-            "input": input_kind(session)}, list(names), output_kind(load(args.onnx))
+            "input": input_kind(session)}, list(names), kind_of(args.model)
 
 
 def kind_by_values(args, session, found):
@@ -179,8 +179,8 @@ def kind_by_values(args, session, found):
     batches = run_batches(session, itertools.islice(images, SAMPLE), images.read)
     values = [row for _, reasons, rows in batches for row, reason in zip(rows, reasons) if reason is None]
     kind = "probabilities" if values and look_like_probabilities(np.array(values)) else "logits"
-    note("%s: its last nodes do not tell whether it gives logits or probabilities; by the values of %d images, it gives %s"
-         % (args.onnx, len(values), kind))
+    note("%s: it does not tell whether it gives logits or probabilities; by the values of %d images, it gives %s"
+         % (args.model, len(values), kind))
     return kind
 
 
@@ -275,7 +275,8 @@ def compute(pool, found, output, numbers, report):
 def main(argv=None):
     args = parse(argv)
     recorded = import_libraries(args.address)
-    session = open_session(args.onnx, provider=CPU)
+    devices = None if args.address else local_devices(args)
+    session = open_session(args.model, (devices or [0])[0], provider=CPU)
     described, names, kind = examine(args, session)
     output = absolute(args.output)
     batch_size, size = described["batch_size"], (described["height"], described["width"])
@@ -283,11 +284,10 @@ def main(argv=None):
     found = find_input(args, "%s/%s" % (output, LIST))
     kind = kind or kind_by_values(args, session, found)
     del session
-    provider = PROVIDERS[0 if args.npus else 1 if args.gpus else 2]  # CANN, CUDA, the CPU
-    devices = None if args.address else local_devices(args)
+    provider = OM if is_om(args.model) else PROVIDERS[0 if args.npus else 1 if args.gpus else 2]  # CANN, CUDA, the CPU
     described["output"] = kind
     manifest = {"model": described, "input": found.settings, "attributes": names, "provider": provider,
-                "values": "probabilities" if args.probabilities else "logits", "versions": dict(versions(), **recorded)}
+                "values": "probabilities" if args.probabilities else "logits", "versions": dict(versions(provider), **recorded)}
     run, there = begin(output, manifest, found.count)
     counts = total(output, there, run)
     if there:
@@ -296,10 +296,10 @@ def main(argv=None):
     if len(there) < found.count:
         if found.list is not None:
             publish_list(output, found)
-        with open(args.onnx, "rb") as f:
+        with open(args.model, "rb") as f:
             model = f.read()
         job = {"output": output, "run": run, "names": names, "kind": kind, "probabilities": args.probabilities, "provider": provider,
-               "device_id": 0, "versions": versions(), "threads": args.cpus, "witnesses": found.witnesses, "damaged": args.damaged,
+               "device_id": 0, "versions": versions(provider), "threads": args.cpus, "witnesses": found.witnesses, "damaged": args.damaged,
                "duplicates": args.duplicates,
                "calls": calls_at_once(args.cpus, sys.maxsize, batch_size, *size) if provider == CPU else 1,
                "readers": args.cpus + 1 if is_local(absolute(args.root or args.input[0])) else REMOTE_READERS}

@@ -1,8 +1,10 @@
 """Shows what the model says about images or folders of images: on the screen, as pictures, or in a file.
 
-    python3 tools/predict.py person.png --onnx deepmar_bs1_nopad.onnx
-    python3 tools/predict.py *.jpg --onnx deepmar_bs1_nopad.onnx --save pictures
-    python3 tools/predict.py crops --onnx deepmar_bs1_nopad.onnx --json crops.json --csv crops.csv
+    python3 tools/predict.py person.png --model deepmar_bs1_nopad.onnx
+    python3 tools/predict.py *.jpg --model deepmar_bs1_nopad.onnx --save pictures
+    python3 tools/predict.py crops --model deepmar_bs1_nopad.onnx --json crops.json --csv crops.csv
+    python3 tools/predict.py person.png --model deepmar_bs1.om --device 0
+    python3 tools/predict.py --stdin --model deepmar_bs1.om
 
 The script prints every attribute, the likeliest first: its probability, its logit, and a + if the image has it (the logit is
 >= 0). The logits are exactly those that stages 4 to 6 would write for the image, with one exception: a photograph with an EXIF
@@ -10,6 +12,12 @@ orientation is turned upright here. --save DIR writes DIR/NAME_attributes.png fo
 attribute next to it. From a folder and its subfolders, the script takes all files whose names end like those of images. --json
 and --csv write the logits of all images into a file instead of printing them; the JSON file also lists what each image has.
 Images that cannot be read are named at the end and in these files.
+
+An OM runs on the card with ais_bench's aclruntime; besides that, numpy and Pillow are enough.
+
+With --stdin, the script loads the model once and then answers each line that it reads, the path of an image, with one line of JSON
+at once: {"image": PATH, "has": [NAME, ...], "logits": {NAME: LOGIT, ...}}, or {"image": PATH, "error": WHY} if the image cannot be
+read. It ends with its input.
 
 The attributes' names come from --attributes, else from the model's metadata, else they are PETA's if there are 35. With
 --thresholds, the thresholds of tools/thresholds.py replace 0.
@@ -29,8 +37,8 @@ from lib.images import preprocess, read_image
 from lib.labels import ASSUMED, PETA, attribute_names, read_thresholds
 from lib.names import check_length, images_in, stem
 from lib.results import as_logits, kind_of, probabilities
-from lib.script import command, importing, note, one_line, progress, some
-from lib.session import SIZE_ASSUMED, attributes_of, fixed_size, input_kind, open_session, run_batches
+from lib.script import command, importing, note, number, one_line, progress, some
+from lib.session import SIZE_ASSUMED, attributes_of, empty_batch, fixed_size, infer, input_kind, input_size, open_session, run_batches
 
 with importing():
     import numpy as np
@@ -58,15 +66,13 @@ def predict(session, paths, source, advance):
     Returns {path: logits float32 [attributes]}, for images that cannot be read {path: why}, and what the model gives, "logits" or
     "probabilities". source: the model's path. Calls advance(images) after every batch. Raises ValueError for NaN or infinite logits.
     """
-    import PIL  # noqa: F401 - import it here, so that a missing package is not reported as a bad image
-
     def fill(path, row):
         try:
-            preprocess(path, out=row, upright=True, kind=kind)
+            preprocess(path, out=row, upright=True, kind=given)
         except Exception as error:  # Pillow raises nearly anything on damaged files
             return one_line(error)
 
-    kind, predictions, bad = input_kind(session), {}, {}
+    given, predictions, bad = input_kind(session), {}, {}
     for batch, reasons, outputs in run_batches(session, paths, fill):
         for path, reason, row in zip(batch, reasons, outputs):
             if reason is None:
@@ -189,8 +195,10 @@ def targets(paths, folder):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="an image file, or a folder")
-    parser.add_argument("--onnx", metavar="MODEL", required=True, help="the model, of any batch size")
+    parser.add_argument("images", metavar="IMAGE", nargs="*", help="an image file, or a folder")
+    parser.add_argument("--stdin", action="store_true", help="read the images' paths from the standard input and answer each at once")
+    parser.add_argument("--model", "--onnx", required=True, help="the model, .onnx or .om, of any batch size")
+    parser.add_argument("--device", type=number(int, 0), default=0, metavar="ID", help="the card's or GPU's number (default: 0)")
     parser.add_argument("--attributes", metavar="FILE",
                         help="a file with the attributes' names, one per line (default: the model's, else PETA's if there are 35)")
     parser.add_argument("--thresholds", metavar="FILE", help="the file of tools/thresholds.py (default: a logit of 0 for all)")
@@ -199,7 +207,10 @@ def parse(argv):
     parser.add_argument("--save", metavar="DIR", help="also draw each image's attributes and write the pictures into this folder")
     parser.add_argument("--font", metavar="FILE",
                         help="with --save: a font (default: DejaVu Sans, or another one if it lacks letters)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.stdin == bool(args.images) or args.stdin and (args.json, args.csv, args.save) != (None, None, None):
+        parser.error("give either images, or --stdin without --json, --csv and --save")
+    return args
 
 
 def digits(logits):
@@ -207,12 +218,17 @@ def digits(logits):
     return [float("%.9g" % value) for value in logits]
 
 
+def having(names, logits, thresholds):
+    """Returns the names of the attributes that an image has."""
+    return [name for name, has in zip(names, logits >= thresholds) if has]
+
+
 def as_json(model, kind, names, thresholds, predictions, bad):
     """Returns the results as JSON text. kind: what the model gives. predictions: {image path: logits}. bad: {image path: why it
     cannot be read}."""
     return json.dumps({
         "model": model, "model_output": kind, "attributes": names, "names_assumed": names is PETA, "thresholds": digits(thresholds),
-        "images": [{"image": path, "has": [name for name, has in zip(names, row >= thresholds) if has], "logits": digits(row)}
+        "images": [{"image": path, "has": having(names, row, thresholds), "logits": digits(row)}
                    for path, row in predictions.items()],
         "errors": [{"image": path, "error": reason} for path, reason in bad.items()]}) + "\n"
 
@@ -249,26 +265,55 @@ def save_pictures(pictures, predictions, names, thresholds, font_path):
             draw(path, logits, names, font, thresholds).save(temporary, format="PNG")
 
 
+def answer(session, source, names, thresholds):
+    """Answers each line of the standard input, the path of an image, with a line of JSON, until the input ends. source: the model's path.
+
+    Raises ValueError if the model cannot compute.
+    """
+    batch, given, kind = empty_batch(session, *input_size(session)), input_kind(session), kind_of(source)
+    for line in (sys.stdin or open(os.devnull)).buffer:  # the caller may have closed it
+        path = os.fsdecode(line.rstrip(b"\r\n"))
+        found = {"image": path}
+        try:
+            if not os.path.isfile(path):  # opening a FIFO would wait for ever
+                raise FileNotFoundError("no such image file")
+            preprocess(path, out=batch[0], upright=True, kind=given)
+        except Exception as error:  # Pillow raises nearly anything on damaged files
+            found["error"] = one_line(error)
+        else:
+            logits, judged = as_logits(infer(session, batch)[0], source, kind)
+            kind = kind or (judged if judged == "logits" else None)  # all values between 0 and 1 may be a chance
+            if np.isfinite(logits).all():
+                found.update(has=having(names, logits, thresholds), logits=dict(zip(names, digits(logits))))
+            else:
+                found["error"] = "the model gives NaN or infinite logits"
+        print(json.dumps(found), flush=True)
+
+
 def main(argv=None):
     args = parse(argv)
+    import PIL  # noqa: F401 - import it here, so that a missing package is not reported as a bad image
     paths = image_paths(args.images)
     pictures = {} if args.save is None else targets(paths, args.save)
     check_targets(args)  # before the work
-    session = open_session(args.onnx)
+    session = open_session(args.model, args.device)
     if None in fixed_size(session)[1:]:
         note(SIZE_ASSUMED)
-    names = attribute_names(attributes_of(session), args.attributes, args.onnx)
+    names = attribute_names(attributes_of(session), args.attributes, args.model)
     names, thresholds, _ = read_thresholds(args.thresholds, names)
     if names is PETA:
         note(ASSUMED)
+    if args.stdin:
+        answer(session, args.model, names, thresholds)
+        return
     with progress(len(paths), "image") as bar:
-        predictions, bad, kind = predict(session, paths, args.onnx, bar.update)
+        predictions, bad, kind = predict(session, paths, args.model, bar.update)
     if pictures and predictions:
         os.makedirs(args.save, exist_ok=True)
         save_pictures(pictures, predictions, names, thresholds, args.font)
         print("%s: %d pictures" % (args.save, len(predictions)))
     if args.json is not None:
-        write_text(args.json, as_json(args.onnx, kind, names, thresholds, predictions, bad))
+        write_text(args.json, as_json(args.model, kind, names, thresholds, predictions, bad))
     if args.csv is not None:
         write_text(args.csv, as_csv(paths, names, predictions, bad))
     files = [path for path in (args.json, args.csv) if path is not None]

@@ -22,6 +22,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from lib.acl import PROVIDER as OM
 from lib.gallery.archive import Tar
 from lib.gallery.parts import write_part
 from lib.gallery.rows import read_rows
@@ -242,11 +243,14 @@ class Apart(object):
 
 # --- a worker -----------------------------------------------------------------------------------------------------------
 
-def versions():
+def versions(provider):
     """Returns the versions of the packages that compute the logits. They must be the same on all machines."""
-    import onnxruntime
     import PIL
-    return {"onnxruntime": onnxruntime.__version__, "Pillow": PIL.__version__, "numpy": np.__version__}
+    found = {"Pillow": PIL.__version__, "numpy": np.__version__}
+    if provider != OM:
+        import onnxruntime
+        found["onnxruntime"] = onnxruntime.__version__
+    return found
 
 
 class Again(Exception):
@@ -335,13 +339,13 @@ class Worker(object):
         return sum(list(self.under_way.values()))
 
     def start(self, model):
-        """Opens the model, the bytes of an ONNX file. Raises ValueError or ImportError if this machine does not fit the job."""
+        """Opens the model, the bytes of an ONNX file or an OM. Raises ValueError or ImportError if this machine does not fit the job."""
         import pyarrow.parquet  # noqa: F401 - import it now, because that takes a while
         from PIL import Image
         warnings.simplefilter("ignore")  # Pillow warns about damaged files
         Image.core.set_blocks_max(8)  # reuse memory for the next image
         differing = ["%s %s, not %s" % (name, mine, self.job["versions"][name])
-                     for name, mine in versions().items() if mine != self.job["versions"][name]]
+                     for name, mine in versions(self.job["provider"]).items() if mine != self.job["versions"][name]]
         if differing:
             raise ValueError("its logits might differ, because it has %s" % ", ".join(differing))
         calls = self.job["calls"]

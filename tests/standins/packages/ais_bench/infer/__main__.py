@@ -132,6 +132,7 @@ def run(device, paths, prefix):
         data = [np.fromfile(path, np.int8) if args.input else np.zeros(need, np.int8) for path in batch]
         data = np.concatenate(data + data[:1] * (count - len(batch)))
         outputs = session.run(names, [aclruntime.BaseTensor(data.__array_interface__["data"][0], data.nbytes)])
+        outputs[0].to_host()
         for position, path in enumerate(batch if prefix else []):
             name = os.path.join(prefix, os.path.basename(path).split(".")[0] + "_0.bin")
             (np.array(outputs[0])[position] if args.input else np.array(outputs[0])).tofile(name)

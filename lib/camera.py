@@ -20,7 +20,6 @@ STANDARDS = {  # YUV to RGB, RGB to YUV, in 1 / 256
     "601": (((298, 0, 409), (298, -100, -208), (298, 516, 0)), ((66, 129, 25), (-38, -74, 112), (112, -94, -18)), NARROW),
     "709": (((298, 0, 459), (298, -55, -136), (298, 541, 0)), ((47, 157, 16), (-26, -87, 112), (112, -102, -10)), NARROW),
     "jpeg": (((256, 0, 359), (256, -88, -183), (256, 454, 0)), ((77, 150, 29), (-43, -85, 128), (128, -107, -21)), WIDE)}
-HALF = 128             # is added before >> 8, so that it rounds
 COEFFICIENTS = 2048    # OpenCV's weights of a pixel are multiples of 1 / 2048
 
 
@@ -30,16 +29,19 @@ def check_even(height, width):
         raise ValueError("NV12 needs an even height and width, not %d x %d" % (height, width))
 
 
+def converted(levels, matrix, scale):
+    """Returns the product of a matrix and levels [...,3], divided by scale and rounded. It is exact: float32 holds all the sums."""
+    return np.floor(levels.astype(np.float32).dot(np.float32(matrix).T) / scale + 0.5)
+
+
 def to_nv12(pixels, standard):
     """Returns RGB pixels, uint8 [height,width,3], as NV12. standard: a key of STANDARDS. U and V are the mean of four pixels."""
     height, width = pixels.shape[:2]
     check_even(height, width)
     _, matrix, bias = STANDARDS[standard]
-    luma, chroma = np.array(matrix[0]), np.array(matrix[1:]).T
-    pixels = pixels.astype(np.int64)
     four = pixels.reshape(height // 2, 2, width // 2, 2, 3).sum(axis=(1, 3))
-    rows = [(pixels.dot(luma) + HALF >> 8) + bias[0], (four.dot(chroma) + 4 * HALF >> 10).reshape(-1, width) + bias[1]]
-    return np.concatenate(rows).clip(0, 255).astype(np.uint8)
+    luma, chroma = converted(pixels, matrix[0], 256) + bias[0], converted(four, matrix[1:], 1024) + bias[1]
+    return np.concatenate([luma, chroma.reshape(-1, width)]).clip(0, 255).astype(np.uint8)
 
 
 def to_rgb(picture, standard):
@@ -47,8 +49,8 @@ def to_rgb(picture, standard):
     matrix, _, bias = STANDARDS[standard]
     height, width = len(picture) * 2 // 3, picture.shape[1]
     chroma = picture[height:].reshape(height // 2, width // 2, 2).repeat(2, axis=0).repeat(2, axis=1)
-    yuv = np.concatenate([picture[:height, :, None], chroma], axis=2).astype(np.int64) - bias
-    return (yuv.dot(np.array(matrix).T) + HALF >> 8).clip(0, 255).astype(np.uint8)
+    yuv = np.concatenate([picture[:height, :, None], chroma], axis=2).astype(np.int16) - np.int16(bias)
+    return converted(yuv, matrix, 256).clip(0, 255).astype(np.uint8)
 
 
 def neighbours(source, target):

@@ -266,7 +266,7 @@ def test_usage_errors_and_the_twin_of_another_model(scene, tmp_path):
                 "t.onnx: is not the float16 twin of", "tools/rehearse.py float16")
     for more in (["--layers"], ["--rehearsal", scene.twin, "--max-flips", 1], ["--rehearsal", scene.twin, "--max-difference", 1]):
         check_error(script("tools/compare.py", side, "--onnx", scene.model, "--bins", scene.bins, *more), code=2)
-    check_error(script("tools/compare.py", scene.twin, side), "--onnx MODEL", code=2)
+    check_error(script("tools/compare.py", scene.twin, side), "--model MODEL", code=2)
     batch = write_network(tmp_path / "bs4.onnx", scene.values, 4)
     twin = make_twin(batch, tmp_path / "bs4_t.onnx")
     command = ["tools/compare.py", side, "--onnx", batch, "--rehearsal", twin, "--bins", scene.bins]

@@ -128,9 +128,10 @@ def nv12_nodes(height, width, standard):
     from onnx import TensorProto, helper
     matrix, _, bias = camera.STANDARDS[standard]
     of_y, of_u, of_v = np.array(matrix, np.int32).T
-    # ONNX's division truncates, so the sum is made positive. A pixel's Y and a block's U and V meet as [N,height / 2,2,width / 2,2,3].
-    rest = camera.HALF + 256 * BEYOND - np.array(matrix).dot(bias)
+    # Half of 256 makes the division round. ONNX's division truncates, so the sum is made positive.
+    rest = 128 + 256 * BEYOND - np.array(matrix).dot(bias)
     constants = {"aipp_y": of_y, "aipp_u": of_u, "aipp_v": of_v, "aipp_rest": rest.astype(np.int32), "aipp_256": np.int32([256])}
+    # A pixel's Y and its block's U and V meet as [N,height / 2,2,width / 2,2,3].
     shapes = {"aipp_pairs": [0, height // 2, 1, width // 2, 1, 2], "aipp_blocks": [0, height // 2, 2, width // 2, 2, 1],
               "aipp_image": [0, height, width, 3], "aipp_0": [0], "aipp_1": [1], "aipp_2": [2], "aipp_height": [height],
               "aipp_end": [height * 3 // 2], "aipp_axis_1": [1], "aipp_axis_5": [5]}
@@ -262,7 +263,7 @@ def write_input(args):
     count, _ = write_bins(args.images, args.bins, args.image_txt, tuple(args.size), kind, lambda *image: deployed(*image, args))
     steps = ["%s %s" % (name, value) for name, value in (("jpeg", args.jpeg), ("resize", args.resize), ("nv12", args.nv12)) if value]
     print("%s: %d images -> %d bins of %s (%s)" % (args.bins, count, count, contents(kind, *args.size)[0], ", ".join(steps)))
-    print("next: python3 tools/compare.py result/dumpOutput_device0 --onnx MODEL --bins %s" % args.bins)
+    print("next: python3 tools/compare.py result/dumpOutput_device0 --model MODEL --bins %s" % args.bins)
 
 
 def save(model, path):

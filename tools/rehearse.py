@@ -2,16 +2,16 @@
 
     python3 tools/rehearse.py cfg aipp.cfg
     python3 tools/rehearse.py aipp deepmar_bs1_nopad.onnx deepmar_bs1_aipp.onnx
-    python3 tools/rehearse.py float16 deepmar_bs1_nopad.onnx deepmar_bs1_float16.onnx
     python3 tools/rehearse.py input images plain_bin image.txt --resize plain --nv12 709
+    python3 tools/rehearse.py float16 deepmar_bs1_nopad.onnx deepmar_bs1_float16.onnx
 
 cfg writes the file for atc's --insert_op_conf. The card then takes stage 4's uint8 bins and normalises them itself.
 aipp writes a copy of the model that begins with the same arithmetic. Its input is uint8 [N,height,width,3].
-float16 writes a copy of the model in which the weights, the input and each node's result are rounded to float16. Products are
-summed in float32, as in the card's cube unit. tools/compare.py --rehearsal judges the card's results by this model.
 input writes bins as stage 4 does, but from the pixels that a deployment would have: resized as OpenCV and DVPP do it, through NV12, or
 through JPEG. tools/compare.py and stages 5 to 7 then show what this does to the logits and the accuracy.
 With --nv12, cfg and aipp are for an input of NV12, uint8 [N,1.5 x height,width], of which stage 4 writes bins with --nv12.
+float16 writes a copy of the model in which the weights, the input and each node's result are rounded to float16. Products are
+summed in float32, as in the card's cube unit. tools/compare.py --rehearsal judges the card's results by this model.
 
 These models run on ONNX Runtime like any other: in stages 6 and 7, compare, predict and quantize. They are a bound on rounding,
 not a simulation of the chip: the card's order of accumulation and its kernels are unknown.
@@ -36,10 +36,9 @@ with importing():
 
 MIN = [255 * mean for mean in MEAN]          # AIPP's min_chn and var_reci_chn. AIPP computes (pixel - min) * var_reci
 VAR_RECI = [1 / (255 * std) for std in STD]
-FLOAT16_MAX = 65504
 BEYOND = 512  # AIPP's matrices give levels from -290 to 545, which are then limited to 0 to 255
-
 RESIZE = {"pillow": resize, "plain": camera.resized(camera.resize_plain), "opencv": camera.resized(camera.resize_opencv)}
+FLOAT16_MAX = 65504
 
 # The results of these operators are not rounded: they only select or move values, which are already rounded.
 SELECTING_OPERATORS = {"Relu", "MaxPool", "Flatten", "Reshape", "Transpose", "Identity", "Gather", "Squeeze", "Unsqueeze"}
@@ -148,6 +147,47 @@ def nv12_nodes(height, width, standard):
     return nodes, constants
 
 
+def add_input(actions):
+    """Adds the action input to the command line."""
+    action = actions.add_parser("input", help="write bins with the pixels of a deployment", allow_abbrev=False)
+    action.add_argument("images", metavar="IMAGES", help="the folder of the images")
+    action.add_argument("bins", metavar="BIN_DIR", help="the folder of bins to write")
+    action.add_argument("image_txt", metavar="IMAGE_TXT", help="the list of images, one file name per line")
+    action.add_argument("--size", nargs=2, type=pixels, default=(SIZE, SIZE), metavar=("H", "W"),
+                        help="height and width of the network's input (default: 224 224)")
+    action.add_argument("--jpeg", type=number(int, 1, 100), metavar="QUALITY", help="save each image as JPEG and read it again first")
+    action.add_argument("--resize", choices=sorted(RESIZE), default="pillow",
+                        help="pillow: as stage 4 (default); plain: bilinear without averaging, as OpenCV and DVPP; opencv: OpenCV itself")
+    action.add_argument("--nv12", choices=sorted(camera.STANDARDS),
+                        help="convert the resized image to NV12 by this standard, and back as AIPP does it")
+    action.add_argument("--kind", choices=["float32", "uint8", "nv12"], default="float32",
+                        help="what the bins hold: input for the model (default), RGB pixels or NV12 for one with AIPP")
+
+
+def deployed(image, size, args):
+    """Returns a PIL image as a deployment would resize it. size: (height, width). args: those of the action input."""
+    from PIL import Image
+    if args.jpeg:
+        image = camera.through_jpeg(image, args.jpeg)
+    image = RESIZE[args.resize](image, size)
+    if args.nv12 and args.kind != "nv12":
+        image = Image.fromarray(camera.to_rgb(camera.to_nv12(np.asarray(image), args.nv12), args.nv12))
+    return image
+
+
+def write_input(args):
+    """Writes the bins of the action input."""
+    if args.resize == "opencv" and not has_module("cv2"):
+        raise ValueError("--resize opencv needs OpenCV; run: pip install opencv-python-headless")
+    if args.nv12:
+        camera.check_even(*args.size)
+    kind = "nv12-" + args.nv12 if args.kind == "nv12" else args.kind
+    count, _ = write_bins(args.images, args.bins, args.image_txt, tuple(args.size), kind, lambda *image: deployed(*image, args))
+    steps = ["%s %s" % (name, value) for name, value in (("jpeg", args.jpeg), ("resize", args.resize), ("nv12", args.nv12)) if value]
+    print("%s: %d images -> %d bins of %s (%s)" % (args.bins, count, count, contents(kind, *args.size)[0], ", ".join(steps)))
+    print("next: python3 tools/compare.py result/dumpOutput_device0 --model MODEL --bins %s" % args.bins)
+
+
 def round_weights(graph):
     """Rounds the graph's float32 initializers to float16, in place. Returns their number."""
     from onnx import TensorProto, numpy_helper
@@ -225,47 +265,6 @@ def round_results(model, path):
     return sum(node.name.endswith("/float16_kept") for node in nodes)
 
 
-def add_input(actions):
-    """Adds the action input to the command line."""
-    action = actions.add_parser("input", help="write bins with the pixels of a deployment", allow_abbrev=False)
-    action.add_argument("images", metavar="IMAGES", help="the folder of the images")
-    action.add_argument("bins", metavar="BIN_DIR", help="the folder of bins to write")
-    action.add_argument("image_txt", metavar="IMAGE_TXT", help="the list of images, one file name per line")
-    action.add_argument("--size", nargs=2, type=pixels, default=(SIZE, SIZE), metavar=("H", "W"),
-                        help="height and width of the network's input (default: 224 224)")
-    action.add_argument("--jpeg", type=number(int, 1, 100), metavar="QUALITY", help="save each image as JPEG and read it again first")
-    action.add_argument("--resize", choices=sorted(RESIZE), default="pillow",
-                        help="pillow: as stage 4 (default); plain: bilinear without averaging, as OpenCV and DVPP; opencv: OpenCV itself")
-    action.add_argument("--nv12", choices=sorted(camera.STANDARDS),
-                        help="convert the resized image to NV12 by this standard, and back as AIPP does it")
-    action.add_argument("--kind", choices=["float32", "uint8", "nv12"], default="float32",
-                        help="what the bins hold: input for the model (default), RGB pixels or NV12 for one with AIPP")
-
-
-def deployed(image, size, args):
-    """Returns a PIL image as a deployment would resize it. size: (height, width). args: those of the action input."""
-    from PIL import Image
-    if args.jpeg:
-        image = camera.through_jpeg(image, args.jpeg)
-    image = RESIZE[args.resize](image, size)
-    if args.nv12 and args.kind != "nv12":
-        image = Image.fromarray(camera.to_rgb(camera.to_nv12(np.asarray(image), args.nv12), args.nv12))
-    return image
-
-
-def write_input(args):
-    """Writes the bins of the action input."""
-    if args.resize == "opencv" and not has_module("cv2"):
-        raise ValueError("--resize opencv needs OpenCV; run: pip install opencv-python-headless")
-    if args.nv12:
-        camera.check_even(*args.size)
-    kind = "nv12-" + args.nv12 if args.kind == "nv12" else args.kind
-    count, _ = write_bins(args.images, args.bins, args.image_txt, tuple(args.size), kind, lambda *image: deployed(*image, args))
-    steps = ["%s %s" % (name, value) for name, value in (("jpeg", args.jpeg), ("resize", args.resize), ("nv12", args.nv12)) if value]
-    print("%s: %d images -> %d bins of %s (%s)" % (args.bins, count, count, contents(kind, *args.size)[0], ", ".join(steps)))
-    print("next: python3 tools/compare.py result/dumpOutput_device0 --model MODEL --bins %s" % args.bins)
-
-
 def save(model, path):
     """Checks a model and writes it, whole or not at all."""
     check(model, path)
@@ -282,13 +281,13 @@ def parse(argv):
     action.add_argument("--size", nargs=2, type=pixels, default=(SIZE, SIZE), metavar=("H", "W"),
                         help="height and width of the network's input (default: 224 224)")
     action.add_argument("--nv12", choices=sorted(camera.STANDARDS), help="take NV12 of this standard instead of RGB")
+    add_input(actions)
     for name, text in (("aipp", "write the model with AIPP before it"), ("float16", "write the model rounded to float16")):
         action = actions.add_parser(name, help=text, allow_abbrev=False)
         action.add_argument("model", metavar="MODEL", help="the model that stage 2 wrote")
         action.add_argument("output", metavar="OUTPUT", help="the model to write")
         if name == "aipp":
             action.add_argument("--nv12", choices=sorted(camera.STANDARDS), help="take NV12 of this standard instead of RGB")
-    add_input(actions)
     args = parser.parse_args(argv)
     if args.action is None:
         parser.error("give cfg, aipp, float16 or input")

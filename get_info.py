@@ -5,7 +5,7 @@
 
 The second form is that of the generic tool, whose first argument is the files' format. The bins are listed in natural order
 (2.bin before 10.bin), which does not depend on the file system. They are all float32 [3,HEIGHT,WIDTH], or all uint8
-[HEIGHT,WIDTH,3] as stage 4 writes them with --uint8.
+[HEIGHT,WIDTH,3] as stage 4 writes them with --uint8, or all NV12 [1.5 x HEIGHT,WIDTH] as with --nv12.
 """
 import argparse
 import os
@@ -13,7 +13,7 @@ import re
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
-from lib.bins import kind, list_bins, write_info
+from lib.bins import holds, list_bins, write_info
 from lib.script import command, note
 
 
@@ -38,8 +38,8 @@ def main(argv=None):
     folder, info, width, height = parse(argv)
     names = list_bins(folder, width, height)
     write_info(info, folder, names, width, height)
-    uint8 = os.path.getsize(os.path.join(folder, names[0])) == kind(height, width, True)[1]
-    print("%s: %d bins of %s, %d x %d%s" % (info, len(names), folder, width, height, ", uint8" if uint8 else ""))
+    kind = {"float32": "", "uint8": ", uint8"}.get(holds(os.path.join(folder, names[0]), height, width), ", NV12")
+    print("%s: %d bins of %s, %d x %d%s" % (info, len(names), folder, width, height, kind))
     spaced = [name for name in [folder] + names if " " in name]
     if spaced:
         note("%r has a space. benchmark.x86_64 would cut the line there; tools/benchmark.py does not" % spaced[0])

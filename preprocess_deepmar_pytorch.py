@@ -8,25 +8,24 @@ NAME.bin holds float32, little endian, [3,224,224]: ((pixel / 255) - mean) / std
 whole, and only if it could read every image. The folder then holds the listed images and no others. All cores work.
 
 With --uint8, NAME.bin holds the resized pixels, [224,224,3], which are a quarter of the bytes. Such bins are for a model that
-normalises the pixels itself (AIPP).
+normalises the pixels itself (AIPP). With --nv12 601, 709 or jpeg, it holds them as NV12, [336,224], the format of video decoders, by
+that standard. They are an eighth of the bytes, for a model whose AIPP also converts the colours.
 """
 import argparse
-import contextlib
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
-from lib.bins import kind
-from lib.files import replaced_folder
-from lib.images import SIZE, convert_all
-from lib.names import find_listed, read_list, stem
-from lib.script import command, in_order_or_by_name, joined, pixels, progress
+from lib.bins import contents
+from lib.camera import STANDARDS
+from lib.images import SIZE, write_bins
+from lib.script import command, in_order_or_by_name, pixels
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        usage="preprocess_deepmar_pytorch.py IMAGES BIN_DIR IMAGE_TXT [--size H W] [--uint8]\n"
+        usage="preprocess_deepmar_pytorch.py IMAGES BIN_DIR IMAGE_TXT [--size H W] [--uint8 | --nv12 STANDARD]\n"
               "       preprocess_deepmar_pytorch.py --file_path IMAGES --bin_path BIN_DIR --image_info IMAGE_TXT ...")
     parser.add_argument("positional", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--file_path", metavar="IMAGES", help="the folder of the images")
@@ -34,32 +33,21 @@ def parse(argv):
     parser.add_argument("--image_info", metavar="IMAGE_TXT", help="the list of images, one file name per line")
     parser.add_argument("--size", nargs=2, type=pixels, default=(SIZE, SIZE), metavar=("H", "W"),
                         help="height and width of the network's input (default: 224 224)")
-    parser.add_argument("--uint8", action="store_true", help="write pixels, uint8 [H,W,3], for a model with AIPP")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--uint8", action="store_true", help="write pixels, uint8 [H,W,3], for a model with AIPP")
+    kind.add_argument("--nv12", choices=sorted(STANDARDS), help="write NV12, uint8 [1.5 x H,W], for a model with AIPP that takes it")
     args = parser.parse_intermixed_args(argv)
     values = in_order_or_by_name(parser, args, ["file_path", "bin_path", "image_info"], "give IMAGES, BIN_DIR and IMAGE_TXT")
-    return values + [tuple(args.size), args.uint8]
+    return values + [tuple(args.size), "nv12-" + args.nv12 if args.nv12 else "uint8" if args.uint8 else "float32"]
 
 
 def main(argv=None):
-    folder, bins, image_txt, size, uint8 = parse(argv)
-    names = read_list(image_txt)
-    paths = find_listed(folder, names, image_txt)
-    images = [(path, stem(name) + ".bin") for path, name in zip(paths, names)]
-    bad, turned = [], 0
-    with replaced_folder(bins, names=[name for _, name in images]) as partial, \
-            contextlib.closing(convert_all(images, partial, size, uint8)) as parts:
-        with progress(len(names), "image") as bar:
-            for reasons, part_turned in parts:
-                bad += [reason for reason in reasons if reason]
-                turned += part_turned
-                bar.update(len(reasons))
-        if bad:
-            raise ValueError("%d of %d images cannot be read, so nothing was written (the other %d are fine): %s"
-                             % (len(bad), len(names), len(names) - len(bad), joined(sorted(bad), "; ")))
-    print("%s: %d images -> %d bins of %s" % (bins, len(names), len(names), kind(*size, uint8)[0]))
+    folder, bins, image_txt, size, kind = parse(argv)
+    count, turned = write_bins(folder, bins, image_txt, size, kind)
+    print("%s: %d images -> %d bins of %s" % (bins, count, count, contents(kind, *size)[0]))
     if turned:
         print("note: %d of %d images have an EXIF orientation (a camera held sideways). It is ignored here, as in the "
-              "guide's script, so the network sees them sideways" % (turned, len(names)))
+              "guide's script, so the network sees them sideways" % (turned, count))
 
 
 if __name__ == "__main__":

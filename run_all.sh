@@ -21,6 +21,7 @@ groups=${groups-}                  # a file with an image's name and its group (
 published_acc=${published_acc-}    # instance_acc to compare with, as 0.789 or 78.9; empty: the sample's in PyTorch, else none
 size=${size-224 224}               # height and width of the network's input, as in training; a checkpoint does not record them
 aipp=${aipp-no}                    # yes: the bins are uint8, a quarter of the bytes, and the card normalises them (AIPP)
+                                   # nv12-601, nv12-709, nv12-jpeg: they are NV12, an eighth, and it also converts the colours
 last_conv_stride=${last_conv_stride-2} # the stride in layer4, 1 or 2, as in training; a checkpoint does not record it
 state_dict=${state_dict-}          # the state dict to use if the checkpoint has several, such as state_dict_ema
 chip_name=${chip_name-}            # the card's chip for atc, Ascend310 or 310P3; empty: npu-smi info names it
@@ -56,6 +57,7 @@ here=$(dirname "$(readlink -f -- "${BASH_SOURCE[0]}")")
 # shellcheck source=tools/run/driver.sh
 source "$here/tools/run/driver.sh"
 start_run "$@"
+case $aipp in nv12-*) nv12="--nv12 ${aipp#nv12-}" ;; *) nv12= ;; esac
 
 if [ -n "$sample" ] && begin 0 "sample data (no checkpoint and images are set)"; then
     "$python" "$here/tools/sample.py" sample --images "$sample_size" --size $size --last-conv-stride "$last_conv_stride" --keep
@@ -84,8 +86,8 @@ if begin 2 "Pad removed from ONNX"; then
 fi
 
 if begin 3 "ONNX -> OM with atc"; then
-    [ "$aipp" = no ] || "$python" "$here/tools/rehearse.py" cfg aipp.cfg --size $size
-    [ "$aipp" = yes ] && aipp_options="--insert_op_conf=../aipp.cfg --enable_small_channel=1" || aipp_options=
+    [ "$aipp" = no ] || "$python" "$here/tools/rehearse.py" cfg aipp.cfg --size $size $nv12
+    [ "$aipp" = no ] && aipp_options= || aipp_options="--insert_op_conf=../aipp.cfg --enable_small_channel=1"
     for batch in $batch_size; do
         verify deepmar_bs${batch}_nopad.onnx=2
         if [ -n "$make_om" ]; then
@@ -97,7 +99,7 @@ if begin 3 "ONNX -> OM with atc"; then
             made deepmar_bs$batch.om from deepmar_bs${batch}_nopad.onnx aipp atc_options
         fi
         if [ -n "$make_twin" ]; then # ONNX Runtime runs this model in place of an OM with AIPP
-            "$python" "$here/tools/rehearse.py" aipp deepmar_bs${batch}_nopad.onnx deepmar_bs${batch}_aipp.onnx
+            "$python" "$here/tools/rehearse.py" aipp deepmar_bs${batch}_nopad.onnx deepmar_bs${batch}_aipp.onnx $nv12
             made deepmar_bs${batch}_aipp.onnx from deepmar_bs${batch}_nopad.onnx aipp
         fi
     done
@@ -107,8 +109,8 @@ fi
 
 if begin 4 "images -> input_bin"; then
     verify "$image_list=0"
-    [ "$aipp" = yes ] && uint8=--uint8 || uint8=
-    "$python" "$here/preprocess_deepmar_pytorch.py" "$images" input_bin "$image_list" --size $size $uint8
+    [ "$aipp" = yes ] && kind=--uint8 || kind=$nv12
+    "$python" "$here/preprocess_deepmar_pytorch.py" "$images" input_bin "$image_list" --size $size $kind
     made input_bin from image_list images size aipp
     finish
 fi
@@ -124,7 +126,7 @@ if begin 6 "inference on backend $backend, device $device_id"; then
     for batch in $batch_size; do
         case $backend$aipp in
             onnxruntimeno) model=deepmar_bs${batch}_nopad.onnx model_stage=2 ;;
-            onnxruntimeyes) model=deepmar_bs${batch}_aipp.onnx model_stage=3 ;;
+            onnxruntime*) model=deepmar_bs${batch}_aipp.onnx model_stage=3 ;;
             *) model=deepmar_bs$batch.om model_stage=3 ;;
         esac
         result=$(result_of $batch)

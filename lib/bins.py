@@ -3,13 +3,15 @@ import os
 import re
 
 from lib.files import read_text, whole_file
-from lib.images import MEAN, STD
+from lib.images import MEAN, NV12, STD, input_shape
 from lib.names import check_length, natural, undecodable
 from lib.script import importing, some
 
 with importing():
     import numpy as np
 
+# How stage 4 makes bins of each kind.
+STAGE_4 = dict({kind: "with --nv12 " + kind[len("nv12-"):] for kind in NV12}, float32="without --uint8", uint8="with --uint8")
 MAX_VALUE = 10 ** 4  # the values of a normalised picture are far smaller
 
 
@@ -27,25 +29,33 @@ def fault(array):
     return "float32 values, not pixels" if pixels.size and pixels.all() else None
 
 
-def kind(height, width, uint8):
-    """Returns (what a bin holds, as text; its size in bytes)."""
-    return (("uint8 [%d,%d,3]" if uint8 else "float32 [3,%d,%d]") % (height, width), 3 * height * width * (1 if uint8 else 4))
+def contents(kind, height, width):
+    """Returns (what a bin holds, as text; its size in bytes). kind: a key of LAYOUTS."""
+    shape = input_shape(kind, height, width)
+    name = "NV12 uint8" if kind in NV12 else "uint8" if kind == "uint8" else "float32"
+    return "%s [%s]" % (name, ",".join(map(str, shape))), int(np.prod(shape)) * (4 if kind == "float32" else 1)
 
 
-def holds_uint8(path, height, width):
-    """Returns whether a bin is uint8 (True) or float32 (False), or None if neither is certain.
+def kinds(height, width):
+    """Returns the kinds that a file's size tells apart. The standards of NV12 have the same size, so only the first is one."""
+    return ["float32", "uint8"] + [kind for kind in NV12[:1] if height % 2 == width % 2 == 0]
+
+
+def holds(path, height, width):
+    """Returns what a bin holds, one of kinds(), or None if that is not certain.
 
     The size alone does not tell: a float32 bin is as large as a file of four RGB images, or of eight in NV12. Therefore a float32
     bin must also hold normalised pixels.
     """
     pixels, size = fault(np.fromfile(path, np.uint8)) is None, os.path.getsize(path)
-    return pixels if size == kind(height, width, pixels)[1] else None
+    fits = [kind for kind in kinds(height, width) if contents(kind, height, width)[1] == size and pixels == (kind != "float32")]
+    return fits[0] if fits else None
 
 
-def list_bins(folder, width, height, uint8=None):
+def list_bins(folder, width, height, kind=None):
     """Returns the names of a folder's bins in natural order. Raises OSError, or ValueError for a bin of the wrong size.
 
-    uint8: True if the bins must be uint8, False if float32. With None either is right, but not a mixture.
+    kind: what the bins must be, a key of LAYOUTS. With None any kind is right, but not a mixture.
     """
     if not os.path.isdir(folder):
         raise FileNotFoundError("%s: no such folder; preprocess_deepmar_pytorch.py writes the bins' folder" % folder)
@@ -54,21 +64,20 @@ def list_bins(folder, width, height, uint8=None):
         for entry in entries:
             if entry.name.endswith(".bin") and entry.is_file():
                 sizes[entry.name] = entry.stat().st_size
-    if uint8 is None:
-        found = list(sizes.values())
-        uint8 = found.count(kind(height, width, True)[1]) > found.count(kind(height, width, False)[1])
-    text, size = kind(height, width, uint8)
+    found = list(sizes.values())
+    kind = kind or max(kinds(height, width), key=lambda kind: found.count(contents(kind, height, width)[1]))
+    text, size = contents(kind, height, width)
     wrong = ["%s (%d bytes)" % item for item in sorted(sizes.items()) if item[1] != size]
     if wrong:
-        other, other_size = kind(height, width, not uint8)
-        hint = "; that is the size of %s: run stage 4 again %s --uint8" % (other, "with" if uint8 else "without") \
-            if other_size in sizes.values() else ""
+        others = [other for other, other_size in (contents(other, height, width) for other in kinds(height, width))
+                  if other_size in found and other_size != size]
+        hint = "; that is the size of %s: run stage 4 again %s" % (others[0], STAGE_4[kind]) if others else ""
         raise ValueError("%s: %d of %d bins are not %s (%d bytes): %s%s"
                          % (folder, len(wrong), len(sizes), text, size, some(wrong), hint))
     names = sorted(sorted(sizes), key=natural)  # names of equal value (1, 01) are ordered by their text
     if not names:
         raise ValueError("%s: holds no .bin file; preprocess_deepmar_pytorch.py writes them" % folder)
-    why = fault(np.fromfile(os.path.join(folder, names[0]), np.uint8 if uint8 else "<f4"))
+    why = fault(np.fromfile(os.path.join(folder, names[0]), "<f4" if kind == "float32" else np.uint8))
     if why:
         raise ValueError("%s: is not %s, although it has that size: it holds %s" % (os.path.join(folder, names[0]), text, why))
     return names
@@ -87,9 +96,9 @@ def write_info(path, folder, names, width, height):
         f.writelines("%d %s %d %d\n" % (index, os.path.join(folder, name), width, height) for index, name in enumerate(names))
 
 
-def read_info(path, height, width, uint8=False):
+def read_info(path, height, width, kind="float32"):
     """Returns the bins of an info file, [(name, path)]. Raises OSError, or ValueError for a bin of the wrong size."""
-    text, size = kind(height, width, uint8)
+    text, size = contents(kind, height, width)
     bins, seen, bad = [], set(), []
     for line in read_text(path).split("\n"):
         if not line.strip():

@@ -4,15 +4,14 @@ Arguments named candidate, float32 and float16 belong to the results under test,
 (tools/rehearse.py). They are logits [images, attributes] over the same images, or where a function says so, paths of the models.
 """
 import functools
-import os
 
-from lib.bins import kind
-from lib.images import MEAN, STD
+from lib.camera import to_rgb
+from lib.images import LAYOUTS, MEAN, NV12, STD
 from lib.machine import cores
 from lib.models import load
 from lib.results import as_logits, kind_of
 from lib.script import importing, some
-from lib.session import cpu_session, empty_batch, input_size, run_batches
+from lib.session import cpu_session, empty_batch, input_kind, input_size, run_batches
 
 with importing():
     import numpy as np
@@ -180,28 +179,40 @@ def run(session, arrays, path):
     return as_logits(outputs, path, kind_of(path))[0]
 
 
-def read_pixels(path, uint8, height, width):
-    """Returns the pixels of a bin, float64 [3,height,width] from 0 to 255."""
-    if uint8:
-        return np.fromfile(path, np.uint8).reshape(height, width, 3).transpose(2, 0, 1).astype(np.float64)
-    return (np.fromfile(path, "<f4").reshape(3, height, width) * STDS + MEANS) * 255
+def read_pixels(path, kind, height, width, swapped=False):
+    """Returns the pixels of a bin, float64 [3,height,width] from 0 to 255. swapped: with U and V of NV12 exchanged."""
+    if kind == "float32":
+        return (np.fromfile(path, "<f4").reshape(3, height, width) * STDS + MEANS) * 255
+    pixels = np.fromfile(path, np.uint8)
+    if kind in NV12:
+        pixels = pixels.reshape(-1, width)
+        if swapped:
+            pixels[height:] = pixels[height:].reshape(-1, 2)[:, ::-1].reshape(-1, width)
+        pixels = to_rgb(pixels, kind[len("nv12-"):])
+    return pixels.reshape(height, width, 3).transpose(2, 0, 1).astype(np.float64)
 
 
 def wrong_inputs(candidate, float32, float16, bins):
     """Yields texts about the wrong inputs that would give the candidate's logits. float32 and float16 are the models' paths."""
     exact, twin = network(float32), network(float16)
     _, height, width = input_size(exact)
-    uint8 = os.path.getsize(bins[0]) == kind(height, width, True)[1]
-    images = [read_pixels(path, uint8, height, width) for path in bins]
+    kind = input_kind(cpu_session(float32))
+    precision = np.float32 if kind == "float32" else np.float16
+    wrong = [(text, change, [kind]) for text, change in WRONG_INPUTS.items()]
+    if kind in NV12:
+        wrong += [("with the colours of %s (matrix_* and input_bias_* in aipp.cfg)" % LAYOUTS[other], normalised, [other])
+                  for other in NV12 if other != kind]
+        wrong.append(("with U and V exchanged (rbuv_swap_switch in aipp.cfg)", normalised, [kind, True]))
 
-    def judged(change, count):
-        arrays = [change(image).astype(np.float16 if uint8 else np.float32).astype(np.float32) for image in images[:count]]
+    def judged(change, count, kind, swapped=False):
+        images = [read_pixels(path, kind, height, width, swapped) for path in bins[:count]]
+        arrays = [change(image).astype(precision).astype(np.float32) for image in images]
         with np.errstate(invalid="ignore"):  # logits may be infinite
             return judge(candidate[:count], run(exact, arrays, float32), run(twin, arrays, float16))
 
-    for text, change in WRONG_INPUTS.items():
-        first = judged(change, 1)  # one image is enough to exclude most of them
-        if first["largest"] <= SURELY_OTHER * first["shift"] and judged(change, len(images))["within"]:
+    for text, change, reading in wrong:
+        first = judged(change, 1, *reading)  # one image is enough to exclude most of them
+        if first["largest"] <= SURELY_OTHER * first["shift"] and judged(change, len(bins), *reading)["within"]:
             yield "these are the results for an input %s" % text
 
 

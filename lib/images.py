@@ -2,8 +2,11 @@
 import contextlib
 import os
 
+from lib.camera import STANDARDS, check_even, to_nv12
+from lib.files import replaced_folder
 from lib.machine import cores, worker_pool
-from lib.script import importing, one_line
+from lib.names import find_listed, read_list, stem
+from lib.script import importing, joined, one_line, progress
 
 with importing():
     import numpy as np
@@ -13,6 +16,10 @@ MEAN = (0.485, 0.456, 0.406)  # red, green, blue: ImageNet's values, with which 
 STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 64 * 1000 * 1000  # a larger image is not a photograph of a pedestrian and might exhaust the memory
 ORIENTATION = 274            # the EXIF tag; 1 is upright
+# What a model's metadata say of each kind of input. The pixels of "uint8" and of NV12 ("nv12-601") are for a model with AIPP.
+LAYOUTS = {"float32": "NCHW RGB", "uint8": "NHWC RGB uint8", "nv12-601": "NV12 BT.601 uint8", "nv12-709": "NV12 BT.709 uint8",
+           "nv12-jpeg": "NV12 JPEG uint8"}
+NV12 = tuple("nv12-" + standard for standard in STANDARDS)
 CHUNK = 64                   # a process gets at most this many images at a time
 
 
@@ -54,18 +61,34 @@ def read_image(path, upright=False):
         return image if image.mode == "RGB" else image.convert("RGB"), orientated  # convert() copies even RGB
 
 
-def empty_input(size, uint8=False):
-    """Returns an empty array for one image: float32 [3,height,width], or uint8 [height,width,3] for a model with AIPP."""
-    return np.empty(tuple(size) + (3,), np.uint8) if uint8 else np.empty((3,) + tuple(size), "<f4")
+def input_shape(kind, height, width):
+    """Returns the shape of one image's input. kind: a key of LAYOUTS. Raises ValueError for an odd size in NV12."""
+    if kind in NV12:
+        check_even(height, width)
+        return (height * 3 // 2, width)
+    return (3, height, width) if kind == "float32" else (height, width, 3)
 
 
-def normalise(image, out):
-    """Resizes a PIL image of mode RGB into an array from empty_input() and returns it. A uint8 array gets plain pixels."""
+def empty_input(size, kind="float32", images=()):
+    """Returns an array of zeros for one image, or with images=(N,) for a batch. size: (height, width). See input_shape()."""
+    return np.zeros(images + input_shape(kind, *size), "<f4" if kind == "float32" else np.uint8)
+
+
+def resize(image, size):
+    """Returns a PIL image resized as the guide does it: Pillow's bilinear filter, which averages while it shrinks."""
     from PIL import Image
-    height, width = out.shape[:2] if out.dtype == np.uint8 else out.shape[1:]
-    resized = image.resize((width, height), Image.BILINEAR)
+    return image.resize(size[::-1], Image.BILINEAR)
+
+
+def normalise(image, out, kind=None, resized=resize):
+    """Writes a PIL image of mode RGB, resized, into an array from empty_input() and returns it. Only NV12 needs its kind named."""
+    if out.dtype != np.uint8:
+        height, width = out.shape[1:]
+    else:
+        height, width = (len(out) * 2 // 3, out.shape[1]) if kind in NV12 else out.shape[:2]
+    resized = resized(image, (height, width))
     if out.dtype == np.uint8:
-        out[...] = resized
+        out[...] = to_nv12(np.asarray(resized), kind[len("nv12-"):]) if kind in NV12 else resized
         return out
     for channel, name, mean, std in zip(out, "RGB", MEAN, STD):
         # Each channel is done by itself, so that the arithmetic stays in the processor's cache. Pillow extracts the channel.
@@ -76,28 +99,29 @@ def normalise(image, out):
     return out
 
 
-def preprocess(path, out=None, upright=False):
+def preprocess(path, out=None, upright=False, kind=None):
     """Returns an image file as the network's input, float32 [3,224,224]. Writes it into the array out if given.
 
-    out: of empty_input(), of any size. upright: follow the image's EXIF orientation. Raises Pillow's errors, or ValueError.
+    out: of empty_input(), of any size. upright: follow the image's EXIF orientation. kind: see normalise(). Raises Pillow's errors,
+    or ValueError.
     """
     if out is None:
         out = empty_input((SIZE, SIZE))
-    return normalise(read_image(path, upright)[0], out)
+    return normalise(read_image(path, upright)[0], out, kind)
 
 
-def convert(images, bins, size, uint8):
-    """Writes the bins of images, [(path, bin's file name)], into the folder bins. size: (height, width).
+def convert(images, bins, size, kind, resized=resize):
+    """Writes the bins of images, [(path, bin's file name)], into the folder bins. size: (height, width). kind: a key of LAYOUTS.
 
     Returns (for each image, None or why it cannot be read; how many images have an EXIF orientation).
     """
     from PIL import Image
     Image.core.set_blocks_max(8)  # reuse memory for the next image: allocating it anew took a tenth of the time
-    reasons, count, array = [], 0, empty_input(size, uint8)
+    reasons, count, array = [], 0, empty_input(size, kind)
     for path, name in images:
         try:
             image, orientated = read_image(path)
-            normalise(image, array)
+            normalise(image, array, kind, resized)
         except Exception as error:  # Pillow raises nearly anything on damaged files
             reasons.append("%s: %s" % (path, one_line(error)))
             continue
@@ -120,10 +144,33 @@ def parts(count, workers):
         start = end
 
 
-def convert_all(images, bins, size, uint8):
+def convert_all(images, bins, size, kind, resized=resize):
     """Runs convert() on all cores and yields its results. Raises OSError if a bin cannot be written."""
     from PIL import Image  # noqa: F401 - imported once, for all processes
     workers = min(cores(), len(images))
     # The workers are processes, because threads hold each other back in Pillow.
-    with worker_pool(workers, lambda part: convert(images[part], bins, size, uint8)) as run:
+    with worker_pool(workers, lambda part: convert(images[part], bins, size, kind, resized)) as run:
         yield from run(parts(len(images), workers))
+
+
+def write_bins(folder, bins, image_txt, size, kind, resized=resize):
+    """Writes the bins of the images that a list names in a folder. It replaces the folder bins, and only if all images can be read.
+
+    kind: a key of LAYOUTS. resized(image, (height, width)) returns a PIL image of mode RGB in this size. Returns (how many images
+    there are, how many of them are turned()). Raises OSError or ValueError.
+    """
+    names = read_list(image_txt)
+    images = [(path, stem(name) + ".bin") for path, name in zip(find_listed(folder, names, image_txt), names)]
+    input_shape(kind, *size)  # refuses an odd size before the old bins are gone
+    bad, turned = [], 0
+    with replaced_folder(bins, names=[name for _, name in images]) as partial, \
+            contextlib.closing(convert_all(images, partial, size, kind, resized)) as parts:
+        with progress(len(names), "image") as bar:
+            for reasons, part_turned in parts:
+                bad += [reason for reason in reasons if reason]
+                turned += part_turned
+                bar.update(len(reasons))
+        if bad:
+            raise ValueError("%d of %d images cannot be read, so nothing was written (the other %d are fine): %s"
+                             % (len(bad), len(names), len(names) - len(bad), joined(sorted(bad), "; ")))
+    return len(names), turned

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from lib import providers
 from lib.acl import Om, is_om
 from lib.bins import fault
-from lib.images import MEAN, SIZE, STD
+from lib.images import LAYOUTS, MEAN, NV12, SIZE, STD, empty_input
 from lib.machine import check_threads, cores
 from lib.models import load, metadata
 from lib.script import importing, one_line, progress, some
@@ -23,6 +23,8 @@ CALLS_MB = 2048  # all concurrent calls together may use this much memory, in MB
 ACTIVATIONS = 14.3
 TOLERANCE = 1e-3  # a provider's logits may differ from the CPU's by this fraction of the largest logit (the default)
 PREFETCH = 2     # this many batches are read ahead of inference
+# Kinds of a model's input by its type and its number of dimensions.
+INPUTS = {("tensor(float)", 4): "float32", ("tensor(uint8)", 4): "uint8", ("tensor(uint8)", 3): "nv12"}
 SIZE_ASSUMED = "neither the model nor its metadata fix the images' size; %d x %d is assumed" % (SIZE, SIZE)
 RESULTS_PER_WRITE = 32  # because each wake-up of the writer disturbs inference on busy cores
 
@@ -76,25 +78,29 @@ def open_session(path, device_id=0, threads=None, calls=1, provider=None, exact=
 def check_interface(session, path):
     """Raises ValueError for a model that the tools would feed wrongly.
 
-    It must have one input float32 [N,3,height,width], or uint8 [N,height,width,3] with AIPP, and one output float32
-    [N,attributes]. Where its metadata describe the input and the attributes, they must say the same as the model and stage 4.
+    It must have one input float32 [N,3,height,width], or with AIPP uint8 [N,height,width,3] or NV12 [N,1.5 x height,width], and one
+    output float32 [N,attributes]. Where its metadata describe the input and the attributes, they must say the same as the model and
+    stage 4.
     """
     inputs, outputs = session.get_inputs(), session.get_outputs()
-    if len(inputs) != 1 or len(outputs) != 1 or len(inputs[0].shape) != 4 or len(outputs[0].shape) != 2 \
-            or inputs[0].type not in ("tensor(float)", "tensor(uint8)") or outputs[0].type != "tensor(float)":
+    if len(inputs) != 1 or len(outputs) != 1 or len(outputs[0].shape) != 2 \
+            or (inputs[0].type, len(inputs[0].shape)) not in INPUTS or outputs[0].type != "tensor(float)":
         raise ValueError("%s: is not a DeepMAR model (one input float32 [N,3,224,224], one output float32 [N,attributes]); "
                          "its inputs are %s, its outputs are %s; export it with export_onnx.py"
                          % (path, [(i.name, i.type, i.shape) for i in inputs], [(o.name, o.type, o.shape) for o in outputs]))
-    uint8, shape, attributes = takes_uint8(session), inputs[0].shape, outputs[0].shape[1]
-    if shape[3 if uint8 else 1] != 3:
+    kind, shape, attributes = input_kind(session), inputs[0].shape, outputs[0].shape[1]
+    if kind is None:
+        raise ValueError("%s: its input is uint8 %s, but its metadata do not say that it is NV12, and by which standard; make it with "
+                         "tools/rehearse.py aipp --nv12" % (path, text_of(shape)))
+    if kind not in NV12 and shape[1 if kind == "float32" else 3] != 3:
         raise ValueError("%s: its input is %s %s, but the tools give float32 [N,3,height,width], or uint8 [N,height,width,3] to a "
                          "model with AIPP; export it with export_onnx.py, or with the 3 in that place (tf2onnx: --inputs-as-nchw %s)"
-                         % (path, "uint8" if uint8 else "float32", text_of(shape), inputs[0].name))
+                         % (path, kind, text_of(shape), inputs[0].name))
     described = described_by(session, path)
     names = len(described.get("attributes", []))
     if names and isinstance(attributes, int) and names != attributes:
         raise ValueError("%s: its metadata name %d attributes, but its output has %d; export it again" % (path, names, attributes))
-    given = {"layout": "NHWC RGB uint8" if uint8 else "NCHW RGB", "mean": list(MEAN), "std": list(STD),
+    given = {"layout": LAYOUTS[kind], "mean": list(MEAN), "std": list(STD),
              "size": list(input_size(session)[1:])}
     for key, value in given.items():
         if described.get(key, value) != value:
@@ -129,15 +135,26 @@ def check_precision(session, path, batch, tolerance):
                          % (path, name, difference, difference / largest, largest, tolerance, difference / largest))
 
 
-def takes_uint8(session):
-    """Returns whether a model takes pixels, uint8 [N,height,width,3], and normalises them itself (see tools/rehearse.py aipp)."""
-    return session.get_inputs()[0].type == "tensor(uint8)"
+def input_kind(session):
+    """Returns the kind of a model's input, a key of LAYOUTS. All but "float32" are for a model with AIPP (tools/rehearse.py aipp).
+
+    NV12's standard is in the model's metadata. Without it, the kind is None.
+    """
+    value = session.get_inputs()[0]
+    kind = INPUTS[value.type, len(value.shape)]
+    if kind == "nv12":
+        layout = described_by(session).get("layout")
+        kind = next((kind for kind in NV12 if LAYOUTS[kind] == layout), None)
+    return kind
 
 
 def fixed_size(session):
     """Returns (batch size, height, width) of a model's input. What neither the input nor the model's metadata fix is None."""
     shape = session.get_inputs()[0].shape
-    height, width = shape[1:3] if takes_uint8(session) else shape[2:]
+    kind = input_kind(session)
+    height, width = shape[2:] if kind == "float32" else shape[1:3]
+    if kind in NV12 and isinstance(height, int):
+        height = height * 2 // 3
     described = described_by(session).get("size", (None, None))
     return tuple(size if isinstance(size, int) else other
                  for size, other in ((shape[0], None), (height, described[0]), (width, described[1])))
@@ -156,16 +173,16 @@ def attributes_of(session):
 
 def empty_batch(session, batch_size, height, width):
     """Returns a batch of the model's input, filled with 0."""
-    if takes_uint8(session):
-        return np.zeros((batch_size, height, width, 3), np.uint8)
-    return np.zeros((batch_size, 3, height, width), "<f4")
+    return empty_input((height, width), input_kind(session), (batch_size,))
 
 
 def check_shape(session, path, batch_size, height, width):
     """Raises ValueError unless the model takes this batch size and image size. What is not fixed may be any number."""
     fixed, wanted = fixed_size(session), (batch_size, height, width)
     if any(has not in (None, size) for has, size in zip(fixed, wanted)):
-        has, wanted = (text_of((n, h, w, 3) if takes_uint8(session) else (n, 3, h, w)) for n, h, w in (fixed, wanted))
+        kind = input_kind(session)
+        has, wanted = (text_of((n, 3, h, w) if kind == "float32" else (n, h, w, 3) if kind == "uint8" else (n, h * 3 // 2, w))
+                       for n, h, w in (fixed, wanted))
         raise ValueError("%s: its input is %s, not %s; give this size, or export it again" % (path, has, wanted))
 
 

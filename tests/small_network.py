@@ -91,8 +91,8 @@ def normalised(pixels, mean=MEAN, std=STD):
     return ((pixels.astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)).transpose(0, 3, 1, 2).astype("<f4")
 
 
-def make_twin(path, target, action="float16"):
-    done = script("tools/rehearse.py", action, path, target)
+def make_twin(path, target, action="float16", *more):
+    done = script("tools/rehearse.py", action, path, target, *more)
     assert done.returncode == 0, done.stderr
     return str(target)
 

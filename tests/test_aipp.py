@@ -10,6 +10,7 @@ from lib.bins import fault
 from lib.faults import tensors
 import rehearse
 from lib.models import description
+from lib.session import input_kind, input_size, open_session
 from helpers import check_error, parse_predictions, script, write_images, write_model
 from small_network import IMAGES, NAMES, SIZE, Scene, compute, make_twin, normalised, weights, write_bins, write_network
 
@@ -80,18 +81,59 @@ def test_cfg_is_atcs_file(tmp_path):
     assert "src_image_size_w: 128\n    src_image_size_h: 256\n" in (tmp_path / "aipp.cfg").read_text()
 
 
+NV12 = """    csc_switch: true
+    rbuv_swap_switch: false
+    matrix_r0c0: 298
+    matrix_r0c1: 0
+    matrix_r0c2: 459
+    matrix_r1c0: 298
+    matrix_r1c1: -55
+    matrix_r1c2: -136
+    matrix_r2c0: 298
+    matrix_r2c1: 541
+    matrix_r2c2: 0
+    input_bias_0: 16
+    input_bias_1: 128
+    input_bias_2: 128
+    min_chn_0: 123.675
+"""
+
+
+def test_cfg_for_nv12(tmp_path):
+    assert script("tools/rehearse.py", "cfg", tmp_path / "aipp.cfg", "--nv12", 709).returncode == 0
+    text = CFG.replace("    csc_switch: false\n    rbuv_swap_switch: false\n    min_chn_0: 123.675\n", NV12)
+    assert (tmp_path / "aipp.cfg").read_text() == text.replace("RGB888_U8", "YUV420SP_U8")
+    check_error(script("tools/rehearse.py", "cfg", tmp_path / "aipp.cfg", "--nv12", 601, "--size", 223, 224), "NV12 needs an even height")
+
+
+@pytest.mark.parametrize("line, other, text", [
+    ("csc_switch: true", "csc_switch: false", "csc_switch false: the model takes RGB"),
+    ("YUV420SP_U8", "RGB888_U8", "csc_switch true: the model takes RGB"),
+    ("    matrix_r2c1: 541\n", "", "matrix_r2c1 is missing"), ("    input_bias_0: 16\n", "", "input_bias_0 is missing"),
+    ("input_bias_0: 16", "input_bias_0: -16", "input_bias_0: -16 is not from 0 to 255"),
+    ("matrix_r2c1: 541", "matrix_r2c1: 54100", "54100 is not from"), ("matrix_r2c1: 541", "matrix_r2c1: 2.1", 'the value "2.1"'),
+    ("src_image_size_w: 224", "src_image_size_w: 223", "must be even numbers")])
+def test_strict_about_nv12(tmp_path, line, other, text):
+    cfg = rehearse.aipp_cfg(224, 224, "709")
+    assert line in cfg
+    (tmp_path / "aipp.cfg").write_text(cfg.replace(line, other))
+    with pytest.raises(pytest.fail.Exception) as error:
+        aipp.settings({"insert_op_conf": str(tmp_path / "aipp.cfg")}, [1, 3, 224, 224], pytest.fail)
+    assert text in str(error.value)
+
+
 # --- the model with AIPP ------------------------------------------------------------------------------------------------
 
-def fields(**changes):
+def fields(nv12, **changes):
     """The fields of the file that we write, with changes."""
-    lines = [line.split(": ") for line in rehearse.aipp_cfg(SIZE, SIZE).splitlines() if ": " in line]
+    lines = [line.split(": ") for line in rehearse.aipp_cfg(SIZE, SIZE, nv12).splitlines() if ": " in line]
     return dict({name.strip(): value for name, value in lines}, **changes)
 
 
-def after_aipp(bins, **changes):
+def after_aipp(bins, nv12=None, **changes):
     """What the network is given for the bins, by the stand-in's arithmetic: float32 [images,3,height,width]."""
     data = b"".join(np.fromfile(os.path.join(bins, name + ".bin"), np.uint8).tobytes() for name in NAMES)
-    return aipp.network_input(data, fields(**changes), [IMAGES, 3, SIZE, SIZE])
+    return aipp.network_input(data, fields(nv12, **changes), [IMAGES, 3, SIZE, SIZE])
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +211,81 @@ def test_model_with_aipp_describes_its_layout(tmp_path):
     onnx.save(model, str(tmp_path / "m.onnx"))
     assert script("tools/rehearse.py", "aipp", "m.onnx", "twin.onnx", cwd=tmp_path).returncode == 0
     assert description(str(tmp_path / "twin.onnx")) == {"layout": "NHWC RGB uint8", "output": "logits"}
+
+
+# --- the model with AIPP for NV12 ------------------------------------------------------------------------------------------
+
+def nv12_bins(folder):
+    """Bins of any bytes: every one is a picture in NV12."""
+    return write_bins(folder, np.random.RandomState(3).randint(0, 256, (IMAGES, SIZE * 3 // 2, SIZE)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("standard", ["601", "709", "jpeg"])
+def test_nv12_arithmetic_is_aipps(aipp_scene, tmp_path, standard):
+    bins = nv12_bins(tmp_path / "bins")
+    model = make_twin(aipp_scene.float_model, tmp_path / "nv12.onnx", "aipp", "--nv12", standard)
+    expected = after_aipp(bins, standard)
+    for path in (model, make_twin(model, tmp_path / "float16.onnx")):
+        for value, wanted in zip(tensors(path, ["actual_input_1"], [os.path.join(bins, name + ".bin") for name in NAMES]), expected):
+            assert np.array_equal(value["actual_input_1"][0], wanted)
+    session = open_session(model)
+    assert (input_kind(session), input_size(session)) == ("nv12-" + standard, (1, SIZE, SIZE))
+
+
+def test_all_tools_take_a_model_for_nv12(aipp_scene, tmp_path):
+    """stages 4 to 6, compare, predict and quantize; with other bins, each says which ones they are."""
+    model = make_twin(aipp_scene.float_model, tmp_path / "nv12.onnx", "aipp", "--nv12", "601")
+    names = write_images(tmp_path / "images", IMAGES)
+    (tmp_path / "image.txt").write_text("\n".join(names))
+    for folder, more in (("bins", ["--nv12", 601]), ("uint8", ["--uint8"]), ("float32", [])):
+        done = script("preprocess_deepmar_pytorch.py", "images", folder, "image.txt", "--size", SIZE, SIZE, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert script("get_info.py", folder, folder + ".info", SIZE, SIZE, cwd=tmp_path).returncode == 0
+    command = ["tools/benchmark.py", "-batch_size=1", "-input_width=%d" % SIZE, "-input_height=%d" % SIZE]
+    for more in ("-input_text_path=bins.info", "-round=2"):
+        done = script(*command, more, "-om_path=%s" % model, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    check_error(script(*command[:2], "-input_width=16", "-input_height=32", "-input_text_path=bins.info", "-om_path=%s" % model,
+                       cwd=tmp_path), "nv12.onnx: its input is [1,24,16], not [1,48,16]")
+    result = tmp_path / "result" / "dumpOutput_device0"
+    done = script("tools/compare.py", result, "--onnx", model, "--bins", tmp_path / "bins", "--max-difference", 1e-6)
+    assert done.returncode == 0, done.stderr
+    done = script("tools/predict.py", "images/im3.png", "--onnx", model, cwd=tmp_path)
+    logits = np.fromfile(str(result / "im3_1.bin"), "<f4")
+    assert [row[3] for row in parse_predictions(done.stdout)["images/im3.png"]] == sorted(logits, reverse=True), done.stderr
+    done = script("tools/quantize.py", model, "bins", "int8.onnx", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "QLinearConv" in {node.op_type for node in onnx.load(str(tmp_path / "int8.onnx")).graph.node}
+    done = script("tools/compare.py", result, "--onnx", "int8.onnx", "--bins", "bins", "--max-difference", 1, "--max-flips", 9,
+                  cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for folder, text in (("uint8", "uint8 [16,16,3]"), ("float32", "float32 [3,16,16]")):
+        check_error(script("tools/compare.py", result, "--onnx", model, "--bins", folder, cwd=tmp_path),
+                    "bins are not NV12 uint8 [24,16] (384 bytes)", "that is the size of %s: run stage 4 again with --nv12 601" % text)
+        check_error(script(*command, "-input_text_path=%s.info" % folder, "-om_path=%s" % model, cwd=tmp_path), "not NV12 uint8 [24,16]")
+    for other, text in ((aipp_scene.model, "with --uint8"), (aipp_scene.float_model, "without --uint8")):
+        check_error(script("tools/compare.py", result, "--onnx", other, "--bins", "bins", cwd=tmp_path),
+                    "that is the size of NV12 uint8 [24,16]: run stage 4 again " + text)
+
+
+def test_standard_of_nv12_is_in_the_metadata(aipp_scene, tmp_path):
+    model = onnx.load(make_twin(aipp_scene.float_model, tmp_path / "nv12.onnx", "aipp", "--nv12", "jpeg"))
+    del model.metadata_props[:]
+    onnx.save(model, str(tmp_path / "nv12.onnx"))
+    with pytest.raises(ValueError) as error:
+        open_session(str(tmp_path / "nv12.onnx"))
+    assert "its input is uint8 [1,24,16], but its metadata do not say that it is NV12, and by which standard" in str(error.value)
+    write_model(tmp_path / "odd.onnx", size=(16, 15))
+    check_error(script("tools/rehearse.py", "aipp", tmp_path / "odd.onnx", tmp_path / "t.onnx", "--nv12", "601"), "even height and width")
+
+
+@pytest.mark.parametrize("nv12, changes, text", [
+    ("709", {}, "with the colours of NV12 BT.709 uint8 (matrix_* and input_bias_* in aipp.cfg)"),
+    ("601", {"rbuv_swap_switch": "true"}, "with U and V exchanged (rbuv_swap_switch in aipp.cfg)"),
+    ("601", {"var_reci_chn_0": 1 / 255, "var_reci_chn_1": 1 / 255, "var_reci_chn_2": 1 / 255}, "without the division by")])
+def test_wrong_settings_for_nv12_are_recognised(tmp_path, nv12, changes, text):
+    scene = Scene(tmp_path)
+    scene.model = make_twin(scene.model, tmp_path / "nv12.onnx", "aipp", "--nv12", "601")
+    scene.twin, scene.bins = make_twin(scene.model, tmp_path / "nv12_float16.onnx"), nv12_bins(tmp_path / "nv12")
+    scene.compare(scene.card(inputs=after_aipp(scene.bins, "601")))  # the right ones are accepted
+    assert "these are the results for an input " + text in scene.refused(scene.card(inputs=after_aipp(scene.bins, nv12, **changes)))

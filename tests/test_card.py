@@ -249,6 +249,26 @@ def test_models_with_aipp_run_on_all_backends(card, tmp_path):
     assert "batch size 5: deepmar_bs5_aipp.onnx" in process.stdout and np.abs(logits() - binary).max() < 1e-4
 
 
+def test_models_for_nv12_run_on_all_backends(card, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(str(card.work), str(work))
+
+    def run(*arguments, **settings):
+        process = card.run("--work-dir", work, "--batch-size", 5, "--stop-stage", 6, "--aipp", "nv12-709", *arguments, **settings)
+        assert process.returncode == 0, process.stderr
+        return np.array([np.fromfile(str(path), "<f4") for path in sorted((work / "result" / "dumpOutput_device0").glob("*.bin"))])
+
+    binary = run("--stage", 3)
+    assert {path.stat().st_size for path in (work / "input_bin").iterdir()} == {75264}
+    assert np.array_equal(run("--stage", 6, "--backend", "ais_bench", ais_bench=True), binary)
+    twin = run("--stage", 3, "--backend", "onnxruntime")
+    assert twin.shape == (SIZE, 35) and np.abs(twin - binary).max() < 1e-4
+    process = card.run("--work-dir", work, "--batch-size", 5, "--stage", 6, "--aipp", "nv12-601")
+    assert process.returncode == 1 and "input_bin was made with aipp nv12-709, not nv12-601" in process.stderr
+    process = card.run("--aipp", "nv12-601", "--size", "224 223")
+    assert process.returncode == 2 and "aipp nv12-601 needs an even height and width, not 224 223" in process.stderr
+
+
 def test_options_of_atc_are_passed_on_and_recorded(card, tmp_path):
     work = tmp_path / "work"
     shutil.copytree(str(card.work), str(work))

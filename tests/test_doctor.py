@@ -356,8 +356,9 @@ def test_oms_made_by_a_newer_cann_are_noted(machine, monkeypatch):
 def test_disk_must_hold_the_bins(machine):
     rows = check(machine, "--stop-stage", 4, sample_size="9" * 12)[1]
     quarter = check(machine, "--stop-stage", 4, "--aipp", "yes", sample_size="9" * 12)[1]
+    eighth = check(machine, "--stop-stage", 4, "--aipp", "nv12-601", sample_size="9" * 12)[1]
     assert rows["disk"]["state"] == quarter["disk"]["state"] == "missing"
-    assert [float(row["disk"]["found"].split()[-5]) for row in (rows, quarter)] == [602112000.0, 150528000.0]  # uint8 bins take a quarter
+    assert [float(row["disk"]["found"].split()[-5]) for row in (rows, quarter, eighth)] == [602112000.0, 150528000.0, 75264000.0]
 
 
 def test_ais_bench_is_checked_by_ais_bench_files(machine):

@@ -12,7 +12,8 @@ import pytest
 from pyarrow import parquet
 
 import gallery
-from helpers import GALLERY, ROOT, all_images, check_error, check_once, contents, finish_gallery, run_gallery, write_model
+from helpers import (GALLERY, ROOT, all_images, check_error, check_once, contents, finish_gallery, run_gallery, script,
+                     write_images, write_model)
 from lib.gallery.pool import why
 from lib.labels import ASSUMED, PETA
 
@@ -201,3 +202,11 @@ def test_killed_driver_leaves_nothing_and_goes_on(folder, many, tmp_path, number
     if number == signal.SIGKILL:
         process = run_gallery(folder, "many", "--output", out, "--shard-size", 10, runner=subprocess.Popen)
         finish_gallery(process, out, many, lost=0, again=(0,))
+
+
+def test_model_for_nv12_is_refused(tmp_path):
+    write_images(tmp_path / "images", 1)
+    write_model(tmp_path / "m.onnx", size=(16, 16))
+    assert script("tools/rehearse.py", "aipp", tmp_path / "m.onnx", tmp_path / "nv12.onnx", "--nv12", 601).returncode == 0
+    check_error(script("tools/gallery.py", tmp_path / "images", "--onnx", tmp_path / "nv12.onnx", "--output", tmp_path / "g"),
+                "nv12.onnx: takes NV12, a video's frames; for image files give the model without it")

@@ -8,7 +8,7 @@ import doctor
 import om as standin
 from helpers import check_error, script
 from lib import om
-from lib.bins import holds_uint8
+from lib.bins import holds
 from lib.images import MEAN, STD
 
 TEXTS = {"soc_version": "Ascend310P3", "atc_version": "7.5.0.1.129", "opp_version": "7.5.0.1.130",
@@ -123,11 +123,11 @@ def test_kinds_of_bins_are_told_by_their_content(tmp_path):
     pixels = np.random.RandomState(0).randint(0, 256, (64, 32, 3)).astype(np.uint8)
     floats = ((pixels.transpose(2, 0, 1) / 255 - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))).astype(np.float32)
     path = tmp_path / "a.bin"
-    for array, uint8 in ((pixels, True), (floats, False), (np.stack([pixels] * 4), None), (np.zeros((4, 64, 32, 3), np.uint8), None),
-                         (np.zeros(8 * 64 * 32 * 3 // 2, np.uint8), None),  # eight in NV12
-                         (floats * 2, None), (pixels[:32], None)):
+    for array, kind in ((pixels, "uint8"), (floats, "float32"), (pixels[:32], "nv12-601"), (np.stack([pixels] * 4), None),
+                        (np.zeros((4, 64, 32, 3), np.uint8), None), (np.zeros(8 * 64 * 32 * 3 // 2, np.uint8), None),  # eight in NV12
+                        (floats * 2, None), (pixels[:16], None)):
         array.tofile(str(path))
-        assert holds_uint8(str(path), 64, 32) is uint8
+        assert holds(str(path), 64, 32) == kind
 
 
 def test_describe_prints_what_an_om_says(tmp_path):

@@ -53,7 +53,7 @@ def test_bad_models_are_refused(tmp_path):
     (tmp_path / "cut.onnx").write_bytes((tmp_path / "m.onnx").read_bytes()[:100])
     check_error(script("tools/rehearse.py", "float16", tmp_path / "cut.onnx", tmp_path / "t.onnx"), "cut.onnx: is not a valid ONNX model")
     check_error(script("tools/rehearse.py", "float16", model, model), "OUTPUT is MODEL", code=2)
-    check_error(script("tools/rehearse.py"), "give cfg, aipp or float16", code=2)
+    check_error(script("tools/rehearse.py"), "give cfg, aipp, float16 or input", code=2)
     make_twin(model, tmp_path / "a.onnx", "aipp")
     check_error(script("tools/rehearse.py", "aipp", tmp_path / "a.onnx", tmp_path / "t.onnx"), "it may already have AIPP")
     assert not (tmp_path / "t.onnx").exists()
@@ -266,7 +266,7 @@ def test_usage_errors_and_the_twin_of_another_model(scene, tmp_path):
                 "t.onnx: is not the float16 twin of", "tools/rehearse.py float16")
     for more in (["--layers"], ["--rehearsal", scene.twin, "--max-flips", 1], ["--rehearsal", scene.twin, "--max-difference", 1]):
         check_error(script("tools/compare.py", side, "--onnx", scene.model, "--bins", scene.bins, *more), code=2)
-    check_error(script("tools/compare.py", scene.twin, side), "--onnx MODEL", code=2)
+    check_error(script("tools/compare.py", scene.twin, side), "--model MODEL", code=2)
     batch = write_network(tmp_path / "bs4.onnx", scene.values, 4)
     twin = make_twin(batch, tmp_path / "bs4_t.onnx")
     command = ["tools/compare.py", side, "--onnx", batch, "--rehearsal", twin, "--bins", scene.bins]

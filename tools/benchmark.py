@@ -23,7 +23,7 @@ from lib.providers import HOST_PROVIDERS, PROVIDERS, REMEDIES, import_onnxruntim
 from lib.rates import latency_lines, perf_lines, pure_line, summary
 from lib.script import command, importing, number, pixels, progress
 from lib.session import (CALLS_MB, TOLERANCE, Clock, callers, calls_at_once, check_precision, check_shape, empty_batch,
-                         infer, input_size, open_session, read_bin, run, takes_uint8)
+                         infer, input_kind, input_size, open_session, read_bin, run)
 
 with importing():
     import numpy as np
@@ -78,7 +78,7 @@ def first_batch(session, bins, shape):
             read_bin(path, row)
     else:
         random = np.random.RandomState(0)
-        batch[...] = random.randint(0, 256, batch.shape) if takes_uint8(session) else random.standard_normal(batch.shape)
+        batch[...] = random.randint(0, 256, batch.shape) if batch.dtype == np.uint8 else random.standard_normal(batch.shape)
     return batch
 
 
@@ -135,7 +135,7 @@ def main(argv=None):
     if args.round:
         shape = (args.batch_size,) + input_size(session)[1:]
     check_shape(session, args.om_path, *shape)
-    bins = None if args.round else read_info(args.input_text_path, *shape[1:], takes_uint8(session))
+    bins = None if args.round else read_info(args.input_text_path, *shape[1:], input_kind(session))
     batch = first_batch(session, bins, shape)
     check_precision(session, args.om_path, batch, args.tolerance)
     onnxruntime = import_onnxruntime()

@@ -39,7 +39,7 @@ from lib.metrics import effect
 from lib.names import composed
 from lib.results import as_logits, attributes_in, kind_of, list_results, read_logits
 from lib.script import command, importing, number, some
-from lib.session import compute, input_size, open_session, takes_uint8
+from lib.session import compute, input_kind, input_size, open_session
 
 with importing():
     import numpy as np
@@ -172,7 +172,7 @@ def bins_of(folder, session):
     """Returns {name: path} of the bins in a folder, which must be of the type that the session's model takes."""
     _, height, width = input_size(session)
     return {composed(name[:-len(".bin")]): os.path.join(folder, name)
-            for name in list_bins(folder, width, height, takes_uint8(session))}
+            for name in list_bins(folder, width, height, input_kind(session))}
 
 
 def check_twin(session, path, model):

@@ -39,13 +39,14 @@ from lib.gallery.pool import Cluster, Processes, Shards, connection
 from lib.gallery.shards import find_input
 from lib.gallery.storage import absolute, is_local
 from lib.gallery.worker import REMOTE_READERS, Images, decode, versions
+from lib.images import NV12
 from lib.labels import ASSUMED, PETA, attribute_names
 from lib.machine import cores
 from lib.providers import CPU, PROVIDERS
 from lib.results import kind_of, look_like_probabilities
 from lib.script import Silent, command, importing, note, number, one_line, progress, some
-from lib.session import (SIZE_ASSUMED, attributes_of, calls_at_once, fixed_size, input_size, open_session, run_batches,
-                         takes_uint8)
+from lib.session import (SIZE_ASSUMED, attributes_of, calls_at_once, fixed_size, input_kind, input_size, open_session,
+                         run_batches)
 
 with importing():
     import numpy as np
@@ -148,6 +149,8 @@ def local_devices(args):
 def examine(args, session):
     """Returns (the model's entry for the manifest, its attributes' names, what it says that it gives: see kind_of())."""
     batch_size, height, width = input_size(session)
+    if input_kind(session) in NV12:
+        raise ValueError("%s: takes NV12, a video's frames; for image files give the model without it" % args.model)
     if None in fixed_size(session)[1:]:
         note(SIZE_ASSUMED)
     names = attribute_names(attributes_of(session), args.attributes, args.model)
@@ -161,7 +164,7 @@ def examine(args, session):
     with open(args.model, "rb") as f:
         digest = hashlib.sha256(f.read()).hexdigest()
     return {"sha256": digest, "batch_size": batch_size, "height": height, "width": width,
-            "input": "uint8" if takes_uint8(session) else "float32"}, list(names), kind_of(args.model)
+            "input": input_kind(session)}, list(names), kind_of(args.model)
 
 
 def kind_by_values(args, session, found):

@@ -38,7 +38,7 @@ from lib.labels import ASSUMED, PETA, attribute_names, read_thresholds
 from lib.names import check_length, images_in, stem
 from lib.results import as_logits, kind_of, probabilities
 from lib.script import command, importing, note, number, one_line, progress, some
-from lib.session import SIZE_ASSUMED, attributes_of, empty_batch, fixed_size, infer, input_size, open_session, run_batches
+from lib.session import SIZE_ASSUMED, attributes_of, empty_batch, fixed_size, infer, input_kind, input_size, open_session, run_batches
 
 with importing():
     import numpy as np
@@ -68,11 +68,11 @@ def predict(session, paths, source, advance):
     """
     def fill(path, row):
         try:
-            preprocess(path, out=row, upright=True)
+            preprocess(path, out=row, upright=True, kind=given)
         except Exception as error:  # Pillow raises nearly anything on damaged files
             return one_line(error)
 
-    predictions, bad = {}, {}
+    given, predictions, bad = input_kind(session), {}, {}
     for batch, reasons, outputs in run_batches(session, paths, fill):
         for path, reason, row in zip(batch, reasons, outputs):
             if reason is None:
@@ -270,14 +270,14 @@ def answer(session, source, names, thresholds):
 
     Raises ValueError if the model cannot compute.
     """
-    batch, kind = empty_batch(session, *input_size(session)), kind_of(source)
+    batch, given, kind = empty_batch(session, *input_size(session)), input_kind(session), kind_of(source)
     for line in (sys.stdin or open(os.devnull)).buffer:  # the caller may have closed it
         path = os.fsdecode(line.rstrip(b"\r\n"))
         found = {"image": path}
         try:
             if not os.path.isfile(path):  # opening a FIFO would wait for ever
                 raise FileNotFoundError("no such image file")
-            preprocess(path, out=batch[0], upright=True)
+            preprocess(path, out=batch[0], upright=True, kind=given)
         except Exception as error:  # Pillow raises nearly anything on damaged files
             found["error"] = one_line(error)
         else:

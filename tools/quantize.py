@@ -28,7 +28,7 @@ from lib.names import composed
 from lib.providers import CPU
 from lib.results import as_logits, kind_of
 from lib.script import command, importing, number, one_line
-from lib.session import attributes_of, compute, empty_batch, input_size, open_session, session_options, takes_uint8
+from lib.session import attributes_of, compute, empty_batch, input_kind, input_size, open_session, session_options
 
 with importing():
     import numpy as np
@@ -116,9 +116,10 @@ def calibrate(folded, result, feeds, qdq):
 
     # Without VNNI, an x86 CPU adds two products in 16 bits, which overflow unless the weights have 7 bits.
     # https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
-    # AIPP's table is not quantized: ONNX Runtime 1.10 would convert it to int8, which its convolution does not accept.
+    # AIPP is not quantized: ONNX Runtime 1.10 would convert its table to int8, which its convolution does not accept.
+    aipp = [node.name for node in load(folded).graph.node if node.name.startswith("aipp_")]
     quantize_static(folded, result, Reader(), quant_format=QuantFormat.QDQ if qdq else QuantFormat.QOperator, per_channel=True,
-                    activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=["aipp_gather", "aipp_transpose"],
+                    activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=aipp,
                     reduce_range=not multiplies_exactly())
 
 
@@ -180,7 +181,7 @@ def main(argv=None):
     session = open_float32(args.model)
     batch_size, height, width = input_size(session)
     bins = [(composed(name[:-len(".bin")]), os.path.join(args.bins, name))
-            for name in list_bins(args.bins, width, height, takes_uint8(session))]
+            for name in list_bins(args.bins, width, height, input_kind(session))]
     labels = None
     if args.labels is not None:
         labels = labels_of(args.labels, [name for name, _ in bins], attributes_of(session))

@@ -2,10 +2,14 @@
 
     python3 tools/rehearse.py cfg aipp.cfg
     python3 tools/rehearse.py aipp deepmar_bs1_nopad.onnx deepmar_bs1_aipp.onnx
+    python3 tools/rehearse.py input images plain_bin image.txt --resize plain --nv12 709
     python3 tools/rehearse.py float16 deepmar_bs1_nopad.onnx deepmar_bs1_float16.onnx
 
 cfg writes the file for atc's --insert_op_conf. The card then takes stage 4's uint8 bins and normalises them itself.
 aipp writes a copy of the model that begins with the same arithmetic. Its input is uint8 [N,height,width,3].
+input writes bins as stage 4 does, but from the pixels that a deployment would have: resized as OpenCV and DVPP do it, through NV12, or
+through JPEG. tools/compare.py and stages 5 to 7 then show what this does to the logits and the accuracy.
+With --nv12, cfg and aipp are for an input of NV12, uint8 [N,1.5 x height,width], of which stage 4 writes bins with --nv12.
 float16 writes a copy of the model in which the weights, the input and each node's result are rounded to float16. Products are
 summed in float32, as in the card's cube unit. tools/compare.py --rehearsal judges the card's results by this model.
 
@@ -18,11 +22,13 @@ import sys
 import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from lib import camera
+from lib.bins import contents
 from lib.files import whole_file, write_text
-from lib.images import MEAN, SIZE, STD
+from lib.images import LAYOUTS, MEAN, SIZE, STD, resize, write_bins
 from lib.models import PREFIX, check, load, nested
 from lib.providers import CPU
-from lib.script import command, importing, note, one_line, pixels
+from lib.script import command, has_module, importing, note, number, one_line, pixels
 from lib.session import open_session
 
 with importing():
@@ -30,16 +36,24 @@ with importing():
 
 MIN = [255 * mean for mean in MEAN]          # AIPP's min_chn and var_reci_chn. AIPP computes (pixel - min) * var_reci
 VAR_RECI = [1 / (255 * std) for std in STD]
+BEYOND = 512  # AIPP's matrices give levels from -290 to 545, which are then limited to 0 to 255
+RESIZE = {"pillow": resize, "plain": camera.resized(camera.resize_plain), "opencv": camera.resized(camera.resize_opencv)}
 FLOAT16_MAX = 65504
 
 # The results of these operators are not rounded: they only select or move values, which are already rounded.
 SELECTING_OPERATORS = {"Relu", "MaxPool", "Flatten", "Reshape", "Transpose", "Identity", "Gather", "Squeeze", "Unsqueeze"}
 
 
-def aipp_cfg(height, width):
-    """Returns AIPP's settings for atc, in protobuf's text format."""
-    fields = ["aipp_mode: static", "related_input_rank: 0", "input_format: RGB888_U8", "src_image_size_w: %d" % width,
-              "src_image_size_h: %d" % height, "csc_switch: false", "rbuv_swap_switch: false"]
+def aipp_cfg(height, width, nv12=None):
+    """Returns AIPP's settings for atc, in protobuf's text format. nv12: for an input of NV12, its key in camera.STANDARDS."""
+    fields = ["aipp_mode: static", "related_input_rank: 0", "input_format: %s" % ("YUV420SP_U8" if nv12 else "RGB888_U8"),
+              "src_image_size_w: %d" % width, "src_image_size_h: %d" % height, "csc_switch: %s" % ("true" if nv12 else "false"),
+              "rbuv_swap_switch: false"]
+    if nv12:
+        camera.check_even(height, width)
+        matrix, _, bias = camera.STANDARDS[nv12]
+        fields += ["matrix_r%dc%d: %d" % (i, j, value) for i, row in enumerate(matrix) for j, value in enumerate(row)]
+        fields += ["input_bias_%d: %d" % pair for pair in enumerate(bias)]
     for name, values in (("min", MIN), ("var_reci", VAR_RECI)):
         fields += ["%s_chn_%d: %.15g" % (name, i, value) for i, value in enumerate(values)]
     return "aipp_op {\n    %s\n}\n" % "\n    ".join(fields)
@@ -65,32 +79,113 @@ def image_input(model):
     return image
 
 
-def add_aipp(model, path):
+def add_aipp(model, path, nv12=None):
     """Puts AIPP's arithmetic at the beginning of an onnx.ModelProto, in place. The new nodes' names begin with aipp_."""
     from onnx import TensorProto, helper, numpy_helper
     graph, image = model.graph, image_input(model)
     if image.type.tensor_type.elem_type != TensorProto.FLOAT:
         raise ValueError("%s: does not take float32; it may already have AIPP" % path)
     batch, _, height, width = image.type.tensor_type.shape.dim
-    uint8 = helper.make_tensor_value_info("aipp_pixels", TensorProto.UINT8, [1, 1, 1, 3])
-    for dim, source in zip(uint8.type.tensor_type.shape.dim, (batch, height, width)):
-        dim.CopyFrom(source)
+    if nv12:
+        rows, columns = height.dim_value, width.dim_value
+        if not rows or not columns:
+            raise ValueError("%s: does not fix the height and width, which NV12 needs; export it with --size" % path)
+        camera.check_even(rows, columns)
+        uint8 = helper.make_tensor_value_info("aipp_pixels", TensorProto.UINT8, [1, rows * 3 // 2, columns])
+        nodes, constants = nv12_nodes(rows, columns, nv12)
+    else:
+        uint8 = helper.make_tensor_value_info("aipp_pixels", TensorProto.UINT8, [1, 1, 1, 3])
+        for dim, source in zip(uint8.type.tensor_type.shape.dim[1:], (height, width)):
+            dim.CopyFrom(source)
+        nodes, constants = [helper.make_node("Cast", ["aipp_pixels"], ["aipp_levels"], "aipp_cast", to=TensorProto.INT32)], {}
+    uint8.type.tensor_type.shape.dim[0].CopyFrom(batch)
     graph.value_info.add().CopyFrom(image)
     graph.input.remove(image)
     graph.input.insert(0, uint8)
-    for entry in model.metadata_props:
-        if entry.key == PREFIX + "layout":
-            entry.value = "NHWC RGB uint8"
-    # A table is enough, because a channel has only 256 values.
-    graph.initializer.extend([numpy_helper.from_array(aipp_table().ravel(), "aipp_table"),
-                              numpy_helper.from_array(np.array([0, 256, 512], np.int32), "aipp_rows")])
-    nodes = [helper.make_node("Cast", ["aipp_pixels"], ["aipp_values"], "aipp_cast", to=TensorProto.INT32),
-             helper.make_node("Add", ["aipp_values", "aipp_rows"], ["aipp_places"], "aipp_add"),
-             helper.make_node("Gather", ["aipp_table", "aipp_places"], ["aipp_nhwc"], "aipp_gather", axis=0),
-             helper.make_node("Transpose", ["aipp_nhwc"], [image.name], "aipp_transpose", perm=[0, 3, 1, 2])]
+    layouts = [entry for entry in model.metadata_props if entry.key == PREFIX + "layout"]
+    if nv12 and not layouts:  # only the layout tells the standard
+        layouts = [model.metadata_props.add(key=PREFIX + "layout")]
+    for entry in layouts:
+        entry.value = LAYOUTS["nv12-" + nv12 if nv12 else "uint8"]
+    # A table is enough, because a channel has only 256 levels. That for NV12 begins at -BEYOND and also limits the levels to these.
+    table = np.pad(aipp_table(), ((0, 0), (BEYOND, BEYOND)), "edge") if nv12 else aipp_table()
+    constants.update(aipp_table=table.ravel(), aipp_rows=np.arange(3, dtype=np.int32) * table.shape[1])
+    graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    nodes += [helper.make_node("Add", ["aipp_levels", "aipp_rows"], ["aipp_places"], "aipp_add"),
+              helper.make_node("Gather", ["aipp_table", "aipp_places"], ["aipp_nhwc"], "aipp_gather", axis=0),
+              helper.make_node("Transpose", ["aipp_nhwc"], [image.name], "aipp_transpose", perm=[0, 3, 1, 2])]
     nodes += graph.node
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def nv12_nodes(height, width, standard):
+    """Returns (nodes that convert NV12 as camera.to_rgb() does, but without its limits; their constants, {name: array}).
+
+    aipp_pixels: uint8 [N,1.5 x height,width]. aipp_levels: int32 [N,height,width,3], the levels of RGB + BEYOND.
+    """
+    from onnx import TensorProto, helper
+    matrix, _, bias = camera.STANDARDS[standard]
+    of_y, of_u, of_v = np.array(matrix, np.int32).T
+    # Half of 256 makes the division round. ONNX's division truncates, so the sum is made positive.
+    rest = 128 + 256 * BEYOND - np.array(matrix).dot(bias)
+    constants = {"aipp_y": of_y, "aipp_u": of_u, "aipp_v": of_v, "aipp_rest": rest.astype(np.int32), "aipp_256": np.int32([256])}
+    # A pixel's Y and its block's U and V meet as [N,height / 2,2,width / 2,2,3].
+    shapes = {"aipp_pairs": [0, height // 2, 1, width // 2, 1, 2], "aipp_blocks": [0, height // 2, 2, width // 2, 2, 1],
+              "aipp_image": [0, height, width, 3], "aipp_0": [0], "aipp_1": [1], "aipp_2": [2], "aipp_height": [height],
+              "aipp_end": [height * 3 // 2], "aipp_axis_1": [1], "aipp_axis_5": [5]}
+    constants.update((name, np.array(values, np.int64)) for name, values in shapes.items())
+    nodes = [helper.make_node("Cast", ["aipp_pixels"], ["aipp_values"], "aipp_cast", to=TensorProto.INT32)]
+    nodes += [helper.make_node(op, ["aipp_" + name for name in inputs.split()], ["aipp_" + output], "aipp_to_" + output)
+              for op, inputs, output in (
+                  ("Slice", "values 0 height axis_1", "luma"), ("Slice", "values height end axis_1", "chroma"),
+                  ("Reshape", "luma blocks", "luma_blocks"), ("Reshape", "chroma pairs", "chroma_pairs"),
+                  ("Slice", "chroma_pairs 0 1 axis_5", "u_level"), ("Slice", "chroma_pairs 1 2 axis_5", "v_level"),
+                  ("Mul", "luma_blocks y", "from_y"), ("Mul", "u_level u", "from_u"), ("Mul", "v_level v", "from_v"),
+                  ("Add", "from_u from_v", "from_uv"), ("Add", "from_uv rest", "colour"), ("Add", "from_y colour", "sum"),
+                  ("Div", "sum 256", "blocks_of_levels"), ("Reshape", "blocks_of_levels image", "levels"))]
+    return nodes, constants
+
+
+def add_input(actions):
+    """Adds the action input to the command line."""
+    action = actions.add_parser("input", help="write bins with the pixels of a deployment", allow_abbrev=False)
+    action.add_argument("images", metavar="IMAGES", help="the folder of the images")
+    action.add_argument("bins", metavar="BIN_DIR", help="the folder of bins to write")
+    action.add_argument("image_txt", metavar="IMAGE_TXT", help="the list of images, one file name per line")
+    action.add_argument("--size", nargs=2, type=pixels, default=(SIZE, SIZE), metavar=("H", "W"),
+                        help="height and width of the network's input (default: 224 224)")
+    action.add_argument("--jpeg", type=number(int, 1, 100), metavar="QUALITY", help="save each image as JPEG and read it again first")
+    action.add_argument("--resize", choices=sorted(RESIZE), default="pillow",
+                        help="pillow: as stage 4 (default); plain: bilinear without averaging, as OpenCV and DVPP; opencv: OpenCV itself")
+    action.add_argument("--nv12", choices=sorted(camera.STANDARDS),
+                        help="convert the resized image to NV12 by this standard, and back as AIPP does it")
+    action.add_argument("--kind", choices=["float32", "uint8", "nv12"], default="float32",
+                        help="what the bins hold: input for the model (default), RGB pixels or NV12 for one with AIPP")
+
+
+def deployed(image, size, args):
+    """Returns a PIL image as a deployment would resize it. size: (height, width). args: those of the action input."""
+    from PIL import Image
+    if args.jpeg:
+        image = camera.through_jpeg(image, args.jpeg)
+    image = RESIZE[args.resize](image, size)
+    if args.nv12 and args.kind != "nv12":
+        image = Image.fromarray(camera.to_rgb(camera.to_nv12(np.asarray(image), args.nv12), args.nv12))
+    return image
+
+
+def write_input(args):
+    """Writes the bins of the action input."""
+    if args.resize == "opencv" and not has_module("cv2"):
+        raise ValueError("--resize opencv needs OpenCV; run: pip install opencv-python-headless")
+    if args.nv12:
+        camera.check_even(*args.size)
+    kind = "nv12-" + args.nv12 if args.kind == "nv12" else args.kind
+    count, _ = write_bins(args.images, args.bins, args.image_txt, tuple(args.size), kind, lambda *image: deployed(*image, args))
+    steps = ["%s %s" % (name, value) for name, value in (("jpeg", args.jpeg), ("resize", args.resize), ("nv12", args.nv12)) if value]
+    print("%s: %d images -> %d bins of %s (%s)" % (args.bins, count, count, contents(kind, *args.size)[0], ", ".join(steps)))
+    print("next: python3 tools/compare.py result/dumpOutput_device0 --model MODEL --bins %s" % args.bins)
 
 
 def round_weights(graph):
@@ -185,33 +280,44 @@ def parse(argv):
     action.add_argument("output", metavar="FILE", help="the file to write")
     action.add_argument("--size", nargs=2, type=pixels, default=(SIZE, SIZE), metavar=("H", "W"),
                         help="height and width of the network's input (default: 224 224)")
+    action.add_argument("--nv12", choices=sorted(camera.STANDARDS), help="take NV12 of this standard instead of RGB")
+    add_input(actions)
     for name, text in (("aipp", "write the model with AIPP before it"), ("float16", "write the model rounded to float16")):
         action = actions.add_parser(name, help=text, allow_abbrev=False)
         action.add_argument("model", metavar="MODEL", help="the model that stage 2 wrote")
         action.add_argument("output", metavar="OUTPUT", help="the model to write")
+        if name == "aipp":
+            action.add_argument("--nv12", choices=sorted(camera.STANDARDS), help="take NV12 of this standard instead of RGB")
     args = parser.parse_args(argv)
     if args.action is None:
-        parser.error("give cfg, aipp or float16")
-    if args.action != "cfg" and os.path.realpath(args.output) == os.path.realpath(args.model):
+        parser.error("give cfg, aipp, float16 or input")
+    if args.action == "input" and args.kind == "nv12" and not args.nv12:
+        parser.error("--kind nv12 needs --nv12, the standard")
+    if args.action in ("aipp", "float16") and os.path.realpath(args.output) == os.path.realpath(args.model):
         parser.error("OUTPUT is MODEL, which atc still needs; give another name")
     return args
 
 
 def main(argv=None):
     args = parse(argv)
+    if args.action == "input":
+        write_input(args)
+        return
     if args.action == "cfg":
-        write_text(args.output, aipp_cfg(*args.size))
-        print("%s: AIPP for uint8 bins of %d x %d, for atc's --insert_op_conf" % (args.output, args.size[1], args.size[0]))
+        write_text(args.output, aipp_cfg(*args.size, args.nv12))
+        print("%s: AIPP for %s bins of %d x %d, for atc's --insert_op_conf"
+              % (args.output, "NV12 (%s)" % args.nv12 if args.nv12 else "uint8", args.size[1], args.size[0]))
         return
     open_session(args.model, provider=CPU)  # refuses what is not a DeepMAR model
     model = load(args.model)
     if len(list(nested(model.graph))) > 1:
         raise ValueError("%s: has graphs inside its graph, so it is not a DeepMAR model" % args.model)
     if args.action == "aipp":
-        add_aipp(model, args.model)
+        add_aipp(model, args.model, args.nv12)
         save(model, args.output)
-        print("%s: takes uint8 bins; AIPP's values differ from stage 4's by at most %s (red, green, blue), over all pixel values"
-              % (args.output, ", ".join("%.2g" % value for value in aipp_differences())))
+        print("%s: takes %s bins; AIPP's values differ from stage 4's by at most %s (red, green, blue), over all pixel values"
+              % (args.output, "NV12 (%s)" % args.nv12 if args.nv12 else "uint8",
+                 ", ".join("%.2g" % value for value in aipp_differences())))
         return
     weights = round_weights(model.graph)
     results = round_results(model, args.model)

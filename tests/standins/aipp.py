@@ -18,8 +18,9 @@ FIELDS.update(dict.fromkeys(
     "left_padding_size right_padding_size top_padding_size bottom_padding_size".split(), INTEGER))
 FIELDS.update(("%s_chn_%d" % (name, i), pattern) for name, pattern in (("mean", INTEGER), ("min", NUMBER), ("var_reci", NUMBER))
               for i in range(4))
-FIELDS.update(("matrix_r%dc%d" % (i, j), INTEGER) for i in range(3) for j in range(3))
-FIELDS.update(("%s_bias_%d" % (name, i), INTEGER) for name in ("input", "output") for i in range(3))
+COLOURS = {"matrix_r%dc%d" % (i, j) for i in range(3) for j in range(3)}
+COLOURS |= {"%s_bias_%d" % (name, i) for name in ("input", "output") for i in range(3)}
+FIELDS.update(dict.fromkeys(COLOURS, INTEGER))
 
 
 def settings(options, shape, failed):
@@ -53,12 +54,23 @@ def settings(options, shape, failed):
         fields[name] = value
     if fields.get("aipp_mode", "undefined") == "undefined":
         failed("E10043: AIPP config error: When insert AIPP op, aipp_mode must be configured as static or dynamic")
-    if fields["aipp_mode"] == "dynamic" or fields.get("crop") == "true" or fields.get("csc_switch") == "true":
-        failed("this stand-in has static AIPP alone, without crop and colour conversion")
+    if fields["aipp_mode"] == "dynamic" or fields.get("crop") == "true":
+        failed("this stand-in has static AIPP alone, without crop")
     if "input_format" not in fields:
         failed("E10043: AIPP config error: Input format of AIPP conf is undefined")
-    if fields["input_format"] != "RGB888_U8":
-        failed("this stand-in has RGB888_U8 alone")
+    nv12 = fields["input_format"] == "YUV420SP_U8"
+    if not nv12 and fields["input_format"] != "RGB888_U8":
+        failed("this stand-in has RGB888_U8 and YUV420SP_U8 alone")
+    if nv12 != (fields.get("csc_switch") == "true"):
+        failed("csc_switch %s: the model takes RGB, and the input is %s" % (fields.get("csc_switch"), fields["input_format"]))
+    for name in sorted(COLOURS):
+        if nv12 and name not in fields and not name.startswith("output"):  # atc would fill in a matrix of its own
+            failed("%s is missing" % name)
+        low, high = (-32677, 32676) if name.startswith("matrix") else (0, 255)
+        if not low <= int(fields.get(name, 0)) <= high:
+            failed("%s: %s is not from %d to %d" % (name, fields[name], low, high))
+    if nv12 and any(int(fields.get("src_image_size_" + side, 0)) % 2 for side in "hw"):
+        failed("EZ0034: When input_format is YUV420SP_U8, src_image_size_h and src_image_size_w must be even numbers")
     if int(fields.get("related_input_rank", 0)) != 0:
         failed("related_input_rank %s: the model has one input" % fields["related_input_rank"])
     for name, value in fields.items():
@@ -70,13 +82,36 @@ def settings(options, shape, failed):
     return json.dumps(fields).encode()
 
 
+def bytes_of(fields, shape):
+    """How many bytes an image has for a model of this shape [N,3,H,W]."""
+    if fields is None:
+        return 4 * 3 * shape[2] * shape[3]
+    return shape[2] * shape[3] * 3 // (2 if fields["input_format"] == "YUV420SP_U8" else 1)
+
+
+def from_nv12(data, fields, shape):
+    """The RGB pixels, uint8 [N,H,W,3], as CANN's source of AIPP for the Ascend950 computes them, in float."""
+    batch, _, height, width = shape
+    data = np.frombuffer(data, np.uint8).reshape(batch, height * 3 // 2, width).astype(float)
+    rows, columns = np.arange(height)[:, None], np.arange(width)
+    yuv = [data[:, rows, columns]] + [data[:, height + rows // 2, columns // 2 * 2 + i] for i in (0, 1)]
+    if fields.get("rbuv_swap_switch") == "true":
+        yuv[1:] = yuv[:0:-1]
+    yuv = [plane - int(fields["input_bias_%d" % i]) for i, plane in enumerate(yuv)]
+    sums = [sum(int(fields["matrix_r%dc%d" % (i, j)]) * 2 * yuv[j] for j in range(3)) + 1 for i in range(3)]
+    return np.rint(np.stack(sums, axis=3) / 512).clip(0, 255).astype(np.uint8)
+
+
 def network_input(data, fields, shape):
     """What the network is given, of its shape [N,3,H,W], for the bytes of a batch: after AIPP where there are fields."""
     if fields is None:
         return np.frombuffer(data, "<f4").reshape(shape)
-    pixels = np.frombuffer(data, np.uint8).reshape(shape[0], shape[2], shape[3], 3)
-    if fields.get("rbuv_swap_switch") == "true":
-        pixels = pixels[..., ::-1]
+    if fields["input_format"] == "YUV420SP_U8":
+        pixels = from_nv12(data, fields, shape)
+    else:
+        pixels = np.frombuffer(data, np.uint8).reshape(shape[0], shape[2], shape[3], 3)
+        if fields.get("rbuv_swap_switch") == "true":
+            pixels = pixels[..., ::-1]
     mean, low, factor = (np.array([fields.get("%s_chn_%d" % (name, i), default) for i in range(3)], np.float64).astype(np.float16)
                          for name, default in (("mean", 0), ("min", 0), ("var_reci", 1)))
     return np.ascontiguousarray(((pixels.astype(np.float16) - mean - low) * factor).astype(np.float32).transpose(0, 3, 1, 2))

@@ -65,7 +65,6 @@ class Model(object):
         if not data.startswith(b"IMOD"):
             raise RuntimeError("load model from file failed, model file is %s" % path)
         import aipp
-        import numpy as np
         import onnxruntime
         self.network_input = aipp.network_input
         self.aipp = json.loads(partition(data, TASKS).decode() or "null")
@@ -75,7 +74,7 @@ class Model(object):
         self.input, self.outputs = self.session.get_inputs()[0], self.session.get_outputs()
         self.shape = self.input.shape
         self.batch_size = self.shape[0]
-        self.bin_bytes = (1 if self.aipp else 4) * int(np.prod(self.shape[1:]))
+        self.bin_bytes = aipp.bytes_of(self.aipp, self.shape)
 
     def run(self, paths):
         """Returns the outputs, float32 [len(paths), attributes], for at most batch_size bins."""

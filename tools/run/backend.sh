@@ -57,7 +57,7 @@ choose_backend() {
             "deepmar_bs${batch_size%% *}.om, into $work_dir, or run: bash" \
             "./Ascend-cann-toolkit_VERSION_linux-$(uname -m).run --install" ;;
     esac
-    case $aipp$backend$make_om in yesonnxruntime* | yesauto) ! runs 3 || make_twin=yes ;; esac
+    case $aipp$backend$make_om in no*) ;; *onnxruntime* | *auto) ! runs 3 || make_twin=yes ;; esac
     runtime_options=(${provider:+"-provider=$provider"} ${tolerance:+"-tolerance=$tolerance"} ${strict:+-strict})
     if [ "$backend" = onnxruntime ] && [ ${#devices[@]} -gt 1 ]; then
         say "these devices are not cards, but ${#devices[@]} processes on ONNX Runtime that share $(cores) cores"

@@ -34,6 +34,7 @@ from lib.script import command, has_module, note
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 MACHINE = os.uname().machine
 INPUT_STAGES = {"checkpoint": [1], "images": [4, 8], "image_list": [4, 7], "label_file": [7]}  # the stages that need an input
+PIXEL_BYTES = {"no": 12, "yes": 3, "nv12-601": 1.5, "nv12-709": 1.5, "nv12-jpeg": 1.5}  # of a bin, by the value of aipp
 TOOLKIT = "bash ./Ascend-cann-toolkit_%%s_linux-%s.run --install" % MACHINE
 DRIVER = "bash ./Ascend-hdk-CHIP-npu-driver_VERSION_linux-%s.run" % MACHINE
 KEEP_CANN = ("; CANN 8.5 and later have none for a 310: keep your present CANN, or install 8.3 or older",
@@ -433,14 +434,15 @@ def om_faults(facts, batch_size, size, uint8, chips, cann):
 
 def check_oms(work, batch_sizes, size, bins, devices):
     """Yields (path, om_faults()) of each OM that is there. The arguments are those of the command om."""
-    size, cann, chips, uint8 = [int(text) for text in size.split()], Cann(), [], bins == "yes" if bins in ("yes", "no") else None
+    size, cann, chips, uint8 = [int(text) for text in size.split()], Cann(), [], PIXEL_BYTES[bins] < 12 if bins in PIXEL_BYTES else None
     with contextlib.suppress(OSError, ValueError):
         chips = sorted({row[1] for row in npu_smi()[1] if row[3] is None or row[3] in devices.split()})
     with contextlib.suppress(OSError):
         if uint8 is None and has_module("numpy"):
-            from lib.bins import holds_uint8
+            from lib.bins import holds
             names = sorted(name for name in os.listdir(bins) if name.endswith(".bin"))
-            uint8 = holds_uint8(os.path.join(bins, names[0]), *size) if names else None
+            kind = holds(os.path.join(bins, names[0]), *size) if names else None
+            uint8 = kind and kind != "float32"
     for batch_size in batch_sizes.split():
         path = os.path.join(work, "deepmar_bs%s.om" % batch_size)
         with contextlib.suppress(OSError):
@@ -624,7 +626,7 @@ class Check(object):
         while not os.path.exists(place):
             place = os.path.dirname(place)
         height, width = map(int, self.values["size"].split())
-        bins = self.images * 3 * height * width * (1 if self.values["aipp"] == "yes" else 4)
+        bins = int(self.images * height * width * PIXEL_BYTES[self.values["aipp"]])
         free = shutil.disk_usage(place).free
         found = "%.1f GB free in %s, %.1f GB for %d bins" % (free / 1e9, place, bins / 1e9, self.images)
         if not os.access(place, os.W_OK):

@@ -85,7 +85,9 @@ check_options() {
     numbers device_id '(0|[1-9][0-9]{0,5})' "a whole number, or several"
     numbers size '[1-9][0-9]{0,4}' "height and width in pixels, such as 224 224" twice
     matches size '[0-9]+ [0-9]+' "height and width in pixels, such as 224 224"
-    for name in aipp pure; do matches $name 'yes|no' "yes or no"; done
+    matches pure 'yes|no' "yes or no"
+    matches aipp 'yes|no|nv12-(601|709|jpeg)' "yes, no, nv12-601, nv12-709 or nv12-jpeg"
+    [[ $aipp != nv12-* || $size =~ ^[0-9]*[02468]' '[0-9]*[02468]$ ]] || usage "aipp $aipp needs an even height and width, not $size"
     for name in check strict; do matches $name '(yes)?' "yes or empty"; done
     for name in stage stop_stage; do matches $name '[0-8]' "one of 0 to 8"; done
     [ "$stage" -le "$stop_stage" ] || usage "stage is $stage and stop_stage $stop_stage, so no stage would run"

@@ -3,25 +3,36 @@
     python3 tools/rehearse.py cfg aipp.cfg
     python3 tools/rehearse.py aipp deepmar_bs1_nopad.onnx deepmar_bs1_aipp.onnx
     python3 tools/rehearse.py float16 deepmar_bs1_nopad.onnx deepmar_bs1_float16.onnx
+    python3 tools/rehearse.py int8 deepmar_bs1_nopad.onnx val_bin deepmar_bs1_int8.onnx --images 32
 
 cfg writes the file for atc's --insert_op_conf. The card then takes stage 4's uint8 bins and normalises them itself.
 aipp writes a copy of the model that begins with the same arithmetic. Its input is uint8 [N,height,width,3].
 float16 writes a copy of the model in which the weights, the input and each node's result are rounded to float16. Products are
 summed in float32, as in the card's cube unit. tools/compare.py --rehearsal judges the card's results by this model.
+int8 writes a copy of the model with the arithmetic of AMCT, the tool that makes an INT8 model for atc. Bins of training or
+validation images give the ranges. Beside the copy, in OUTPUT_amct, it writes what AMCT itself needs: its settings and its
+calibration bins. --within leaves in float what costs most.
 
 These models run on ONNX Runtime like any other: in stages 6 and 7, compare, predict and quantize. They are a bound on rounding,
 not a simulation of the chip: the card's order of accumulation and its kernels are unknown.
 """
 import argparse
 import os
+import shlex
 import sys
 import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from lib import int8
+from lib.bins import list_bins
 from lib.files import whole_file, write_text
 from lib.images import MEAN, SIZE, STD
+from lib.labels import labels_of
+from lib.metrics import effect
 from lib.models import PREFIX, check, load, nested
-from lib.script import command, importing, note, pixels
+from lib.names import composed
+from lib.script import command, importing, note, number, pixels, some
+from lib.session import compute, cpu_session, empty_batch, input_size, open_session, takes_uint8
 
 with importing():
     import numpy as np
@@ -29,6 +40,8 @@ with importing():
 MIN = [255 * mean for mean in MEAN]          # AIPP's min_chn and var_reci_chn. AIPP computes (pixel - min) * var_reci
 VAR_RECI = [1 / (255 * std) for std in STD]
 FLOAT16_MAX = 65504
+CALIBRATION_IMAGES = 32  # AMCT's guides advise 16 or 32
+RANKED_IMAGES = 8        # at least this many calibration images rank the layers
 
 # The results of these operators are not rounded: they only select or move values, which are already rounded.
 SELECTING_OPERATORS = {"Relu", "MaxPool", "Flatten", "Reshape", "Transpose", "Identity", "Gather", "Squeeze", "Unsqueeze"}
@@ -166,6 +179,75 @@ def round_results(model, path):
     return sum(node.name.endswith("/float16_kept") for node in nodes)
 
 
+def int8_twin(args):
+    """Writes the INT8 twin and AMCT's files, and prints what was left in float and why."""
+    session = open_session(args.model)
+    if takes_uint8(session):
+        raise ValueError("%s: does not take float32; give the model without AIPP, and run aipp on OUTPUT" % args.model)
+    model, shape = load(args.model), input_size(session)
+    paths = {composed(name[:-len(".bin")]): os.path.join(args.bins, name) for name in list_bins(args.bins, shape[2], shape[1], False)}
+    labels = args.labels and labels_of(args.labels, list(paths), session.get_outputs()[0].shape[1])
+    if int8.is_test_set(args.bins):
+        note("%s: deepmar.info lists these bins, so they are the test set; calibrate with training or validation images" % args.bins)
+    int8.fold(model)
+    layers = int8.find_layers(model, args.model)
+    kinds = {name for layer in layers for name in (layer.name, layer.op)}
+    unknown = [name for name in args.skip if name not in kinds]
+    if unknown:
+        raise ValueError("%s: has no layer or type %s; it has %s" % (args.model, unknown[0], some(sorted(kinds), len(kinds))))
+    skipped = [layer for layer in layers if {layer.name, layer.op} & set(args.skip)]
+    layers = [layer for layer in layers if layer not in skipped]
+    chosen = int8.spread(list(paths.values()), args.images, shape[0])
+    batches = [int8.read(part, empty_batch(session, *shape)) for part in chosen]
+    ranges = int8.calibrate(model, layers, batches)
+
+    if args.layers or args.within is not None:
+        ranking = int8.rank(model, layers, ranges, batches[:-(-RANKED_IMAGES // shape[0])])
+    if args.layers:
+        print("how far each layer, alone in int8, moves the logits (root mean square over %d images):" % RANKED_IMAGES)
+        for moved, layer in ranking:
+            print("  %-8.3g %s (%s)" % (moved, layer.name, layer.op))
+    if args.within is not None:
+        exact = compute(session, list(paths.items())) if labels is not None else int8.run(model, batches)
+
+        def loss(count, ranges=ranges):
+            """What the network loses with this many layers of the ranking in float."""
+            copy = int8.twin(model, [layer for _, layer in ranking[count:]], ranges)
+            if labels is None:
+                return int8.rms(int8.run(copy, batches), exact)
+            return -100 * effect(compute(cpu_session(copy), list(paths.items())), exact, labels)["instance_acc"]["change"]
+
+        measure = "points of instance_acc" if labels is not None else "root mean square of the logits' shift"
+        whole, count = loss(0), int8.shortest(len(ranking), loss, args.within)
+        layers = [layer for layer in layers if layer not in [layer for _, layer in ranking[:count]]]
+        if count:
+            ranges = int8.calibrate(model, layers, batches)
+        lost = loss(count, ranges)
+        print("%s: %.4f with all %d layers in int8, %.4f with %d of them in float (allowed: %g)"
+              % (measure, whole, len(ranking), lost, count, args.within))
+        for moved, layer in ranking[:count]:
+            print("  in float: %s (%s), alone it moves the logits by %.3g" % (layer.name, layer.op, moved))
+        if lost > args.within:
+            note("calibrated anew without them, the network loses more than %g again; allow less, or give --skip" % args.within)
+        skipped += [layer for _, layer in ranking[:count]]
+
+    save(int8.twin(model, layers, ranges), args.output)
+    stem = os.path.splitext(args.output)[0]
+    folder = stem + "_amct"
+    int8.write_amct_files(folder, chosen, [layer.name for layer in skipped])
+    print("%s: %d layers in int8%s, %d in float, calibrated on %d of %d bins; a rehearsal of AMCT's arithmetic, not a simulation of "
+          "the chip" % (args.output, len(layers), ", AveragePool among them" if "AveragePool" in {layer.op for layer in layers} else "",
+                        len(skipped), len(chosen) * shape[0], len(paths)))
+    name = "actual_input_1:%d,3,%d,%d" % shape
+    print("next: python3 tools/benchmark.py -batch_size=%d -om_path=%s -input_text_path=deepmar.info" % (shape[0], args.output))
+    print("for a card, where AMCT and atc are:")
+    print("  amct_onnx calibration --model %s --save_path %s --input_shape %s --data_dir %s --data_types float32 --calibration_config %s"
+          % tuple(shlex.quote(text) for text in (args.model, os.path.join(folder, os.path.basename(stem)), name,
+                                                 os.path.join(folder, "calibration"), os.path.join(folder, "quant.cfg"))))
+    print("  atc --model=%s --framework=5 --output=%s --input_format=NCHW --input_shape=%s --log=error --soc_version=Ascend310P3"
+          % tuple(shlex.quote(text) for text in (os.path.join(folder, os.path.basename(stem)) + "_deploy_model.onnx", stem, name)))
+
+
 def save(model, path):
     """Checks a model and writes it, whole or not at all."""
     check(model, path)
@@ -185,9 +267,24 @@ def parse(argv):
         action = actions.add_parser(name, help=text, allow_abbrev=False)
         action.add_argument("model", metavar="MODEL", help="the model that stage 2 wrote")
         action.add_argument("output", metavar="OUTPUT", help="the model to write")
+    action = actions.add_parser("int8", help="write the model with AMCT's INT8 arithmetic", allow_abbrev=False)
+    action.add_argument("model", metavar="MODEL", help="the model that stage 2 wrote")
+    action.add_argument("bins", metavar="BIN_DIR", help="bins of training or validation images, as stage 4 writes them")
+    action.add_argument("output", metavar="OUTPUT", help="the model to write")
+    action.add_argument("--images", type=number(int, 1), default=CALIBRATION_IMAGES, metavar="N",
+                        help="number of bins for calibration, spread over the folder (default: %(default)s)")
+    action.add_argument("--skip", nargs="+", default=[], metavar="LAYER",
+                        help="leave these layers in float: nodes' names, or types such as AveragePool")
+    action.add_argument("--layers", action="store_true", help="rank the layers by how far each alone moves the logits")
+    action.add_argument("--within", type=number(float, 0), metavar="X",
+                        help="leave as few layers of this ranking in float as keep the loss within X: the root mean square of the "
+                             "logits' shift, or with --labels, points of instance_acc")
+    action.add_argument("--labels", metavar="LABEL", help="the bins' label.json, for --within")
     args = parser.parse_args(argv)
     if args.action is None:
-        parser.error("give cfg, aipp or float16")
+        parser.error("give cfg, aipp, float16 or int8")
+    if args.action == "int8" and args.labels is not None and args.within is None:
+        parser.error("--labels goes with --within")
     if args.action != "cfg" and os.path.realpath(args.output) == os.path.realpath(args.model):
         parser.error("OUTPUT is MODEL, which atc still needs; give another name")
     return args
@@ -198,6 +295,9 @@ def main(argv=None):
     if args.action == "cfg":
         write_text(args.output, aipp_cfg(*args.size))
         print("%s: AIPP for uint8 bins of %d x %d, for atc's --insert_op_conf" % (args.output, args.size[1], args.size[0]))
+        return
+    if args.action == "int8":
+        int8_twin(args)
         return
     model = load(args.model)
     if len(list(nested(model.graph))) > 1:

@@ -28,6 +28,7 @@ from lib.bins import list_bins
 from lib.files import whole_file, write_text
 from lib.images import MEAN, SIZE, STD
 from lib.labels import labels_of
+from lib.machine import cores
 from lib.metrics import effect
 from lib.models import PREFIX, check, load, nested
 from lib.names import composed
@@ -179,73 +180,102 @@ def round_results(model, path):
     return sum(node.name.endswith("/float16_kept") for node in nodes)
 
 
-def int8_twin(args):
-    """Writes the INT8 twin and AMCT's files, and prints what was left in float and why."""
+def layers_to_quantize(model, args):
+    """Returns a folded model's layers without those of --skip, and the names of these."""
+    layers = int8.find_layers(model, args.model)
+    known = {name for layer in layers for name in (layer.name, layer.op)}
+    for name in args.skip:
+        if name not in known:
+            raise ValueError("%s: has no layer or type %s; it has %s" % (args.model, name, some(sorted(known), len(known))))
+    skipped = [layer for layer in layers if {layer.name, layer.op} & set(args.skip)]
+    return [layer for layer in layers if layer not in skipped], [layer.name for layer in skipped]
+
+
+def keep_within(limit, ranking, ranges, logits, loss, measure):
+    """Returns the layers that stay in float, the shortest beginning of a ranking that keeps the loss within a limit.
+
+    logits(layers, ranges): of the network with these layers in INT8. loss(logits): in a unit, measure. Prints why.
+    """
+    layers = [layer for _, layer in ranking]
+    losses = {}
+
+    def lost(count):
+        if count not in losses:
+            losses[count] = loss(logits(layers[count:], ranges))
+        return losses[count]
+
+    count = 0 if lost(0) <= limit else int8.shortest(len(layers), lost, limit)
+    print("%s: %.4f with %d layers in int8, %.4f with %d of them in float (allowed: %g)"
+          % (measure, lost(0), len(layers), lost(count), count, limit))
+    for moved, layer in ranking[:count]:
+        print("  in float: %s (%s), which alone moves the logits by %.3g" % (layer.name, layer.op, moved))
+    return layers[:count]
+
+
+def write_int8(args, temporary):
+    """Writes the INT8 twin to a temporary file, and AMCT's files. Prints what it did."""
     session = open_session(args.model)
     if takes_uint8(session):
         raise ValueError("%s: does not take float32; give the model without AIPP, and run aipp on OUTPUT" % args.model)
-    model, shape = load(args.model), input_size(session)
-    paths = {composed(name[:-len(".bin")]): os.path.join(args.bins, name) for name in list_bins(args.bins, shape[2], shape[1], False)}
-    labels = args.labels and labels_of(args.labels, list(paths), session.get_outputs()[0].shape[1])
+    batch_size, height, width = input_size(session)
+    shape = "%s:%d,3,%d,%d" % (session.get_inputs()[0].name, batch_size, height, width)
+    empty, count = empty_batch(session, batch_size, height, width), session.get_outputs()[0].shape[1]
+    del session  # the activations need its memory
+    bins = [(composed(name[:-len(".bin")]), os.path.join(args.bins, name)) for name in list_bins(args.bins, width, height, False)]
+    labels = args.labels and labels_of(args.labels, [name for name, _ in bins], count)
     if int8.is_test_set(args.bins):
-        note("%s: deepmar.info lists these bins, so they are the test set; calibrate with training or validation images" % args.bins)
+        note("%s: deepmar.info lists these bins, so they are the test set; give bins of training or validation images" % args.bins)
+    model = load(args.model)
     int8.fold(model)
-    layers = int8.find_layers(model, args.model)
-    kinds = {name for layer in layers for name in (layer.name, layer.op)}
-    unknown = [name for name in args.skip if name not in kinds]
-    if unknown:
-        raise ValueError("%s: has no layer or type %s; it has %s" % (args.model, unknown[0], some(sorted(kinds), len(kinds))))
-    skipped = [layer for layer in layers if {layer.name, layer.op} & set(args.skip)]
-    layers = [layer for layer in layers if layer not in skipped]
-    chosen = int8.spread(list(paths.values()), args.images, shape[0])
-    batches = [int8.read(part, empty_batch(session, *shape)) for part in chosen]
+    layers, in_float = layers_to_quantize(model, args)
+    chosen = int8.spread([path for _, path in bins], args.images, batch_size)
+    batches = [int8.read(paths, empty) for paths in chosen]
     ranges = int8.calibrate(model, layers, batches)
-
     if args.layers or args.within is not None:
-        ranking = int8.rank(model, layers, ranges, batches[:-(-RANKED_IMAGES // shape[0])])
+        ranking = int8.rank(model, layers, ranges, batches[:-(-RANKED_IMAGES // batch_size)])
     if args.layers:
-        print("how far each layer, alone in int8, moves the logits (root mean square over %d images):" % RANKED_IMAGES)
+        print("how far each layer, alone in int8, moves the logits (root mean square):")
         for moved, layer in ranking:
             print("  %-8.3g %s (%s)" % (moved, layer.name, layer.op))
     if args.within is not None:
-        exact = compute(session, list(paths.items())) if labels is not None else int8.run(model, batches)
+        if labels is None:
+            exact, measure = int8.run(model, batches), "root mean square of the logits' shift"
 
-        def loss(count, ranges=ranges):
-            """What the network loses with this many layers of the ranking in float."""
-            copy = int8.twin(model, [layer for _, layer in ranking[count:]], ranges)
-            if labels is None:
-                return int8.rms(int8.run(copy, batches), exact)
-            return -100 * effect(compute(cpu_session(copy), list(paths.items())), exact, labels)["instance_acc"]["change"]
+            def logits(layers, ranges):
+                return int8.run(int8.twin(model, layers, ranges), batches)
 
-        measure = "points of instance_acc" if labels is not None else "root mean square of the logits' shift"
-        whole, count = loss(0), int8.shortest(len(ranking), loss, args.within)
-        layers = [layer for layer in layers if layer not in [layer for _, layer in ranking[:count]]]
-        if count:
+            def loss(found):
+                return int8.rms(found, exact)
+        else:
+            exact, measure = compute(open_session(args.model), bins), "drop of instance_acc in points"
+
+            def logits(layers, ranges):
+                return compute(cpu_session(int8.twin(model, layers, ranges), cores()), bins)
+
+            def loss(found):
+                return -100 * effect(found, exact, labels)["instance_acc"]["change"]
+        left = keep_within(args.within, ranking, ranges, logits, loss, measure)
+        if left:
+            layers = [layer for layer in layers if layer not in left]
+            in_float += [layer.name for layer in left]
             ranges = int8.calibrate(model, layers, batches)
-        lost = loss(count, ranges)
-        print("%s: %.4f with all %d layers in int8, %.4f with %d of them in float (allowed: %g)"
-              % (measure, whole, len(ranking), lost, count, args.within))
-        for moved, layer in ranking[:count]:
-            print("  in float: %s (%s), alone it moves the logits by %.3g" % (layer.name, layer.op, moved))
-        if lost > args.within:
-            note("calibrated anew without them, the network loses more than %g again; allow less, or give --skip" % args.within)
-        skipped += [layer for _, layer in ranking[:count]]
-
-    save(int8.twin(model, layers, ranges), args.output)
+            lost = loss(logits(layers, ranges))
+            print("%s, calibrated anew: %.4f" % (measure, lost))
+            if lost > args.within:
+                note("the new calibration loses more than %g; allow less, or also give --skip" % args.within)
+    save(int8.twin(model, layers, ranges), temporary)
     stem = os.path.splitext(args.output)[0]
-    folder = stem + "_amct"
-    int8.write_amct_files(folder, chosen, [layer.name for layer in skipped])
+    folder, prefix = stem + "_amct", os.path.join(stem + "_amct", os.path.basename(stem))
+    int8.write_amct_files(folder, chosen, in_float)
     print("%s: %d layers in int8%s, %d in float, calibrated on %d of %d bins; a rehearsal of AMCT's arithmetic, not a simulation of "
           "the chip" % (args.output, len(layers), ", AveragePool among them" if "AveragePool" in {layer.op for layer in layers} else "",
-                        len(skipped), len(chosen) * shape[0], len(paths)))
-    name = "actual_input_1:%d,3,%d,%d" % shape
-    print("next: python3 tools/benchmark.py -batch_size=%d -om_path=%s -input_text_path=deepmar.info" % (shape[0], args.output))
-    print("for a card, where AMCT and atc are:")
-    print("  amct_onnx calibration --model %s --save_path %s --input_shape %s --data_dir %s --data_types float32 --calibration_config %s"
-          % tuple(shlex.quote(text) for text in (args.model, os.path.join(folder, os.path.basename(stem)), name,
-                                                 os.path.join(folder, "calibration"), os.path.join(folder, "quant.cfg"))))
-    print("  atc --model=%s --framework=5 --output=%s --input_format=NCHW --input_shape=%s --log=error --soc_version=Ascend310P3"
-          % tuple(shlex.quote(text) for text in (os.path.join(folder, os.path.basename(stem)) + "_deploy_model.onnx", stem, name)))
+                        len(in_float), len(chosen) * batch_size, len(bins)))
+    print("next: python3 tools/benchmark.py -batch_size=%d -om_path=%s -input_text_path=deepmar.info" % (batch_size, args.output))
+    print("for a card, with AMCT and CANN:")
+    print("  amct_onnx calibration --model %s --save_path %s --input_shape %s --data_dir %s/calibration --data_types float32 "
+          "--calibration_config %s/quant.cfg" % tuple(map(shlex.quote, (args.model, prefix, shape, folder, folder))))
+    print("  atc --model=%s_deploy_model.onnx --framework=5 --output=%s --input_format=NCHW --input_shape=%s --log=error "
+          "--soc_version=Ascend310P3" % tuple(map(shlex.quote, (prefix, stem, shape))))
 
 
 def save(model, path):
@@ -297,7 +327,8 @@ def main(argv=None):
         print("%s: AIPP for uint8 bins of %d x %d, for atc's --insert_op_conf" % (args.output, args.size[1], args.size[0]))
         return
     if args.action == "int8":
-        int8_twin(args)
+        with whole_file(args.output) as temporary:  # fail before the work if it cannot be written
+            write_int8(args, temporary)
         return
     model = load(args.model)
     if len(list(nested(model.graph))) > 1:

@@ -21,7 +21,6 @@ with importing():
 PERCENTILE = 0.999999                                # this part of an activation's values is below its maximum
 RATIOS = np.arange(0.7, 1.3, 0.01).astype("<f4")     # of the maximum: the candidates for the end of the range
 EPSILON = np.float32(2 ** -23)                       # a scale below this becomes 1
-INT8, INT32 = (-128, 127), (-2 ** 31, 2 ** 31 - 1)
 
 # A node that AMCT quantizes. weight, bias: the names of initializers, or None.
 Layer = collections.namedtuple("Layer", "name op tensor weight bias")
@@ -65,11 +64,11 @@ def fold(model):
         factor = scale / np.sqrt(variance + np.float32(epsilon))
         weight = numpy_helper.to_array(tensors[conv.input[1]])
         bias = numpy_helper.to_array(tensors[conv.input[2]]) if len(conv.input) > 2 else np.float32(0)
-        folded = {conv.input[1]: weight * factor.reshape(-1, 1, 1, 1), norm.input[2]: (bias - mean) * factor + shift}
-        for name, array in folded.items():
-            tensors[name].CopyFrom(numpy_helper.from_array(array, name))
-        del conv.input[2:]
-        conv.input.append(norm.input[2])
+        folded = {"weight": weight * factor.reshape(-1, 1, 1, 1), "bias": (bias - mean) * factor + shift}
+        del conv.input[1:]
+        for kind, array in folded.items():  # under new names, because others may use the old tensors
+            conv.input.append("%s/%s" % (norm.output[0], kind))
+            graph.initializer.append(numpy_helper.from_array(array, conv.input[-1]))
         conv.output[0] = norm.output[0]
         graph.node.remove(norm)
     used = {name for node in graph.node for name in node.input}
@@ -93,9 +92,9 @@ def weight_scale(weight, op):
     return usable(np.maximum(abs(low), abs(high)) / np.where(abs(high) < abs(low), np.float32(128), np.float32(127)))
 
 
-def rounded(values, scale, limits):
-    """Returns float32 values, rounded to multiples of a scale within limits (integers)."""
-    return np.rint(values / scale).clip(*limits) * scale
+def rounded(values, scale):
+    """Returns float32 values, rounded to multiples of a scale."""
+    return np.rint(values / scale) * scale
 
 
 def activation_scale(values):
@@ -168,7 +167,7 @@ def with_quantized_weights(model, layers):
         if layer.weight:
             weight = numpy_helper.to_array(tensors[layer.weight])
             scales[layer.name] = weight_scale(weight, layer.op)
-            tensors[layer.weight].CopyFrom(numpy_helper.from_array(rounded(weight, scales[layer.name], INT8), layer.weight))
+            tensors[layer.weight].CopyFrom(numpy_helper.from_array(rounded(weight, scales[layer.name]), layer.weight))
     return copy, scales
 
 
@@ -197,9 +196,9 @@ def twin(model, layers, ranges):
     for layer in layers:
         if layer.bias:
             bias, scale = numpy_helper.to_array(tensors[layer.bias]), ranges[layer.tensor][0] * scales[layer.name].ravel()
-            if not np.abs(bias / scale).max() < INT32[1]:
+            if not np.abs(bias / scale).max() < 2 ** 31 - 1:
                 raise ValueError("the bias of %s is beyond int32; leave this layer in float (--skip %s)" % (layer.name, layer.name))
-            tensors[layer.bias].CopyFrom(numpy_helper.from_array(rounded(bias, scale, INT32), layer.bias))
+            tensors[layer.bias].CopyFrom(numpy_helper.from_array(rounded(bias, scale), layer.bias))
     for node in graph.node:
         layer = by_name.get(node.name)
         if layer:

@@ -151,8 +151,8 @@ def test_batch_normalization_is_folded(tmp_path):
     random = np.random.RandomState(1)
     values = [("w", random.standard_normal((8, 3, 3, 3))), ("b", random.standard_normal(8)), ("mean", random.standard_normal(8)),
               ("scale", random.standard_normal(8)), ("shift", random.standard_normal(8)), ("variance", random.rand(8))]
-    values += [("w2", random.standard_normal((4, 8, 1, 1)))] + [(name + "2", random.rand(4)) for name in ("scale", "shift", "mean", "variance")]
     norm = ["scale", "shift", "mean", "variance"]
+    values += [("w2", random.standard_normal((4, 8, 1, 1)))] + [(name + "2", random.rand(4)) for name in norm]
     nodes = [helper.make_node("Conv", ["x", "w", "b"], ["a"], "first"),
              helper.make_node("BatchNormalization", ["a"] + norm, ["c"], epsilon=0.01),
              helper.make_node("Conv", ["c", "w2"], ["d"], "second"),

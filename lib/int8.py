@@ -92,9 +92,9 @@ def weight_scale(weight, op):
     return usable(np.maximum(abs(low), abs(high)) / np.where(abs(high) < abs(low), np.float32(128), np.float32(127)))
 
 
-def rounded(values, scale):
-    """Returns float32 values, rounded to multiples of a scale."""
-    return np.rint(values / scale) * scale
+def rounded(weight, scale):
+    """Returns a weight, float32, rounded to multiples of its scale. Beside an extreme of -128, a value may round to 128."""
+    return np.rint(weight / scale).clip(-128, 127) * scale
 
 
 def activation_scale(values):
@@ -198,7 +198,7 @@ def twin(model, layers, ranges):
             bias, scale = numpy_helper.to_array(tensors[layer.bias]), ranges[layer.tensor][0] * scales[layer.name].ravel()
             if not np.abs(bias / scale).max() < 2 ** 31 - 1:
                 raise ValueError("the bias of %s is beyond int32; leave this layer in float (--skip %s)" % (layer.name, layer.name))
-            tensors[layer.bias].CopyFrom(numpy_helper.from_array(rounded(bias, scale), layer.bias))
+            tensors[layer.bias].CopyFrom(numpy_helper.from_array(np.rint(bias / scale) * scale, layer.bias))
     for node in graph.node:
         layer = by_name.get(node.name)
         if layer:

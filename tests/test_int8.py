@@ -89,6 +89,7 @@ def test_weights_have_amcts_scales():
     weight = RANDOM.standard_normal((6, 4, 3, 3)).astype(np.float32)
     weight[1], weight[2] = np.abs(weight[1]), -np.abs(weight[2])
     weight[3], weight[4] = 0, weight[4] * 1e-7
+    weight[5].flat[:2] = -9, 8.99  # the second one rounds to 128
     for op in ("Conv", "Gemm"):
         rounded, scales = plain_weight(weight, op == "Conv")
         found = int8.weight_scale(weight, op)

@@ -178,6 +178,7 @@ def calibrate(model, layers, batches):
     with progress(len(tensors), "tensor") as bar:
         for name, values in activations(copy, batches, tensors):
             scales[name] = activation_scale(values)
+            del values  # the next nodes need its memory
             bar.update()
     return scales
 

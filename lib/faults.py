@@ -69,7 +69,7 @@ def tensors(path, names, bins):
     model = load(path)
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = cpu_session(model.SerializeToString(), cores())
+    session = cpu_session(model, cores())
     batch_size, height, width = input_size(session)
     if batch_size != 1:  # all tensors of a larger batch might exhaust the memory
         raise ValueError("%s: its batch size is %d, but layers can only be compared at 1; give models of batch size 1"

@@ -7,6 +7,7 @@ from lib.files import fits, read_json
 from lib.script import importing, note, one_line
 
 PREFIX = "deepmar."  # the names of our entries in an ONNX file's metadata begin with this
+SIMULATES = "simulates"  # a model with this entry imitates arithmetic that ONNX Runtime must not replace by its own; "int8"
 TEXTS = ("layout", "output", "checkpoint_sha256", "version")  # these entries are plain text, the others JSON
 
 # The operators by which a model's output is known, with their twins in quantized models. Those that pass a value on round,

@@ -4,6 +4,7 @@
     python3 tools/rehearse.py aipp deepmar_bs1_nopad.onnx deepmar_bs1_aipp.onnx
     python3 tools/rehearse.py input images plain_bin image.txt --resize plain --nv12 709
     python3 tools/rehearse.py float16 deepmar_bs1_nopad.onnx deepmar_bs1_float16.onnx
+    python3 tools/rehearse.py int8 deepmar_bs1_nopad.onnx val_bin deepmar_bs1_int8.onnx --images 32
 
 cfg writes the file for atc's --insert_op_conf. The card then takes stage 4's uint8 bins and normalises them itself.
 aipp writes a copy of the model that begins with the same arithmetic. Its input is uint8 [N,height,width,3].
@@ -12,24 +13,33 @@ through JPEG. tools/compare.py and stages 5 to 7 then show what this does to the
 With --nv12, cfg and aipp are for an input of NV12, uint8 [N,1.5 x height,width], of which stage 4 writes bins with --nv12.
 float16 writes a copy of the model in which the weights, the input and each node's result are rounded to float16. Products are
 summed in float32, as in the card's cube unit. tools/compare.py --rehearsal judges the card's results by this model.
+int8 writes a copy of the model with the arithmetic of AMCT, the tool that makes an INT8 model for atc. Bins of training or
+validation images give the ranges. Beside the copy, in OUTPUT_amct, it writes what AMCT itself needs: its settings and its
+calibration bins. --within leaves in float what costs most.
 
 These models run on ONNX Runtime like any other: in stages 6 and 7, compare, predict and quantize. They are a bound on rounding,
 not a simulation of the chip: the card's order of accumulation and its kernels are unknown.
 """
 import argparse
 import os
+import shlex
 import sys
 import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from lib import camera
-from lib.bins import contents
+from lib import camera, int8
+from lib.bins import contents, list_bins
 from lib.files import whole_file, write_text
 from lib.images import LAYOUTS, MEAN, SIZE, STD, resize, write_bins
+from lib.labels import labels_of
+from lib.machine import cores
+from lib.metrics import effect
 from lib.models import PREFIX, check, load, nested
+from lib.names import composed
 from lib.providers import CPU
-from lib.script import command, has_module, importing, note, number, one_line, pixels
-from lib.session import open_session
+from lib.results import as_logits, kind_of
+from lib.script import command, has_module, importing, note, number, one_line, pixels, some
+from lib.session import attributes_of, compute, cpu_session, empty_batch, input_kind, input_size, open_session
 
 with importing():
     import numpy as np
@@ -39,6 +49,8 @@ VAR_RECI = [1 / (255 * std) for std in STD]
 BEYOND = 512  # AIPP's matrices give levels from -290 to 545, which are then limited to 0 to 255
 RESIZE = {"pillow": resize, "plain": camera.resized(camera.resize_plain), "opencv": camera.resized(camera.resize_opencv)}
 FLOAT16_MAX = 65504
+CALIBRATION_IMAGES = 32  # AMCT's guides advise 16 or 32
+RANKED_IMAGES = 8        # at least this many calibration images rank the layers
 
 # The results of these operators are not rounded: they only select or move values, which are already rounded.
 SELECTING_OPERATORS = {"Relu", "MaxPool", "Flatten", "Reshape", "Transpose", "Identity", "Gather", "Squeeze", "Unsqueeze"}
@@ -265,6 +277,105 @@ def round_results(model, path):
     return sum(node.name.endswith("/float16_kept") for node in nodes)
 
 
+def layers_to_quantize(model, args):
+    """Returns a folded model's layers without those of --skip, and the names of these."""
+    layers = int8.find_layers(model, args.model)
+    known = {name for layer in layers for name in (layer.name, layer.op)}
+    for name in args.skip:
+        if name not in known:
+            raise ValueError("%s: has no layer or type %s; it has %s" % (args.model, name, some(sorted(known), len(known))))
+    skipped = [layer for layer in layers if {layer.name, layer.op} & set(args.skip)]
+    return [layer for layer in layers if layer not in skipped], [layer.name for layer in skipped]
+
+
+def keep_within(limit, ranking, ranges, logits, loss, measure):
+    """Returns the layers that stay in float, the shortest beginning of a ranking that keeps the loss within a limit.
+
+    logits(layers, ranges): of the network with these layers in INT8. loss(logits): in a unit, measure. Prints why.
+    """
+    layers = [layer for _, layer in ranking]
+    losses = {}
+
+    def lost(count):
+        if count not in losses:
+            losses[count] = loss(logits(layers[count:], ranges))
+        return losses[count]
+
+    count = 0 if lost(0) <= limit else int8.shortest(len(layers), lost, limit)
+    print("%s: %.4f with %d layers in int8, %.4f with %d of them in float (allowed: %g)"
+          % (measure, lost(0), len(layers), lost(count), count, limit))
+    for moved, layer in ranking[:count]:
+        print("  in float: %s (%s), which alone moves the logits by %.3g" % (layer.name, layer.op, moved))
+    return layers[:count]
+
+
+def write_int8(args, temporary):
+    """Writes the INT8 twin to a temporary file, and AMCT's files. Prints what it did."""
+    session = open_session(args.model)
+    if input_kind(session) != "float32":
+        raise ValueError("%s: does not take float32; give the model without AIPP, and run aipp on OUTPUT" % args.model)
+    batch_size, height, width = input_size(session)
+    shape = "%s:%d,3,%d,%d" % (session.get_inputs()[0].name, batch_size, height, width)
+    empty, count = empty_batch(session, batch_size, height, width), attributes_of(session)
+    del session  # the activations need its memory
+    bins = [(composed(name[:-len(".bin")]), os.path.join(args.bins, name)) for name in list_bins(args.bins, width, height, "float32")]
+    labels = args.labels and labels_of(args.labels, [name for name, _ in bins], count)
+    if int8.is_test_set(args.bins):
+        note("%s: deepmar.info lists these bins, so they are the test set; give bins of training or validation images" % args.bins)
+    model = load(args.model)
+    int8.fold(model)
+    layers, in_float = layers_to_quantize(model, args)
+    chosen = int8.spread([path for _, path in bins], args.images, batch_size)
+    batches = [int8.read(paths, empty) for paths in chosen]
+    ranges = int8.calibrate(model, layers, batches)
+    if args.layers or args.within is not None:
+        ranking = int8.rank(model, layers, ranges, batches[:-(-RANKED_IMAGES // batch_size)])
+    if args.layers:
+        print("how far each layer, alone in int8, moves the logits (root mean square):")
+        for moved, layer in ranking:
+            print("  %-8.3g %s (%s)" % (moved, layer.name, layer.op))
+    if args.within is not None:
+        if labels is None:
+            exact, measure = int8.run(model, batches), "root mean square of the logits' shift"
+
+            def logits(layers, ranges):
+                return int8.run(int8.twin(model, layers, ranges), batches)
+
+            def loss(found):
+                return int8.rms(found, exact)
+        else:
+            (exact, kind), measure = as_logits(compute(open_session(args.model), bins), args.model, kind_of(args.model)), \
+                "drop of instance_acc in points"
+
+            def logits(layers, ranges):
+                return as_logits(compute(cpu_session(int8.twin(model, layers, ranges), cores()), bins), args.model, kind)[0]
+
+            def loss(found):
+                return -100 * effect(found, exact, labels)["instance_acc"]["change"]
+        left = keep_within(args.within, ranking, ranges, logits, loss, measure)
+        if left:
+            layers = [layer for layer in layers if layer not in left]
+            in_float += [layer.name for layer in left]
+            ranges = int8.calibrate(model, layers, batches)
+            lost = loss(logits(layers, ranges))
+            print("%s, calibrated anew: %.4f" % (measure, lost))
+            if lost > args.within:
+                note("the new calibration loses more than %g; allow less, or also give --skip" % args.within)
+    save(int8.twin(model, layers, ranges), temporary)
+    stem = os.path.splitext(args.output)[0]
+    folder, prefix = stem + "_amct", os.path.join(stem + "_amct", os.path.basename(stem))
+    int8.write_amct_files(folder, chosen, in_float)
+    print("%s: %d layers in int8%s, %d in float, calibrated on %d of %d bins; a rehearsal of AMCT's arithmetic, not a simulation of "
+          "the chip" % (args.output, len(layers), ", AveragePool among them" if "AveragePool" in {layer.op for layer in layers} else "",
+                        len(in_float), len(chosen) * batch_size, len(bins)))
+    print("next: python3 tools/benchmark.py -batch_size=%d -om_path=%s -input_text_path=deepmar.info" % (batch_size, args.output))
+    print("for a card, with AMCT and CANN:")
+    print("  amct_onnx calibration --model %s --save_path %s --input_shape %s --data_dir %s/calibration --data_types float32 "
+          "--calibration_config %s/quant.cfg" % tuple(map(shlex.quote, (args.model, prefix, shape, folder, folder))))
+    print("  atc --model=%s_deploy_model.onnx --framework=5 --output=%s --input_format=NCHW --input_shape=%s --log=error "
+          "--soc_version=Ascend310P3" % tuple(map(shlex.quote, (prefix, stem, shape))))
+
+
 def save(model, path):
     """Checks a model and writes it, whole or not at all."""
     check(model, path)
@@ -288,12 +399,27 @@ def parse(argv):
         action.add_argument("output", metavar="OUTPUT", help="the model to write")
         if name == "aipp":
             action.add_argument("--nv12", choices=sorted(camera.STANDARDS), help="take NV12 of this standard instead of RGB")
+    action = actions.add_parser("int8", help="write the model with AMCT's INT8 arithmetic", allow_abbrev=False)
+    action.add_argument("model", metavar="MODEL", help="the model that stage 2 wrote")
+    action.add_argument("bins", metavar="BIN_DIR", help="bins of training or validation images, as stage 4 writes them")
+    action.add_argument("output", metavar="OUTPUT", help="the model to write")
+    action.add_argument("--images", type=number(int, 1), default=CALIBRATION_IMAGES, metavar="N",
+                        help="number of bins for calibration, spread over the folder (default: %(default)s)")
+    action.add_argument("--skip", nargs="+", default=[], metavar="LAYER",
+                        help="leave these layers in float: nodes' names, or types such as AveragePool")
+    action.add_argument("--layers", action="store_true", help="rank the layers by how far each alone moves the logits")
+    action.add_argument("--within", type=number(float, 0), metavar="X",
+                        help="leave as few layers of this ranking in float as keep the loss within X: the root mean square of the "
+                             "logits' shift, or with --labels, points of instance_acc")
+    action.add_argument("--labels", metavar="LABEL", help="the bins' label.json, for --within")
     args = parser.parse_args(argv)
     if args.action is None:
-        parser.error("give cfg, aipp, float16 or input")
+        parser.error("give cfg, aipp, float16, int8 or input")
     if args.action == "input" and args.kind == "nv12" and not args.nv12:
         parser.error("--kind nv12 needs --nv12, the standard")
-    if args.action in ("aipp", "float16") and os.path.realpath(args.output) == os.path.realpath(args.model):
+    if args.action == "int8" and args.labels is not None and args.within is None:
+        parser.error("--labels goes with --within")
+    if args.action in ("aipp", "float16", "int8") and os.path.realpath(args.output) == os.path.realpath(args.model):
         parser.error("OUTPUT is MODEL, which atc still needs; give another name")
     return args
 
@@ -302,6 +428,10 @@ def main(argv=None):
     args = parse(argv)
     if args.action == "input":
         write_input(args)
+        return
+    if args.action == "int8":
+        with whole_file(args.output) as temporary:  # fail before the work if it cannot be written
+            write_int8(args, temporary)
         return
     if args.action == "cfg":
         write_text(args.output, aipp_cfg(*args.size, args.nv12))

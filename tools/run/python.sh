@@ -18,7 +18,7 @@ done
 [[ $chosen != *onnx* ]] || chosen="$chosen|protobuf" # onnx 1.7 needs an old protobuf
 wanted=$(grep -hE "^(${chosen:-.*})([ =<>;#]|$)" "${files[@]}" | sort)
 packages=$(sed 's/[ #;=<>].*//; /^$/d' <<<"$wanted" | sort -u)
-modules=$(sed 's/^Pillow$/PIL/; s/^pytest-xdist$/xdist/; s/^fonttools$/fontTools/; s/^protobuf$/google/; s/-/_/g; s/\[.*//' <<<"$packages")
+modules=$(sed 's/^Pillow$/PIL/; s/^pytest-xdist$/xdist/; s/^fonttools$/fontTools/; s/^opencv-python-headless$/cv2/; s/^protobuf$/google/; s/-/_/g; s/\[.*//' <<<"$packages")
 if "$python" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1].split())))' "$modules"; then
     echo "$python"
     exit

@@ -57,7 +57,7 @@ here=$(dirname "$(readlink -f -- "${BASH_SOURCE[0]}")")
 # shellcheck source=tools/run/driver.sh
 source "$here/tools/run/driver.sh"
 start_run "$@"
-case $aipp in nv12-*) nv12="--nv12 ${aipp#nv12-}" ;; *) nv12= ;; esac
+case $aipp in nv12-*) nv12="--nv12 ${aipp#nv12-}" bin_kind=$nv12 ;; yes) nv12='' bin_kind=--uint8 ;; *) nv12='' bin_kind='' ;; esac
 
 if [ -n "$sample" ] && begin 0 "sample data (no checkpoint and images are set)"; then
     "$python" "$here/tools/sample.py" sample --images "$sample_size" --size $size --last-conv-stride "$last_conv_stride" --keep
@@ -109,8 +109,7 @@ fi
 
 if begin 4 "images -> input_bin"; then
     verify "$image_list=0"
-    [ "$aipp" = yes ] && kind=--uint8 || kind=$nv12
-    "$python" "$here/preprocess_deepmar_pytorch.py" "$images" input_bin "$image_list" --size $size $kind
+    "$python" "$here/preprocess_deepmar_pytorch.py" "$images" input_bin "$image_list" --size $size $bin_kind
     made input_bin from image_list images size aipp
     finish
 fi
@@ -176,8 +175,7 @@ if begin 7 "accuracy and throughput"; then
         scratch "$result"
         score "$python" "$here/postprocess_deepmar_pytorch.py" "${results[@]/#/$work_dir/}" "$label_file" \
             --image_list "$image_list" ${published:+--published "$published"} ${attributes:+--attributes "$attributes"} \
-            ${described:+--model "$described"} ${thresholds:+--thresholds "$thresholds"} --intervals \
-            ${groups:+--groups "$groups"}
+            ${described:+--model "$described"} ${thresholds:+--thresholds "$thresholds"} --intervals ${groups:+--groups "$groups"}
         read -r model runner <<<"$(inputs get "${results[0]}" model backend)" # as stage 6 recorded them
         rows+=(--run "$batch" "$result" "$model" "$runner")
         all_results+=("${results[@]}")

@@ -456,8 +456,8 @@ def main(argv=None):
     save(model, args.output)
     print("%s: %d tensors of weights and %d results are rounded to float16; a bound on rounding, not a simulation of the chip"
           % (args.output, weights, results))
-    print("next: python3 tools/compare.py %s --onnx %s --bins input_bin\n"
-          "      python3 tools/compare.py result/dumpOutput_device0 --onnx %s --rehearsal %s --bins input_bin"
+    print("next: python3 tools/compare.py %s --model %s --bins input_bin\n"
+          "      python3 tools/compare.py result/dumpOutput_device0 --model %s --rehearsal %s --bins input_bin"
           % (args.output, args.model, args.model, args.output))
 
 

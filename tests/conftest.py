@@ -143,3 +143,8 @@ def s3(s3_server):
     s3_server.reset()
     yield s3_server
     s3_server.reset()
+
+
+def pytest_collection_modifyitems(items):
+    """Runs the longest file first, because the other processes would wait for it at the end."""
+    items.sort(key=lambda item: "test_gallery_cluster" not in item.nodeid)

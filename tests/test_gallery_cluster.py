@@ -195,6 +195,8 @@ def test_lost_head_ends_the_run(cluster, folder, many, tmp_path):
     cluster.need(1)
     process = start_many(cluster, folder, tmp_path)
     cluster.wait_for_workers(process)
+    for pid in cluster.pids(cluster.nodes[0], "ray::Worker"):
+        os.kill(pid, signal.SIGSTOP)  # so that work is left
     for infos in cluster.cluster.head_node.all_processes.values():
         for info in infos:
             info.process.kill()

@@ -8,14 +8,16 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from pyarrow import parquet
 
 import gallery
-from helpers import (GALLERY, ROOT, all_images, check_error, check_once, contents, finish_gallery, run_gallery, script,
+from helpers import (GALLERY, ROOT, all_images, check_error, check_once, contents, end_in, finish_gallery, run_gallery, script,
                      write_images, write_model)
 from lib.gallery.pool import why
 from lib.labels import ASSUMED, PETA
+from lib.results import probabilities
 
 
 def test_progress_without_a_terminal_is_a_line_a_minute(capsys, monkeypatch):
@@ -71,6 +73,22 @@ def test_folder_of_images(folder, first):
     manifest = json.loads((output / "_manifest.json").read_text())
     assert manifest["values"] == manifest["model"]["output"] == "logits" and manifest["attributes"] == list(PETA)
     assert {"onnxruntime", "numpy", "Pillow", "pyarrow", "python"} == set(manifest["versions"])
+
+
+@pytest.mark.parametrize("arguments", [["images"], ["list.txt", "--root", "images"], ["a.tar"], ["a.parquet"]])
+def test_model_whose_nodes_do_not_tell_is_judged_by_its_values(folder, first, tmp_path, monkeypatch, capsys, arguments):
+    """Before the first part, and recorded. The logits are those of the model without a Sigmoid."""
+    monkeypatch.chdir(folder)
+    model = str(write_model(tmp_path / "s.onnx", 4))
+    end_in(model, "Sigmoid", "Clip")
+    gallery.main(arguments + ["--output", str(tmp_path / "out"), "--model", model])
+    assert "by the values of 20 images, it gives probabilities" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["model"]["output"] == "probabilities"
+    prefix, names = "%s/a.tar/" % folder if arguments == ["a.tar"] else "", all_images(folder / "images")
+    found = check_once(tmp_path / "out", [prefix + name for name in names])
+    for name, (error, logits) in check_once(first[0], names).items():
+        assert found[prefix + name][0] == error
+        assert np.allclose(probabilities(logits), probabilities(found[prefix + name][1]), atol=1e-6, equal_nan=True)
 
 
 def test_documented_query(folder, first, monkeypatch):

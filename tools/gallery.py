@@ -169,16 +169,21 @@ def examine(args, session):
 
 def kind_by_values(args, session, found):
     """Returns whether a model gives logits or probabilities, judged by its values for the input's first images."""
-    shard = found.describe(0)
-    if found.list is not None:
-        try:
-            shard = dict(shard, list="/proc/self/fd/%d" % found.list.fileno())
-        except OSError:  # a remote list file
-            shard = dict(shard, list=absolute(args.input[0]))
-    images = Images(shard, {"damaged": "keep", "duplicates": "keep"}, decode)
-    batches = run_batches(session, itertools.islice(images, SAMPLE), images.read)
+    def first_images():
+        for index in range(found.count):
+            shard = found.describe(index)
+            if found.list is not None:  # it is not in the output folder yet
+                shard["list"] = "/proc/self/fd/%d" % found.list.fileno()
+            images = Images(shard, {"damaged": "keep", "duplicates": "keep"}, decode)
+            for image in images:
+                yield images, image
+
+    batches = run_batches(session, itertools.islice(first_images(), SAMPLE), lambda item, row: item[0].read(item[1], row))
     values = [row for _, reasons, rows in batches for row, reason in zip(rows, reasons) if reason is None]
-    kind = "probabilities" if values and look_like_probabilities(np.array(values)) else "logits"
+    if not values:
+        raise ValueError("%s: it does not tell whether it gives logits or probabilities, and none of the first %d images can be read, "
+                         "so that its values do not tell, either" % (args.model, SAMPLE))
+    kind = "probabilities" if look_like_probabilities(np.array(values)) else "logits"
     note("%s: it does not tell whether it gives logits or probabilities; by the values of %d images, it gives %s"
          % (args.model, len(values), kind))
     return kind

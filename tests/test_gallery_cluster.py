@@ -23,9 +23,9 @@ def folder(gallery_folder):
 def bucket(s3_server, gallery_folder):
     """A file system with images/, list.txt, a.tar and a.parquet in a bucket."""
     fs = fsspec.filesystem("s3")
-    fs.mkdir("crops")
+    fs.mkdir("pedestrians")
     for name in "images", "list.txt", "a.tar", "a.parquet":
-        fs.put(str(gallery_folder / name), "crops/" + name, recursive=True)
+        fs.put(str(gallery_folder / name), "pedestrians/" + name, recursive=True)
     return fs
 
 
@@ -149,12 +149,12 @@ def test_parts_are_those_of_one_machine(cluster, folder, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, prefix", [
-    (["s3://crops/images"], ""), (["s3://crops/list.txt", "--root", "s3://crops/images"], ""),
-    (["s3://crops/*.tar"], "s3://crops/a.tar/"), (["s3://crops/a.parquet"], "")])
+    (["s3://pedestrians/images"], ""), (["s3://pedestrians/list.txt", "--root", "s3://pedestrians/images"], ""),
+    (["s3://pedestrians/*.tar"], "s3://pedestrians/a.tar/"), (["s3://pedestrians/a.parquet"], "")])
 def test_s3_gives_the_same_as_the_disk(folder, bucket, cluster, tmp_path, arguments, prefix):
-    output = "s3://crops/%s" % tmp_path.name
+    output = "s3://pedestrians/%s" % tmp_path.name
     command = arguments + ["--output", output, "--shard-size", 8]
-    if arguments == ["s3://crops/images"]:
+    if arguments == ["s3://pedestrians/images"]:
         cluster.need(1)
         command += ["--address", cluster.address]
     done = run_gallery(folder, *command)
@@ -173,7 +173,7 @@ def test_node_that_cannot_read_the_images_is_left_out(cluster, folder, bucket, t
     """It reaches no S3 server. The run goes on when the worker of the other node dies."""
     cluster.need(1)
     unfit = cluster.cluster.add_node(num_cpus=1, env_vars={"AWS_ENDPOINT_URL": "http://127.0.0.1:1"})
-    process = run_gallery(folder, "s3://crops/images", "--output", tmp_path, "--shard-size", 4, "--address", cluster.address,
+    process = run_gallery(folder, "s3://pedestrians/images", "--output", tmp_path, "--shard-size", 4, "--address", cluster.address,
                           runner=subprocess.Popen)
     try:
         while not list(tmp_path.glob("part-*")):
@@ -183,7 +183,7 @@ def test_node_that_cannot_read_the_images_is_left_out(cluster, folder, bucket, t
             os.kill(pid, signal.SIGKILL)
         text, errors = process.communicate()
         assert process.returncode == 0, errors
-        assert re.search(r"note: node \S+ \(\S+\) cannot read the images: s3://crops/images/.*left out", errors)
+        assert re.search(r"note: node \S+ \(\S+\) cannot read the images: s3://pedestrians/images/.*left out", errors)
         assert "1 nodes, " in text
         check_once(tmp_path, all_images(folder / "images"))
     finally:

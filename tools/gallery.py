@@ -146,8 +146,8 @@ def local_devices(args):
 
 # --- the model ------------------------------------------------------------------------------------------------------------
 
-def examine(args, session):
-    """Returns (the model's entry for the manifest, its attributes' names, what it says that it gives: see kind_of())."""
+def examine(args, session, model):
+    """model: its bytes. Returns (the model's entry for the manifest, its attributes' names, what it says that it gives: see kind_of())."""
     batch_size, height, width = input_size(session)
     if input_kind(session) in NV12:
         raise ValueError("%s: takes NV12, a video's frames; for image files give the model without it" % args.model)
@@ -161,9 +161,7 @@ def examine(args, session):
     if twice:
         raise ValueError("these attributes' columns would have the name path or error, or the same name: %s; give other names with "
                          "--attributes" % some(twice))
-    with open(args.model, "rb") as f:
-        digest = hashlib.sha256(f.read()).hexdigest()
-    return {"sha256": digest, "batch_size": batch_size, "height": height, "width": width,
+    return {"sha256": hashlib.sha256(model).hexdigest(), "batch_size": batch_size, "height": height, "width": width,
             "input": input_kind(session)}, list(names), kind_of(args.model)
 
 
@@ -282,7 +280,9 @@ def main(argv=None):
     recorded = import_libraries(args.address)
     devices = None if args.address else local_devices(args)
     session = open_session(args.model, (devices or [0])[0], provider=CPU)
-    described, names, kind = examine(args, session)
+    with open(args.model, "rb") as f:
+        model = f.read()
+    described, names, kind = examine(args, session, model)
     output = absolute(args.output)
     batch_size, size = described["batch_size"], (described["height"], described["width"])
     args.shard_size = args.shard_size or -(-SHARD_SIZE // batch_size) * batch_size  # no part ends with a batch that is half empty
@@ -301,8 +301,6 @@ def main(argv=None):
     if len(there) < found.count:
         if found.list is not None:
             publish_list(output, found)
-        with open(args.model, "rb") as f:
-            model = f.read()
         job = {"output": output, "run": run, "names": names, "kind": kind, "probabilities": args.probabilities, "provider": provider,
                "device_id": 0, "versions": versions(provider), "threads": args.cpus, "witnesses": found.witnesses, "damaged": args.damaged,
                "duplicates": args.duplicates,

@@ -160,7 +160,7 @@ class Pool(object):
                        and not any(shard.careful for shard in member.busy)), key=lambda member: len(member.busy))
 
     def next(self):
-        """Waits up to POLL_SECONDS. Returns [(shard, its worker's place, Result, or None if the worker died)] and why it died."""
+        """Waits up to POLL_SECONDS. Returns [(shard, its worker's place, Result, or None if the worker died)]."""
         self.look()
         try:
             member, method, shard, future = self.events.get(timeout=POLL_SECONDS)
@@ -250,6 +250,7 @@ class Processes(Pool):
         self.model = tempfile.TemporaryFile()  # the processes read it there: 100 MB in the pipe of a killed one could wait for ever
         self.model.write(model)
         self.model.flush()
+        self.path = "/proc/%d/fd/%d" % (os.getpid(), self.model.fileno())
         # multiprocessing's resource tracker, a process of its own, would warn about the semaphores of killed processes
         os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
 
@@ -262,13 +263,12 @@ class Processes(Pool):
     def start(self, place):
         context = multiprocessing.get_context("spawn")  # a fork would lack the threads of ONNX Runtime
         computed = context.Value("Q", 0, lock=False)
-        model = "/proc/%d/fd/%d" % (os.getpid(), self.model.fileno())
-        return ProcessPoolExecutor(1, context, start_process, (os.getpid(), dict(self.job, device_id=place), model, computed)), computed
+        return ProcessPoolExecutor(1, context, start_process, (os.getpid(), dict(self.job, device_id=place), computed)), computed
 
     def call(self, member, method, *arguments):
         try:
             with uninterrupted():  # the process starts here
-                return member.handle[0].submit(call_worker, method, arguments)
+                return member.handle[0].submit(call_worker, method, (self.path,) if method == "start" else arguments)
         except (BrokenProcessPool, OSError) as error:
             future = Future()
             future.set_exception(error)
@@ -291,11 +291,10 @@ class Processes(Pool):
         sweep(self.job["output"])
 
 
-def start_process(parent, job, model, computed):
-    """Prepares a child process. model: a path. A thread keeps the shared value computed up to date while the process works."""
+def start_process(parent, job, computed):
+    """Prepares a child process. A thread keeps the shared value computed up to date while the process works."""
     end_with(parent)
-    worker = Worker(job)
-    call_worker.worker, call_worker.model = worker, model
+    call_worker.worker = worker = Worker(job)
 
     def tell():
         while True:
@@ -305,9 +304,6 @@ def start_process(parent, job, model, computed):
 
 
 def call_worker(method, arguments):
-    if method == "start":
-        with open(call_worker.model, "rb") as f:
-            arguments = f.read(),
     return getattr(call_worker.worker, method)(*arguments)
 
 
@@ -340,7 +336,7 @@ class Cluster(Pool):
             self.silent = self.silent or time.monotonic()
             if time.monotonic() < self.silent + HEAD_SECONDS:
                 return {node: slots for node, (_, slots) in self.nodes.items()}
-            raise HeadLost("the head of the cluster, %s, does not answer (%s); start again when it does" % (self.head, one_line(error)))
+            raise ValueError("the head of the cluster, %s, does not answer (%s); start again when it does" % (self.head, one_line(error)))
         self.silent = None
         self.nodes = {}
         for node in self.ray.nodes():
@@ -377,10 +373,6 @@ class Cluster(Pool):
 
     def died(self, error):
         return isinstance(error, self.ray.exceptions.RayError) and not isinstance(error, self.ray.exceptions.RayTaskError)
-
-
-class HeadLost(ValueError):
-    """The cluster's head does not answer."""
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ other images can be. Everything else is a fault of the storage, the network or t
 tried again.
 """
 import collections
+import contextlib
 import errno
 import functools
 import io
@@ -26,6 +27,7 @@ from lib.acl import PROVIDER as OM
 from lib.gallery.archive import Tar
 from lib.gallery.parts import write_part
 from lib.gallery.rows import read_rows
+from lib.gallery.shards import names_of
 from lib.gallery.source import Damaged, Source
 from lib.gallery.storage import FULL, IMAGE_ERRORS, fetched, filesystem, image_at, is_local, read_range
 from lib.images import normalise, read_image
@@ -58,16 +60,9 @@ def text(name):
 # --- the images of a shard, each as (its path in the result, its content) ------------------------------------------------
 # The content is bytes, or a function that reads and returns the bytes, or an exception if it cannot be read.
 
-def listed_names(shard):
-    """Returns the names in a stretch of a list file, by the rules of lib.files.read_lines()."""
-    lines = read_range(shard["list"], shard["start"], shard["end"])
-    lines = lines.decode("utf-8-sig" if shard["start"] == 0 else "utf-8")
-    return [line.strip() for line in lines.split("\n") if line.strip()]
-
-
 def of_list(shard):
     read = reader(shard["root"])
-    for name in listed_names(shard):
+    for name in names_of(read_range(shard["list"], shard["start"], shard["end"]), shard["start"]):
         yield name, functools.partial(read, name)
 
 
@@ -339,7 +334,10 @@ class Worker(object):
         return sum(list(self.under_way.values()))
 
     def start(self, model):
-        """Opens the model, the bytes of an ONNX file or an OM. Raises ValueError or ImportError if this machine does not fit the job."""
+        """Opens the model, an ONNX file or an OM, given as its bytes or a path.
+
+        Raises ValueError or ImportError if this machine does not fit the job.
+        """
         import pyarrow.parquet  # noqa: F401 - import it now, because that takes a while
         from PIL import Image
         warnings.simplefilter("ignore")  # Pillow warns about damaged files
@@ -349,10 +347,13 @@ class Worker(object):
         if differing:
             raise ValueError("its logits might differ, because it has %s" % ", ".join(differing))
         calls = self.job["calls"]
-        with tempfile.TemporaryFile() as f:  # it has no name that a killed worker could leave behind
-            f.write(model)
-            f.flush()
-            name = "/proc/self/fd/%d" % f.fileno()
+        with contextlib.ExitStack() as stack:
+            name = model
+            if isinstance(model, bytes):
+                f = stack.enter_context(tempfile.TemporaryFile())  # it has no name that a killed worker could leave behind
+                f.write(model)
+                f.flush()
+                name = "/proc/self/fd/%d" % f.fileno()
             try:
                 self.session = open_session(name, self.job["device_id"], self.job["threads"], calls, self.job["provider"])
                 batch = empty_batch(self.session, *input_size(self.session))

@@ -7,7 +7,7 @@ from lib.files import fits, read_json
 from lib.script import importing, note, one_line
 
 PREFIX = "deepmar."  # the names of our entries in an ONNX file's metadata begin with this
-SIMULATES = "simulates"  # a model with this entry imitates arithmetic that ONNX Runtime must not replace by its own; "int8"
+SIMULATES = "simulates"  # an INT8 twin has this entry, "int8"
 TEXTS = ("layout", "output", "checkpoint_sha256", "version")  # these entries are plain text, the others JSON
 
 # The operators by which a model's output is known, with their twins in quantized models. Those that pass a value on round,
@@ -87,6 +87,11 @@ def check(model, path, what=""):
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, UnicodeDecodeError) as error:  # the second one: a name that is not UTF-8
         raise ValueError("%s: is not a valid ONNX model%s: %s" % (path, what, one_line(error)))
+
+
+def is_twin(model):
+    """Returns whether an onnx.ModelProto imitates arithmetic that ONNX Runtime must not replace by its own (tools/rehearse.py int8)."""
+    return any(entry.key == SIMULATES for entry in model.metadata_props)
 
 
 def output_kind(model):

@@ -12,7 +12,7 @@ from lib.acl import Om, is_om
 from lib.bins import fault
 from lib.images import LAYOUTS, MEAN, NV12, SIZE, STD, empty_input
 from lib.machine import check_threads, cores
-from lib.models import SIMULATES, load, metadata
+from lib.models import is_twin, load, metadata
 from lib.script import importing, one_line, progress, some
 
 with importing():
@@ -31,17 +31,17 @@ RESULTS_PER_WRITE = 32  # because each wake-up of the writer disturbs inference 
 
 # --- opening a model --------------------------------------------------------------------------------------------------
 
-def session_options(threads, model=None):
+def session_options(threads, twin=False):
     """Returns ONNX Runtime's options for this many CPU threads. Raises ValueError if they cannot be started.
 
-    model: the onnx.ModelProto, if it may be an INT8 twin (tools/rehearse.py). A twin's QuantizeLinear nodes are computed as they
-    stand. ONNX Runtime would replace them by INT8 operators of its own, whose results differ from version to version.
+    twin: whether the model is an INT8 twin, see is_twin(). Its QuantizeLinear nodes are computed as they stand. ONNX Runtime would
+    replace them by INT8 operators of its own, whose results differ from version to version.
     """
     check_threads(threads)
     options = providers.import_onnxruntime().SessionOptions()  # all other options are best at their defaults
     options.intra_op_num_threads = threads  # by itself, ONNX Runtime 1.10 would use half of the cores, and all versions ignore taskset
     options.log_severity_level = 3  # log only errors
-    if model is not None and any(entry.key == SIMULATES for entry in model.metadata_props):
+    if twin:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
 
@@ -49,27 +49,29 @@ def session_options(threads, model=None):
 def cpu_session(model, threads=1):
     """Returns a session of any ONNX model, an onnx.ModelProto, a path or bytes, on the CPU. Raises ONNX Runtime's errors."""
     proto = None if isinstance(model, (str, bytes)) else model
-    options = session_options(threads, proto)
+    options = session_options(threads, proto is not None and is_twin(proto))
     options.log_severity_level = 4  # the exception already reports an error
     model = model if proto is None else proto.SerializeToString()
     return providers.import_onnxruntime().InferenceSession(model, options, providers=[providers.CPU])
 
 
-def open_session(path, device_id=0, threads=None, calls=1, provider=None, exact=True):
+def open_session(path, device_id=0, threads=None, calls=1, provider=None, exact=True, twin=None):
     """Returns a session of a DeepMAR model: an ONNX Runtime session, or for an OM an Om, for which only path and device_id count.
 
     threads: CPU threads for all calls together (default: one for each core that this process may use). calls: how many calls
     will run at the same time. provider: an execution provider's name (default: the best on this machine). exact: see
-    providers.add(). Raises OSError, or ValueError if the provider does not load or check_interface() refuses the model.
+    providers.add(). twin: is_twin() of the model, if models.load() has checked it already. Raises OSError, or ValueError if the
+    provider does not load or check_interface() refuses the model.
     """
     if is_om(path):
         session = Om(path, device_id)
         check_interface(session, path)
         return session
     onnxruntime = providers.import_onnxruntime()
-    model = load(path)  # it runs onnx's checker and refuses weights outside the file
+    if twin is None:
+        twin = is_twin(load(path))  # it runs onnx's checker and refuses weights outside the file
     threads = threads or cores()
-    options = session_options(max(1, threads - calls + 1), model)  # the threads that make the calls compute too
+    options = session_options(max(1, threads - calls + 1), twin)  # the threads that make the calls compute too
     names = providers.default(device_id) if provider is None else \
         providers.add(options, provider, device_id, threads, calls, exact)
     try:

@@ -9,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import onnx
 import pytest
 from pyarrow import parquet
 
@@ -17,6 +18,7 @@ from helpers import (GALLERY, ROOT, all_images, check_error, check_once, content
                      write_images, write_model)
 from lib.gallery.pool import why
 from lib.labels import ASSUMED, PETA
+from lib.models import SIMULATES
 from lib.results import probabilities
 
 
@@ -89,6 +91,14 @@ def test_model_whose_nodes_do_not_tell_is_judged_by_its_values(folder, first, tm
     for name, (error, logits) in check_once(first[0], names).items():
         assert found[prefix + name][0] == error
         assert np.allclose(probabilities(logits), probabilities(found[prefix + name][1]), atol=1e-6, equal_nan=True)
+
+
+def test_int8_twin_is_recognised(folder, tmp_path):
+    assert gallery.open_model(str(folder / "m.onnx"), 0)[1:] == ("logits", False)
+    model = onnx.load(str(folder / "m.onnx"))
+    model.metadata_props.add(key=SIMULATES, value="int8")
+    onnx.save(model, str(tmp_path / "t.onnx"))
+    assert gallery.open_model(str(tmp_path / "t.onnx"), 0)[1:] == ("logits", True)
 
 
 def test_documented_query(folder, first, monkeypatch):

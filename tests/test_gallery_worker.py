@@ -50,8 +50,8 @@ def started(model, output, **more):
     """A worker whose parts go to a new folder."""
     output.mkdir(exist_ok=True)
     found = Worker(dict({"output": str(output), "run": "r", "names": PETA, "kind": "logits", "probabilities": False, "calls": 2,
-                         "device_id": 0, "threads": 2, "readers": 2, "provider": CPU, "versions": versions(), "witnesses": [],
-                         "damaged": "error", "duplicates": "error"}, **more))
+                         "twin": False, "device_id": 0, "threads": 2, "readers": 2, "provider": CPU, "versions": versions(),
+                         "witnesses": [], "damaged": "error", "duplicates": "error"}, **more))
     found.start(model.read_bytes())
     return found
 
@@ -163,8 +163,13 @@ def test_images_that_predict_turns_are_counted_and_not_turned(worker, folder, tm
 def test_versions_must_be_the_same_on_all_machines(folder, tmp_path):
     with pytest.raises(ValueError, match="it has numpy .*, not 1.0"):
         started(folder / "m.onnx", tmp_path / "out", versions=dict(versions(), numpy="1.0"))
-    with pytest.raises(ValueError, match="not a valid ONNX model|is not a DeepMAR model"):
+    with pytest.raises(ValueError, match="the model cannot be opened: ONNX Runtime .* cannot load it"):
         started(folder / "images" / "im0.png", tmp_path / "out")
+
+
+def test_int8_twin_is_computed_without_fusion(folder, tmp_path):
+    session = started(folder / "m.onnx", tmp_path / "out", twin=True).session
+    assert session.get_session_options().get_session_config_entry("session.disable_quant_qdq") == "1"
 
 
 # --- lists ------------------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ from lib.gallery.worker import REMOTE_READERS, Images, decode, versions
 from lib.images import NV12
 from lib.labels import ASSUMED, PETA, attribute_names
 from lib.machine import cores
+from lib.models import is_twin, load, output_kind
 from lib.providers import CPU, PROVIDERS
 from lib.results import kind_of, look_like_probabilities
 from lib.script import Silent, command, importing, note, number, one_line, progress, some
@@ -146,8 +147,17 @@ def local_devices(args):
 
 # --- the model ------------------------------------------------------------------------------------------------------------
 
+def open_model(path, device_id):
+    """Returns (a model's session, what it says that it gives: see kind_of(), is_twin() of it)."""
+    if is_om(path):
+        return open_session(path, device_id), kind_of(path), False
+    model = load(path)
+    twin = is_twin(model)
+    return open_session(path, provider=CPU, twin=twin), output_kind(model), twin
+
+
 def examine(args, session, model):
-    """model: its bytes. Returns (the model's entry for the manifest, its attributes' names, what it says that it gives: see kind_of())."""
+    """model: its bytes. Returns (the model's entry for the manifest, its attributes' names)."""
     batch_size, height, width = input_size(session)
     if input_kind(session) in NV12:
         raise ValueError("%s: takes NV12, a video's frames; for image files give the model without it" % args.model)
@@ -162,7 +172,7 @@ def examine(args, session, model):
         raise ValueError("these attributes' columns would have the name path or error, or the same name: %s; give other names with "
                          "--attributes" % some(twice))
     return {"sha256": hashlib.sha256(model).hexdigest(), "batch_size": batch_size, "height": height, "width": width,
-            "input": input_kind(session)}, list(names), kind_of(args.model)
+            "input": input_kind(session)}, list(names)
 
 
 def kind_by_values(args, session, found):
@@ -279,10 +289,10 @@ def main(argv=None):
     args = parse(argv)
     recorded = import_libraries(args.address)
     devices = None if args.address else local_devices(args)
-    session = open_session(args.model, (devices or [0])[0], provider=CPU)
+    session, kind, twin = open_model(args.model, (devices or [0])[0])
     with open(args.model, "rb") as f:
         model = f.read()
-    described, names, kind = examine(args, session, model)
+    described, names = examine(args, session, model)
     output = absolute(args.output)
     batch_size, size = described["batch_size"], (described["height"], described["width"])
     args.shard_size = args.shard_size or -(-SHARD_SIZE // batch_size) * batch_size  # no part ends with a batch that is half empty
@@ -301,9 +311,9 @@ def main(argv=None):
     if len(there) < found.count:
         if found.list is not None:
             publish_list(output, found)
-        job = {"output": output, "run": run, "names": names, "kind": kind, "probabilities": args.probabilities, "provider": provider,
-               "device_id": 0, "versions": versions(provider), "threads": args.cpus, "witnesses": found.witnesses, "damaged": args.damaged,
-               "duplicates": args.duplicates,
+        job = {"output": output, "run": run, "names": names, "kind": kind, "probabilities": args.probabilities, "twin": twin,
+               "provider": provider, "device_id": 0, "versions": versions(provider), "threads": args.cpus,
+               "witnesses": found.witnesses, "damaged": args.damaged, "duplicates": args.duplicates,
                "calls": calls_at_once(args.cpus, sys.maxsize, batch_size, *size) if provider == CPU else 1,
                "readers": args.cpus + 1 if is_local(absolute(args.root or args.input[0])) else REMOTE_READERS}
         left = sorted(set(range(found.count)) - set(there))

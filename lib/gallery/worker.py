@@ -33,6 +33,7 @@ from lib.gallery.storage import FULL, IMAGE_ERRORS, fetched, filesystem, image_a
 from lib.images import normalise, read_image
 from lib.machine import end_with, uninterrupted
 from lib.names import ENDINGS, is_image
+from lib.providers import CPU
 from lib.results import logits_from, probabilities
 from lib.script import importing, one_line, some
 from lib.session import callers, empty_batch, infer, input_size, open_session, run_batches
@@ -355,9 +356,10 @@ class Worker(object):
                 f.flush()
                 name = "/proc/self/fd/%d" % f.fileno()
             try:
-                self.session = open_session(name, self.job["device_id"], self.job["threads"], calls, self.job["provider"])
-                batch = empty_batch(self.session, *input_size(self.session))
-                infer(self.session, batch)  # the first call also allocates memory
+                self.session = open_session(name, self.job["device_id"], self.job["threads"], calls, self.job["provider"],
+                                            twin=self.job["twin"])
+                if self.job["provider"] != CPU:  # a device may not work; on a CPU, this would only take as long as a batch
+                    infer(self.session, empty_batch(self.session, *input_size(self.session)))
             except ImportError:
                 raise
             except Exception as error:  # ONNX Runtime's own exceptions do not reach another process

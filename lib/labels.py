@@ -100,14 +100,16 @@ def labels_of(path, images, attributes):
     return labels[[rows[stem(image)] for image in images]]
 
 
-def attribute_names(count, path=None, model=None):
+def attribute_names(count, path=None, model=None, described=None):
     """Returns the attributes' names from a file with one per line, else from a model, else PETA's if there are 35, else
     attribute0 ...
 
-    Raises OSError, or ValueError if a file does not hold count different names, or if it holds a name of the model in another
-    place than the model. Entirely other names, such as a translation, are right.
+    described: the model's description, if the caller has it. Raises OSError, or ValueError if a file does not hold count different
+    names, or if it holds a name of the model in another place than the model. Entirely other names, such as a translation, are right.
     """
-    known = model and description(model).get("attributes")
+    if described is None:
+        described = description(model) if model else {}
+    known = described.get("attributes")
     if known and len(known) != count:
         raise ValueError("%s: is a model of %d attributes, but there are %d; give the model of these results"
                          % (model, len(known), count))
@@ -121,12 +123,17 @@ def attribute_names(count, path=None, model=None):
     twice = [name for name, number in collections.Counter(names).items() if number > 1]
     if twice:
         raise ValueError("%s: holds a name more than once: %s" % (path, some(twice)))
-    places = {name: place for place, name in enumerate(known or [], 1)}
+    check_order(path, names, model, known or [], "put them in the model's order, or leave out --attributes")
+    return names
+
+
+def check_order(path, names, model, known, remedy):
+    """Raises ValueError if a file holds a name of a model, whose names are known, in another place than the model."""
+    places = {name: place for place, name in enumerate(known, 1)}
     moved = ["%s (%d, not %d)" % (name, places[name], place) for place, name in enumerate(names, 1) if places.get(name, place) != place]
     if moved:
-        raise ValueError("%s: holds the names of %s in another order, so figures would get a wrong name: %s; put them in the model's "
-                         "order, or leave out --attributes" % (path, model, some(moved)))
-    return names
+        raise ValueError("%s: holds the names of %s in another order, so figures would get a wrong name: %s; %s"
+                         % (path, model, some(moved), remedy))
 
 
 def assumed(names):

@@ -120,6 +120,9 @@ def test_the_models_names_in_another_order_are_refused_by_every_tool(tmp_path):
                 check_error(process, "names.txt: holds the names of %s in another order" % model, wrong)
             else:
                 assert process.returncode == 0, process.stderr
+    other = put(write_model(tmp_path / "other.onnx", attributes=3, size=(8, 8)), attributes='["bag", "hat", "coat"]')
+    process = script("tools/compare.py", other, "--onnx", model, "--bins", "input_bin", cwd=tmp_path)
+    check_error(process, "other.onnx: holds the names of %s in another order" % model, "bag (2, not 1)")
 
 
 def test_stage_7_and_report_take_the_models_names(exported, tmp_path):

@@ -34,12 +34,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.bins import list_bins
 from lib.faults import FACTOR, MAX_IMAGES, WRONG_INPUTS, explain, judge, layers, overflow
 from lib.files import write_text
-from lib.labels import ASSUMED, GROUPS_HELP, PETA, attribute_names, labels_of, read_groups, read_labels
+from lib.labels import ASSUMED, GROUPS_HELP, PETA, attribute_names, check_order, labels_of, read_groups, read_labels
 from lib.metrics import effect
 from lib.names import composed
 from lib.results import as_logits, attributes_in, kind_of, list_results, read_logits
 from lib.script import command, importing, number, some
-from lib.session import compute, input_kind, input_size, open_session
+from lib.session import compute, described_by, input_kind, input_size, open_session
 
 with importing():
     import numpy as np
@@ -189,6 +189,9 @@ def read_sides(args):
     sessions = {path: open_session(path, args.device) for path in (args.a_model, args.model, args.rehearsal) if path}
     if args.rehearsal:
         check_twin(sessions[args.rehearsal], args.rehearsal, args.model)
+    if args.a_model:
+        a, b = (described_by(sessions[path], path).get("attributes", []) for path in (args.a_model, args.model))
+        check_order(args.a_model, a, args.model, b, "export one of them again")
     bins, sizes = {}, {}
     for path, session in sessions.items():  # all models must take these bins
         bins, sizes[path] = bins_of(args.bins, session), "%d x %d" % input_size(session)[1:]

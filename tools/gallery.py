@@ -46,8 +46,8 @@ from lib.models import is_twin, load, output_kind
 from lib.providers import CPU, PROVIDERS
 from lib.results import kind_of, look_like_probabilities
 from lib.script import Silent, command, importing, note, number, one_line, progress, some
-from lib.session import (SIZE_ASSUMED, attributes_of, calls_at_once, fixed_size, input_kind, input_size, open_session,
-                         run_batches)
+from lib.session import (SIZE_ASSUMED, attributes_of, calls_at_once, described_by, fixed_size, input_kind, input_size,
+                         open_session, run_batches)
 
 with importing():
     import numpy as np
@@ -163,7 +163,7 @@ def examine(args, session, model):
         raise ValueError("%s: takes NV12, a video's frames; for image files give the model without it" % args.model)
     if None in fixed_size(session)[1:]:
         note(SIZE_ASSUMED)
-    names = attribute_names(attributes_of(session), args.attributes, args.model)
+    names = attribute_names(attributes_of(session), args.attributes, args.model, described_by(session, args.model))
     if names is PETA:
         note(ASSUMED)
     lower = [name.lower() for name in names] + ["path", "error"]  # names in SQL ignore case

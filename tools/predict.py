@@ -38,7 +38,8 @@ from lib.labels import ASSUMED, PETA, attribute_names, read_thresholds
 from lib.names import check_length, images_in, stem
 from lib.results import as_logits, kind_of, probabilities
 from lib.script import command, importing, note, number, one_line, progress, some
-from lib.session import SIZE_ASSUMED, attributes_of, empty_batch, fixed_size, infer, input_kind, input_size, open_session, run_batches
+from lib.session import (SIZE_ASSUMED, attributes_of, described_by, empty_batch, fixed_size, infer, input_kind, input_size, open_session,
+                         run_batches)
 
 with importing():
     import numpy as np
@@ -300,7 +301,7 @@ def main(argv=None):
     session = open_session(args.model, args.device)
     if None in fixed_size(session)[1:]:
         note(SIZE_ASSUMED)
-    names = attribute_names(attributes_of(session), args.attributes, args.model)
+    names = attribute_names(attributes_of(session), args.attributes, args.model, described_by(session, args.model))
     names, thresholds, _ = read_thresholds(args.thresholds, names)
     if names is PETA:
         note(ASSUMED)

@@ -14,18 +14,14 @@ MOUNT_ERROR = "%s: something is mounted there, so it cannot be replaced as a who
 
 
 # --- files and folders that appear whole or not at all ---------------------------------------------------------------
-# export_onnx.py, which is also copied alone, has the same whole_file(), lock(), read_text() and not_utf8().
+# export_onnx.py, which is also copied alone, has the same whole_file(), sweep(), lock(), read_text() and not_utf8().
 
 @contextlib.contextmanager
 def whole_file(path):
     """Yields the name of a new file next to path. Renames it to path if the block succeeds, deletes it if the block fails."""
     if os.path.exists(path) and not os.path.isfile(path):  # root could replace even /dev/null
         raise OSError("%s: is no regular file, so it cannot be replaced; give another name" % path)
-    # A file that no process locks is left from a killed run.
-    for left in glob.glob(glob.escape(path) + ".%s.partial" % ("[0-9a-f]" * 8)):
-        with contextlib.suppress(OSError), open(left, "r+b") as file:  # NFS cannot lock a file that is open only for reading
-            if lock(file):
-                os.remove(left)
+    sweep(glob.escape(path) + ".%s.partial" % ("[0-9a-f]" * 8))
     temporary = "%s.%s.partial" % (path, os.urandom(4).hex())
     try:
         with open(temporary, "x+b") as file:
@@ -40,6 +36,14 @@ def whole_file(path):
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def sweep(pattern):
+    """Removes the files of a pattern that no process locks: killed runs left them."""
+    for path in glob.glob(pattern):
+        with contextlib.suppress(OSError), open(path, "r+b") as file:  # NFS cannot lock a file that is open only for reading
+            if lock(file):
+                os.remove(path)
 
 
 def lock(file):

@@ -15,7 +15,7 @@ import pytest
 
 import export_onnx
 from helpers import ROOT
-from lib.files import lock, not_utf8, read_json, read_lines, read_text, replaced_folder, whole_file
+from lib.files import lock, not_utf8, read_json, read_lines, read_text, replaced_folder, sweep, whole_file
 
 WRITERS = {"file": whole_file, "folder": replaced_folder}
 SUCCESS, NAMED_ERROR, INTERRUPTED, TRACEBACK, KILLED = range(5)  # how a fork ends
@@ -233,5 +233,5 @@ def test_every_script_writes_through_whole_file():
 
 def test_export_onnx_has_the_same_functions():
     """It is copied alone, so that it holds the text of lib/files.py."""
-    for function in (whole_file, lock, read_text, not_utf8):
+    for function in (whole_file, sweep, lock, read_text, not_utf8):
         assert inspect.getsource(getattr(export_onnx, function.__name__)) == inspect.getsource(function)

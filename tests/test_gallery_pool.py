@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import gallery
-from lib.files import lock
 from lib.gallery import parts, pool
 from lib.gallery.worker import Result
 
@@ -225,15 +224,6 @@ def test_part_of_another_run_or_a_damaged_one_is_refused(tmp_path):
             parts.total(str(tmp_path), [number], "mine")
     with pytest.raises(ValueError, match="holds 3 parts but no _manifest.json"):
         parts.begin(str(tmp_path), MANIFEST, 9)
-
-
-def test_unfinished_parts_of_killed_workers_are_removed(tmp_path):
-    left, busy = (tmp_path / ("part-00000%d.parquet.01234567.partial" % number) for number in range(2))
-    left.write_bytes(b"PAR1")
-    with open(str(busy), "w") as f:
-        assert lock(f)
-        parts.sweep(str(tmp_path))
-        assert list(tmp_path.iterdir()) == [busy]
 
 
 def test_manifest_that_another_run_replaced_is_noticed(tmp_path):

@@ -5,7 +5,6 @@ OUTPUT/_manifest.json has a random id, and each part has this id in its metadata
 """
 import collections
 import contextlib
-import glob
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from lib.files import lock, whole_file
+from lib.files import whole_file
 from lib.gallery.storage import create, filesystem, is_local, names_in, open_binary, patiently, reached, read_range, write
 from lib.script import one_line, progress, some
 
@@ -138,14 +137,6 @@ def write_part(output, number, run, names, paths, values, reasons, counts):
         pyarrow.table(columns).replace_schema_metadata({METADATA: json.dumps(dict(counts, run=run), sort_keys=True)}),
         content, compression="zstd", use_dictionary=False)
     write(part_name(output, number), content.getvalue().to_pybytes())
-
-
-def sweep(output):
-    """Removes the unfinished parts that killed workers of this machine left in a local output folder."""
-    for left in glob.glob(glob.escape(output) + "/part-*.partial"):
-        with contextlib.suppress(OSError), open(left, "r+b") as f:
-            if lock(f):  # no process writes it
-                os.remove(left)
 
 
 def footer(url):

@@ -5,6 +5,7 @@ read the witnesses, images that the driver itself could read. A shard that fails
 """
 import collections
 import contextlib
+import glob
 import multiprocessing
 import os
 import queue
@@ -16,7 +17,7 @@ import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from lib.gallery.parts import sweep
+from lib.files import sweep
 from lib.gallery.storage import WAITS
 from lib.gallery.worker import Result, Worker
 from lib.machine import end_with, uninterrupted
@@ -288,7 +289,7 @@ class Processes(Pool):
     def close(self):
         for member in self.members:
             self.kill(member)
-        sweep(self.job["output"])
+        sweep(glob.escape(self.job["output"]) + "/part-*.partial")  # killed workers leave them
 
 
 def start_process(parent, job, computed):

@@ -8,7 +8,7 @@ from onnx import helper
 
 import compare
 from lib.faults import layers, tensors
-import rehearse
+from lib.float16 import rounding
 from helpers import check_error, make_model, script, tensor_info, write_model
 from lib.images import MEAN, STD
 from small_network import (ATTRIBUTES, IMAGES, NAMES, SIZE, Scene, compute, grid, float16, make_twin, normalised, weights,
@@ -36,7 +36,7 @@ def test_optimization_keeps_the_rounding(level):
     nodes = []
     for i in range(3):
         nodes.append(helper.make_node("Mul", ["y%d" % i, "w"], ["x%d" % (i + 1)]))
-        nodes += rehearse.rounding("x%d" % (i + 1), "y%d" % (i + 1), 1)
+        nodes += rounding("x%d" % (i + 1), "y%d" % (i + 1), 1)
     model = make_model(nodes, [tensor_info("y0", [4])], [tensor_info("y3", [4])],
                        [("w", np.float32([1.001])), ("shape_of_rank_1", np.zeros(1, np.int64))])
     options = onnxruntime.SessionOptions()

@@ -5,6 +5,7 @@
     python3 tools/rehearse.py input images plain_bin image.txt --resize plain --nv12 709
     python3 tools/rehearse.py float16 deepmar_bs1_nopad.onnx deepmar_bs1_float16.onnx
     python3 tools/rehearse.py int8 deepmar_bs1_nopad.onnx val_bin deepmar_bs1_int8.onnx --images 32
+    python3 tools/rehearse.py costs --model deepmar_bs1_nopad.onnx --images images --list image.txt --labels label.json
 
 cfg writes the file for atc's --insert_op_conf. The card then takes stage 4's uint8 bins and normalises them itself.
 aipp writes a copy of the model that begins with the same arithmetic. Its input is uint8 [N,height,width,3].
@@ -16,28 +17,31 @@ summed in float32, as in the card's cube unit. tools/compare.py --rehearsal judg
 int8 writes a copy of the model with the arithmetic of AMCT, the tool that makes an INT8 model for atc. Bins of training or
 validation images give the ranges. Beside the copy, in OUTPUT_amct, it writes what AMCT itself needs: its settings and its
 calibration bins. --within leaves in float what costs most.
+costs compares all of these with float32, and the pixels of a camera with stage 4's, in one table: the bytes of an image's input, the
+shift of the logits, the flips, and the drop of the accuracy. It keeps each row's logits in a folder, so a second start goes on.
 
 These models run on ONNX Runtime like any other: in stages 6 and 7, compare, predict and quantize. They are a bound on rounding,
 not a simulation of the chip: the card's order of accumulation and its kernels are unknown.
 """
 import argparse
+import json
 import os
 import shlex
 import sys
 import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from lib import camera, int8
+from lib import camera, costs, int8
 from lib.aipp import add_aipp, aipp_cfg, aipp_differences
 from lib.bins import contents, list_bins
 from lib.files import whole_file, write_text
 from lib.float16 import round_results, round_weights
 from lib.images import SIZE, resize, write_bins
-from lib.labels import labels_of
+from lib.labels import GROUPS_HELP, labels_of, read_groups
 from lib.machine import cores
 from lib.metrics import effect
-from lib.models import check, load, nested
-from lib.names import composed
+from lib.models import check, description, load, nested
+from lib.names import composed, find_listed, read_list
 from lib.providers import CPU
 from lib.results import as_logits, kind_of
 from lib.script import command, has_module, importing, note, number, pixels, some
@@ -66,6 +70,22 @@ def add_input(actions):
                         help="convert the resized image to NV12 by this standard, and back as AIPP does it")
     action.add_argument("--kind", choices=["float32", "uint8", "nv12"], default="float32",
                         help="what the bins hold: input for the model (default), RGB pixels or NV12 for one with AIPP")
+
+
+def add_costs(actions):
+    """Adds the action costs to the command line."""
+    action = actions.add_parser("costs", help="compare all of them with float32 in one table", allow_abbrev=False)
+    action.add_argument("--model", "--onnx", required=True, help="the model that stage 2 wrote")
+    action.add_argument("--images", required=True, metavar="DIR", help="the folder of the images")
+    action.add_argument("--list", default="image.txt", metavar="FILE", help="the images, one file name per line (default: %(default)s)")
+    action.add_argument("--labels", default="label.json", metavar="FILE", help="their labels (default: %(default)s)")
+    action.add_argument("--groups", metavar="FILE", help=GROUPS_HELP)
+    action.add_argument("--calibration-images", metavar="DIR", help="the folder of INT8's calibration images (default: some of --images)")
+    action.add_argument("--calibration-list", metavar="FILE",
+                        help="their list, of training or validation images; %d spread over it are taken" % CALIBRATION_IMAGES)
+    action.add_argument("--nv12", choices=sorted(camera.STANDARDS), default="709", help="the standard of NV12 (default: %(default)s)")
+    action.add_argument("--output", default="costs", metavar="DIR", help="the folder that keeps each row's logits (default: %(default)s)")
+    action.add_argument("--json", metavar="FILE", help="also write the figures here, for tools/report.py --costs")
 
 
 def deployed(image, size, args):
@@ -191,6 +211,57 @@ def write_int8(args, temporary):
           "--soc_version=Ascend310P3" % tuple(map(shlex.quote, (prefix, stem, shape))))
 
 
+def write_costs(args, session, model):
+    """Computes all rows of the action costs that are not in its folder yet, and prints and writes their figures."""
+    if input_kind(session) != "float32":
+        raise ValueError("%s: does not take float32; give the model without AIPP, which costs adds itself" % args.model)
+    shape = input_size(session)
+    camera.check_even(*shape[1:])
+    names = read_list(args.list)
+    paths = find_listed(args.images, names, args.list)
+    labels, groups = labels_of(args.labels, names, attributes_of(session)), read_groups(args.groups, names)
+    given = paths
+    if args.calibration_list:
+        given = find_listed(args.calibration_images, read_list(args.calibration_list), args.calibration_list)
+    calibration = [path for path, in int8.spread(given, CALIBRATION_IMAGES, 1)]
+    seen = len(set(costs.checksums(calibration)) & set(costs.checksums(paths)))
+    calibrated = "calibrated on %d images" % len(calibration)
+    if seen:
+        calibrated += ", %d of which are among these, so the drop may be too small (--calibration-images)" % seen
+    os.makedirs(args.output, exist_ok=True)
+    table = costs.rows(args.nv12, calibrated)
+    outputs, kept = costs.all_logits(table, model, args.model, paths, calibration, shape, args.nv12, args.output)
+    reference, kind = as_logits(outputs["float32"], args.model, kind_of(args.model))
+    rows = [costs.figures(row, as_logits(outputs[row.name], args.model, kind)[0], reference, labels, groups, shape[1:], args.nv12)
+            for row in table]
+    for line in costs_lines(rows):
+        print(line)
+    worst = max(rows, key=lambda row: row["drop"])
+    print("%d images, %d decisions; the largest drop is %.2f points (%s); no speed was measured; %d of %d rows were in %s"
+          % (len(names), reference.size, 100 * worst["drop"], worst["name"], kept, len(rows), args.output))
+    if args.json is not None:
+        write_text(args.json, json.dumps({
+            "model": args.model, "checkpoint_sha256": description(args.model).get("checkpoint_sha256"), "list": args.list,
+            "scored": costs.identity(names, labels), "images": len(names), "decisions": reference.size, "rows": rows}, indent=1) + "\n")
+
+
+def costs_lines(rows):
+    """Yields the lines of a table of the rows that costs.figures() returned, and how far each can be trusted."""
+    cells = [("", "bytes", "largest shift", "rms shift", "flips", "instance_acc", "drop in points", "95 %", "trust")]
+    for row in rows:
+        shift = ("%.4f" % row["max_difference"], "%.5f" % row["rms_difference"], "%d" % row["flips"])
+        drop = ("%.2f" % (100 * row["drop"]),
+                "%.2f to %.2f" % tuple(100 * value for value in row["interval"]) if row["interval"] else "-")
+        if row["trust"] == "reference":
+            shift, drop = ("-",) * 3, ("-",) * 2
+        cells.append((row["name"], "%d" % row["bytes"]) + shift + ("%.6f" % row["instance_acc"],) + drop + (row["trust"],))
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for name, *middle, trust in cells:
+        yield "  ".join([name.ljust(widths[0])] + [text.rjust(width) for text, width in zip(middle, widths[1:])] + [trust])
+    for names, why in costs.trust(rows):
+        yield "%s: %s" % (names, why)
+
+
 def save(model, path):
     """Checks a model and writes it, whole or not at all."""
     check(model, path)
@@ -227,13 +298,16 @@ def parse(argv):
                         help="leave as few layers of this ranking in float as keep the loss within X: the root mean square of the "
                              "logits' shift, or with --labels, points of instance_acc")
     action.add_argument("--labels", metavar="LABEL", help="the bins' label.json, for --within")
+    add_costs(actions)
     args = parser.parse_args(argv)
     if args.action is None:
-        parser.error("give cfg, aipp, float16, int8 or input")
+        parser.error("give cfg, aipp, float16, int8, input or costs")
     if args.action == "input" and args.kind == "nv12" and not args.nv12:
         parser.error("--kind nv12 needs --nv12, the standard")
     if args.action == "int8" and args.labels is not None and args.within is None:
         parser.error("--labels goes with --within")
+    if args.action == "costs" and (args.calibration_images is None) != (args.calibration_list is None):
+        parser.error("--calibration-images and --calibration-list go together")
     if args.action in ("aipp", "float16", "int8") and os.path.realpath(args.output) == os.path.realpath(args.model):
         parser.error("OUTPUT is MODEL, which atc still needs; give another name")
     return args
@@ -253,10 +327,13 @@ def main(argv=None):
         print("%s: AIPP for %s bins of %d x %d, for atc's --insert_op_conf"
               % (args.output, "NV12 (%s)" % args.nv12 if args.nv12 else "uint8", args.size[1], args.size[0]))
         return
-    open_session(args.model, provider=CPU)  # refuses what is not a DeepMAR model
+    session = open_session(args.model, provider=CPU)  # refuses what is not a DeepMAR model
     model = load(args.model)
     if len(list(nested(model.graph))) > 1:
         raise ValueError("%s: has graphs inside its graph, so it is not a DeepMAR model" % args.model)
+    if args.action == "costs":
+        write_costs(args, session, model)
+        return
     if args.action == "aipp":
         add_aipp(model, args.model, args.nv12)
         save(model, args.output)

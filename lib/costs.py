@@ -3,7 +3,6 @@ import collections
 import contextlib
 import hashlib
 import os
-import zipfile
 
 from lib import camera, int8
 from lib.aipp import add_aipp
@@ -36,8 +35,8 @@ def rows(standard, calibrated):
             Row("INT8", ("int8",), resize, "estimate", by_amct),
             Row("INT8 + AIPP", ("int8", "aipp"), resize, "estimate", by_amct),
             Row("plain resize", (), plain, "exact", "OpenCV's INTER_LINEAR to the bit; DVPP may differ by a level"),
-            Row("plain resize + NV12", ("nv12",), plain, "estimate", "standard %s; a camera may place the colours elsewhere, and DVPP "
-                "resizes before the conversion to RGB" % standard)]
+            Row("plain resize + NV12", ("nv12",), plain, "estimate", "standard %s; a camera's colours may lie elsewhere, and DVPP "
+                "resizes the NV12 itself" % standard)]
 
 
 def kind_of_input(row, standard):
@@ -130,16 +129,17 @@ def checksums(paths):
 
 def kept(path, made_from):
     """Returns the logits in a row's file, or None if there are none or if they were made from something else."""
-    with contextlib.suppress(OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile), np.load(path) as f:
-        if str(f["made_from"]) == made_from:
-            return f["logits"]
+    with contextlib.suppress(OSError, ValueError, EOFError), open(path, "rb") as f:
+        if f.readline() == made_from.encode() + b"\n":
+            return np.load(f)
     return None
 
 
 def keep(path, logits, made_from):
-    """Writes a row's file."""
+    """Writes a row's file: a line about what it was made from, then the logits in numpy's own format."""
     with whole_file(path) as temporary, open(temporary, "wb") as f:
-        np.savez(f, logits=logits, made_from=made_from)
+        f.write(made_from.encode() + b"\n")
+        np.save(f, logits)
 
 
 def all_logits(table, model, source, paths, calibration, shape, standard, folder):
@@ -149,7 +149,7 @@ def all_logits(table, model, source, paths, calibration, shape, standard, folder
     source: the model's path. paths, calibration: of image files. shape: (batch size, height, width).
     """
     whole = [hashlib.sha256("".join(checksums(files)).encode()).hexdigest() for files in ([source], paths, calibration)]
-    files = [os.path.join(folder, row.name.replace(" + ", "_").replace(" ", "_") + ".npz") for row in table]
+    files = [os.path.join(folder, row.name.replace(" + ", "_").replace(" ", "_") + ".logits") for row in table]
     made_from = [" ".join(whole[:2] + whole[2:] * ("int8" in row.steps) + [standard] * ("nv12" in row.steps)) for row in table]
     found = {row.name: kept(*entry) for row, *entry in zip(table, files, made_from)}
     left = [entry for entry in zip(table, files, made_from) if found[entry[0].name] is None]

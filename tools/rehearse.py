@@ -227,7 +227,7 @@ def write_costs(args, session, model):
     seen = len(set(costs.checksums(calibration)) & set(costs.checksums(paths)))
     calibrated = "calibrated on %d images" % len(calibration)
     if seen:
-        calibrated += ", %d of which are among these, so the drop may be too small (--calibration-images)" % seen
+        calibrated += ", %d of them among these, so the drop may be too small" % seen
     os.makedirs(args.output, exist_ok=True)
     table = costs.rows(args.nv12, calibrated)
     outputs, kept = costs.all_logits(table, model, args.model, paths, calibration, shape, args.nv12, args.output)
@@ -237,12 +237,17 @@ def write_costs(args, session, model):
     for line in costs_lines(rows):
         print(line)
     worst = max(rows, key=lambda row: row["drop"])
-    print("%d images, %d decisions; the largest drop is %.2f points (%s); no speed was measured; %d of %d rows were in %s"
-          % (len(names), reference.size, 100 * worst["drop"], worst["name"], kept, len(rows), args.output))
+    print("%d images, %d decisions; the largest drop is %s points (%s); no speed was measured; %d of %d rows were in %s"
+          % (len(names), reference.size, points(worst["drop"]), worst["name"], kept, len(rows), args.output))
     if args.json is not None:
         write_text(args.json, json.dumps({
             "model": args.model, "checkpoint_sha256": description(args.model).get("checkpoint_sha256"), "list": args.list,
             "scored": costs.identity(names, labels), "images": len(names), "decisions": reference.size, "rows": rows}, indent=1) + "\n")
+
+
+def points(share):
+    """Returns a share in percentage points, as text without a -0.00."""
+    return "%.2f" % (round(100 * share, 2) + 0)
 
 
 def costs_lines(rows):
@@ -250,8 +255,7 @@ def costs_lines(rows):
     cells = [("", "bytes", "largest shift", "rms shift", "flips", "instance_acc", "drop in points", "95 %", "trust")]
     for row in rows:
         shift = ("%.4f" % row["max_difference"], "%.5f" % row["rms_difference"], "%d" % row["flips"])
-        drop = ("%.2f" % (100 * row["drop"]),
-                "%.2f to %.2f" % tuple(100 * value for value in row["interval"]) if row["interval"] else "-")
+        drop = (points(row["drop"]), " to ".join(map(points, row["interval"])) if row["interval"] else "-")
         if row["trust"] == "reference":
             shift, drop = ("-",) * 3, ("-",) * 2
         cells.append((row["name"], "%d" % row["bytes"]) + shift + ("%.6f" % row["instance_acc"],) + drop + (row["trust"],))

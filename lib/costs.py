@@ -14,34 +14,29 @@ from lib.machine import cores
 from lib.metrics import effect
 from lib.names import stem
 from lib.script import importing, joined, one_line, progress, some
-from lib.session import calls_at_once, cpu_session, input_kind, run_batches
+from lib.session import calls_at_once, cpu_session, run_batches
 
 with importing():
     import numpy as np
 
-# A row of the table. steps: what is done to the model, in this order. resized: as of lib.images.normalise(). trust: "reference",
-# "exact", "bound" or "estimate". why: more about that.
-Row = collections.namedtuple("Row", "name steps resized trust why")
+# A row of the table. steps: what is done to the model, in this order. kind: of its input, a key of lib.images.LAYOUTS. resized: as of
+# lib.images.normalise(). trust: "reference", "exact", "bound" or "estimate". why: more about that.
+Row = collections.namedtuple("Row", "name steps kind resized trust why")
 
 
 def rows(standard, calibrated):
     """Returns the Rows, float32's first. standard: NV12's, a key of camera.STANDARDS. calibrated: a text about INT8's calibration."""
     plain, by_amct = camera.resized(camera.resize_plain), "AMCT's arithmetic, but the card's kernels are unknown; " + calibrated
     rounding = "each node's result is rounded once; a card may move the logits twice as far"
-    return [Row("float32", (), resize, "reference", "stage 4's bins and the model as it is"),
-            Row("AIPP", ("aipp",), resize, "exact", "the documented formula, in float16"),
-            Row("float16", ("float16",), resize, "bound", rounding),
-            Row("AIPP + float16", ("aipp", "float16"), resize, "bound", rounding),
-            Row("INT8", ("int8",), resize, "estimate", by_amct),
-            Row("INT8 + AIPP", ("int8", "aipp"), resize, "estimate", by_amct),
-            Row("plain resize", (), plain, "exact", "OpenCV's INTER_LINEAR to the bit; DVPP may differ by a level"),
-            Row("plain resize + NV12", ("nv12",), plain, "estimate", "standard %s; a camera's colours may lie elsewhere, and DVPP "
-                "resizes the NV12 itself" % standard)]
-
-
-def kind_of_input(row, standard):
-    """Returns the kind of a row's input, a key of lib.images.LAYOUTS."""
-    return "nv12-" + standard if "nv12" in row.steps else "uint8" if "aipp" in row.steps else "float32"
+    return [Row("float32", (), "float32", resize, "reference", "stage 4's bins and the model as it is"),
+            Row("AIPP", ("aipp",), "uint8", resize, "exact", "the documented formula, in float16"),
+            Row("float16", ("float16",), "float32", resize, "bound", rounding),
+            Row("AIPP + float16", ("aipp", "float16"), "uint8", resize, "bound", rounding),
+            Row("INT8", ("int8",), "float32", resize, "estimate", by_amct),
+            Row("INT8 + AIPP", ("int8", "aipp"), "uint8", resize, "estimate", by_amct),
+            Row("plain resize", (), "float32", plain, "exact", "OpenCV's INTER_LINEAR to the bit; DVPP may differ by a level"),
+            Row("plain resize + NV12", ("aipp",), "nv12-" + standard, plain, "estimate", "standard %s; a camera's colours may lie "
+                "elsewhere, and DVPP resizes the NV12 itself" % standard)]
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -72,33 +67,33 @@ def int8_twin(model, source, paths, shape):
     return int8.twin(folded, layers, int8.calibrate(folded, layers, batches))
 
 
-def twin(model, steps, source, standard):
+def twin(model, row, source):
     """Returns a copy of an onnx.ModelProto after a Row's steps. With the step "int8", the model is already an INT8 twin."""
     model = copied(model)
-    for step in steps:
+    for step in row.steps:
         if step == "float16":
             round_weights(model.graph)
             round_results(model, source)
         elif step != "int8":
-            add_aipp(model, source, standard if step == "nv12" else None)
+            add_aipp(model, source, row.kind.partition("-")[2] or None)
     return model
 
 
 # --- logits -----------------------------------------------------------------------------------------------------------
 
-def compute(model, paths, shape, resized, advance):
-    """Runs an onnx.ModelProto over image files on the CPU. Returns what it gives, float32 [images, attributes].
+def compute(model, row, paths, shape, advance):
+    """Runs a Row's model, an onnx.ModelProto, over image files on the CPU. Returns what it gives, float32 [images, attributes].
 
-    shape: (batch size, height, width). resized: as of lib.images.normalise(). Calls advance(images) after every batch. Raises
-    ValueError if an image cannot be read or its logits are NaN or infinite.
+    shape: (batch size, height, width). Calls advance(images) after every batch. Raises ValueError if an image cannot be read or its
+    logits are NaN or infinite.
     """
     calls = calls_at_once(cores(), len(paths), *shape)
     session = cpu_session(model, max(1, cores() - calls + 1))
-    kind, found, bad = input_kind(session), [], []
+    found, bad = [], []
 
-    def fill(path, row):
+    def fill(path, place):
         try:
-            normalise(read_image(path)[0], row, kind, resized)
+            normalise(read_image(path)[0], place, row.kind, row.resized)
         except Exception as error:  # Pillow raises nearly anything on damaged files
             return "%s: %s" % (path, one_line(error))
 
@@ -111,7 +106,8 @@ def compute(model, paths, shape, resized, advance):
     found = np.concatenate(found)
     wrong = [path for path, finite in zip(paths, np.isfinite(found).all(axis=1)) if not finite]
     if wrong:
-        raise ValueError("NaN or infinite logits for %d of %d images: %s" % (len(wrong), len(paths), some(wrong)))
+        raise ValueError("%s: NaN or infinite logits for %d of %d images: %s%s" % (
+            row.name, len(wrong), len(paths), some(wrong), "; tools/compare.py --rehearsal names the layer" * ("float16" in row.steps)))
     return found
 
 
@@ -142,7 +138,7 @@ def keep(path, logits, made_from):
         np.save(f, logits)
 
 
-def all_logits(table, model, source, paths, calibration, shape, standard, folder):
+def all_logits(table, model, source, paths, calibration, shape, folder):
     """Returns ({row's name: what its model gives, float32 [images, attributes]}, how many rows were kept in folder).
 
     Every row is kept as soon as it is computed. One that was made from the same contents is not computed again. table: of rows().
@@ -150,7 +146,7 @@ def all_logits(table, model, source, paths, calibration, shape, standard, folder
     """
     whole = [hashlib.sha256("".join(checksums(files)).encode()).hexdigest() for files in ([source], paths, calibration)]
     files = [os.path.join(folder, row.name.replace(" + ", "_").replace(" ", "_") + ".logits") for row in table]
-    made_from = [" ".join(whole[:2] + whole[2:] * ("int8" in row.steps) + [standard] * ("nv12" in row.steps)) for row in table]
+    made_from = [" ".join([row.kind] + whole[:3 if "int8" in row.steps else 2]) for row in table]
     found = {row.name: kept(*entry) for row, *entry in zip(table, files, made_from)}
     left = [entry for entry in zip(table, files, made_from) if found[entry[0].name] is None]
     quantized = None
@@ -158,24 +154,21 @@ def all_logits(table, model, source, paths, calibration, shape, standard, folder
         quantized = int8_twin(model, source, calibration, shape)
     with progress(len(left) * len(paths), "image") as bar:
         for row, path, made in left:
-            made_by = twin(quantized if "int8" in row.steps else model, row.steps, source, standard)
-            try:
-                found[row.name] = compute(made_by, paths, shape, row.resized, bar.update)
-            except ValueError as error:
-                raise ValueError("%s: %s" % (row.name, error))
+            made_by = twin(quantized if "int8" in row.steps else model, row, source)
+            found[row.name] = compute(made_by, row, paths, shape, bar.update)
             keep(path, found[row.name], made)
     return found, len(table) - len(left)
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
 
-def figures(row, logits, reference, labels, groups, size, standard):
+def figures(row, logits, reference, labels, groups, size):
     """Returns a row's figures as a dict for JSON. drop: of instance_acc, a share. interval: the drop's, or None.
 
     logits, reference: of the row and of float32, float32 [images, attributes]. size: (height, width).
     """
     change = effect(logits, reference, labels, groups)["instance_acc"]
-    return {"name": row.name, "bytes": contents(kind_of_input(row, standard), *size)[1],
+    return {"name": row.name, "bytes": contents(row.kind, *size)[1],
             "max_difference": float(np.abs(logits - reference).max()), "rms_difference": int8.rms(logits, reference),
             "flips": int(((logits >= 0) != (reference >= 0)).sum()), "instance_acc": change["a"],
             "drop": -change["change"] + 0.0, "interval": change["interval"] and [-value + 0.0 for value in change["interval"][::-1]],

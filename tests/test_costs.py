@@ -5,7 +5,7 @@ import numpy as np
 import onnx
 import pytest
 from PIL import Image
-from helpers import check_error, independent, script, write_images
+from helpers import check_error, independent, script, write_images, write_model
 from onnx import helper
 
 from lib import costs
@@ -37,7 +37,7 @@ def computed(monkeypatch):
     """The rows' logits that were asked for, as a list. They are drawn, and none is like another."""
     found = []
 
-    def compute(model, paths, *_):
+    def compute(model, row, paths, *_):
         found.append(np.random.RandomState(len(found)).standard_normal((len(paths), ATTRIBUTES)).astype(np.float32))
         return found[-1]
     monkeypatch.setattr(costs, "compute", compute)
@@ -164,7 +164,8 @@ def test_models_of_a_batch_and_of_probabilities_have_the_same_figures(folder):
 def test_an_int8_twin_with_aipp_still_simulates(folder):
     model = onnx.load(str(folder / "m.onnx"))
     quantized = costs.int8_twin(model, "m.onnx", [str(folder / "val" / "v0.png")], (1, SIZE, SIZE))
-    both = costs.twin(quantized, ("int8", "aipp"), "m.onnx", "709")
+    row, = (row for row in costs.rows("709", "") if row.name == "INT8 + AIPP")
+    both = costs.twin(quantized, row, "m.onnx")
     assert SIMULATES in {entry.key for entry in both.metadata_props}
     assert [node.op_type for node in both.graph.node].count("QuantizeLinear") == 4
     assert len(model.graph.node) == 9  # it is not changed itself
@@ -177,7 +178,7 @@ def test_what_cannot_be_compared_is_refused(folder):
     (folder / "image.txt").write_text("im0.png\nim1.png\nim2.png")
     (folder / "images" / "im1.png").write_bytes(b"no image")
     (folder / "images" / "im2.png").write_bytes(b"")
-    check_error(run(folder, *CALIBRATION), "float32: 2 of 3 images cannot be read: images/im1.png: ", "images/im2.png: ")
+    check_error(run(folder, *CALIBRATION), "2 of 3 images cannot be read: images/im1.png: ", "images/im2.png: ")
     check_error(run(folder), "images/im1.png: cannot be read for INT8's calibration")
     (folder / "image.txt").write_text("im0.png\n")
     (folder / "label.json").write_text("{}")
@@ -185,5 +186,7 @@ def test_what_cannot_be_compared_is_refused(folder):
     (folder / "label.json").write_text(json.dumps({"im0.png": [1] * ATTRIBUTES}))
     large = {name: array * np.float32(2.0 ** (15 if name.startswith("conv1") else 0)) for name, array in weights().items()}
     write_network(folder / "large.onnx", large)
-    check_error(run(folder, *CALIBRATION, model="large.onnx"), "float16: NaN or infinite logits for 1 of 1 images: images/im0.png")
+    check_error(run(folder, *CALIBRATION, model="large.onnx"), "float16: NaN or infinite logits for 1 of 1 images: images/im0.png; tools/")
+    write_model(folder / "odd.onnx", size=(16, 15), attributes=ATTRIBUTES)
+    check_error(run(folder, model="odd.onnx"), "NV12 needs an even height and width")
     assert not (folder / "costs.json").exists()

@@ -53,7 +53,7 @@ def test_bad_models_are_refused(tmp_path):
     (tmp_path / "cut.onnx").write_bytes((tmp_path / "m.onnx").read_bytes()[:100])
     check_error(script("tools/rehearse.py", "float16", tmp_path / "cut.onnx", tmp_path / "t.onnx"), "cut.onnx: is not a valid ONNX model")
     check_error(script("tools/rehearse.py", "float16", model, model), "OUTPUT is MODEL", code=2)
-    check_error(script("tools/rehearse.py"), "give cfg, aipp, float16, int8 or input", code=2)
+    check_error(script("tools/rehearse.py"), "give cfg, aipp, float16, int8, input or costs", code=2)
     make_twin(model, tmp_path / "a.onnx", "aipp")
     check_error(script("tools/rehearse.py", "aipp", tmp_path / "a.onnx", tmp_path / "t.onnx"), "it may already have AIPP")
     assert not (tmp_path / "t.onnx").exists()

@@ -172,7 +172,7 @@ def test_the_page_shows_the_comparison(page, run):
 
 def write_costs(path, names, true, logits, **changes):
     """A file of rehearse.py costs whose rows move the logits ever further. Returns the rows."""
-    rows = [costs.figures(row, logits + np.float32(shift), logits, true, None, (224, 224), "709")
+    rows = [costs.figures(row, logits + np.float32(shift), logits, true, None, (224, 224))
             for row, shift in zip(costs.rows("709", "calibrated on 32 images"), (0, -0.1, 0.1, 0.2, 0.3, 0.4, 0.5, 0.9))]
     path.write_text(json.dumps(dict({"model": "m.onnx", "checkpoint_sha256": None, "scored": costs.identity(names, true),
                                      "images": len(names), "decisions": true.size, "rows": rows}, **changes)))

@@ -216,7 +216,6 @@ def write_costs(args, session, model):
     if input_kind(session) != "float32":
         raise ValueError("%s: does not take float32; give the model without AIPP, which costs adds itself" % args.model)
     shape = input_size(session)
-    camera.check_even(*shape[1:])
     names = read_list(args.list)
     paths = find_listed(args.images, names, args.list)
     labels, groups = labels_of(args.labels, names, attributes_of(session)), read_groups(args.groups, names)
@@ -228,11 +227,12 @@ def write_costs(args, session, model):
     calibrated = "calibrated on %d images" % len(calibration)
     if seen:
         calibrated += ", %d of them among these, so the drop may be too small" % seen
-    os.makedirs(args.output, exist_ok=True)
     table = costs.rows(args.nv12, calibrated)
-    outputs, kept = costs.all_logits(table, model, args.model, paths, calibration, shape, args.nv12, args.output)
+    costs.twin(model, table[-1], args.model)  # refuses a size that NV12 cannot have, before the work
+    os.makedirs(args.output, exist_ok=True)
+    outputs, kept = costs.all_logits(table, model, args.model, paths, calibration, shape, args.output)
     reference, kind = as_logits(outputs["float32"], args.model, kind_of(args.model))
-    rows = [costs.figures(row, as_logits(outputs[row.name], args.model, kind)[0], reference, labels, groups, shape[1:], args.nv12)
+    rows = [costs.figures(row, as_logits(outputs[row.name], args.model, kind)[0], reference, labels, groups, shape[1:])
             for row in table]
     for line in costs_lines(rows):
         print(line)
@@ -241,7 +241,8 @@ def write_costs(args, session, model):
           % (len(names), reference.size, points(worst["drop"]), worst["name"], kept, len(rows), args.output))
     if args.json is not None:
         write_text(args.json, json.dumps({
-            "model": args.model, "checkpoint_sha256": description(args.model).get("checkpoint_sha256"), "list": args.list,
+            "model": args.model, "model_sha256": costs.checksums([args.model])[0],
+            "checkpoint_sha256": description(args.model).get("checkpoint_sha256"), "list": args.list,
             "scored": costs.identity(names, labels), "images": len(names), "decisions": reference.size, "rows": rows}, indent=1) + "\n")
 
 

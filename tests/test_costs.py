@@ -111,6 +111,10 @@ def test_figures_are_those_of_twins_and_bins_made_by_hand(folder):
         assert "%.4f" % row["max_difference"] in line and "%.2f to %.2f" % tuple(100 * end for end in row["interval"]) in line
     assert "estimate: AMCT's arithmetic, but the card's kernels are unknown; calibrated on 8 images\n" in out
     assert "12 images, 72 decisions; the largest drop is " in lines[-1] and "0 of 8 rows were in costs" in lines[-1]
+    (folder / "groups.txt").write_text("".join("%s %d\n" % (name, i // 2) for i, name in enumerate(names)))
+    in_groups, out = figures(folder, *CALIBRATION, "--groups", "groups.txt")
+    assert in_groups == {name: dict(row, interval=None) for name, row in rows.items()}  # six groups are too few
+    assert out.splitlines()[2].split()[-2:] == ["-", "exact"]
 
 
 def test_only_what_is_new_is_computed(folder, computed):

@@ -6,6 +6,7 @@ Arguments named candidate, float32 and float16 belong to the results under test,
 import functools
 
 from lib.camera import to_rgb
+from lib.float16 import FLOAT16_MAX
 from lib.images import LAYOUTS, MEAN, NV12, STD
 from lib.machine import cores
 from lib.models import load
@@ -18,7 +19,6 @@ with importing():
 
 FACTOR = 2       # this many times the twin's own shift is allowed, because the card's order of accumulation and kernels differ
 SURELY_OTHER = 10  # results that are off by more than this many times the twin's shift in one image are surely of another input
-FLOAT16_MAX = 65504
 MAX_IMAGES = 8   # this many images are examined
 MEANS, STDS = (np.array(values).reshape(3, 1, 1) for values in (MEAN, STD))
 

@@ -94,6 +94,13 @@ def is_twin(model):
     return any(entry.key == SIMULATES for entry in model.metadata_props)
 
 
+def image_input(model):
+    """Returns the input of the model's graph."""
+    weights = {tensor.name for tensor in model.graph.initializer}  # older exporters list these as inputs too
+    image, = [value for value in model.graph.input if value.name not in weights]
+    return image
+
+
 def output_kind(model):
     """Returns what an onnx.ModelProto's output holds by its graph: "logits", "probabilities", or None if the graph does not tell.
 

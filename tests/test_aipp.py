@@ -6,9 +6,9 @@ import onnx
 import pytest
 from PIL import Image
 
+from lib.aipp import aipp_cfg, aipp_differences
 from lib.bins import fault
 from lib.faults import tensors
-import rehearse
 from lib.models import description
 from lib.session import input_kind, input_size, open_session
 from helpers import check_error, parse_predictions, script, write_images, write_model
@@ -114,7 +114,7 @@ def test_cfg_for_nv12(tmp_path):
     ("matrix_r2c1: 541", "matrix_r2c1: 54100", "54100 is not from"), ("matrix_r2c1: 541", "matrix_r2c1: 2.1", 'the value "2.1"'),
     ("src_image_size_w: 224", "src_image_size_w: 223", "must be even numbers")])
 def test_strict_about_nv12(tmp_path, line, other, text):
-    cfg = rehearse.aipp_cfg(224, 224, "709")
+    cfg = aipp_cfg(224, 224, "709")
     assert line in cfg
     (tmp_path / "aipp.cfg").write_text(cfg.replace(line, other))
     with pytest.raises(pytest.fail.Exception) as error:
@@ -126,7 +126,7 @@ def test_strict_about_nv12(tmp_path, line, other, text):
 
 def fields(nv12, **changes):
     """The fields of the file that we write, with changes."""
-    lines = [line.split(": ") for line in rehearse.aipp_cfg(SIZE, SIZE, nv12).splitlines() if ": " in line]
+    lines = [line.split(": ") for line in aipp_cfg(SIZE, SIZE, nv12).splitlines() if ": " in line]
     return dict({name.strip(): value for name, value in lines}, **changes)
 
 
@@ -154,7 +154,7 @@ def test_aipp_arithmetic_is_numpys_float16(aipp_scene):
         for value, wanted in zip(tensors(path, ["actual_input_1"], bins), expected):
             assert np.array_equal(value["actual_input_1"][0], wanted)
     difference = np.abs(expected[0] - normalised(aipp_scene.pixels)[0]).max(axis=(1, 2))
-    assert rehearse.aipp_differences() == pytest.approx(difference, rel=1e-3) and difference.max() < 0.003
+    assert aipp_differences() == pytest.approx(difference, rel=1e-3) and difference.max() < 0.003
     logits = compute(aipp_scene.values, expected)["output1"]
     found = np.concatenate([value["output1"] for value in tensors(aipp_scene.twin, ["output1"], bins)])
     assert np.abs(found - logits).max() < 0.01

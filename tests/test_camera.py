@@ -3,13 +3,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lib.aipp import aipp_cfg
 from lib.camera import STANDARDS, resize_plain, to_nv12, to_rgb
 from lib.images import normalise, preprocess
 from lib.script import has_module
 from helpers import check_error, script, write_images
 
 import aipp  # the stand-ins'
-import rehearse
 
 SHAPES = [(448, 448), (400, 160), (126, 50), (1, 1), (3, 700), (224, 60)]
 random = np.random.RandomState(0)
@@ -50,7 +50,7 @@ def test_resize_takes_the_four_nearest_pixels(shape):
 def test_nv12_to_rgb_is_aipps_formula(standard):
     picture = random.randint(0, 256, (3 * 16, 64)).astype(np.uint8)
     picture[:2] = [[0], [255]]  # with any colour
-    lines = (line.strip().split(": ") for line in rehearse.aipp_cfg(32, 64, standard).splitlines() if ": " in line)
+    lines = (line.strip().split(": ") for line in aipp_cfg(32, 64, standard).splitlines() if ": " in line)
     assert np.array_equal(to_rgb(picture, standard), aipp.from_nv12(picture.tobytes(), dict(lines), [1, 3, 32, 64])[0])
 
 

@@ -8,7 +8,7 @@ from onnx import helper
 
 import compare
 from lib.faults import layers, tensors
-import rehearse
+from lib.float16 import rounding
 from helpers import check_error, make_model, script, tensor_info, write_model
 from lib.images import MEAN, STD
 from small_network import (ATTRIBUTES, IMAGES, NAMES, SIZE, Scene, compute, grid, float16, make_twin, normalised, weights,
@@ -36,7 +36,7 @@ def test_optimization_keeps_the_rounding(level):
     nodes = []
     for i in range(3):
         nodes.append(helper.make_node("Mul", ["y%d" % i, "w"], ["x%d" % (i + 1)]))
-        nodes += rehearse.rounding("x%d" % (i + 1), "y%d" % (i + 1), 1)
+        nodes += rounding("x%d" % (i + 1), "y%d" % (i + 1), 1)
     model = make_model(nodes, [tensor_info("y0", [4])], [tensor_info("y3", [4])],
                        [("w", np.float32([1.001])), ("shape_of_rank_1", np.zeros(1, np.int64))])
     options = onnxruntime.SessionOptions()
@@ -53,7 +53,7 @@ def test_bad_models_are_refused(tmp_path):
     (tmp_path / "cut.onnx").write_bytes((tmp_path / "m.onnx").read_bytes()[:100])
     check_error(script("tools/rehearse.py", "float16", tmp_path / "cut.onnx", tmp_path / "t.onnx"), "cut.onnx: is not a valid ONNX model")
     check_error(script("tools/rehearse.py", "float16", model, model), "OUTPUT is MODEL", code=2)
-    check_error(script("tools/rehearse.py"), "give cfg, aipp, float16, int8 or input", code=2)
+    check_error(script("tools/rehearse.py"), "give cfg, aipp, float16, int8, input or costs", code=2)
     make_twin(model, tmp_path / "a.onnx", "aipp")
     check_error(script("tools/rehearse.py", "aipp", tmp_path / "a.onnx", tmp_path / "t.onnx"), "it may already have AIPP")
     assert not (tmp_path / "t.onnx").exists()

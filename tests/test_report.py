@@ -12,6 +12,7 @@ from helpers import check_error, script, started
 
 import report
 from report import between, percent
+from lib import costs
 from lib.labels import PETA
 from lib.results import probabilities
 
@@ -167,6 +168,42 @@ def test_the_page_shows_the_comparison(page, run):
     assert rows(page, table % "attributes that flipped") == [
         [row["name"]] + [str(row[key]) for key in ("flips", "gained", "lost")] for row in comparison["flipped_attributes"]]
     assert [row[0] for row in rows(page, table % "images that differ most")] == [row["name"] for row in comparison["worst_images"]]
+
+
+def write_costs(path, names, true, logits, **changes):
+    """A file of rehearse.py costs whose rows move the logits ever further. Returns the rows."""
+    rows = [costs.figures(row, logits + np.float32(shift), logits, true, None, (224, 224))
+            for row, shift in zip(costs.rows("709", "calibrated on 32 images"), (0, -0.1, 0.1, 0.2, 0.3, 0.4, 0.5, 0.9))]
+    path.write_text(json.dumps(dict({"model": "m.onnx", "checkpoint_sha256": None, "scored": costs.identity(names, true),
+                                     "images": len(names), "decisions": true.size, "rows": rows}, **changes)))
+    return rows
+
+
+def test_the_page_shows_what_deployment_costs(browser, run):
+    folder, names, true, logits, _ = run
+    found = write_costs(folder / "costs.json", names, true, logits)
+    made(folder, "--costs", "costs.json", "--output", "costs.html")
+    for width, scheme in ((390, "dark"), (1200, "light")):
+        browser.screen(width, scheme)
+        browser.open(folder / "costs.html")
+        assert browser.run("document.documentElement.scrollWidth") <= width and browser.problems() == []
+    assert "What deployment costs" in texts(browser, "nav a")
+    assert rows(browser, "[aria-labelledby=costs] table") == [
+        ["float32", "602112", "–", "–", "–", percent(found[0]["instance_acc"]), "–", "–", "reference"]] + [
+        [row["name"], str(row["bytes"]), "%.4f" % row["max_difference"], "%.5f" % row["rms_difference"], str(row["flips"]),
+         percent(row["instance_acc"]), percent(row["drop"]), between(row["interval"]), row["trust"]] for row in found[1:]]
+    section, = texts(browser, "[aria-labelledby=costs]")
+    assert "bound: each node's result is rounded once" in section and "calibrated on 32 images" in section
+    places = np.array(browser.run("""[...document.querySelectorAll('.drops .group')].map(group =>
+        [...group.querySelectorAll('rect, line')].map(e => [e.getBoundingClientRect().left, e.getBoundingClientRect().right]))"""))
+    assert places.shape == (7, 5, 2) and min(row["drop"] for row in found) < 0  # the bar, 0, the interval and its two ends
+    zero = places[0, 1, 0]
+    unit = (places[-1, 0, 1] - zero) / found[-1]["drop"]
+    assert found[-1]["drop"] * unit > 100
+    for bar, row in zip(places - zero, found[1:]):
+        low, high = row["interval"]
+        expected = [sorted([0, row["drop"]]), [0, 0], [low, high], [low, low], [high, high]]
+        assert np.allclose(bar, unit * np.array(expected), atol=1.1), row["name"]
 
 
 def test_the_buttons_sort_the_table(page):
@@ -445,3 +482,21 @@ def test_pictures_carry_nothing_else(tmp_path):
     picture.save(str(tmp_path / "a.jpg"), exif=b"Exif\0\0" + b"E" * 999, comment=b"C" * 999, icc_profile=b"I" * 999)
     source, width, height = report.thumbnail(str(tmp_path / "a.jpg"))
     assert (width, height) == (128, 43) and len(source) < 1500 and source.startswith("data:image/jpeg;base64,")
+
+
+def test_costs_of_other_images_or_another_model_are_refused(small):
+    names, (true, logits) = (small / "image.txt").read_text().split(), random_run(6)
+    for change, text in (({"scored": costs.identity(names, ~true)}, "is of other images or labels than these; run tools/rehearse.py costs"),
+                         ({"scored": costs.identity(names[::-1], true)}, "is of other images or labels"),
+                         ({"checkpoint_sha256": "b" * 64}, "is of another model, m.onnx, whose checkpoint is not that of d.om"),
+                         ({"rows": []}, "is not what tools/rehearse.py costs --json writes"), ({"images": "6"}, "is not what")):
+        write_costs(small / "c.json", names, true, logits, **change)
+        check_error(make(small, "--costs", "c.json", "--model", describe(small, "a" * 64)), "report.py: error: c.json: ", text)
+    write_costs(small / "c.json", names[::-1], true[::-1], logits[::-1], checkpoint_sha256="a" * 64)  # the order does not matter
+    made(small, "--costs", "c.json", "--model", describe(small, "a" * 64))
+
+
+def describe(folder, checkpoint):
+    """Writes the description of an OM. Returns the OM's name."""
+    (folder / "d.json").write_text(json.dumps({"checkpoint_sha256": checkpoint}))
+    return "d.om"

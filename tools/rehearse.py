@@ -5,6 +5,7 @@
     python3 tools/rehearse.py input images plain_bin image.txt --resize plain --nv12 709
     python3 tools/rehearse.py float16 deepmar_bs1_nopad.onnx deepmar_bs1_float16.onnx
     python3 tools/rehearse.py int8 deepmar_bs1_nopad.onnx val_bin deepmar_bs1_int8.onnx --images 32
+    python3 tools/rehearse.py costs --model deepmar_bs1_nopad.onnx --images images --list image.txt --labels label.json
 
 cfg writes the file for atc's --insert_op_conf. The card then takes stage 4's uint8 bins and normalises them itself.
 aipp writes a copy of the model that begins with the same arithmetic. Its input is uint8 [N,height,width,3].
@@ -16,147 +17,42 @@ summed in float32, as in the card's cube unit. tools/compare.py --rehearsal judg
 int8 writes a copy of the model with the arithmetic of AMCT, the tool that makes an INT8 model for atc. Bins of training or
 validation images give the ranges. Beside the copy, in OUTPUT_amct, it writes what AMCT itself needs: its settings and its
 calibration bins. --within leaves in float what costs most.
+costs compares all of these with float32, and the pixels of a camera with stage 4's, in one table: the bytes of an image's input, the
+shift of the logits, the flips, and the drop of the accuracy. It keeps each row's logits in a folder, so a second start goes on.
 
 These models run on ONNX Runtime like any other: in stages 6 and 7, compare, predict and quantize. They are a bound on rounding,
 not a simulation of the chip: the card's order of accumulation and its kernels are unknown.
 """
 import argparse
+import json
 import os
 import shlex
 import sys
 import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from lib import camera, int8
+from lib import camera, costs, int8
+from lib.aipp import add_aipp, aipp_cfg, aipp_differences
 from lib.bins import contents, list_bins
 from lib.files import whole_file, write_text
-from lib.images import LAYOUTS, MEAN, SIZE, STD, resize, write_bins
-from lib.labels import labels_of
+from lib.float16 import round_results, round_weights
+from lib.images import SIZE, resize, write_bins
+from lib.labels import GROUPS_HELP, labels_of, read_groups
 from lib.machine import cores
 from lib.metrics import effect
-from lib.models import PREFIX, check, load, nested
-from lib.names import composed
+from lib.models import check, description, load, nested
+from lib.names import composed, find_listed, read_list
 from lib.providers import CPU
 from lib.results import as_logits, kind_of
-from lib.script import command, has_module, importing, note, number, one_line, pixels, some
+from lib.script import command, has_module, importing, note, number, pixels, some
 from lib.session import attributes_of, compute, cpu_session, empty_batch, input_kind, input_size, open_session
 
 with importing():
     import numpy as np
 
-MIN = [255 * mean for mean in MEAN]          # AIPP's min_chn and var_reci_chn. AIPP computes (pixel - min) * var_reci
-VAR_RECI = [1 / (255 * std) for std in STD]
-BEYOND = 512  # AIPP's matrices give levels from -290 to 545, which are then limited to 0 to 255
 RESIZE = {"pillow": resize, "plain": camera.resized(camera.resize_plain), "opencv": camera.resized(camera.resize_opencv)}
-FLOAT16_MAX = 65504
 CALIBRATION_IMAGES = 32  # AMCT's guides advise 16 or 32
 RANKED_IMAGES = 8        # at least this many calibration images rank the layers
-
-# The results of these operators are not rounded: they only select or move values, which are already rounded.
-SELECTING_OPERATORS = {"Relu", "MaxPool", "Flatten", "Reshape", "Transpose", "Identity", "Gather", "Squeeze", "Unsqueeze"}
-
-
-def aipp_cfg(height, width, nv12=None):
-    """Returns AIPP's settings for atc, in protobuf's text format. nv12: for an input of NV12, its key in camera.STANDARDS."""
-    fields = ["aipp_mode: static", "related_input_rank: 0", "input_format: %s" % ("YUV420SP_U8" if nv12 else "RGB888_U8"),
-              "src_image_size_w: %d" % width, "src_image_size_h: %d" % height, "csc_switch: %s" % ("true" if nv12 else "false"),
-              "rbuv_swap_switch: false"]
-    if nv12:
-        camera.check_even(height, width)
-        matrix, _, bias = camera.STANDARDS[nv12]
-        fields += ["matrix_r%dc%d: %d" % (i, j, value) for i, row in enumerate(matrix) for j, value in enumerate(row)]
-        fields += ["input_bias_%d: %d" % pair for pair in enumerate(bias)]
-    for name, values in (("min", MIN), ("var_reci", VAR_RECI)):
-        fields += ["%s_chn_%d: %.15g" % (name, i, value) for i, value in enumerate(values)]
-    return "aipp_op {\n    %s\n}\n" % "\n    ".join(fields)
-
-
-def aipp_table():
-    """Returns AIPP's result for each pixel value, float32 [3 channels,256]. Its settings and both operations are float16."""
-    pixel = np.arange(256).astype(np.float16)
-    return np.stack([(pixel - np.float16(low)) * np.float16(factor) for low, factor in zip(MIN, VAR_RECI)]).astype(np.float32)
-
-
-def aipp_differences():
-    """Returns the largest difference between AIPP's and stage 4's values over all pixel values, for each channel."""
-    pixel = np.arange(256, dtype=np.float32) / np.float32(255)
-    exact = [(pixel - np.float32(mean)) / np.float32(std) for mean, std in zip(MEAN, STD)]
-    return np.abs(aipp_table() - exact).max(axis=1)
-
-
-def image_input(model):
-    """Returns the input of the model's graph."""
-    weights = {tensor.name for tensor in model.graph.initializer}  # older exporters list these as inputs too
-    image, = [value for value in model.graph.input if value.name not in weights]
-    return image
-
-
-def add_aipp(model, path, nv12=None):
-    """Puts AIPP's arithmetic at the beginning of an onnx.ModelProto, in place. The new nodes' names begin with aipp_."""
-    from onnx import TensorProto, helper, numpy_helper
-    graph, image = model.graph, image_input(model)
-    if image.type.tensor_type.elem_type != TensorProto.FLOAT:
-        raise ValueError("%s: does not take float32; it may already have AIPP" % path)
-    batch, _, height, width = image.type.tensor_type.shape.dim
-    if nv12:
-        rows, columns = height.dim_value, width.dim_value
-        if not rows or not columns:
-            raise ValueError("%s: does not fix the height and width, which NV12 needs; export it with --size" % path)
-        camera.check_even(rows, columns)
-        uint8 = helper.make_tensor_value_info("aipp_pixels", TensorProto.UINT8, [1, rows * 3 // 2, columns])
-        nodes, constants = nv12_nodes(rows, columns, nv12)
-    else:
-        uint8 = helper.make_tensor_value_info("aipp_pixels", TensorProto.UINT8, [1, 1, 1, 3])
-        for dim, source in zip(uint8.type.tensor_type.shape.dim[1:], (height, width)):
-            dim.CopyFrom(source)
-        nodes, constants = [helper.make_node("Cast", ["aipp_pixels"], ["aipp_levels"], "aipp_cast", to=TensorProto.INT32)], {}
-    uint8.type.tensor_type.shape.dim[0].CopyFrom(batch)
-    graph.value_info.add().CopyFrom(image)
-    graph.input.remove(image)
-    graph.input.insert(0, uint8)
-    layouts = [entry for entry in model.metadata_props if entry.key == PREFIX + "layout"]
-    if nv12 and not layouts:  # only the layout tells the standard
-        layouts = [model.metadata_props.add(key=PREFIX + "layout")]
-    for entry in layouts:
-        entry.value = LAYOUTS["nv12-" + nv12 if nv12 else "uint8"]
-    # A table is enough, because a channel has only 256 levels. That for NV12 begins at -BEYOND and also limits the levels to these.
-    table = np.pad(aipp_table(), ((0, 0), (BEYOND, BEYOND)), "edge") if nv12 else aipp_table()
-    constants.update(aipp_table=table.ravel(), aipp_rows=np.arange(3, dtype=np.int32) * table.shape[1])
-    graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
-    nodes += [helper.make_node("Add", ["aipp_levels", "aipp_rows"], ["aipp_places"], "aipp_add"),
-              helper.make_node("Gather", ["aipp_table", "aipp_places"], ["aipp_nhwc"], "aipp_gather", axis=0),
-              helper.make_node("Transpose", ["aipp_nhwc"], [image.name], "aipp_transpose", perm=[0, 3, 1, 2])]
-    nodes += graph.node
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
-def nv12_nodes(height, width, standard):
-    """Returns (nodes that convert NV12 as camera.to_rgb() does, but without its limits; their constants, {name: array}).
-
-    aipp_pixels: uint8 [N,1.5 x height,width]. aipp_levels: int32 [N,height,width,3], the levels of RGB + BEYOND.
-    """
-    from onnx import TensorProto, helper
-    matrix, _, bias = camera.STANDARDS[standard]
-    of_y, of_u, of_v = np.array(matrix, np.int32).T
-    # Half of 256 makes the division round. ONNX's division truncates, so the sum is made positive.
-    rest = 128 + 256 * BEYOND - np.array(matrix).dot(bias)
-    constants = {"aipp_y": of_y, "aipp_u": of_u, "aipp_v": of_v, "aipp_rest": rest.astype(np.int32), "aipp_256": np.int32([256])}
-    # A pixel's Y and its block's U and V meet as [N,height / 2,2,width / 2,2,3].
-    shapes = {"aipp_pairs": [0, height // 2, 1, width // 2, 1, 2], "aipp_blocks": [0, height // 2, 2, width // 2, 2, 1],
-              "aipp_image": [0, height, width, 3], "aipp_0": [0], "aipp_1": [1], "aipp_2": [2], "aipp_height": [height],
-              "aipp_end": [height * 3 // 2], "aipp_axis_1": [1], "aipp_axis_5": [5]}
-    constants.update((name, np.array(values, np.int64)) for name, values in shapes.items())
-    nodes = [helper.make_node("Cast", ["aipp_pixels"], ["aipp_values"], "aipp_cast", to=TensorProto.INT32)]
-    nodes += [helper.make_node(op, ["aipp_" + name for name in inputs.split()], ["aipp_" + output], "aipp_to_" + output)
-              for op, inputs, output in (
-                  ("Slice", "values 0 height axis_1", "luma"), ("Slice", "values height end axis_1", "chroma"),
-                  ("Reshape", "luma blocks", "luma_blocks"), ("Reshape", "chroma pairs", "chroma_pairs"),
-                  ("Slice", "chroma_pairs 0 1 axis_5", "u_level"), ("Slice", "chroma_pairs 1 2 axis_5", "v_level"),
-                  ("Mul", "luma_blocks y", "from_y"), ("Mul", "u_level u", "from_u"), ("Mul", "v_level v", "from_v"),
-                  ("Add", "from_u from_v", "from_uv"), ("Add", "from_uv rest", "colour"), ("Add", "from_y colour", "sum"),
-                  ("Div", "sum 256", "blocks_of_levels"), ("Reshape", "blocks_of_levels image", "levels"))]
-    return nodes, constants
 
 
 def add_input(actions):
@@ -174,6 +70,22 @@ def add_input(actions):
                         help="convert the resized image to NV12 by this standard, and back as AIPP does it")
     action.add_argument("--kind", choices=["float32", "uint8", "nv12"], default="float32",
                         help="what the bins hold: input for the model (default), RGB pixels or NV12 for one with AIPP")
+
+
+def add_costs(actions):
+    """Adds the action costs to the command line."""
+    action = actions.add_parser("costs", help="compare all of them with float32 in one table", allow_abbrev=False)
+    action.add_argument("--model", "--onnx", required=True, help="the model that stage 2 wrote")
+    action.add_argument("--images", required=True, metavar="DIR", help="the folder of the images")
+    action.add_argument("--list", default="image.txt", metavar="FILE", help="the images, one file name per line (default: %(default)s)")
+    action.add_argument("--labels", default="label.json", metavar="FILE", help="their labels (default: %(default)s)")
+    action.add_argument("--groups", metavar="FILE", help=GROUPS_HELP)
+    action.add_argument("--calibration-images", metavar="DIR", help="the folder of INT8's calibration images (default: some of --images)")
+    action.add_argument("--calibration-list", metavar="FILE",
+                        help="their list, of training or validation images; %d spread over it are taken" % CALIBRATION_IMAGES)
+    action.add_argument("--nv12", choices=sorted(camera.STANDARDS), default="709", help="the standard of NV12 (default: %(default)s)")
+    action.add_argument("--output", default="costs", metavar="DIR", help="the folder that keeps each row's logits (default: %(default)s)")
+    action.add_argument("--json", metavar="FILE", help="also write the figures here, for tools/report.py --costs")
 
 
 def deployed(image, size, args):
@@ -198,83 +110,6 @@ def write_input(args):
     steps = ["%s %s" % (name, value) for name, value in (("jpeg", args.jpeg), ("resize", args.resize), ("nv12", args.nv12)) if value]
     print("%s: %d images -> %d bins of %s (%s)" % (args.bins, count, count, contents(kind, *args.size)[0], ", ".join(steps)))
     print("next: python3 tools/compare.py result/dumpOutput_device0 --model MODEL --bins %s" % args.bins)
-
-
-def round_weights(graph):
-    """Rounds the graph's float32 initializers to float16, in place. Returns their number."""
-    from onnx import TensorProto, numpy_helper
-    weights = [tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT]
-    for tensor in weights:
-        values = numpy_helper.to_array(tensor)
-        with np.errstate(over="ignore"):
-            rounded = values.astype(np.float16).astype(np.float32)
-        if not np.isfinite(rounded).all():
-            note("%s: %d weights are larger than float16's maximum, %d" % (tensor.name, (~np.isfinite(rounded)).sum(), FLOAT16_MAX))
-        tensor.CopyFrom(numpy_helper.from_array(rounded, tensor.name))
-    return len(weights)
-
-
-def rounding(source, target, rank):
-    """Returns the nodes that round a float32 tensor to float16.
-
-    ONNX Runtime 1.10 would drop a Cast to float16 that is followed by a Cast back. It keeps them if a Reshape is between them.
-    This Reshape keeps every size and copies nothing.
-    """
-    from onnx import TensorProto, helper
-    half, same = target + "/float16", target + "/float16_kept"
-    return [helper.make_node("Cast", [source], [half], half, to=TensorProto.FLOAT16),
-            helper.make_node("Reshape", [half, "shape_of_rank_%d" % rank], [same], same),
-            helper.make_node("Cast", [same], [target], target + "/float32", to=TensorProto.FLOAT)]
-
-
-def tensor_types(model, path):
-    """Returns {name: type} of the tensors in a model's graph, as far as onnx can infer them. Raises ValueError if these contradict
-    those that the model states."""
-    import onnx
-    from onnx import helper
-    model = onnx.ModelProto.FromString(model.SerializeToString())
-    graph = model.graph
-    listed = {value.name for value in graph.input}
-    graph.input.extend(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-                       for tensor in graph.initializer if tensor.name not in listed)  # onnx 1.7 only sees initializers that are also inputs
-    try:
-        graph = onnx.shape_inference.infer_shapes(model).graph
-    except RuntimeError as error:
-        raise ValueError("%s: is not a valid ONNX model: %s" % (path, one_line(error)))
-    return {value.name: value.type.tensor_type for values in (graph.input, graph.value_info, graph.output) for value in values}
-
-
-def round_results(model, path):
-    """Rounds the input and each node's result to float16, in place. A rounded result keeps its name. Returns their number."""
-    from onnx import TensorProto, numpy_helper
-    graph, types = model.graph, tensor_types(model, path)
-    image, nodes, ranks = image_input(model), [], set()
-
-    def add_rounding(source, target, name):
-        rank = len(types[name].shape.dim)
-        ranks.add(rank)
-        nodes.extend(rounding(source, target, rank))
-
-    rounded = image.name
-    if types[image.name].elem_type == TensorProto.FLOAT:
-        rounded = image.name + "/rounded"
-        add_rounding(image.name, rounded, image.name)
-    for node in graph.node:
-        inputs = [rounded if name == image.name else name for name in node.input]
-        del node.input[:]
-        node.input.extend(inputs)
-        nodes.append(node)
-        for i, name in enumerate(node.output):
-            if name and not types.get(name):
-                raise ValueError("%s: the type of %s, from a node %s, is unknown" % (path, name, node.op_type))
-            if name and types[name].elem_type == TensorProto.FLOAT and node.op_type not in SELECTING_OPERATORS:
-                node.output[i] = name + "/unrounded"
-                add_rounding(node.output[i], name, name)
-    del graph.node[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend(numpy_helper.from_array(np.zeros(rank, np.int64), "shape_of_rank_%d" % rank)
-                             for rank in sorted(ranks))
-    return sum(node.name.endswith("/float16_kept") for node in nodes)
 
 
 def layers_to_quantize(model, args):
@@ -376,6 +211,62 @@ def write_int8(args, temporary):
           "--soc_version=Ascend310P3" % tuple(map(shlex.quote, (prefix, stem, shape))))
 
 
+def write_costs(args, session, model):
+    """Computes all rows of the action costs that are not in its folder yet, and prints and writes their figures."""
+    if input_kind(session) != "float32":
+        raise ValueError("%s: does not take float32; give the model without AIPP, which costs adds itself" % args.model)
+    shape = input_size(session)
+    names = read_list(args.list)
+    paths = find_listed(args.images, names, args.list)
+    labels, groups = labels_of(args.labels, names, attributes_of(session)), read_groups(args.groups, names)
+    given = paths
+    if args.calibration_list:
+        given = find_listed(args.calibration_images, read_list(args.calibration_list), args.calibration_list)
+    calibration = [path for path, in int8.spread(given, CALIBRATION_IMAGES, 1)]
+    seen = len(set(costs.checksums(calibration)) & set(costs.checksums(paths)))
+    calibrated = "calibrated on %d images" % len(calibration)
+    if seen:
+        calibrated += ", %d of them among these, so the drop may be too small" % seen
+    table = costs.rows(args.nv12, calibrated)
+    costs.twin(model, table[-1], args.model)  # refuses a size that NV12 cannot have, before the work
+    os.makedirs(args.output, exist_ok=True)
+    outputs, kept = costs.all_logits(table, model, args.model, paths, calibration, shape, args.output)
+    reference, kind = as_logits(outputs["float32"], args.model, kind_of(args.model))
+    rows = [costs.figures(row, as_logits(outputs[row.name], args.model, kind)[0], reference, labels, groups, shape[1:])
+            for row in table]
+    for line in costs_lines(rows):
+        print(line)
+    worst = max(rows, key=lambda row: row["drop"])
+    print("%d images, %d decisions; the largest drop is %s points (%s); no speed was measured; %d of %d rows were in %s"
+          % (len(names), reference.size, points(worst["drop"]), worst["name"], kept, len(rows), args.output))
+    if args.json is not None:
+        write_text(args.json, json.dumps({
+            "model": args.model, "model_sha256": costs.checksums([args.model])[0],
+            "checkpoint_sha256": description(args.model).get("checkpoint_sha256"), "list": args.list,
+            "scored": costs.identity(names, labels), "images": len(names), "decisions": reference.size, "rows": rows}, indent=1) + "\n")
+
+
+def points(share):
+    """Returns a share in percentage points, as text without a -0.00."""
+    return "%.2f" % (round(100 * share, 2) + 0)
+
+
+def costs_lines(rows):
+    """Yields the lines of a table of the rows that costs.figures() returned, and how far each can be trusted."""
+    cells = [("", "bytes", "largest shift", "rms shift", "flips", "instance_acc", "drop in points", "95 %", "trust")]
+    for row in rows:
+        shift = ("%.4f" % row["max_difference"], "%.5f" % row["rms_difference"], "%d" % row["flips"])
+        drop = (points(row["drop"]), " to ".join(map(points, row["interval"])) if row["interval"] else "-")
+        if row["trust"] == "reference":
+            shift, drop = ("-",) * 3, ("-",) * 2
+        cells.append((row["name"], "%d" % row["bytes"]) + shift + ("%.6f" % row["instance_acc"],) + drop + (row["trust"],))
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for name, *middle, trust in cells:
+        yield "  ".join([name.ljust(widths[0])] + [text.rjust(width) for text, width in zip(middle, widths[1:])] + [trust])
+    for names, why in costs.trust(rows):
+        yield "%s: %s" % (names, why)
+
+
 def save(model, path):
     """Checks a model and writes it, whole or not at all."""
     check(model, path)
@@ -412,13 +303,16 @@ def parse(argv):
                         help="leave as few layers of this ranking in float as keep the loss within X: the root mean square of the "
                              "logits' shift, or with --labels, points of instance_acc")
     action.add_argument("--labels", metavar="LABEL", help="the bins' label.json, for --within")
+    add_costs(actions)
     args = parser.parse_args(argv)
     if args.action is None:
-        parser.error("give cfg, aipp, float16, int8 or input")
+        parser.error("give cfg, aipp, float16, int8, input or costs")
     if args.action == "input" and args.kind == "nv12" and not args.nv12:
         parser.error("--kind nv12 needs --nv12, the standard")
     if args.action == "int8" and args.labels is not None and args.within is None:
         parser.error("--labels goes with --within")
+    if args.action == "costs" and (args.calibration_images is None) != (args.calibration_list is None):
+        parser.error("--calibration-images and --calibration-list go together")
     if args.action in ("aipp", "float16", "int8") and os.path.realpath(args.output) == os.path.realpath(args.model):
         parser.error("OUTPUT is MODEL, which atc still needs; give another name")
     return args
@@ -438,10 +332,13 @@ def main(argv=None):
         print("%s: AIPP for %s bins of %d x %d, for atc's --insert_op_conf"
               % (args.output, "NV12 (%s)" % args.nv12 if args.nv12 else "uint8", args.size[1], args.size[0]))
         return
-    open_session(args.model, provider=CPU)  # refuses what is not a DeepMAR model
+    session = open_session(args.model, provider=CPU)  # refuses what is not a DeepMAR model
     model = load(args.model)
     if len(list(nested(model.graph))) > 1:
         raise ValueError("%s: has graphs inside its graph, so it is not a DeepMAR model" % args.model)
+    if args.action == "costs":
+        write_costs(args, session, model)
+        return
     if args.action == "aipp":
         add_aipp(model, args.model, args.nv12)
         save(model, args.output)

@@ -2,12 +2,12 @@
 
     python3 tools/report.py --images /home/HwHiAiUser/dataset/peta/images --perf result/perf_vision_*
     python3 tools/report.py --images sample/images --list sample/image.txt --labels sample/label.json \\
-        --results result/dumpOutput_device0 --throughput throughput.csv --compare compare.json
+        --results result/dumpOutput_device0 --throughput throughput.csv --compare compare.json --costs costs.json
 
 The script reads the images, image.txt, label.json, stage 6's result files and stage 7's fusion_result.json. The throughput comes
-from run_all.sh's throughput.csv or from the benchmark tool's perf files. --compare takes a file of tools/compare.py --json. The
-script computes the metrics again from the results and labels. Files that do not belong together are an error. The page shows a
-few hundred pictures: the worst of all, and the worst of each attribute.
+from run_all.sh's throughput.csv or from the benchmark tool's perf files. --compare takes a file of tools/compare.py --json, and
+--costs one of tools/rehearse.py costs --json. The script computes the metrics again from the results and labels. Files that do not
+belong together are an error. The page shows a few hundred pictures: the worst of all, and the worst of each attribute.
 """
 import argparse
 import base64
@@ -23,6 +23,7 @@ import time
 import warnings
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from lib import costs
 from lib.files import NUMBER, fits, read_json, read_text, whole_file
 from lib.images import check_image
 from lib.labels import GROUPS_HELP, assumed, attribute_names, read_groups, read_thresholds
@@ -57,6 +58,9 @@ COMPARISON = {"a": str, "b": str, "images": int, "attributes": int, "max_differe
               "allowed_flips": int, "within_tolerances": bool, "metrics": (dict, type(None)),
               "flipped_attributes": [{"name": str, "flips": int, "gained": int, "lost": int}],
               "worst_images": [{"name": str, "max_difference": NUMBER, "attribute": str, "flipped": [str]}]}
+COSTS = {"model": str, "checkpoint_sha256": (str, type(None)), "scored": str, "images": int, "decisions": int, "rows": [
+    {"name": str, "bytes": int, "max_difference": NUMBER, "rms_difference": NUMBER, "flips": int, "instance_acc": NUMBER,
+     "drop": NUMBER, "trust": str, "why": str}]}
 CHANGE = {"a": NUMBER_OR_NULL, "b": NUMBER_OR_NULL, "change": NUMBER_OR_NULL}
 
 
@@ -149,6 +153,25 @@ def read_comparison(path, stems, attributes, accuracy):
             or not (same(ours["a"], accuracy) or same(ours["b"], accuracy)):
         raise ValueError("%s: does not compare these results with others; run tools/compare.py on them again" % path)
     return report
+
+
+def read_costs(path, names, true, model):
+    """Reads a file of tools/rehearse.py costs --json. Raises OSError, or ValueError if it is about other images, labels or another model.
+
+    names, true: the images and their truth, bool [images, attributes]. model: the page's model or None; its checkpoint must be the same,
+    if both are known.
+    """
+    found = read_json(path, COSTS, "tools/rehearse.py costs --json")
+    if not found["rows"] or not all(is_interval(row.setdefault("interval", None)) for row in found["rows"]):
+        raise ValueError("%s: is not what tools/rehearse.py costs --json writes" % path)
+    if found["scored"] != costs.identity(names, true):
+        raise ValueError("%s: is of other images or labels than these; run tools/rehearse.py costs on these" % path)
+    checkpoint = model and description(model).get("checkpoint_sha256")
+    if checkpoint and found["checkpoint_sha256"] not in (None, checkpoint):
+        raise ValueError("%s: is of another model, %s, whose checkpoint is not that of %s; run tools/rehearse.py costs on this one"
+                         % (path, found["model"], model))
+    ends = [0] + [row["drop"] for row in found["rows"]] + [end for row in found["rows"] for end in row["interval"] or []]
+    return dict(found, low=min(ends), width=max(ends) - min(ends) or 1, trust=costs.trust(found["rows"]))
 
 
 def images_to_show(accuracy, logits, true):
@@ -262,6 +285,7 @@ def parse(argv):
     speed.add_argument("--perf", nargs="+", default=[], metavar="FILE",
                        help="the benchmark tool's perf_vision_batchsize_<N>_device_<ID>.txt")
     parser.add_argument("--compare", metavar="FILE", help="the file of tools/compare.py --json")
+    parser.add_argument("--costs", metavar="FILE", help="the file of tools/rehearse.py costs --json")
     parser.add_argument("--attributes", metavar="FILE",
                         help="a file with the attributes' names, one per line (default: those in fusion_result.json)")
     parser.add_argument("--model", metavar="FILE",
@@ -324,7 +348,7 @@ def check_run(args, fusion, logits, true, groups):
                             instance_acc_at_0=evaluate(logits, true)[0]["instance_acc"])
 
 
-def page_values(args, scores, doubt, speeds, comparison, pictures):
+def page_values(args, scores, doubt, speeds, comparison, deployment, pictures):
     """Returns the values for the template. doubt: what is odd about the results, or None."""
     def used(column):
         return ", ".join(dict.fromkeys(row[column] for row in speeds)) or UNKNOWN
@@ -344,7 +368,7 @@ def page_values(args, scores, doubt, speeds, comparison, pictures):
         "scores": scores, "drop": drop, "max_drop": MAX_DROP, "passed": drop is None or drop <= MAX_DROP + 1e-9,
         "metrics": [(name, scores[name], scores["intervals"][name]) for name in METRICS], "run": facts, "rows": speeds,
         "attributes": by_accuracy, "weakest": [row for row in by_accuracy if row["label_acc"] not in (None, 1)][:WEAK_ATTRIBUTES],
-        "comparison": comparison, "doubt": doubt, "cards": pictures, "kinds": KINDS}
+        "comparison": comparison, "deployment": deployment, "doubt": doubt, "cards": pictures, "kinds": KINDS}
 
 
 def main(argv=None):
@@ -360,10 +384,11 @@ def main(argv=None):
     comparison = None
     if args.compare is not None:
         comparison = read_comparison(args.compare, [stem(name) for name in names], true.shape[1], scores["instance_acc"])
+    deployment = None if args.costs is None else read_costs(args.costs, names, true, args.model)
     if doubt:
         note("%s: %s" % (", ".join(args.results), doubt))
     pictures = pictures_of(names, find_listed(args.images, names, args.list), logits, thresholds, true)
-    page = render(page_values(args, scores, doubt, speeds, comparison, pictures))
+    page = render(page_values(args, scores, doubt, speeds, comparison, deployment, pictures))
     data = page.encode("utf-8", "replace")  # names in JSON may hold half a surrogate pair
     with whole_file(args.output) as temporary, open(temporary, "wb") as f:
         f.write(data)

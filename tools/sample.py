@@ -4,9 +4,10 @@
 
 The script writes sample/images/*.png, image.txt, label.json and attributes.txt (drawn test images with known PETA attributes),
 checkpoint.pth.tar (a DeepMAR that recognises them), accuracy.txt (PyTorch's own instance_acc on them, with torchvision's
-transforms), and calibration_images/*.png and calibration.txt (other drawings, for INT8). The same seed gives the same data. The checkpoint is not trained: a random ResNet-50 gets its BatchNorm statistics
-from other drawings, and ridge regression fits the classifier to the features of the test images and of other drawings. The
-sample shows that the pipeline computes the right thing. It says nothing about photographs.
+transforms), and calibration_images/*.png and calibration.txt (other drawings, to calibrate INT8). The same seed gives the same
+data. The checkpoint is not trained: a random ResNet-50 gets its BatchNorm statistics from other drawings, and ridge regression
+fits the classifier to the features of the test images and of other drawings. The sample shows that the pipeline computes the
+right thing. It says nothing about photographs.
 """
 import argparse
 import collections

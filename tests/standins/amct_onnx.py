@@ -1,8 +1,8 @@
 """Stands in for amct_onnx: `amct_onnx calibration` with the options of its --help, what its guide and protobuf file forbid, and what it
 writes. The deploy model has AMCT's nodes and types: AscendQuant, int8 weights, int32 biases, AscendDequant.
 
-The texts of its errors are this stand-in's own. Its ranges reach from the least to the largest value, without AMCT's search. It is
-stricter in some things, so that a mistake of ours is found: only opset 11, whole names of options, one float32 input.
+The arithmetic is AMCT's (ARQ, IFMR), on at most THINNED values of a tensor in each batch. The texts of its errors are this stand-in's
+own. It is stricter in some things, so that a mistake of ours is found: only opset 11, whole names of options, one float32 input.
 """
 import argparse
 import json
@@ -17,6 +17,7 @@ from onnx import helper, numpy_helper
 PATH = "[A-Za-z0-9\u4e00-\u9fa5./_-]+$"
 FIELDS = {"batch_num": r"\d+$", "activation_offset": "(true|false)$", "do_fusion": "(true|false)$", "joint_quant": "(true|false)$",
           "skip_layers": '".*"$', "skip_layer_types": '".*"$', "skip_fusion_layers": '".*"$'}  # of calibration_config_onnx.proto
+THINNED = 20000
 LAYERS = "Conv", "Gemm", "MatMul", "ConvTranspose", "AveragePool"
 
 
@@ -52,56 +53,79 @@ def batches(args, shape, count):
         yield np.fromfile(path, "<f4").reshape(shape)
 
 
-def ranges_of(model, tensors, images):
-    """{tensor: (least value, largest value)} over all batches, with 0 among the values."""
+def int8_weights(model, layers):
+    """{layer: (int8 weights, their scale)} of those that have weights."""
+    arrays, found = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}, {}
+    for name, node in layers.items():
+        if len(node.input) > 1:
+            weight = arrays[node.input[1]]
+            axes = tuple(range(1, weight.ndim)) if node.op_type == "Conv" else None
+            low, high = weight.min(axis=axes, keepdims=True), weight.max(axis=axes, keepdims=True)
+            scale = np.where(-low > high, -low / np.float32(128), high / np.float32(127))
+            found[name] = np.rint(weight / scale).clip(-128, 127).astype(np.int8), scale
+    return found
+
+
+def search(values):
+    """The (scale, offset) of an activation."""
+    values = np.sort(np.concatenate(values))
+    rank = values.size - int(0.999999 * values.size)
+    high, low = max(values[-rank], np.float32(0)), min(values[rank - 1], np.float32(0))
+    ends = high * np.arange(0.7, 1.3, 0.01).astype(np.float32)
+    scales = [(end - low) / np.float32(255) or np.float32(1) for end in ends]
+    losses = [((np.rint(values.clip(low, end) / scale) * scale - values) ** 2).mean(dtype=float) for end, scale in zip(ends, scales)]
+    scale = scales[np.argmin(losses)]
+    return scale, -np.rint(low / scale) - 128
+
+
+def calibrate(model, layers, weights, images):
+    """{tensor: (scale, offset)} of what the layers take, in the network with these weights."""
     import onnxruntime
-    whole, ranges = onnx.ModelProto(), dict.fromkeys(tensors, (0.0, 0.0))
-    whole.CopyFrom(model)
-    made = {value.name for value in whole.graph.input} | {value.name for value in whole.graph.output}
-    whole.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in made)
+    network, tensors = onnx.ModelProto(), {node.input[0]: [] for node in layers.values()}
+    network.CopyFrom(model)
+    own = {layers[name].input[1]: values * scale for name, (values, scale) in weights.items()}
+    for tensor in network.graph.initializer:
+        if tensor.name in own:
+            tensor.CopyFrom(numpy_helper.from_array(own[tensor.name], tensor.name))
+    known = {value.name for value in list(network.graph.input) + list(network.graph.output)}
+    network.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in known)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(whole.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(network.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    taken, outputs = session.get_inputs()[0].name, [value.name for value in session.get_outputs()]
     for image in images:
-        values = dict(zip((value.name for value in session.get_outputs()), session.run(None, {session.get_inputs()[0].name: image})))
-        values[session.get_inputs()[0].name] = image
-        for name, (low, high) in ranges.items():
-            ranges[name] = min(low, values[name].min()), max(high, values[name].max())
-    return ranges
+        for name, values in [(taken, image)] + list(zip(outputs, session.run(None, {taken: image}))):
+            if name in tensors:
+                tensors[name].append(values.ravel()[::-(-values.size // THINNED)])
+    return {name: search(values) for name, values in tensors.items()}
 
 
-def deploy_model(model, layers, ranges):
+def deploy_model(model, layers, weights, ranges):
     """The model with these nodes in INT8."""
     made, graph = onnx.ModelProto(), model.graph
     made.CopyFrom(model)
-    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     del made.graph.node[:]
     for node in graph.node:
         node, name = onnx.NodeProto.FromString(node.SerializeToString()), node.name
         if name not in layers:
             made.graph.node.append(node)
             continue
-        low, high = ranges[node.input[0]]
-        scale = np.float32((high - low) / 255 or 1)
-        made.graph.node.append(helper.make_node("AscendQuant", [node.input[0]], [name + ".quant.output0"], name + ".quant",
-                                                scale=float(1 / scale), offset=float(-np.rint(low / scale) - 128), dst_type="INT8"))
-        node.input[0], output = name + ".quant.output0", node.output[0]
-        factors = np.array([scale])
-        if len(node.input) > 1:
-            weight = weights[node.input[1]]
-            axes = tuple(range(1, weight.ndim)) if node.op_type == "Conv" else None
-            step = np.abs(weight).max(axis=axes, keepdims=True) / np.float32(127)
+        scale, offset = ranges[node.input[0]]
+        quant = helper.make_node("AscendQuant", [node.input[0]], [name + ".quant.output0"], name + ".quant", scale=float(1 / scale),
+                                 offset=float(offset), dst_type="INT8")
+        node.input[0], output, factors, added = quant.output[0], node.output[0], np.array([scale]), {}
+        if name in weights:
+            added[name + ".weight"], step = weights[name]
             factors = (step * scale).ravel()
-            made.graph.initializer.append(numpy_helper.from_array(np.rint(weight / step).astype(np.int8), name + ".weight"))
             if len(node.input) > 2:
-                bias = np.rint(weights[node.input[2]] / factors).astype(np.int32)
-                made.graph.initializer.append(numpy_helper.from_array(bias, name + ".bias"))
-            node.input[1:] = [name + ".weight", name + ".bias"][:len(node.input) - 1]
+                added[name + ".bias"] = np.rint(arrays[node.input[2]] / factors).astype(np.int32)
+            node.input[1:] = list(added)
         node.output[0] = name + ".dequant.input0"
-        made.graph.initializer.append(numpy_helper.from_array(
-            factors.astype(np.float32).view(np.uint32).astype(np.uint64), name + ".dequant.param"))
-        made.graph.node.extend([node, helper.make_node("AscendDequant", [node.output[0], name + ".dequant.param"], [output],
-                                                       name + ".dequant", dtype=0)])
+        added[name + ".dequant.param"] = factors.astype(np.float32).view(np.uint32).astype(np.uint64)
+        made.graph.initializer.extend(numpy_helper.from_array(array, key) for key, array in added.items())
+        made.graph.node.extend([quant, node, helper.make_node("AscendDequant", [node.output[0], name + ".dequant.param"], [output],
+                                                              name + ".dequant", dtype=0)])
     return without_unused(made)
 
 
@@ -194,10 +218,11 @@ def main():
               and node.op_type not in settings.get("skip_layer_types", [])}
     os.makedirs("amct_log", exist_ok=True)
     count = int(settings["batch_num"][0]) if "batch_num" in settings else args.batch_num or 1
-    ranges = ranges_of(model, {node.input[0] for node in chosen.values()}, batches(args, shape, count))
+    int8 = int8_weights(model, chosen)
+    ranges = calibrate(model, chosen, int8, batches(args, shape, count))
     if FAIL == "amct_onnx":
         failed("Check dtype failed")
-    made = deploy_model(model, chosen, ranges)
+    made = deploy_model(model, chosen, int8, ranges)
     if FAIL != "amct_onnx leaves nothing":
         os.makedirs(os.path.dirname(args.save_path) or ".", exist_ok=True)
         onnx.save(made, args.save_path + "_deploy_model.onnx")

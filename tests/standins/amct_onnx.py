@@ -220,8 +220,6 @@ def main():
     count = int(settings["batch_num"][0]) if "batch_num" in settings else args.batch_num or 1
     int8 = int8_weights(model, chosen)
     ranges = calibrate(model, chosen, int8, batches(args, shape, count))
-    if FAIL == "amct_onnx":
-        failed("Check dtype failed")
     made = deploy_model(model, chosen, int8, ranges)
     if FAIL != "amct_onnx leaves nothing":
         os.makedirs(os.path.dirname(args.save_path) or ".", exist_ok=True)

@@ -166,7 +166,7 @@ needed_packages() {
     local packages=(numpy)
     if [ -n "$sample" ] && runs 0; then packages+=(torch torchvision Pillow tqdm); fi
     if runs 1; then packages+=(torch torchvision onnx onnxruntime); fi
-    if runs 2 || [ -n "$make_twin$calibrate" ]; then packages+=(onnx onnxruntime); fi
+    if runs 2 || [ -n "$make_twin$calibrate" ] || { [ -n "$card_model" ] && runs 3; }; then packages+=(onnx onnxruntime); fi
     if runs 4 || [ -n "$calibrate" ]; then packages+=(Pillow tqdm); fi
     if runs 6 && [ "$backend" = onnxruntime ]; then packages+=(onnx onnxruntime tqdm); fi
     if runs 8; then packages+=(Pillow tqdm jinja2); fi
@@ -176,6 +176,9 @@ needed_packages() {
 # check_data: checks the user's lists before any work, and sets num_att to the number of attributes in the labels. Without data of
 # the user, it sets the paths to the sample's
 check_data() {
+    if [ -n "$card_model" ] && runs 3; then
+        "$python" "$here/tools/run/inputs.py" card_model "$card_model" "$batch_size" 3 "$height" "$width" || exit 1
+    fi
     num_att=
     if [ -z "$sample" ]; then
         num_att=$("$python" "$here/tools/run/inputs.py" lists ${image_list:+--image-list "$image_list"} \

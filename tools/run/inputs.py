@@ -1,12 +1,14 @@
 """Checks the lists of a run before any work, and records what each file was made from. Only run_all.sh calls this script.
 
     inputs.py lists --image-list image.txt --images images --label-file label.json
+    inputs.py card_model deepmar_deploy_model.onnx 1 3 224 224
     inputs.py spread /data/train.txt calibration.txt
     inputs.py made STAGE input_bin image_list images size -- image_list=/data/image.txt images=/data/images size="224 224"
     inputs.py verify input_bin=4 deepmar.info=5 -- image_list=/data/image.txt images=/data/images size="224 224"
     inputs.py get deepmar_bs1.om model
 
 lists checks the user's lists against each other and stops at the first fault. It prints the number of attributes in the labels.
+card_model stops unless a file is a model of amct_onnx for atc that takes this input.
 spread writes a list of the images that calibrate INT8, 64 or all, evenly spread over the given list.
 
 The other commands run in the work folder. After -- come the run's variables and their values.
@@ -207,16 +209,33 @@ def check_lists(arguments):
     return count
 
 
+def check_card_model(path, shape):
+    """Raises ValueError unless a file is a deploy model of amct_onnx with an input of this shape, or of an open one."""
+    from lib.models import read_unchecked
+    graph = read_unchecked(path).graph
+    if "AscendQuant" not in {node.op_type for node in graph.node}:
+        raise ValueError("%s: has no AscendQuant, so it is no INT8 model for atc; give NAME_deploy_model.onnx of amct_onnx" % path)
+    weights = {tensor.name for tensor in graph.initializer}
+    for value in graph.input:
+        found = [dim.dim_value or size for dim, size in zip(value.type.tensor_type.shape.dim, shape)]
+        if value.name not in weights and found != shape:
+            raise ValueError("%s: takes %s, but batch_size and size make it %s; change these, or give another model" % (path, found, shape))
+
+
 def main(argv=None):
+    actions = ["lists", "card_model", "spread", "made", "verify", "get"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, usage="inputs.py lists|spread|made|verify|get ARGUMENT ... [-- NAME=VALUE ...]")
-    parser.add_argument("action", choices=["lists", "spread", "made", "verify", "get"], help=argparse.SUPPRESS)
+                                     allow_abbrev=False, usage="inputs.py %s ARGUMENT ... [-- NAME=VALUE ...]" % "|".join(actions))
+    parser.add_argument("action", choices=actions, help=argparse.SUPPRESS)
     argv = sys.argv[1:] if argv is None else argv
     action, arguments = parser.parse_args(argv[:1]).action, argv[1:]
     if action == "lists":
         count = check_lists(arguments)
         if count is not None:
             print(count)
+        return
+    if action == "card_model":
+        check_card_model(arguments[0], list(map(int, arguments[1:])))
         return
     if action == "spread":
         write_text(arguments[1], "".join(name + "\n" for name in spread(read_list(arguments[0]))))

@@ -395,10 +395,9 @@ def test_int8_with_aipp_runs_as_om_and_as_twin(int8_card, tmp_path):
     output, om = run("--aipp", "yes")
     assert "atc --model=../deepmar_bs5_deploy_model.onnx " in output and "--insert_op_conf=../aipp.cfg" in output
     assert 0 < np.abs(om - int8_card.logits()).max() < 0.1
-    output, twin = run("--aipp", "yes", "--backend", "onnxruntime")
+    _, om = run("--aipp", "nv12-709")
+    output, twin = run("--aipp", "nv12-709", "--backend", "onnxruntime")
     assert "batch size 5: deepmar_bs5_int8_aipp.onnx" in output and np.abs(twin - om).max() < 1e-4
-    _, nv12 = run("--aipp", "nv12-709", "--backend", "onnxruntime")
-    assert 0 < np.abs(nv12 - twin).max() < 0.3
 
 
 def test_what_int8_lacks_is_named_before_any_work(int8_card, tmp_path):
@@ -406,7 +405,7 @@ def test_what_int8_lacks_is_named_before_any_work(int8_card, tmp_path):
     for options, text in ((["--card-model", model, "--batch-size", "1 5"], "card_model has one batch size, but batch_size is 1 5"),
                           (["--card-model", model, "--int8", "no"], "card_model is an INT8 model: give --int8 yes, too"),
                           (["--card-model", model, "--backend", "onnxruntime"], "card_model is for atc, but backend onnxruntime"),
-                          (["--calibration-list", ""], "calibration_list is not set, and INT8 needs it: give a list of training")):
+                          (["--calibration-list", ""], "calibration_list is not set, and INT8 needs a list of training")):
         check_error(int8_card.run(*stage_3, *options), text, code=2)
     away = int8_card.bin / "away"
     (int8_card.bin / "amct_onnx").rename(away)

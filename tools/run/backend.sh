@@ -83,9 +83,9 @@ check_stage_3() {
             "--card-model NAME_deploy_model.onnx, made elsewhere, or --backend onnxruntime for a rehearsal without an OM"
     fi
     if [ -n "$calibrate" ] && [ -z "$sample" ]; then
-        [ -n "$calibration_list" ] || usage "calibration_list is not set, and INT8 needs it: give a list of training or validation images"
         calibration_images=${calibration_images:-$images}
-        [ -n "$calibration_images" ] || usage "calibration_images is not set, and INT8 needs it: give the folder of calibration_list's images"
+        [ -n "$calibration_list" ] || usage "calibration_list is not set, and INT8 needs a list of training or validation images"
+        [ -n "$calibration_images" ] || usage "calibration_images is not set, and INT8 needs the folder of these images"
     fi
 }
 
@@ -139,6 +139,14 @@ keep() {
     mv "$2" "$work_dir/"
     cd "$work_dir"
     [ "$1" != atc ] || check_oms "$batch"
+}
+
+# announce: says what stage 6 runs. Stops if there are fewer images than devices
+announce() {
+    local count
+    count=$(wc -l <deepmar.info)
+    say "batch size $batch: $model, $count images -> $result"
+    [ "$count" -ge ${#devices[@]} ] || fail "${#devices[@]} devices, but fewer images in $work_dir/deepmar.info"
 }
 
 # info_of DEVICE: prints the name of a device's info file. If there are several devices, each has its own part of the images

@@ -13,7 +13,8 @@ source "$here/tools/run/backend.sh"
 
 # start_run ARGUMENT ...: does everything that comes before the first stage. It sets sample (yes: no data was given), height, width,
 # num_att (attributes in the labels), devices (a list), user_python (as given, for ais_bench), and what stage 3 makes:
-# make_om (an OM), amct (with amct_onnx), make_twin (an ONNX model in its place), calibrate (for either of the last two)
+# make_om (an OM), amct (an INT8 one with amct_onnx), make_twin (an ONNX model in its place), calibrate (by calibration images).
+# ONNX Runtime runs deepmar_bs1$twin.onnx, or with AIPP deepmar_bs1$aipp_twin.onnx
 start_run() {
     options=$(sed -n 's/^\([a-z0-9_]*\)=\${.*}.* # .*/\1/p' "$here/run_all.sh") # the names of the variables
     read_options "$@"
@@ -107,8 +108,8 @@ check_options() {
     matches backend 'auto|benchmark|ais_bench|onnxruntime' "auto, benchmark, ais_bench or onnxruntime"
     [ -z "$json" ] || [ -n "$check" ] || usage "json needs --check"
     for name in work_dir set_env; do [[ ${!name} != -* ]] || printf -v "$name" %s "./${!name}"; done # commands would take -x for an option
-    height=${size% *} width=${size#* } twin=_nopad
-    [ "$int8" = no ] || twin=_int8
+    height=${size% *} width=${size#* } twin=_nopad aipp_twin=_aipp
+    [ "$int8" = no ] || twin=_int8 aipp_twin=_int8_aipp
     read -ra devices <<<"$device_id"
 }
 
@@ -225,9 +226,9 @@ verify() { inputs verify "$@" || exit 1; }
 names_of() {
     model=deepmar_bs$1.om model_stage=3
     case $backend$int8$aipp in
-        onnxruntimenono) model=deepmar_bs$1_nopad.onnx model_stage=2 ;;
-        onnxruntimeyesno) model=deepmar_bs$1_int8.onnx ;;
-        onnxruntime*) model=deepmar_bs$1${twin#_nopad}_aipp.onnx ;;
+        onnxruntimenono) model=deepmar_bs$1$twin.onnx model_stage=2 ;;
+        onnxruntimeyesno) model=deepmar_bs$1$twin.onnx ;;
+        onnxruntime*) model=deepmar_bs$1$aipp_twin.onnx ;;
     esac
     [ "$batch_size" = "$1" ] && result=result || result=result_bs$1
     results=("${devices[@]/#/$result/dumpOutput_device}")

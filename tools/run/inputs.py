@@ -2,7 +2,7 @@
 
     inputs.py lists --image-list image.txt --images images --label-file label.json
     inputs.py card_model deepmar_deploy_model.onnx 1 3 224 224
-    inputs.py spread /data/train.txt calibration.txt
+    inputs.py spread /data/train.txt calibration_bin.txt
     inputs.py made STAGE input_bin image_list images size -- image_list=/data/image.txt images=/data/images size="224 224"
     inputs.py verify input_bin=4 deepmar.info=5 -- image_list=/data/image.txt images=/data/images size="224 224"
     inputs.py get deepmar_bs1.om model

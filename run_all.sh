@@ -22,7 +22,7 @@ published_acc=${published_acc-}    # instance_acc to compare with, as 0.789 or 7
 size=${size-224 224}               # height and width of the network's input, as in training; a checkpoint does not record them
 aipp=${aipp-no}                    # yes: the bins are uint8, a quarter of the bytes, and the card normalises them (AIPP)
                                    # nv12-601, nv12-709, nv12-jpeg: they are NV12, an eighth, and it also converts the colours
-int8=${int8-no}                    # yes: the card computes in INT8, in ranges that training or validation images give:
+int8=${int8-no}                    # yes: the card computes in INT8, in ranges that training or validation images give
 calibration_list=${calibration_list-} # the list of these images, of which 64 are enough; empty: the sample's
 calibration_images=${calibration_images-} # their folder; empty: images, or the sample's
 card_model=${card_model-}          # in place of them: NAME_deploy_model.onnx of amct_onnx, made elsewhere for the one batch size

@@ -154,10 +154,10 @@ if begin 6 "inference on backend $backend, device $device_id"; then
             ais_bench_files collect ../input_bin ../$model $batch "$work_dir/logs/ais_bench_bs$batch.log" $device_id
         else
             ln -s ../input_bin ../deepmar.info ../$model .
-            runner=("$python" "$here/tools/benchmark.py" "${runtime_options[@]}")
-            [ "$backend" = onnxruntime ] || runner=("$benchmark")
+            program=("$python" "$here/tools/benchmark.py" "${runtime_options[@]}")
+            [ "$backend" = onnxruntime ] || program=("$benchmark")
             for device in $device_id; do # several devices share the images and run at the same time
-                on_device ${backend}_bs${batch}_device$device "${runner[@]}" -model_type=vision -batch_size=$batch -device_id=$device \
+                on_device ${backend}_bs${batch}_device$device "${program[@]}" -model_type=vision -batch_size=$batch -device_id=$device \
                     -om_path=$model -input_width=$width -input_height=$height -input_text_path="$(info_of $device)" \
                     -useDvpp=false -output_binary=true
             done

@@ -187,7 +187,7 @@ pure_inference() {
         case $backend in
             ais_bench) on_device "$log" "$user_python" -m ais_bench --model "$model" --output result --output_dirname \
                 "pure_device$device" --outfmt BIN --batchsize "$batch" --device "$device" --loop 20 ;;
-            *) on_device "$log" "${runner[@]}" -round=20 -om_path="$model" -device_id="$device" -batch_size="$batch" ;;
+            *) on_device "$log" "${program[@]}" -round=20 -om_path="$model" -device_id="$device" -batch_size="$batch" ;;
         esac
     done
     all_devices

@@ -185,7 +185,7 @@ def check_lists(arguments):
     args = parser.parse_args(arguments)
     from lib.labels import attribute_names, check_not_tuned_on, labels_of, read_groups, read_labels, read_thresholds
     names = read_list(args.image_list) if args.image_list else []
-    paths = find_listed(args.images, names, args.image_list) if args.images else []
+    paths = find_listed(args.images, names, args.image_list) if args.images and names else []
     if args.calibration_list:
         chosen, tested = spread(read_list(args.calibration_list)), set(map(os.path.realpath, paths))
         calibrating = find_listed(args.calibration_images, chosen, args.calibration_list)

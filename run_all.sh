@@ -49,7 +49,7 @@ check=${check-}                    # yes: only list what this machine has of wha
 json=${json-}                      # with --check: also write the list into this file
 
 here=$(dirname "$(readlink -f -- "${BASH_SOURCE[0]}")")
-# tools/run/driver.sh defines the words of the stages:
+# tools/run/driver.sh defines the words of the stages. start_run there sets further variables, which its comment lists:
 #   begin N TEXT, finish      returns whether stage N is to run; ends it
 #   verify FILE=STAGE ...     stops unless each file is what its stage made, from this run's data and settings
 #   made FILE from INPUT ...  records what a file was made from: variables of this run, and files of the work folder

@@ -112,7 +112,7 @@ if begin 3 "ONNX -> OM with atc"; then
         fi
         if [ -n "$make_om" ]; then
             scratch atc # atc also writes a fusion_result.json
-            if [ -n "$card_model" ]; then cp "$card_model" card_model.onnx && model=card_model.onnx; else model=../$onnx; fi
+            if [ -n "$card_model" ]; then cp "$card_model" card_model.onnx; model=card_model.onnx; else model=../$onnx; fi
             tool atc_bs$batch atc --model=$model --framework=5 --output=deepmar_bs$batch \
                 --input_format=NCHW --input_shape="actual_input_1:$batch,3,$height,$width" --log=error \
                 --soc_version="$chip_name" $aipp_options $atc_options

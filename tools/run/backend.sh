@@ -72,7 +72,7 @@ choose_backend() {
 # check_stage_3: says if stage 3 makes no OM. Stops if it lacks what INT8 needs
 check_stage_3() {
     [ -n "$make_om" ] || ! runs 3 ||
-        say "stage 3 makes no OM: $(has_atc && echo "backend onnxruntime needs none" || echo "there is no atc on this machine")"
+        say "no OM is made: $(has_atc && echo "backend onnxruntime needs none" || echo "there is no atc on this machine")"
     if [ -n "$card_model" ] && runs 3 && [ -z "$make_om" ]; then
         has_atc && usage "card_model is for atc, but backend onnxruntime makes no OM"
         fail "card_model: there is no atc on this machine to make an OM of it; leave card_model out to run a model with the same" \

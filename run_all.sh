@@ -23,7 +23,7 @@ size=${size-224 224}               # height and width of the network's input, as
 aipp=${aipp-no}                    # yes: the bins are uint8, a quarter of the bytes, and the card normalises them (AIPP)
                                    # nv12-601, nv12-709, nv12-jpeg: they are NV12, an eighth, and it also converts the colours
 int8=${int8-no}                    # yes: the card computes in INT8, in ranges that training or validation images give
-calibration_list=${calibration_list-} # the list of these images, of which 64 are enough; empty: the sample's
+calibration_list=${calibration_list-} # the list of these images, of which 32 are taken; empty: the sample's
 calibration_images=${calibration_images-} # their folder; empty: images, or the sample's
 card_model=${card_model-}          # in place of them: NAME_deploy_model.onnx of amct_onnx, made elsewhere for the one batch size
 last_conv_stride=${last_conv_stride-2} # the stride in layer4, 1 or 2, as in training; a checkpoint does not record it
@@ -183,7 +183,7 @@ if begin 7 "accuracy and throughput"; then
         rows+=(--run "$batch" "$result" "$model" "$runner")
         all_results+=("${results[@]}")
     done
-    "$python" "$here/tools/run/table.py" throughput "${rows[@]}" --devices $device_id --chips $chips
+    "$python" "$here/tools/run/table.py" throughput "${rows[@]}" --devices $device_id --chips $chips $int8_option
     made throughput.csv from batch_size device_id "${all_results[@]}"
     finish
 fi

@@ -478,5 +478,10 @@ def test_accuracy_must_not_differ_between_batch_sizes(tmp_path, wrong, message):
     process = script("tools/run/table.py", "t", *sum(runs, []), cwd=tmp_path)
     check_error(process, message)
     assert (tmp_path / "t.md").read_text().splitlines()[2].split() == "| 1 | 10.00 | 2.00 | - | - | - | - | - | 0.8 |".split()
+    if "accuracy" in wrong:
+        check_error(script("tools/run/table.py", "t", "--int8", *sum(runs, []), cwd=tmp_path), message)
+        (tmp_path / "8" / "fusion_result.json").write_text(json.dumps({"images": 12, "instance_acc": 0.805}))
+        process = script("tools/run/table.py", "t", "--int8", *sum(runs, []), cwd=tmp_path)
+        assert process.returncode == 0 and "note: instance_acc differs by 0.005 between" in process.stdout, process.stderr
     (tmp_path / "8" / "perf_vision_batchsize_8_device_0.txt").write_text("torn")
     check_error(script("tools/run/table.py", "t", *sum(runs, []), cwd=tmp_path), "perf_vision_batchsize_8", "stage 6")

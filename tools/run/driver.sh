@@ -108,8 +108,8 @@ check_options() {
     matches backend 'auto|benchmark|ais_bench|onnxruntime' "auto, benchmark, ais_bench or onnxruntime"
     [ -z "$json" ] || [ -n "$check" ] || usage "json needs --check"
     for name in work_dir set_env; do [[ ${!name} != -* ]] || printf -v "$name" %s "./${!name}"; done # commands would take -x for an option
-    height=${size% *} width=${size#* } twin=_nopad aipp_twin=_aipp
-    [ "$int8" = no ] || twin=_int8 aipp_twin=_int8_aipp
+    height=${size% *} width=${size#* } twin=_nopad aipp_twin=_aipp int8_option=''
+    [ "$int8" = no ] || twin=_int8 aipp_twin=_int8_aipp int8_option=--int8
     read -ra devices <<<"$device_id"
 }
 

@@ -9,7 +9,7 @@
 
 lists checks the user's lists against each other and stops at the first fault. It prints the number of attributes in the labels.
 card_model stops unless a file is a model of amct_onnx for atc that takes this input.
-spread writes a list of the images that calibrate INT8, 64 or all, evenly spread over the given list.
+spread writes a list of the images that calibrate INT8, 32 or all, evenly spread over the given list.
 
 The other commands run in the work folder. After -- come the run's variables and their values.
 made records in .made_from/ what a stage made a product from: variables of the run and files in the work folder. NAME=VALUE
@@ -39,7 +39,7 @@ RECORDS = ".made_from"
 CHECKSUMS = os.path.join(RECORDS, "checksums.json")
 LISTS = {"images": "image_list", "calibration_images": "calibration_list"}  # a folder's variable in run_all.sh, and its list's
 PATHS = ("checkpoint", "card_model") + tuple(LISTS) + tuple(LISTS.values())  # these variables are paths, the others settings
-CALIBRATION_IMAGES = 64  # tools/rehearse.py int8 takes as many batches of them as hold 32 images
+CALIBRATION_IMAGES = 32  # AMCT's guides advise 16 or 32. More would be used at large batch sizes alone, which would then differ
 
 
 # --- checksums ------------------------------------------------------------------------------------------------------

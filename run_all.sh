@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # shellcheck disable=SC2086 # the variables without quotes hold numbers, or names without spaces
-# DeepMAR offline inference, all stages: checkpoint -> ONNX -> Pad removed -> OM -> bins -> info -> inference -> accuracy.
+# DeepMAR offline inference: checkpoint -> ONNX -> Pad removed (-> INT8) -> OM -> bins -> info -> inference -> accuracy.
 #
 #   bash run_all.sh                              all stages on sample data; without a card, on ONNX Runtime
 #   bash run_all.sh --batch-size 8 --stage 6     only inference and accuracy, at another batch size
@@ -22,6 +22,10 @@ published_acc=${published_acc-}    # instance_acc to compare with, as 0.789 or 7
 size=${size-224 224}               # height and width of the network's input, as in training; a checkpoint does not record them
 aipp=${aipp-no}                    # yes: the bins are uint8, a quarter of the bytes, and the card normalises them (AIPP)
                                    # nv12-601, nv12-709, nv12-jpeg: they are NV12, an eighth, and it also converts the colours
+int8=${int8-no}                    # yes: the card computes in INT8, in ranges that training or validation images give
+calibration_list=${calibration_list-} # the list of these images, of which 32 are taken; empty: the sample's
+calibration_images=${calibration_images-} # their folder; empty: images, or the sample's
+card_model=${card_model-}          # in place of them: NAME_deploy_model.onnx of amct_onnx, made elsewhere for the one batch size
 last_conv_stride=${last_conv_stride-2} # the stride in layer4, 1 or 2, as in training; a checkpoint does not record it
 state_dict=${state_dict-}          # the state dict to use if the checkpoint has several, such as state_dict_ema
 chip_name=${chip_name-}            # the card's chip for atc, Ascend310 or 310P3; empty: npu-smi info names it
@@ -40,20 +44,18 @@ chips=${chips-}                    # chips per card, for its rate; empty: npu-sm
 strict=${strict-}                  # yes: stop if ONNX Runtime has a card's provider that does not load; empty: only a note
 stage=${stage-0}                   # the first stage to run
 stop_stage=${stop_stage-8}         # the last stage to run
-                                   # 0 sample data, 1 ONNX, 2 Pad, 3 atc, 4 bins, 5 info, 6 inference, 7 accuracy, 8 report
+                                   # 0 sample data, 1 ONNX, 2 Pad, 3 INT8 and atc, 4 bins, 5 info, 6 inference, 7 accuracy, 8 report
 check=${check-}                    # yes: only list what this machine has of what the run needs, and how to get the rest
 json=${json-}                      # with --check: also write the list into this file
-# --------------------------------------------------------------------------------------------------------------------
 
 here=$(dirname "$(readlink -f -- "${BASH_SOURCE[0]}")")
-# tools/run/driver.sh defines the words of the stages:
+# tools/run/driver.sh defines the words of the stages. start_run there sets further variables, which its comment lists:
 #   begin N TEXT, finish      returns whether stage N is to run; ends it
 #   verify FILE=STAGE ...     stops unless each file is what its stage made, from this run's data and settings
 #   made FILE from INPUT ...  records what a file was made from: variables of this run, and files of the work folder
 #   scratch NAME              goes into an empty folder; keep, score and collect move what was made there, and go back
 #   tool LOG COMMAND ...      prints and runs a command, and keeps its output in logs/; on_device: the same for one device
-# start_run sets sample (yes: no data was given), height, width, num_att (attributes in the labels), devices (a list), user_python
-# (as given, for ais_bench), make_om and make_twin (whether stage 3 makes an OM, and an ONNX model with AIPP).
+#   names_of BATCH_SIZE       sets model and the model_stage that makes it, result and results (stage 6's folders), described
 # shellcheck source=tools/run/driver.sh
 source "$here/tools/run/driver.sh"
 start_run "$@"
@@ -88,22 +90,40 @@ fi
 if begin 3 "ONNX -> OM with atc"; then
     [ "$aipp" = no ] || "$python" "$here/tools/rehearse.py" cfg aipp.cfg --size $size $nv12
     [ "$aipp" = no ] && aipp_options= || aipp_options="--insert_op_conf=../aipp.cfg --enable_small_channel=1"
+    if [ -n "$calibrate" ]; then
+        choose_images "$calibration_list" calibration_bin.txt
+        "$python" "$here/preprocess_deepmar_pytorch.py" "$calibration_images" calibration_bin calibration_bin.txt --size $size
+        made calibration_bin from calibration_list calibration_images size
+    fi
     for batch in $batch_size; do
-        verify deepmar_bs${batch}_nopad.onnx=2
+        onnx=deepmar_bs${batch}_nopad.onnx
+        verify $onnx=2
+        if [ -n "$calibrate" ]; then # ONNX Runtime runs this model in place of an INT8 OM; beside it is what amct_onnx needs
+            "$python" "$here/tools/rehearse.py" int8 $onnx calibration_bin deepmar_bs${batch}_int8.onnx
+            made deepmar_bs${batch}_int8.onnx from $onnx calibration_bin
+        fi
+        if [ -n "$amct" ]; then
+            scratch amct_onnx # it also writes a folder amct_log
+            tool amct_onnx_bs$batch amct_onnx calibration --model ../$onnx --save_path ./deepmar_bs$batch \
+                --input_shape "actual_input_1:$batch,3,$height,$width" --data_dir ../deepmar_bs${batch}_int8_amct/calibration \
+                --data_types float32 --calibration_config ../deepmar_bs${batch}_int8_amct/quant.cfg
+            keep amct_onnx deepmar_bs${batch}_deploy_model.onnx
+            onnx=deepmar_bs${batch}_deploy_model.onnx
+        fi
         if [ -n "$make_om" ]; then
             scratch atc # atc also writes a fusion_result.json
-            tool atc_bs$batch atc --model=../deepmar_bs${batch}_nopad.onnx --framework=5 --output=deepmar_bs$batch \
+            if [ -n "$card_model" ]; then cp "$card_model" card_model.onnx; model=card_model.onnx; else model=../$onnx; fi
+            tool atc_bs$batch atc --model=$model --framework=5 --output=deepmar_bs$batch \
                 --input_format=NCHW --input_shape="actual_input_1:$batch,3,$height,$width" --log=error \
                 --soc_version="$chip_name" $aipp_options $atc_options
-            keep deepmar_bs$batch.om
-            made deepmar_bs$batch.om from deepmar_bs${batch}_nopad.onnx aipp atc_options
+            keep atc deepmar_bs$batch.om
+            made deepmar_bs$batch.om from deepmar_bs${batch}_nopad.onnx int8 ${amct:+calibration_bin} card_model aipp atc_options
         fi
-        if [ -n "$make_twin" ]; then # ONNX Runtime runs this model in place of an OM with AIPP
-            "$python" "$here/tools/rehearse.py" aipp deepmar_bs${batch}_nopad.onnx deepmar_bs${batch}_aipp.onnx $nv12
-            made deepmar_bs${batch}_aipp.onnx from deepmar_bs${batch}_nopad.onnx aipp
+        if [ -n "$make_twin" ] && [ "$aipp" != no ]; then # ONNX Runtime runs this model in place of an OM with AIPP
+            "$python" "$here/tools/rehearse.py" aipp deepmar_bs$batch$twin.onnx deepmar_bs$batch$aipp_twin.onnx $nv12
+            made deepmar_bs$batch$aipp_twin.onnx from deepmar_bs$batch$twin.onnx aipp
         fi
     done
-    [ -n "$make_om" ] || say "no OM is made: $(has_atc && echo "backend onnxruntime needs none" || echo "there is no atc on this machine")"
     finish
 fi
 
@@ -123,15 +143,9 @@ fi
 
 if begin 6 "inference on backend $backend, device $device_id"; then
     for batch in $batch_size; do
-        case $backend$aipp in
-            onnxruntimeno) model=deepmar_bs${batch}_nopad.onnx model_stage=2 ;;
-            onnxruntime*) model=deepmar_bs${batch}_aipp.onnx model_stage=3 ;;
-            *) model=deepmar_bs$batch.om model_stage=3 ;;
-        esac
-        result=$(result_of $batch)
+        names_of $batch
         verify input_bin=4 deepmar.info=5 $model=$model_stage
-        say "batch size $batch: $model, $(wc -l <deepmar.info) images -> $result"
-        [ "$(wc -l <deepmar.info)" -ge ${#devices[@]} ] || fail "${#devices[@]} devices, but fewer images in $work_dir/deepmar.info"
+        announce
         scratch "$result"
         if [ "$backend" = ais_bench ]; then # it shares the images among the devices itself
             ais_bench_files give ../input_bin ../$model
@@ -140,17 +154,12 @@ if begin 6 "inference on backend $backend, device $device_id"; then
             ais_bench_files collect ../input_bin ../$model $batch "$work_dir/logs/ais_bench_bs$batch.log" $device_id
         else
             ln -s ../input_bin ../deepmar.info ../$model .
+            program=("$python" "$here/tools/benchmark.py" "${runtime_options[@]}")
+            [ "$backend" = onnxruntime ] || program=("$benchmark")
             for device in $device_id; do # several devices share the images and run at the same time
-                info=$(info_of $device)
-                log=${backend}_bs${batch}_device$device
-                if [ "$backend" = benchmark ]; then
-                    on_device $log "$benchmark" -model_type=vision -batch_size=$batch -device_id=$device -om_path=$model \
-                        -input_width=$width -input_height=$height -input_text_path=$info -useDvpp=false -output_binary=true
-                else
-                    on_device $log "$python" "$here/tools/benchmark.py" -model_type=vision -batch_size=$batch -device_id=$device \
-                        -om_path=$model -input_width=$width -input_height=$height -input_text_path=$info -useDvpp=false \
-                        -output_binary=true "${runtime_options[@]}"
-                fi
+                on_device ${backend}_bs${batch}_device$device "${program[@]}" -model_type=vision -batch_size=$batch -device_id=$device \
+                    -om_path=$model -input_width=$width -input_height=$height -input_text_path="$(info_of $device)" \
+                    -useDvpp=false -output_binary=true
             done
             all_devices
         fi
@@ -161,17 +170,11 @@ if begin 6 "inference on backend $backend, device $device_id"; then
 fi
 
 if begin 7 "accuracy and throughput"; then
-    published=$published_acc rows=() all_results=()
-    if [ -z "$published" ] && [ -n "$sample" ]; then
-        published=$(verify sample/accuracy.txt=0 && cat sample/accuracy.txt)
-        say "the sample has no published accuracy, so the results are compared with PyTorch's on the same images"
-    fi
+    choose_published
+    rows=() all_results=()
     for batch in $batch_size; do
-        result=$(result_of $batch)
-        results=("${devices[@]/#/$result/dumpOutput_device}") # a folder for each device
+        names_of $batch
         verify "${results[@]/%/=6}"
-        [ "$batch_size" = "$batch" ] || say "batch size $batch"
-        described=$(description_of $batch)
         scratch "$result"
         score "$python" "$here/postprocess_deepmar_pytorch.py" "${results[@]/#/$work_dir/}" "$label_file" \
             --image_list "$image_list" ${published:+--published "$published"} ${attributes:+--attributes "$attributes"} \
@@ -180,16 +183,13 @@ if begin 7 "accuracy and throughput"; then
         rows+=(--run "$batch" "$result" "$model" "$runner")
         all_results+=("${results[@]}")
     done
-    "$python" "$here/tools/run/table.py" throughput "${rows[@]}" --devices $device_id --chips $chips
+    "$python" "$here/tools/run/table.py" throughput "${rows[@]}" --devices $device_id --chips $chips $int8_option
     made throughput.csv from batch_size device_id "${all_results[@]}"
     finish
 fi
 
 if begin 8 "report -> report.html"; then
-    batch=${batch_size##* } # the page shows the results of the last batch size
-    result=$(result_of $batch)
-    results=("${devices[@]/#/$result/dumpOutput_device}")
-    described=$(description_of $batch)
+    names_of ${batch_size##* } # the page shows the results of the last batch size
     verify "${results[@]/%/=6}" throughput.csv=7 "$result/fusion_result.json=7"
     "$python" "$here/tools/report.py" --images "$images" --list "$image_list" --labels "$label_file" \
         --results "${results[@]}" --fusion "$result/fusion_result.json" --throughput throughput.csv --output report.html \

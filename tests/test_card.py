@@ -1,4 +1,5 @@
-"""run_all.sh on a card: strict stand-ins (tests/standins) for atc, npu-smi and the benchmark binary, a tiny network, from stage 2 on."""
+"""run_all.sh on a card: strict stand-ins (tests/standins) for atc, amct_onnx, npu-smi and the benchmark binary, a tiny network, from
+stage 2 on."""
 import csv
 import json
 import os
@@ -6,8 +7,14 @@ import re
 import shutil
 
 import numpy as np
+import onnx
 import pytest
 from helpers import BINARY, PACKAGES, ROOT, SIZE, check_error, check_stopped, own_data, run_all, script, standin, tiny_data, write_model
+from lib.bins import list_bins
+from lib.session import cpu_session
+from sample import pedestrians
+from small_network import ATTRIBUTES, weights, write_network
+from small_network import SIZE as SIDE
 
 
 class Card(object):
@@ -288,6 +295,173 @@ def test_options_of_atc_are_passed_on_and_recorded(card, tmp_path):
     check_error(run("--atc-options", "precision_mode_v2=origin"), "atc_options must be options of atc", code=2)
 
 
+# --- INT8 -------------------------------------------------------------------------------------------------------------
+
+class Int8Card(Card):
+    """A card with amct_onnx and a network of AMCT's kinds of layers, and images for calibration."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        standin(self.bin / "amct_onnx", "amct_onnx.py")
+        for batch_size in (1, 5):
+            write_network(self.work / ("deepmar_bs%d.onnx" % batch_size), weights(), batch_size)
+        labels = self.data / "sample" / "label.json"
+        labels.write_text(json.dumps({name: row[:ATTRIBUTES] for name, row in json.loads(labels.read_text()).items()}))
+        (self.data / "val").mkdir()
+        for i, image in enumerate(pedestrians(8, 9)[0]):
+            image.save(str(self.data / "val" / ("v%d.png" % i)))
+        self.list_file = self.data / "val.txt"
+        self.list_file.write_text("".join("v%d.png\n" % i for i in range(8)))
+        self.deploy_model = self.work / "deepmar_bs5_deploy_model.onnx"
+
+    def run(self, *arguments, int8="yes", calibration_list=None, **variables):
+        return super().run("--int8", int8, "--size", SIDE, SIDE, *arguments, calibration_list=str(calibration_list or self.list_file),
+                           calibration_images=str(self.data / "val"), **variables)
+
+    def logits(self, work=None, folder="result_bs5", ending=1):
+        """What stage 6 wrote."""
+        return np.array([np.fromfile(str((work or self.work) / folder / "dumpOutput_device0" / name), "<f4") for name in names(ending)])
+
+    def computed(self, name):
+        """What a model in the work folder gives for the bins, on ONNX Runtime without its own fusion of quantized nodes."""
+        session, folder = cpu_session(onnx.load(str(self.work / name))), str(self.work / "input_bin")
+        images = [np.fromfile(os.path.join(folder, name), "<f4") for name in list_bins(folder, SIDE, SIDE)]
+        return np.concatenate([session.run(None, {"actual_input_1": image.reshape(1, 3, SIDE, SIDE)})[0] for image in images])
+
+
+@pytest.fixture(scope="module")
+def int8_card_and_run(tmp_path_factory):
+    """Such a card and its first run, at two batch sizes."""
+    made = Int8Card(tmp_path_factory.mktemp("int8"))
+    return made, made.run("--stage", 2, "--batch-size", "1 5")
+
+
+@pytest.fixture
+def int8_card(int8_card_and_run):
+    return int8_card_and_run[0]
+
+
+def test_int8_oms_are_made_by_amct_onnx_and_atc(int8_card_and_run):
+    card, process = int8_card_and_run
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.count("[INFO][AMCT] 4 layers, ") == process.stdout.count("ATC run success") == 2
+    assert "[AMCT] 4 layers, 8 batches" in process.stdout and "[AMCT] 4 layers, 2 batches" in process.stdout
+    assert [row["model"] for row in card.table()] == ["deepmar_bs1.om", "deepmar_bs5.om"]
+    assert "AscendQuant" in {node.op_type for node in onnx.load(str(card.deploy_model)).graph.node}
+    # The OM computes what the twin does. Ranges from other images would show.
+    exact, twin = card.computed("deepmar_bs1_nopad.onnx"), card.computed("deepmar_bs1_int8.onnx")
+    assert np.abs(card.logits(folder="result_bs1") - twin).max() < 1e-4 < 0.01 < np.abs(twin - exact).max()
+    assert np.abs(card.logits() - exact).max() < 0.2
+    assert not [name for name in os.listdir(str(card.work)) if "partial" in name or name == "amct_log"]
+
+
+def test_other_settings_of_int8_are_noticed(int8_card, tmp_path):
+    (tmp_path / "few.txt").write_text("v1.png\n")
+    for settings, text in (({"int8": "no"}, "deepmar_bs5.om was made with int8 yes, not no; run stage 3 again, or give --int8 yes"),
+                           ({"calibration_list": tmp_path / "few.txt"}, "calibration_bin was made from another few.txt; run stage 3"),
+                           ({"card_model": str(int8_card.deploy_model)}, "bs5.om was made from another deepmar_bs5_deploy_model.onnx;")):
+        process = int8_card.run("--stage", 6, "--stop-stage", 6, "--batch-size", 5, **settings)
+        assert process.returncode == 1 and text in process.stderr, process.stderr
+
+
+def test_int8_model_made_elsewhere_is_given_to_atc(int8_card, tmp_path):
+    work, bin = tmp_path / "work", tmp_path / "bin"
+    work.mkdir()
+    bin.mkdir()
+    for name in ("atc", "npu-smi"):  # but no amct_onnx
+        standin(bin / name, name.replace("-", "_") + ".py")
+    shutil.copy(str(int8_card.work / "deepmar_bs5.onnx"), str(work))
+    process = int8_card.run("--stage", 2, "--stop-stage", 6, "--batch-size", 5, "--card-model", int8_card.deploy_model,
+                            "--work-dir", work, "--backend", "ais_bench", path=bin, ais_bench=True)
+    assert process.returncode == 0 and "amct_onnx" not in process.stdout, process.stderr
+    assert not (work / "calibration_bin").exists()
+    assert np.array_equal(int8_card.logits(work, "result", 0), int8_card.logits())
+    other = onnx.load(str(int8_card.deploy_model))
+    other.producer_name = "another"
+    onnx.save(other, str(tmp_path / "other.onnx"))
+    process = int8_card.run("--stage", 7, "--batch-size", 5, "--card-model", tmp_path / "other.onnx", "--work-dir", work)
+    assert process.returncode == 1 and "deepmar_bs5.om was made from another other.onnx; run stage 3 again" in process.stderr
+
+
+def test_int8_with_aipp_runs_as_om_and_as_twin(int8_card, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(str(int8_card.work), str(work))
+
+    arguments = ["--stage", 3, "--stop-stage", 6, "--batch-size", 5, "--aipp", "yes", "--work-dir", work]
+    process = int8_card.run(*arguments)
+    assert process.returncode == 0, process.stderr
+    assert "atc --model=../deepmar_bs5_deploy_model.onnx " in process.stdout and "--insert_op_conf=../aipp.cfg" in process.stdout
+    om = int8_card.logits(work, "result")
+    assert 0 < np.abs(om - int8_card.logits()).max() < 0.1
+    process = int8_card.run(*arguments, "--backend", "onnxruntime")
+    assert process.returncode == 0 and "batch size 5: deepmar_bs5_int8_aipp.onnx" in process.stdout, process.stderr
+    assert np.abs(int8_card.logits(work, "result") - om).max() < 1e-4
+
+
+def test_what_int8_lacks_is_named_before_any_work(int8_card, tmp_path):
+    model, stage_3 = int8_card.deploy_model, ["--stage", 3, "--batch-size", 5, "--work-dir", tmp_path / "work"]
+    for options, text in ((["--card-model", model, "--batch-size", "1 5"], "card_model has one batch size, but batch_size is 1 5"),
+                          (["--card-model", model, "--int8", "no"], "card_model is an INT8 model: give --int8 yes, too"),
+                          (["--card-model", model, "--backend", "onnxruntime"], "card_model is for atc, but backend onnxruntime"),
+                          (["--calibration-list", ""], "calibration_list is not set, and INT8 needs a list of training")):
+        check_error(int8_card.run(*stage_3, *options), text, code=2)
+    away = int8_card.bin / "away"
+    (int8_card.bin / "amct_onnx").rename(away)
+    check_error(int8_card.run(*stage_3), "no amct_onnx on the PATH", "tar -xzf Ascend-cann-amct_", "--card-model", "--backend onnxruntime")
+    away.rename(int8_card.bin / "amct_onnx")
+    check_error(int8_card.run(*stage_3, "--card-model", model, path=tmp_path), "card_model: there is no atc on this machine")
+    check_error(int8_card.run(*stage_3, "--card-model", tmp_path / "none"), "card_model: %s: no such file" % (tmp_path / "none"))
+    assert not (tmp_path / "work").exists()
+    (tmp_path / "few.txt").write_text("v1.png\nw.png\n")
+    for options, text in ((["--card-model", int8_card.list_file], "val.txt: is not a valid ONNX model"),
+                          (["--card-model", int8_card.work / "deepmar_bs5_nopad.onnx"], "has no AscendQuant, so it is no INT8 model"),
+                          (["--card-model", model, "--batch-size", 1], "takes [5, 3, 16, 16], but batch_size and size make it [1, "),
+                          (["--calibration-list", tmp_path / "few.txt"], "1 of the 2 images in %s are not in" % (tmp_path / "few.txt"))):
+        process = int8_card.run(*stage_3, *options)
+        check_error(process, text)
+        assert "stage 3:" not in process.stdout
+
+
+def test_calibration_on_test_images_is_noted(int8_card):
+    options = [str(int8_card.data / "sample" / name) for name in ("images", "image.txt")]
+    lists = ["--images", options[0], "--image-list", options[1], "--calibration-images", options[0], "--calibration-list", options[1]]
+    process = script("tools/run/inputs.py", "lists", *lists)
+    assert process.returncode == 0 and "both name 00001.png, 00002.png" in process.stderr, process.stderr
+
+
+def test_failing_amct_onnx_leaves_the_earlier_om(int8_card):
+    before = (int8_card.work / "deepmar_bs5.om").stat()
+    process = int8_card.run("--stage", 3, "--batch-size", 5, FAIL="amct_onnx leaves nothing")
+    check_stopped(process, "amct_onnx wrote no deepmar_bs5_deploy_model.onnx; above", "stage 3 failed")
+    assert (int8_card.work / "deepmar_bs5.om").stat() == before
+
+
+@pytest.mark.parametrize("options, cfg, text", [
+    ({}, "", None), ({"batch_num": 2, "calibration_config": None}, "", None), ({}, "skip_layer_types: \"AveragePool\"\n", None),
+    ({"batch_num": 2}, "", "exclude each other"), ({"data_dir": "R&D"}, "", "other characters"),
+    ({"input_shape": "actual_input_1:5,3,16,16"}, "", "but the model has actual_input_1:[1, 3, 16, 16]"),
+    ({"data_types": "uint8"}, "", "but the model takes float32"), ({"data_dir": None}, "", "belong together"),
+    ({"model": "none.onnx"}, "", "none.onnx: no such file"), ({"batch_num": 9, "calibration_config": None}, "", "9 batches are wanted"),
+    ({"data_dir": "short"}, "", "cannot be reshaped"), ({}, "skip_layers: \"conv9\"\n", "Layer conv9 does not exist"),
+    ({}, "skip_layer: \"conv1\"\n", 'no field named "skip_layer"'), ({}, "batch_num: 3\n", '"batch_num" is there twice'),
+    ({}, "do_fusion: 1\n", "the value 1"), ({"gpu_id": 0}, "", "unrecognized arguments")])
+def test_stand_in_of_amct_onnx_is_strict(tmp_path, options, cfg, text):
+    write_network(tmp_path / "m.onnx", weights())
+    for folder, size in (("bins", 12 * SIDE * SIDE), ("short", 12)):
+        (tmp_path / folder).mkdir()
+        for i in range(2):
+            (tmp_path / folder / ("%d.bin" % i)).write_bytes(bytes(size))
+    (tmp_path / "q.cfg").write_text("batch_num: 2\nactivation_offset: true\n" + cfg)
+    values = dict({"model": "m.onnx", "save_path": "out/m", "input_shape": "actual_input_1:1,3,16,16", "data_dir": "bins",
+                   "data_types": "float32", "calibration_config": "q.cfg"}, **options)
+    arguments = [str(part) for name, value in values.items() if value is not None for part in ("--" + name, value)]
+    process = script("tests/standins/amct_onnx.py", "calibration", *arguments, cwd=tmp_path)
+    if text:
+        assert process.returncode and text in process.stdout + process.stderr, process.stderr
+    else:
+        assert process.returncode == 0 and (tmp_path / "out" / "m_deploy_model.onnx").exists(), process.stdout
+
+
 @pytest.mark.parametrize("wrong, message", [
     ({"accuracy": 0.9}, "instance_acc differs between the batch sizes, by 0.100000"),
     ({"images": 11}, "the batch sizes have results of different numbers of images: 12 at 1, 11 at 8; run stage 6 again")])
@@ -304,5 +478,10 @@ def test_accuracy_must_not_differ_between_batch_sizes(tmp_path, wrong, message):
     process = script("tools/run/table.py", "t", *sum(runs, []), cwd=tmp_path)
     check_error(process, message)
     assert (tmp_path / "t.md").read_text().splitlines()[2].split() == "| 1 | 10.00 | 2.00 | - | - | - | - | - | 0.8 |".split()
+    if "accuracy" in wrong:
+        check_error(script("tools/run/table.py", "t", "--int8", *sum(runs, []), cwd=tmp_path), message)
+        (tmp_path / "8" / "fusion_result.json").write_text(json.dumps({"images": 12, "instance_acc": 0.805}))
+        process = script("tools/run/table.py", "t", "--int8", *sum(runs, []), cwd=tmp_path)
+        assert process.returncode == 0 and "note: instance_acc differs by 0.005 between" in process.stdout, process.stderr
     (tmp_path / "8" / "perf_vision_batchsize_8_device_0.txt").write_text("torn")
     check_error(script("tools/run/table.py", "t", *sum(runs, []), cwd=tmp_path), "perf_vision_batchsize_8", "stage 6")

@@ -228,6 +228,19 @@ def test_host_without_atc_is_told_that_it_makes_no_om(machine):
     assert last("--stop-stage", 3) == "run_all.sh has all that it needs"
 
 
+def test_amct_onnx_is_listed_for_int8(machine):
+    install(machine / "Ascend", "8.5.0", "ascend310p")
+    command = ("tar -xzf Ascend-cann-amct_8.5.0_linux-%s.tar.gz && cd amct/amct_onnx && python3 -m pip install amct_onnx-*.whl && "
+               "tar -xzf amct_onnx_op.tar.gz && cd amct_onnx_op && python3 setup.py build" % MACHINE)
+    process, rows = check(machine, "--int8", "yes", "--stop-stage", 3)
+    assert (rows["amct_onnx"]["state"], rows["amct_onnx"]["run"]) == ("missing", command)
+    assert check(machine, "--int8", "yes", "--backend", "onnxruntime")[1]["amct_onnx"]["state"] == "absent"
+    assert "amct_onnx" not in check(machine)[1]
+    assert "amct_onnx" not in check(machine, "--int8", "yes", "--card-model", machine / "none")[1]
+    standin(machine / "bin" / "amct_onnx", "amct_onnx.py")
+    assert check(machine, "--int8", "yes")[1]["amct_onnx"]["state"] == "ok"
+
+
 def test_packages_of_operators_depend_on_chip_and_version(machine, monkeypatch):
     for version, name, package in (("8.1.RC1", "310P3", "Ascend-cann-kernels-310p_8.1.RC1"),
                                    ("8.5.0", "310P3", "Ascend-cann-310p-ops_8.5.0"),
@@ -415,6 +428,7 @@ def test_inputs_of_the_user_are_checked(machine):
     assert inputs(*data) == ("missing", "no %s" % (sample / "checkpoint.pth.tar"))
     assert inputs("--stage", 5, "--stop-stage", 6, "--checkpoint", sample)[0] == "ok"
     assert inputs("--stage", 4, "--stop-stage", 4, "--images", sample) == ("missing", "image_list is not set")
+    assert inputs(*data, "--int8", "yes")[1].endswith("calibration_list is not set")
 
 
 def test_missing_packages_are_left_to_the_run(machine):

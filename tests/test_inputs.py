@@ -88,6 +88,22 @@ def test_other_settings_are_named(work):
     check_error(verify(work, size="256 128"), "was made with size 224 224, not 256 128; run stage 4 again, or give --size '224 224'")
 
 
+def test_calibration_images_are_known_by_content(work):
+    (work / "hundred.txt").write_text("".join("i%d.png\n" % i for i in range(100)))
+    for i in range(100):
+        (work / "images" / ("i%d.png" % i)).write_text(str(i))
+    variables = {"calibration_list": "hundred.txt", "calibration_images": "images", "card_model": ""}
+    process = call(work, "spread", "hundred.txt", "calibration_bin.txt")
+    chosen = (work / "calibration_bin.txt").read_text().split()
+    assert process.returncode == 0 and len(chosen) == 32 == len(set(chosen)) and chosen[::31] == ["i0.png", "i96.png"]
+    assert call(work, "made", 3, "calibration_bin.txt", "calibration_list", "calibration_images", "card_model", **variables).returncode == 0
+    (work / "images" / "i2.png").write_text("other")  # it is not among the chosen
+    assert "i2.png" not in chosen and verify(work, "calibration_bin.txt=3", **variables).returncode == 0
+    check_error(verify(work, "calibration_bin.txt=3", **dict(variables, card_model="image.txt")), "was made from another image.txt;")
+    (work / "images" / "i96.png").write_text("other")
+    check_error(verify(work, "calibration_bin.txt=3", **variables), "was made from other images than those in images now; 1 changed: i96")
+
+
 def test_users_own_files_are_accepted(work):
     assert verify(work, "image.txt=0").returncode == 0
 

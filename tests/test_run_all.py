@@ -42,6 +42,9 @@ def own_run(tmp_path_factory):
     torch.manual_seed(0)
     with mock.patch.object(DeepMAR, "BLOCKS", [1, 1, 1, 1]):
         state = DeepMAR.DeepMAR_ResNet50(num_att=26).state_dict()
+    for name in state:
+        if name.endswith("running_mean"):  # the exporter lets layers share equal weights, which INT8 does not take
+            state[name].normal_()
     torch.save({"state_dict": {"module." + key: value for key, value in state.items()}},
                str(work / "sample" / "checkpoint.pth.tar"))
 
@@ -157,6 +160,14 @@ def test_descriptions_and_thresholds_reach_stage_7_and_the_report(first_run, tmp
     assert "stage 1" not in process.stdout
 
 
+def test_int8_without_atc_runs_the_twin(own_copy):
+    run, work = own_copy
+    process = run(3, "--stop-stage", 7, "--int8", "yes", "--calibration-list", work / "sample" / "image.txt")
+    assert process.returncode == 0 and "batch size 1: deepmar_bs1_int8.onnx" in process.stdout, process.stderr
+    assert "image.txt both name 00001.png, 00002.png" in process.stderr and "scored %d images" % SIZE in process.stdout
+    assert "deepmar_bs1_int8.onnx" in (work / "throughput.csv").read_text()
+
+
 def test_failing_stage_stops_the_run(own_copy):
     run, work = own_copy
     (work / "deepmar_bs1.onnx").write_text("<html>")
@@ -176,7 +187,7 @@ def test_bad_variables_are_usage_errors(tmp_path):
                         (["--published-acc", "78,9"], "published_acc"), (["--size", "224"], "height and width"),
                         (["--last-conv-stride", "3"], "last_conv_stride"), (["--chips", "0"], "chips"), (["--pure", "x"], "pure"),
                         (["--tolerance", "x"], "tolerance"), (["--stage", "7", "--stop-stage", "4"], "no stage would run"),
-                        (["--json", "x"], "json needs --check"), (["--strict=no"], "strict")):
+                        (["--json", "x"], "json needs --check"), (["--int8", "8"], "int8 must be yes or no"), (["--strict=no"], "strict")):
         process = run_all("--work-dir", tmp_path / "work", *wrong)
         assert process.returncode == 2 and text in process.stderr, (wrong, process.stderr)
     process = run_all("--work-dir", tmp_path / "work", *own_data("/nowhere"))

@@ -42,6 +42,8 @@ def test_the_files_of_a_sample_are_complete(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("sample: 2 drawn pedestrians with labels, ")
     names = (tmp_path / "sample" / "image.txt").read_text().splitlines()
     assert names == ["00001.png", "00002.png"] == sorted(os.listdir(str(tmp_path / "sample" / "images")))
+    others = (tmp_path / "sample" / "calibration.txt").read_text().splitlines()
+    assert len(others) == 32 and others == sorted(os.listdir(str(tmp_path / "sample" / "calibration_images")))
     labels = json.loads((tmp_path / "sample" / "label.json").read_text())
     assert sorted(labels) == names and {len(row) for row in labels.values()} == {35}
     assert (tmp_path / "sample" / "attributes.txt").read_text().splitlines() == list(PETA)
@@ -50,6 +52,9 @@ def test_the_files_of_a_sample_are_complete(tmp_path, monkeypatch, capsys):
     assert before["checkpoint.pth.tar"]
     process = script("tools/sample.py", "sample", "--images", 2, "--keep", cwd=tmp_path)
     assert process.stdout == "sample: kept, because it already has 2 images\n" and contents(tmp_path / "sample") == before
+    (tmp_path / "sample" / "made_with.txt").write_text("images 2, size 224 224, last_conv_stride 2, seed 0\n")  # before calibration
+    sample.main(["sample", "--images=2", "--keep"])
+    assert "drawn pedestrians" in capsys.readouterr().out and contents(tmp_path / "sample").keys() == before.keys()
 
 
 def test_a_folder_of_other_files_is_not_replaced(tmp_path):

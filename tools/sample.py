@@ -3,10 +3,11 @@
     python3 tools/sample.py sample
 
 The script writes sample/images/*.png, image.txt, label.json and attributes.txt (drawn test images with known PETA attributes),
-checkpoint.pth.tar (a DeepMAR that recognises them) and accuracy.txt (PyTorch's own instance_acc on them, with torchvision's
-transforms). The same seed gives the same data. The checkpoint is not trained: a random ResNet-50 gets its BatchNorm statistics
-from other drawings, and ridge regression fits the classifier to the features of the test images and of other drawings. The
-sample shows that the pipeline computes the right thing. It says nothing about photographs.
+checkpoint.pth.tar (a DeepMAR that recognises them), accuracy.txt (PyTorch's own instance_acc on them, with torchvision's
+transforms), and calibration_images/*.png and calibration.txt (other drawings, to calibrate INT8). The same seed gives the same
+data. The checkpoint is not trained: a random ResNet-50 gets its BatchNorm statistics from other drawings, and ridge regression
+fits the classifier to the features of the test images and of other drawings. The sample shows that the pipeline computes the
+right thing. It says nothing about photographs.
 """
 import argparse
 import collections
@@ -28,6 +29,7 @@ with importing():
     import numpy as np
 
 MIN_DRAWINGS = 120          # the classifier is fitted to at least this many drawings: the test images and others
+CALIBRATION = 32     # drawings for INT8. AMCT's guides advise 16 or 32
 STATISTICS = 32      # BatchNorm takes its statistics from this many of the others, the first ones
 BATCH = 8            # it is small because PyTorch allocates the feature maps of large batches anew each time
 BN3_WEIGHT = 0.2     # the weight of each residual block's last BatchNorm; it keeps a random network's features from growing
@@ -279,13 +281,20 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def write(folder, model, images, labels, accuracy, made_with):
+def write_images(folder, images, form):
+    """Writes images into a new folder. form: that of their names, such as %05d.png. Returns the names."""
+    os.makedirs(folder)
+    names = [form % (i + 1) for i in range(len(images))]
+    for name, image in zip(names, images):
+        image.save(os.path.join(folder, name))
+    return names
+
+
+def write(folder, model, images, labels, accuracy, calibration, made_with):
     """Writes the sample's files into a folder."""
     import torch
-    os.makedirs(os.path.join(folder, "images"))
-    names = ["%05d.png" % (i + 1) for i in range(len(images))]
-    for name, image in zip(names, images):
-        image.save(os.path.join(folder, "images", name))
+    names = write_images(os.path.join(folder, "images"), images, "%05d.png")
+    calibration = write_images(os.path.join(folder, "calibration_images"), calibration, "calibration_%05d.png")
     # Ascend's training script writes the keys in this form
     state = {"module." + key: value.contiguous() for key, value in model.state_dict().items()}
     checkpoint = io.BytesIO()  # torch.save to a file crashes if the disk is full
@@ -294,6 +303,7 @@ def write(folder, model, images, labels, accuracy, made_with):
         f.write(checkpoint.getbuffer())
     for name, text in (("label.json", json.dumps(dict(zip(names, labels.tolist())))),
                        ("image.txt", "".join(name + "\n" for name in names)),
+                       ("calibration.txt", "".join(name + "\n" for name in calibration)),
                        ("attributes.txt", "".join(name + "\n" for name in PETA)),
                        ("accuracy.txt", "%r\n" % accuracy), (OPTIONS_FILE, made_with)):
         with open(os.path.join(folder, name), "w") as f:
@@ -303,7 +313,8 @@ def write(folder, model, images, labels, accuracy, made_with):
 def main(argv=None):
     args = parse(argv)
     size, stride = tuple(args.size), args.last_conv_stride
-    made_with = "images %d, size %d %d, last_conv_stride %d, seed %d\n" % ((args.images,) + size + (stride, args.seed))
+    made_with = "images %d, calibration %d, size %d %d, last_conv_stride %d, seed %d\n" % (
+        (args.images, CALIBRATION) + size + (stride, args.seed))
     folder = os.path.realpath(args.folder)
     if os.path.exists(folder):
         try:
@@ -326,7 +337,8 @@ def main(argv=None):
         model, logits = make_model(others + images, np.concatenate([other_labels, labels]), size=size,
                                    last_conv_stride=stride, seed=args.seed, calls=calls)
         reached = evaluate(logits[len(others):], labels)[0]["instance_acc"]
-        write(partial, model, images, labels, reached, made_with)
+        calibration, _ = pedestrians(CALIBRATION, args.seed + 3)
+        write(partial, model, images, labels, reached, calibration, made_with)
     print("%s: %d drawn pedestrians with labels, and a checkpoint that reaches instance_acc %.4f on them in PyTorch"
           % (args.folder, len(images), reached))
 

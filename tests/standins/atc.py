@@ -1,13 +1,14 @@
 """Stands in for atc: the options it knows, its checks of them in its order, its error codes, the files it leaves.
 
-The codes, and the texts up to CANN 8.3, are the real one's. It is stricter in two things, so that a mistake of ours is found:
-only opset 11, as the guide says, and no Pad.
+The codes, and the texts up to CANN 8.3, are the real one's. It is stricter in three things, so that a mistake of ours is found:
+only opset 11, as the guide says, no Pad, and INT8 by AMCT's nodes alone.
 """
 import os
 import re
 import sys
 
 import aipp
+import amct_onnx
 import onnx
 from om import FAIL, MODEL_DEF, TASKS, WEIGHTS, content, die, model_def
 
@@ -78,14 +79,15 @@ if [entry.version for entry in model.opset_import] != [11]:
            % (model.graph.node[0].name, model.opset_import[0].version, model.graph.node[0].op_type))
 if any(node.op_type == "Pad" for node in model.graph.node):
     failed("a Pad is left in the model")  # atc itself would take it
+if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+    failed("a QuantizeLinear is in the model, which is for ONNX Runtime")
 insert = aipp.settings(values, list(inputs.values())[0], failed)
 with open("fusion_result.json", "w") as f:  # as atc does: its own, nothing to do with stage 7's
     f.write('{"graph_fusion": {}}')
 if FAIL in FAILURES:
     failed(*FAILURES[FAIL])
 if FAIL != "atc leaves nothing":
-    with open(values["model"], "rb") as f:
-        weights = f.read()
+    weights = amct_onnx.runnable(model).SerializeToString()
     texts = {"soc_version": values["soc_version"], "atc_version": "7.5.0.1.129", "opp_version": "7.5.0.1.129",  # CANN 8.0.RC3's
              "atc_cmdline": " ".join(["atc"] + sys.argv[1:])}
     with open(values["output"] + ".om", "wb") as f:

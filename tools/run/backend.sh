@@ -3,7 +3,7 @@
 # shellcheck shell=bash disable=SC1090,SC2034,SC2154,SC2317
 
 benchmark=$here/benchmark.$(uname -m)
-make_om='' make_twin=''
+make_om='' amct='' make_twin='' calibrate=''
 doctor() { "$python" "$here/tools/run/doctor.py" "$@"; } # it reads npu-smi's table and finds CANN's folders
 ais_bench_files() { "$python" "$here/tools/run/ais_bench_files.py" "$@"; }
 cores() { PYTHONPATH=$here "$python" -c 'from lib.machine import cores; print(cores())'; } # unlike nproc, this respects a CPU quota
@@ -32,8 +32,8 @@ check_machine() {
     exec "$python" "$here/tools/run/doctor.py" check "asked_backend=$asked" "packages=$(needed_packages)" "${values[@]}"
 }
 
-# choose_backend: sets backend to what will run the model, make_om if atc will make an OM, and make_twin if stage 3 makes an ONNX
-# model with AIPP instead. Stops if a part of a requested backend is missing
+# choose_backend: sets backend to what will run the model, and what stage 3 makes: make_om, amct, make_twin, calibrate. Stops if a
+# part of a requested backend is missing
 choose_backend() {
     local why='' binary=${benchmark##*/}
     if runs 3 && has_atc && [ "$backend" != onnxruntime ]; then make_om=yes; fi
@@ -57,11 +57,35 @@ choose_backend() {
             "deepmar_bs${batch_size%% *}.om, into $work_dir, or run: bash" \
             "./Ascend-cann-toolkit_VERSION_linux-$(uname -m).run --install" ;;
     esac
-    case $aipp$backend$make_om in no*) ;; *onnxruntime* | *auto) ! runs 3 || make_twin=yes ;; esac
+    case $int8$aipp$backend$make_om in nono*) ;; *onnxruntime* | *auto) ! runs 3 || make_twin=yes ;; esac
+    if [ "$int8" = yes ]; then
+        [ -n "$card_model" ] || amct=$make_om
+        calibrate=${amct:-$make_twin}
+    fi
     runtime_options=(${provider:+"-provider=$provider"} ${tolerance:+"-tolerance=$tolerance"} ${strict:+-strict})
     if [ "$backend" = onnxruntime ] && [ ${#devices[@]} -gt 1 ]; then
         say "these devices are not cards, but ${#devices[@]} processes on ONNX Runtime that share $(cores) cores"
         runtime_options+=("-threads=$(($(cores) > ${#devices[@]} ? $(cores) / ${#devices[@]} : 1))")
+    fi
+}
+
+# check_stage_3: says if stage 3 makes no OM. Stops if it lacks what INT8 needs
+check_stage_3() {
+    [ -n "$make_om" ] || ! runs 3 ||
+        say "no OM is made: $(has_atc && echo "backend onnxruntime needs none" || echo "there is no atc on this machine")"
+    if [ -n "$card_model" ] && runs 3 && [ -z "$make_om" ]; then
+        has_atc && usage "card_model is for atc, but backend onnxruntime makes no OM"
+        fail "card_model: there is no atc on this machine to make an OM of it; leave card_model out to run a model with the same" \
+            "arithmetic on ONNX Runtime"
+    fi
+    if [ -n "$amct" ] && ! command -v amct_onnx >/dev/null; then
+        fail "int8: there is atc, but no amct_onnx on the PATH, which makes INT8 models for it; run: $(doctor amct); or give" \
+            "--card-model NAME_deploy_model.onnx, made elsewhere, or --backend onnxruntime for a rehearsal without an OM"
+    fi
+    if [ -n "$calibrate" ] && [ -z "$sample" ]; then
+        calibration_images=${calibration_images:-$images}
+        [ -n "$calibration_list" ] || usage "calibration_list is not set, and INT8 needs a list of training or validation images"
+        [ -n "$calibration_images" ] || usage "calibration_images is not set, and INT8 needs the folder of these images"
     fi
 }
 
@@ -109,12 +133,20 @@ broken() {
     tr '\r' '\n' <"$log" | tail -n "$last" | grep -vF '[ERROR]' | sed 's/^/    /' >&2 || :
     fail "$1${why:+: $why}; above are the errors and the last lines of $log"
 }
-# keep FILE: moves what atc has made from the scratch folder into the work folder, and goes there
+# keep TOOL FILE: moves what atc or amct_onnx has made from the scratch folder into the work folder, and goes there
 keep() {
-    [ -e "$1" ] || broken "atc wrote no $1" "atc_bs$batch"
-    mv "$1" "$work_dir/"
+    [ -e "$2" ] || broken "$1 wrote no $2" "$1_bs$batch"
+    mv "$2" "$work_dir/"
     cd "$work_dir"
-    check_oms "$batch"
+    [ "$1" != atc ] || check_oms "$batch"
+}
+
+# announce: says what stage 6 runs. Stops if there are fewer images than devices
+announce() {
+    local count
+    count=$(wc -l <deepmar.info)
+    say "batch size $batch: $model, $count images -> $result"
+    [ "$count" -ge ${#devices[@]} ] || fail "${#devices[@]} devices, but fewer images in $work_dir/deepmar.info"
 }
 
 # info_of DEVICE: prints the name of a device's info file. If there are several devices, each has its own part of the images
@@ -153,11 +185,9 @@ pure_inference() {
     for device in "${devices[@]}"; do
         log=pure_${backend}_bs${batch}_device$device
         case $backend in
-            benchmark) on_device "$log" "$benchmark" -round=20 -om_path="$model" -device_id="$device" -batch_size="$batch" ;;
-            onnxruntime) on_device "$log" "$python" "$here/tools/benchmark.py" -round=20 -om_path="$model" -device_id="$device" \
-                -batch_size="$batch" "${runtime_options[@]}" ;;
             ais_bench) on_device "$log" "$user_python" -m ais_bench --model "$model" --output result --output_dirname \
                 "pure_device$device" --outfmt BIN --batchsize "$batch" --device "$device" --loop 20 ;;
+            *) on_device "$log" "${program[@]}" -round=20 -om_path="$model" -device_id="$device" -batch_size="$batch" ;;
         esac
     done
     all_devices

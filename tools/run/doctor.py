@@ -7,6 +7,8 @@
         comes from npu-smi info. If NEEDED is empty, an unknown chip is no error
     tools/run/doctor.py set_env
         prints the path of set_env.sh of this machine's CANN, if there is one
+    tools/run/doctor.py amct
+        prints the command that installs amct_onnx
     tools/run/doctor.py explain LOG CHIP
         prints what to do about the failure in the LOG of atc or of a tool that runs OMs, if it is a known one
     tools/run/doctor.py om WORK_DIR BATCH_SIZES SIZE BINS DEVICES
@@ -37,6 +39,9 @@ INPUT_STAGES = {"checkpoint": [1], "images": [4, 8], "image_list": [4, 7], "labe
 PIXEL_BYTES = {"no": 12, "yes": 3, "nv12-601": 1.5, "nv12-709": 1.5, "nv12-jpeg": 1.5}  # of a bin, by the value of aipp
 TOOLKIT = "bash ./Ascend-cann-toolkit_%%s_linux-%s.run --install" % MACHINE
 DRIVER = "bash ./Ascend-hdk-CHIP-npu-driver_VERSION_linux-%s.run" % MACHINE
+# AMCT is a package of its own beside CANN; the page "Software Package Upload" of its guide lists what is in it. It needs no card.
+AMCT = "tar -xzf Ascend-cann-amct_%%s_linux-%s.tar.gz && cd amct/amct_onnx && python3 -m pip install amct_onnx-*.whl && " \
+       "tar -xzf amct_onnx_op.tar.gz && cd amct_onnx_op && python3 setup.py build" % MACHINE
 KEEP_CANN = ("; CANN 8.5 and later have none for a 310: keep your present CANN, or install 8.3 or older",
              "bash run_all.sh --set-env /FOLDER/OF/THAT/CANN/set_env.sh")
 DETAILS = "export ASCEND_SLOG_PRINT_TO_STDOUT=1 ASCEND_GLOBAL_LOG_LEVEL=1, and repeat the stage: its log then names the cause"
@@ -271,6 +276,10 @@ class Cann(object):
         places = "compiler", "opp", "share/info/ge-compiler"  # the last one: from CANN 8.5 on
         texts = [read(os.path.join(self.home or "/dev/null", place, "version.info")) for place in places]
         return [self.version] + re.findall(r"^Version=(\S+)", "\n".join(texts), re.MULTILINE)
+
+    def amct(self):
+        """Returns the command that installs AMCT for ONNX in the version of this CANN."""
+        return AMCT % (self.version if self.number else "VERSION")
 
     def operator_package(self, name):
         """Returns the command that installs the operators of a chip, or None if no package is known.
@@ -514,14 +523,16 @@ class Check(object):
         self.row("all", "Python", "note" if missing else "ok", found)
 
     def inputs(self):
-        values = self.values
-        given = [name for name in INPUT_STAGES if values[name]]
+        values, stages = self.values, dict(INPUT_STAGES)
+        if values["int8"] == "yes" and not values["card_model"]:
+            stages.update(calibration_list=[3], calibration_images=[])
+        given = [name for name in stages if values[name]]
         self.images = int(values["sample_size"])
         if not given:
             return self.row("1 4 7", "inputs", "note", "none given; the run uses the sample: %d images, a checkpoint" % self.images)
-        problems = ["no " + values[name] for name in given if not os.path.exists(values[name])]
-        problems += ["%s is not set" % name for name, stages in INPUT_STAGES.items()
-                     if name not in given and any(map(self.runs, stages))]
+        problems = ["no " + values[name] for name in given + ["card_model"] if values[name] and not os.path.exists(values[name])]
+        problems += ["%s is not set" % name for name, needed in stages.items()
+                     if name not in given and any(map(self.runs, needed))]
         names = []
         try:
             if os.path.isfile(values["image_list"]):
@@ -576,6 +587,10 @@ class Check(object):
 
     def toolkit(self):
         cann = self.cann
+        if self.values["int8"] == "yes" and not self.values["card_model"]:
+            found = shutil.which("amct_onnx")
+            self.row("3", "amct_onnx", "ok" if found else self.lack(self.converts and self.runs(3)), found or "no amct_onnx on the PATH",
+                     None if found else cann.amct())
         if not cann.atc:
             found = "no atc on the PATH" if find_set_env() else "no atc on the PATH, and no set_env.sh was found"
             if family(self.chip)[0] == "ascend310":
@@ -687,6 +702,8 @@ def main():
         print(chip(*arguments[1:]))
     elif arguments == ["set_env"]:
         print(find_set_env() or "")
+    elif arguments == ["amct"]:
+        print(Cann().amct())
     elif arguments[:1] == ["explain"] and len(arguments) == 3:
         print(explain(read(arguments[1]), arguments[2]) or "")
     elif arguments[:1] == ["om"] and len(arguments) == 6:
@@ -713,7 +730,7 @@ def main():
             write_text(values["json"], json.dumps({"backend": values["backend"], "ok": not lacking, "rows": rows}, indent=1) + "\n")
         sys.exit(1 if lacking else 0)
     else:
-        print("usage: doctor.py check|chip|set_env|explain|om ARGUMENT ...\n\n" + __doc__, end="")
+        print("usage: doctor.py check|chip|set_env|amct|explain|om ARGUMENT ...\n\n" + __doc__, end="")
         sys.exit(0 if arguments in ([], ["-h"], ["--help"]) else 2)
 
 

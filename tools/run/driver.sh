@@ -11,9 +11,12 @@ runs() { [ "$stage" -le "$1" ] && [ "$1" -le "$stop_stage" ]; } # runs N: whethe
 # shellcheck source=tools/run/backend.sh
 source "$here/tools/run/backend.sh"
 
-# start_run ARGUMENT ...: does everything that comes before the first stage
+# start_run ARGUMENT ...: does everything that comes before the first stage. It sets sample (yes: no data was given), height, width,
+# num_att (attributes in the labels), devices (a list), user_python (as given, for ais_bench), and what stage 3 makes:
+# make_om (an OM), amct (an INT8 one with amct_onnx), make_twin (an ONNX model in its place), calibrate (by calibration images).
+# ONNX Runtime runs deepmar_bs1$twin.onnx, or with AIPP deepmar_bs1$aipp_twin.onnx
 start_run() {
-    options=$(sed -n 's/^\([a-z_]*\)=\${.*}.* # .*/\1/p' "$here/run_all.sh") # the names of the variables
+    options=$(sed -n 's/^\([a-z0-9_]*\)=\${.*}.* # .*/\1/p' "$here/run_all.sh") # the names of the variables
     read_options "$@"
     check_options
     check_given
@@ -22,6 +25,7 @@ start_run() {
     read_set_env
     [ -z "$check" ] || check_machine
     choose_backend
+    check_stage_3
     choose_chip
     [ -n "$make_om" ] || check_oms "$batch_size"
     check_ais_bench
@@ -38,7 +42,7 @@ start_run() {
 
 help() { # prints the comments at the top of run_all.sh and those of its variables
     sed -n '3,/^case/{s/^# \{0,1\}//; /^case/!p}' "$here/run_all.sh"
-    sed -n 's/^\([a-z_]*\)=\${.*[-]\(.*[^}]\)}\{1,2\} *# *\(.*\)/\1 \3 [\2]/p; t; s/^\([a-z_]*\)=\${.*} *# */\1 /p; s/^ \{30,\}# /. /p' \
+    sed -n 's/^\([a-z0-9_]*\)=\${.*[-]\(.*[^}]\)}\{1,2\} *# *\(.*\)/\1 \3 [\2]/p; t; s/^\([a-z0-9_]*\)=\${.*} *# */\1 /p; s/^ \{30,\}# /. /p' \
         "$here/run_all.sh" |
         while read -r name text; do
             [ "$name" = . ] && name='' || name=--${name//_/-}
@@ -86,7 +90,10 @@ check_options() {
     numbers size '[1-9][0-9]{0,4}' "height and width in pixels, such as 224 224" twice
     matches size '[0-9]+ [0-9]+' "height and width in pixels, such as 224 224"
     matches pure 'yes|no' "yes or no"
+    matches int8 'yes|no' "yes or no"
     matches aipp 'yes|no|nv12-(601|709|jpeg)' "yes, no, nv12-601, nv12-709 or nv12-jpeg"
+    [ -z "$card_model" ] || [ "$int8" = yes ] || usage "card_model is an INT8 model: give --int8 yes, too"
+    [ -z "$card_model" ] || [[ $batch_size != *" "* ]] || usage "card_model has one batch size, but batch_size is $batch_size"
     [[ $aipp != nv12-* || $size =~ ^[0-9]*[02468]' '[0-9]*[02468]$ ]] || usage "aipp $aipp needs an even height and width, not $size"
     for name in check strict; do matches $name '(yes)?' "yes or empty"; done
     for name in stage stop_stage; do matches $name '[0-8]' "one of 0 to 8"; done
@@ -101,7 +108,8 @@ check_options() {
     matches backend 'auto|benchmark|ais_bench|onnxruntime' "auto, benchmark, ais_bench or onnxruntime"
     [ -z "$json" ] || [ -n "$check" ] || usage "json needs --check"
     for name in work_dir set_env; do [[ ${!name} != -* ]] || printf -v "$name" %s "./${!name}"; done # commands would take -x for an option
-    height=${size% *} width=${size#* }
+    height=${size% *} width=${size#* } twin=_nopad aipp_twin=_aipp int8_option=''
+    [ "$int8" = no ] || twin=_int8 aipp_twin=_int8_aipp int8_option=--int8
     read -ra devices <<<"$device_id"
 }
 
@@ -110,9 +118,9 @@ check_options() {
 check_given() {
     local name needed
     sample=yes
-    for name in checkpoint images image_list label_file attributes thresholds groups; do
+    for name in checkpoint images image_list label_file calibration_list calibration_images attributes thresholds groups card_model; do
         [ -n "${!name}" ] || continue
-        case $name in attributes | thresholds | groups) ;; *) sample='' ;; esac
+        case $name in attributes | thresholds | groups | card_model) ;; *) sample='' ;; esac
         [ -e "${!name}" ] || [ -n "$check" ] || fail "$name: ${!name}: no such file or folder"
         printf -v "$name" %s "$(realpath -m -- "${!name}")"
     done
@@ -159,8 +167,8 @@ needed_packages() {
     local packages=(numpy)
     if [ -n "$sample" ] && runs 0; then packages+=(torch torchvision Pillow tqdm); fi
     if runs 1; then packages+=(torch torchvision onnx onnxruntime); fi
-    if runs 2 || [ -n "$make_twin" ]; then packages+=(onnx onnxruntime); fi
-    if runs 4; then packages+=(Pillow tqdm); fi
+    if runs 2 || [ -n "$make_twin$calibrate" ] || { [ -n "$card_model" ] && runs 3; }; then packages+=(onnx onnxruntime); fi
+    if runs 4 || [ -n "$calibrate" ]; then packages+=(Pillow tqdm); fi
     if runs 6 && [ "$backend" = onnxruntime ]; then packages+=(onnx onnxruntime tqdm); fi
     if runs 8; then packages+=(Pillow tqdm jinja2); fi
     echo "${packages[@]}"
@@ -169,15 +177,20 @@ needed_packages() {
 # check_data: checks the user's lists before any work, and sets num_att to the number of attributes in the labels. Without data of
 # the user, it sets the paths to the sample's
 check_data() {
+    if [ -n "$card_model" ] && runs 3; then
+        "$python" "$here/tools/run/inputs.py" card_model "$card_model" "$batch_size" 3 "$height" "$width" || exit 1
+    fi
     num_att=
     if [ -z "$sample" ]; then
         num_att=$("$python" "$here/tools/run/inputs.py" lists ${image_list:+--image-list "$image_list"} \
             ${images:+--images "$images"} ${label_file:+--label-file "$label_file"} ${attributes:+--attributes "$attributes"} \
-            ${thresholds:+--thresholds "$thresholds"} ${groups:+--groups "$groups"}) || exit 1
+            ${thresholds:+--thresholds "$thresholds"} ${groups:+--groups "$groups"} \
+            ${calibrate:+--calibration-list "$calibration_list" --calibration-images "$calibration_images"}) || exit 1
         return
     fi
     checkpoint=$work_dir/sample/checkpoint.pth.tar images=$work_dir/sample/images
     image_list=$work_dir/sample/image.txt label_file=$work_dir/sample/label.json
+    calibration_list=$work_dir/sample/calibration.txt calibration_images=$work_dir/sample/calibration_images
     if [ -z "$attributes" ] && { runs 0 || [ -e sample/attributes.txt ]; }; then attributes=$work_dir/sample/attributes.txt; fi
 }
 
@@ -202,13 +215,41 @@ on_exit() {
 inputs() { # keeps and checks the records of what each file was made from
     "$python" "$here/tools/run/inputs.py" "$@" -- checkpoint="$checkpoint" image_list="$image_list" images="$images" size="$size" \
         aipp="$aipp" last_conv_stride="$last_conv_stride" state_dict="$state_dict" batch_size="$batch_size" device_id="$device_id" \
-        atc_options="$atc_options"
+        atc_options="$atc_options" int8="$int8" card_model="$card_model" calibration_list="$calibration_list" \
+        calibration_images="$calibration_images"
 }
 made() { inputs made "$current" "$1" "${@:3}"; } # the second word is "from"
 verify() { inputs verify "$@" || exit 1; }
 
-result_of() { [ "$batch_size" = "$1" ] && echo result || echo "result_bs$1"; }
-description_of() { [ ! -e "deepmar_bs$1.json" ] || echo "$work_dir/deepmar_bs$1.json"; }
+# names_of BATCH_SIZE: sets model to the file that stage 6 runs, model_stage to the stage that makes it, result to stage 6's folder,
+# results to the folders in it, one for each device, and described to the model's description, if there is one
+names_of() {
+    model=deepmar_bs$1.om model_stage=3
+    case $backend$int8$aipp in
+        onnxruntimenono) model=deepmar_bs$1$twin.onnx model_stage=2 ;;
+        onnxruntimeyesno) model=deepmar_bs$1$twin.onnx ;;
+        onnxruntime*) model=deepmar_bs$1$aipp_twin.onnx ;;
+    esac
+    [ "$batch_size" = "$1" ] && result=result || result=result_bs$1
+    results=("${devices[@]/#/$result/dumpOutput_device}")
+    described=$work_dir/deepmar_bs$1.json
+    [ -e "$described" ] || described=''
+}
+
+# choose_images LIST FILE: writes a list of as many images of LIST as calibration needs
+choose_images() {
+    verify "$1=0"
+    inputs spread "$@"
+}
+
+# choose_published: sets published to the accuracy to compare with
+choose_published() {
+    published=$published_acc
+    if [ -z "$published" ] && [ -n "$sample" ]; then
+        published=$(verify sample/accuracy.txt=0 && cat sample/accuracy.txt)
+        say "the sample has no published accuracy, so the results are compared with PyTorch's on the same images"
+    fi
+}
 
 # scratch NAME: makes an empty folder in the work folder and goes there. The folder's name holds the devices, so a run deletes only
 # what killed runs on its own devices left.
@@ -228,6 +269,7 @@ score() {
         exec {scoring}>>"$work_dir/.scoring.lock"
         locked "$scoring"
     fi
+    [ "$batch_size" = "$batch" ] || say "batch size $batch"
     if ! "$@"; then
         [ -e fusion_result.json ] || exit 1
         dropped=$dropped${dropped:+, }$batch

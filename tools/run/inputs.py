@@ -1,11 +1,15 @@
 """Checks the lists of a run before any work, and records what each file was made from. Only run_all.sh calls this script.
 
     inputs.py lists --image-list image.txt --images images --label-file label.json
+    inputs.py card_model deepmar_deploy_model.onnx 1 3 224 224
+    inputs.py spread /data/train.txt calibration_bin.txt
     inputs.py made STAGE input_bin image_list images size -- image_list=/data/image.txt images=/data/images size="224 224"
     inputs.py verify input_bin=4 deepmar.info=5 -- image_list=/data/image.txt images=/data/images size="224 224"
     inputs.py get deepmar_bs1.om model
 
 lists checks the user's lists against each other and stops at the first fault. It prints the number of attributes in the labels.
+card_model stops unless a file is a model of amct_onnx for atc that takes this input.
+spread writes a list of the images that calibrate INT8, 32 or all, evenly spread over the given list.
 
 The other commands run in the work folder. After -- come the run's variables and their values.
 made records in .made_from/ what a stage made a product from: variables of the run and files in the work folder. NAME=VALUE
@@ -29,11 +33,13 @@ import zlib
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))))
 from lib.files import write_text
 from lib.names import find_listed, read_list, stem
-from lib.script import command, some
+from lib.script import command, note, some
 
 RECORDS = ".made_from"
 CHECKSUMS = os.path.join(RECORDS, "checksums.json")
-PATHS = ("checkpoint", "image_list", "images")  # these variables of run_all.sh are paths, the others settings
+LISTS = {"images": "image_list", "calibration_images": "calibration_list"}  # a folder's variable in run_all.sh, and its list's
+PATHS = ("checkpoint", "card_model") + tuple(LISTS) + tuple(LISTS.values())  # these variables are paths, the others settings
+CALIBRATION_IMAGES = 32  # AMCT's guides advise 16 or 32. More would be used at large batch sizes alone, which would then differ
 
 
 # --- checksums ------------------------------------------------------------------------------------------------------
@@ -92,17 +98,24 @@ def content(path):
     return identities([path])[0]
 
 
+def spread(names):
+    """Returns those of the names that calibrate INT8: CALIBRATION_IMAGES, evenly spread, or all if there are fewer."""
+    count = min(len(names), CALIBRATION_IMAGES)
+    return [names[i * len(names) // count] for i in range(count)]
+
+
 def present(name, variables):
     """Returns what an input is now, or None if it no longer exists. name: a variable of the run, or a file's path."""
     path = variables.get(name, name)
     if name in variables and name not in PATHS:
         return path
-    if not path or not os.path.exists(path) or name == "images" and not variables["image_list"]:
+    if not path or not os.path.exists(path) or name in LISTS and not variables[LISTS[name]]:
         return None
-    if name != "images":
+    if name not in LISTS:
         return content(path)
-    names = read_list(variables["image_list"])
-    return dict(zip(names, identities(find_listed(path, names, variables["image_list"]))))
+    listed = variables[LISTS[name]]
+    names = read_list(listed) if name == "images" else spread(read_list(listed))
+    return dict(zip(names, identities(find_listed(path, names, listed))))
 
 
 # --- records --------------------------------------------------------------------------------------------------------
@@ -152,13 +165,13 @@ def verify(product, stage, variables, seen):
                          % (where, stage, difference(record["product"], now), stage, os.path.abspath(record_path(product))))
     for name, before in record["inputs"].items():
         now = present(name, variables)
-        if now is None or before is None or before == now:
+        if now is None or before == now:
             continue
         if name in variables and name not in PATHS:
             raise ValueError("%s was made with %s %s, not %s; run stage %s again, or give --%s %s" % (
                 where, name, before or "(none)", now or "(none)", stage, name.replace("_", "-"), shlex.quote(before)))
         path = variables.get(name, name)
-        what = "other images than those in %s now" % path if name == "images" else "another %s" % os.path.basename(path)
+        what = "other images than those in %s now" % path if name in LISTS else "another %s" % os.path.basename(path)
         raise ValueError("%s was made from %s%s; run stage %s again" % (where, what, difference(before, now), stage))
 
 
@@ -167,13 +180,19 @@ def verify(product, stage, variables, seen):
 def check_lists(arguments):
     """Checks the lists against each other. Returns the number of attributes, or None without labels. Raises OSError or ValueError."""
     parser = argparse.ArgumentParser(prog="inputs.py lists")
-    for name in ("image-list", "images", "label-file", "attributes", "thresholds", "groups"):
+    for name in ("image-list", "images", "calibration-list", "calibration-images", "label-file", "attributes", "thresholds", "groups"):
         parser.add_argument("--" + name)
     args = parser.parse_args(arguments)
     from lib.labels import attribute_names, check_not_tuned_on, labels_of, read_groups, read_labels, read_thresholds
     names = read_list(args.image_list) if args.image_list else []
-    if args.images and names:
-        find_listed(args.images, names, args.image_list)
+    paths = find_listed(args.images, names, args.image_list) if args.images and names else []
+    if args.calibration_list:
+        chosen, tested = spread(read_list(args.calibration_list)), set(map(os.path.realpath, paths))
+        calibrating = find_listed(args.calibration_images, chosen, args.calibration_list)
+        common = [name for name, path in zip(chosen, calibrating) if os.path.realpath(path) in tested]
+        if common:
+            note("%s and %s both name %s; calibrate INT8 with training or validation images, or the accuracy looks too good"
+                 % (args.calibration_list, args.image_list, some(common)))
     read_groups(args.groups, names)
     count = None
     if args.label_file:
@@ -190,16 +209,36 @@ def check_lists(arguments):
     return count
 
 
+def check_card_model(path, shape):
+    """Raises ValueError unless a file is a deploy model of amct_onnx with an input of this shape, or of an open one."""
+    from lib.models import read_unchecked
+    graph = read_unchecked(path).graph
+    if "AscendQuant" not in {node.op_type for node in graph.node}:
+        raise ValueError("%s: has no AscendQuant, so it is no INT8 model for atc; give NAME_deploy_model.onnx of amct_onnx" % path)
+    weights = {tensor.name for tensor in graph.initializer}
+    for value in graph.input:
+        found = [dim.dim_value or size for dim, size in zip(value.type.tensor_type.shape.dim, shape)]
+        if value.name not in weights and found != shape:
+            raise ValueError("%s: takes %s, but batch_size and size make it %s; change these, or give another model" % (path, found, shape))
+
+
 def main(argv=None):
+    actions = ["lists", "card_model", "spread", "made", "verify", "get"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, usage="inputs.py lists|made|verify|get ARGUMENT ... [-- NAME=VALUE ...]")
-    parser.add_argument("action", choices=["lists", "made", "verify", "get"], help=argparse.SUPPRESS)
+                                     allow_abbrev=False, usage="inputs.py %s ARGUMENT ... [-- NAME=VALUE ...]" % "|".join(actions))
+    parser.add_argument("action", choices=actions, help=argparse.SUPPRESS)
     argv = sys.argv[1:] if argv is None else argv
     action, arguments = parser.parse_args(argv[:1]).action, argv[1:]
     if action == "lists":
         count = check_lists(arguments)
         if count is not None:
             print(count)
+        return
+    if action == "card_model":
+        check_card_model(arguments[0], list(map(int, arguments[1:])))
+        return
+    if action == "spread":
+        write_text(arguments[1], "".join(name + "\n" for name in spread(read_list(arguments[0]))))
         return
     end = arguments.index("--") if "--" in arguments else len(arguments)
     arguments, variables = arguments[:end], dict(text.split("=", 1) for text in arguments[end + 1:])

@@ -10,7 +10,8 @@ ais_bench measures no end-to-end rate, and the benchmark binary measures no late
 Rates are in images per second. "pure" is inference on the same batch again and again (run_all.sh --pure yes). Several devices
 ran at the same time, and a rate is their sum. With one device, the card's rate is the Interface throughputRate times the number
 of chips on the card (4 on a 300I, 2 on a 300I Duo, 1 on a 300I Pro). p50, p95 and p99 are percentiles of the time that the model
-took for a batch, in milliseconds. The script fails if the accuracy differs between the batch sizes.
+took for a batch, in milliseconds. The script fails if the accuracy differs between the batch sizes,
+with --int8 by more than 1 %.
 """
 import argparse
 import csv
@@ -25,6 +26,7 @@ from lib.rates import COLUMNS, figures
 from lib.script import command
 
 MAX_ACC_DIFFERENCE = 0.0001  # allowed difference of instance_acc: in an image or two, rounding may move a logit across 0
+MAX_INT8_DIFFERENCE = 0.01   # each INT8 model is calibrated by itself. This is the drop that stage 7 allows
 
 
 def row(batch_size, folder, model, backend, devices, chips):
@@ -61,6 +63,7 @@ def main(argv=None):
                         metavar=("BATCH_SIZE", "FOLDER", "MODEL", "BACKEND"), help="the results at a batch size")
     parser.add_argument("--devices", nargs="+", default=["0"], metavar="D", help="the devices used (default: 0)")
     parser.add_argument("--chips", type=int, default=0, help="chips per card, such as 4 for a 300I (default: unknown)")
+    parser.add_argument("--int8", action="store_true", help="the models are INT8, and instance_acc may differ by 1 %%")
     args = parser.parse_args(argv)
     if not all(re.fullmatch("[1-9][0-9]*", run[0]) for run in args.run):
         parser.error("--run: BATCH_SIZE must be a positive whole number")
@@ -83,7 +86,7 @@ def main(argv=None):
     if len({r["images"] for r in rows}) > 1:
         raise ValueError("%s.csv: the batch sizes have results of different numbers of images: %s; run stage 6 again for all of them"
                          % (args.output, ", ".join("%(images)d at %(batch_size)d" % r for r in rows)))
-    if difference > MAX_ACC_DIFFERENCE:
+    if difference > (MAX_INT8_DIFFERENCE if args.int8 else MAX_ACC_DIFFERENCE):
         raise ValueError("%s.csv: instance_acc differs between the batch sizes, by %.6f; compare two of their result "
                          "folders with tools/compare.py" % (args.output, difference))
     if len(rows) > 1:

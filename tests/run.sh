@@ -2,7 +2,8 @@
 # Runs every test on the current Python ($PYTHON, default python3) and on Python 3.7 ($PYTHON37; else python3.7, else
 # pyenv's): first ruff and shellcheck, then the test files, four at a time, with one Python after the other. If a Python lacks
 # packages, the script makes a virtual environment for it. Arguments go to pytest. The tests open the report in chromium ($CHROMIUM
-# names another Chrome). If this browser, fontconfig, the locales or shellcheck are missing, root installs them.
+# names another Chrome). If this browser, fontconfig, the locales or shellcheck are missing, root installs them. $AIS_BENCH and
+# $AMCT name what genuine tools are tested with, too: see docs/development.md.
 set -uo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." || exit 1
 

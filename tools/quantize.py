@@ -103,8 +103,10 @@ def write_int8(model, ranges, result, qdq):
     from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
     from onnxruntime.quantization.quant_utils import QuantizationMode
-    if hasattr(calibrate, "TensorsData"):  # ONNX Runtime 1.10 takes them as they are
+    if hasattr(calibrate, "TensorsData"):
         ranges = calibrate.TensorsData(CalibrationMethod.MinMax, ranges)
+    else:  # ONNX Runtime 1.10 takes Python's floats
+        ranges = {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
     # AIPP is not quantized: ONNX Runtime 1.10 would convert its table to int8, which its convolution does not accept.
     # The classifier and what follows are not, either: a logit that is rounded to 0 counts as positive, and they take no time.
     nodes = list(model.graph.node)
@@ -125,7 +127,7 @@ def write_int8(model, ranges, result, qdq):
 
 def classifier(nodes):
     """Returns the index of the last node with weights."""
-    return max(i for i, node in enumerate(nodes) if node.op_type in ("Conv", "Gemm", "MatMul"))
+    return max((i for i, node in enumerate(nodes) if node.op_type in ("Conv", "Gemm", "MatMul")), default=0)
 
 
 def correct_bias(model, float32, batches):
@@ -182,19 +184,19 @@ def open_float32(path):
 
 
 def score(int8, float32, bins, labels, groups, model):
-    """Prints the accuracy of two sessions over the bins [(name, path)]. Returns (float32's accuracy, int8's drop).
+    """Prints the accuracy of two sessions over the bins [(name, path)]. Returns int8's drop of instance_acc.
 
     model: the path of the float32 model, which decides for both whether they give logits or probabilities.
     """
     of_float32, kind = as_logits(compute(float32, bins), model, kind_of(model))
     of_int8, _ = as_logits(compute(int8, bins), model, kind)
     accuracy = effect(of_int8, of_float32, labels, groups)["instance_acc"]
-    drop, interval = -accuracy["change"], accuracy["interval"]
+    drop, interval = 0 - accuracy["change"], accuracy["interval"]
     print("instance_acc: float32 %r, int8 %r, drop %.2f %%%s; %d of %d attributes flip" % (
         accuracy["b"], accuracy["a"], 100 * drop,
         " (95 %%: %.2f to %.2f %%)" % (-100 * interval[1], -100 * interval[0]) if interval else "",
         ((of_int8 >= 0) != (of_float32 >= 0)).sum(), of_int8.size))
-    return accuracy["b"], drop
+    return drop
 
 
 def main(argv=None):
@@ -213,7 +215,7 @@ def main(argv=None):
             raise ValueError("%s: all %d bins calibrate, and none is left to score; give fewer --images" % (args.bins, len(bins)))
         labels = labels_of(args.labels, [name for name, _ in others], attributes_of(session))
         groups = read_groups(args.groups, [name for name, _ in others])
-    accuracy, scored = "FLOAT32_ACCURACY", ""
+    scored = ""
     with whole_file(args.output) as temporary:
         with tempfile.TemporaryDirectory() as folder:
             empty = empty_batch(session, batch_size, height, width)
@@ -221,7 +223,7 @@ def main(argv=None):
             batches = [int8.read(paths, empty) for paths in chosen]
             shutil.copyfile(quantize(args.model, batches, folder, args.qdq), temporary)
         if args.labels is not None:
-            accuracy, drop = score(open_session(temporary), open_session(args.model), others, labels, groups, args.model)
+            drop = score(open_session(temporary), open_session(args.model), others, labels, groups, args.model)
             scored = ", scored on the %d others" % len(others)
             if drop > MAX_DROP + 1e-9 and not args.allow_drop:
                 raise ValueError("%s: was not written, because instance_acc drops by more than 1 %%; calibrate on more bins "
@@ -229,8 +231,8 @@ def main(argv=None):
     print("%s: int8, %.1f MB (float32: %.1f MB), calibrated on %d of %d bins%s; for ONNX Runtime, not for atc"
           % (args.output, os.path.getsize(args.output) / 1e6, os.path.getsize(args.model) / 1e6, len(used), len(bins), scored))
     print("next: python3 tools/benchmark.py -batch_size=%d -om_path=%s -input_text_path=deepmar.info\n"
-          "      python3 postprocess_deepmar_pytorch.py result/dumpOutput_device0 %s --published %s"
-          % (batch_size, args.output, args.labels or "label.json", accuracy))
+          "      python3 postprocess_deepmar_pytorch.py result/dumpOutput_device0 label.json --published FLOAT32_ACCURACY"
+          % (batch_size, args.output))
 
 
 if __name__ == "__main__":

@@ -90,12 +90,16 @@ def find_ranges(model, batches):
     graph, ranges = model.graph, {}
     wanted = {name for node in graph.node for name in node.input} - {tensor.name for tensor in graph.initializer}
     with progress(len(wanted), "tensor") as bar:
-        for name, values in int8.activations(model, batches, wanted):
-            if values.dtype == np.float32:
-                count = int(CLIPPED * values.size)
-                values.partition([count, values.size - 1 - count])
-                ranges[name] = values[count], values[-1 - count]
-            del values  # the next nodes need its memory
+        for name, arrays in int8.activations(model, batches, wanted):
+            if arrays[0].dtype == np.float32:
+                count = int(CLIPPED * sum(array.size for array in arrays))
+                low, high = [], []
+                for array in arrays:  # the outermost values of all are among those of each
+                    values = np.partition(array, [count, array.size - 1 - count], axis=None)
+                    low.append(values[:count + 1].copy())
+                    high.append(values[-1 - count:].copy())
+                low, high = np.sort(np.concatenate(low)), np.sort(np.concatenate(high))
+                ranges[name] = low[count], high[-1 - count]
             bar.update()
     return ranges
 

@@ -121,10 +121,10 @@ def activation_scale(values):
 
 
 def activations(model, batches, wanted):
-    """Computes a model's tensors for all batches together, a node at a time. Yields (name, float32 [values]) of the wanted ones.
+    """Computes a model's tensors for all batches together, a node at a time. Yields (name, arrays) of the wanted ones.
 
     A tensor is forgotten as soon as no node needs it: the tensors of 32 images together would take 2 GB. batches: arrays of the
-    model's input.
+    model's input. The yielded list has an array for each, and is only valid until the next one.
     """
     import onnx
     from onnx import helper, numpy_helper
@@ -132,9 +132,9 @@ def activations(model, batches, wanted):
     constants = {tensor.name: tensor for tensor in graph.initializer}
     image, = [value.name for value in graph.input if value.name not in constants]
     last = {name: i for i, node in enumerate(graph.node) for name in node.input}
-    held = {image: batches}
+    held = {image: list(batches)}
     if image in wanted:
-        yield image, np.concatenate([array.ravel() for array in batches])
+        yield image, held[image]
     for i, node in enumerate(graph.node):
         names = [name for name in dict.fromkeys(node.input) if name in held]
         alone = helper.make_model(helper.make_graph(
@@ -144,15 +144,18 @@ def activations(model, batches, wanted):
         del alone.opset_import[:]
         alone.opset_import.extend(model.opset_import)
         session = cpu_session(alone, cores())
-        made = [session.run(None, {name: held[name][k] for name in names}) for k in range(len(batches))]
+        made, done = [], [name for name in names if last[name] == i]
+        for k in range(len(batches)):
+            made.append(session.run(None, {name: held[name][k] for name in names}))
+            for name in done:
+                held[name][k] = None
         held.update((name, [result[j] for result in made]) for j, name in enumerate(node.output) if name in last)
         del made
-        for name in names:
-            if last[name] == i:
-                del held[name]
+        for name in done:
+            del held[name]
         for name in node.output:
             if name in wanted:
-                yield name, np.concatenate([array.ravel() for array in held[name]])
+                yield name, held[name]
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -176,9 +179,8 @@ def calibrate(model, layers, batches):
     copy, _ = with_quantized_weights(model, layers)
     tensors, scales = {layer.tensor for layer in layers}, {}
     with progress(len(tensors), "tensor") as bar:
-        for name, values in activations(copy, batches, tensors):
-            scales[name] = activation_scale(values)
-            del values  # the next nodes need its memory
+        for name, arrays in activations(copy, batches, tensors):
+            scales[name] = activation_scale(np.concatenate([array.ravel() for array in arrays]))
             bar.update()
     return scales
 

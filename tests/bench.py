@@ -370,7 +370,8 @@ def row_inference(quick):
 def row_int8(quick):
     make_bins(quick)
     model, images = make_model(quick, 1), 16 if quick else 64 * CORES
-    text = script("tools/quantize.py", model, "input_bin", "int8.onnx", "--labels", "sample/label.json", "--allow-drop")
+    text = script("tools/quantize.py", model, "input_bin", "int8.onnx", "--images", 8 if quick else 64, "--labels", "sample/label.json",
+                  "--allow-drop")
     theirs, ours = (100 * float(number) for number in re.search(r"float32 ([0-9.]+), int8 ([0-9.]+)", text).groups())
     yield make_row("INT8, instance_acc", "float32", "%", 0.995, theirs, ours, ours / theirs)
     yield from compare(quick, "INT8, batch 1", "images/s", lambda: pure_inference("int8.onnx", 1, images), {

@@ -10,7 +10,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from lib.session import compute, open_session
-from quantize import find_ranges, multiplies_exactly, score
+from quantize import find_ranges, multiplies_exactly, score, shortcuts
 from helpers import check_error, end_in, make_model, script, tensor_info, write_model
 
 
@@ -111,6 +111,32 @@ def test_mean_of_the_logits_stays(folder):
     float32, int8 = (run(folder / name, images) for name in ("bs1.onnx", "int8.onnx"))
     assert np.abs(int8 - float32).max() > 1e-3
     np.testing.assert_allclose(int8.mean(axis=0), float32.mean(axis=0), atol=1e-5)
+
+
+def test_classifier_is_fitted_by_ridge_regression(folder):
+    """Its formula in the primal form, with an unknown for each feature."""
+    assert quantize(folder, "bs1.onnx", "input_bin", "int8.onnx").returncode == 0
+    model = onnx.load(str(folder / "int8.onnx"))
+    gemm, = [node for node in model.graph.node if node.op_type == "Gemm"]
+    model.graph.output.append(onnx.ValueInfoProto(name=gemm.input[0]))
+    session, images = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]), \
+        np.load(str(folder / "images.npy"))
+    x = np.concatenate([session.run([gemm.input[0]], {"actual_input_1": image[None]})[0] for image in images]).astype(np.float64)
+    before, after = ([numpy_helper.to_array(tensor) for name in names for tensor in m.graph.initializer if tensor.name == name]
+                     for m, names in ((onnx.load(str(folder / "bs1.onnx")), "cb"), (model, gemm.input[1:])))
+    missed = run(folder / "bs1.onnx", images) - x.dot(before[0].T) - before[1]
+    x1, missed1 = x - x.mean(axis=0), missed - missed.mean(axis=0)
+    ridge = (x1 ** 2).sum() / COUNT
+    change = np.linalg.solve(x1.T.dot(x1) + ridge * np.eye(8), x1.T.dot(missed1)).T
+    np.testing.assert_allclose(after[0] - before[0], change, atol=1e-6)
+    assert np.abs(change).max() > 1e-4
+
+
+def test_shortcuts_are_the_convolutions_beside_the_blocks():
+    weights = [(name, np.zeros((channels, 3, 1, 1), np.float32)) for name, channels in (("small", 4), ("large", 16))]
+    nodes = [helper.make_node("Conv", [source, weight], [name], name) for name, source, weight in
+             (("first", "x", "small"), ("shortcut", "x", "large"), ("other", "first", "large"))]
+    assert shortcuts(make_model(nodes, [], [], weights)) == ["shortcut"]
 
 
 def test_int8_model_of_another_size(folder):

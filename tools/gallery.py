@@ -31,6 +31,7 @@ import re
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib.acl import PROVIDER as OM, is_om
@@ -45,7 +46,7 @@ from lib.machine import cores
 from lib.models import is_twin, load, output_kind
 from lib.providers import CPU, PROVIDERS
 from lib.results import kind_of, look_like_probabilities
-from lib.script import Silent, command, importing, note, number, one_line, progress, some
+from lib.script import Silent, command, has_module, importing, note, number, one_line, progress, some
 from lib.session import (SIZE_ASSUMED, attributes_of, calls_at_once, described_by, fixed_size, input_kind, input_size,
                          open_session, run_batches)
 
@@ -115,8 +116,9 @@ def import_libraries(address):
     file = "gallery"
     try:
         with importing(ends=False):
-            import fsspec  # noqa: F401
             import pyarrow
+            if not has_module("fsspec"):  # only urls need to import it, which takes a while
+                raise ImportError("No module named 'fsspec'")
             found = {"pyarrow": pyarrow.__version__, "python": "%d.%d.%d" % sys.version_info[:3]}
             if address:
                 file = "cluster"
@@ -156,8 +158,15 @@ def open_model(path, device_id):
     return open_session(path, provider=CPU, twin=twin), output_kind(model), twin
 
 
-def examine(args, session, model):
-    """model: its bytes. Returns (the model's entry for the manifest, its attributes' names)."""
+def read_model(path):
+    """Returns (a file's bytes, their SHA-256)."""
+    with open(path, "rb") as f:
+        model = f.read()
+    return model, hashlib.sha256(model).hexdigest()
+
+
+def examine(args, session, checksum):
+    """Returns (the model's entry for the manifest, its attributes' names)."""
     batch_size, height, width = input_size(session)
     if input_kind(session) in NV12:
         raise ValueError("%s: takes NV12, a video's frames; for image files give the model without it" % args.model)
@@ -171,7 +180,7 @@ def examine(args, session, model):
     if twice:
         raise ValueError("these attributes' columns would have the name path or error, or the same name: %s; give other names with "
                          "--attributes" % some(twice))
-    return {"sha256": hashlib.sha256(model).hexdigest(), "batch_size": batch_size, "height": height, "width": width,
+    return {"sha256": checksum, "batch_size": batch_size, "height": height, "width": width,
             "input": input_kind(session)}, list(names)
 
 
@@ -289,10 +298,11 @@ def main(argv=None):
     args = parse(argv)
     recorded = import_libraries(args.address)
     devices = None if args.address else local_devices(args)
-    session, kind, twin = open_model(args.model, (devices or [0])[0])
-    with open(args.model, "rb") as f:
-        model = f.read()
-    described, names = examine(args, session, model)
+    with ThreadPoolExecutor(1) as reader:
+        reading = reader.submit(read_model, args.model)
+        session, kind, twin = open_model(args.model, (devices or [0])[0])
+        model, checksum = reading.result()
+    described, names = examine(args, session, checksum)
     output = absolute(args.output)
     batch_size, size = described["batch_size"], (described["height"], described["width"])
     args.shard_size = args.shard_size or -(-SHARD_SIZE // batch_size) * batch_size  # no part ends with a batch that is half empty

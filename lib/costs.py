@@ -12,6 +12,7 @@ from lib.float16 import round_results, round_weights
 from lib.images import empty_input, normalise, preprocess, read_image, resize
 from lib.machine import cores
 from lib.metrics import effect
+from lib.models import copied
 from lib.names import stem
 from lib.script import importing, joined, one_line, progress, some
 from lib.session import calls_at_once, cpu_session, run_batches
@@ -40,13 +41,6 @@ def rows(standard, calibrated):
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
-
-def copied(model):
-    """Returns a copy of an onnx.ModelProto."""
-    copy = type(model)()
-    copy.CopyFrom(model)
-    return copy
-
 
 def int8_twin(model, source, paths, shape):
     """Returns the INT8 twin of an onnx.ModelProto with all layers in INT8.
@@ -138,13 +132,14 @@ def keep(path, logits, made_from):
         np.save(f, logits)
 
 
-def all_logits(table, model, source, paths, calibration, shape, folder):
+def all_logits(table, model, source, paths, calibration, checks, shape, folder):
     """Returns ({row's name: what its model gives, float32 [images, attributes]}, how many rows were kept in folder).
 
     Every row is kept as soon as it is computed. One that was made from the same contents is not computed again. table: of rows().
-    source: the model's path. paths, calibration: of image files. shape: (batch size, height, width).
+    source: the model's path. paths, calibration: of image files. checks: checksums() of the model, of paths and of calibration. shape:
+    (batch size, height, width).
     """
-    whole = [hashlib.sha256("".join(checksums(files)).encode()).hexdigest() for files in ([source], paths, calibration)]
+    whole = [hashlib.sha256("".join(check).encode()).hexdigest() for check in checks]
     files = [os.path.join(folder, row.name.replace(" + ", "_").replace(" ", "_") + ".logits") for row in table]
     made_from = [" ".join([row.kind] + whole[:3 if "int8" in row.steps else 2]) for row in table]
     found = {row.name: kept(*entry) for row, *entry in zip(table, files, made_from)}

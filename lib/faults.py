@@ -9,7 +9,7 @@ from lib.camera import to_rgb
 from lib.float16 import FLOAT16_MAX
 from lib.images import LAYOUTS, MEAN, NV12, STD
 from lib.machine import cores
-from lib.models import load
+from lib.models import give, load
 from lib.results import as_logits, kind_of
 from lib.script import importing, some
 from lib.session import cpu_session, empty_batch, input_kind, input_size, run_batches
@@ -65,10 +65,8 @@ def judge(candidate, float32, float16):
 
 def tensors(path, names, bins):
     """Yields {name: value} of a model's named tensors for each bin. path and bins are paths."""
-    import onnx
     model = load(path)
-    del model.graph.output[:]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    give(model, names)
     session = cpu_session(model, cores())
     batch_size, height, width = input_size(session)
     if batch_size != 1:  # all tensors of a larger batch might exhaust the memory

@@ -3,7 +3,7 @@
 Products are summed in float32, as in the card's cube unit. The twin is a bound on rounding, not a simulation of the chip: the card's
 order of accumulation and its kernels are unknown.
 """
-from lib.models import image_input
+from lib.models import copied, image_input
 from lib.script import importing, note, one_line
 
 with importing():
@@ -47,7 +47,7 @@ def tensor_types(model, path):
     those that the model states."""
     import onnx
     from onnx import helper
-    model = onnx.ModelProto.FromString(model.SerializeToString())
+    model = copied(model)
     graph = model.graph
     listed = {value.name for value in graph.input}
     graph.input.extend(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)

@@ -11,8 +11,8 @@ import shutil
 
 from lib.files import replaced_folder, write_text
 from lib.machine import cores
-from lib.models import SIMULATES
-from lib.script import importing, progress
+from lib.models import SIMULATES, check_float32, copied, image_input
+from lib.script import importing, note, progress
 from lib.session import check_bin, cpu_session, read_bin
 
 with importing():
@@ -29,13 +29,13 @@ Layer = collections.namedtuple("Layer", "name op tensor weight bias")
 def find_layers(model, path):
     """Returns the Layers of an onnx.ModelProto in the order of its graph. path: the file for an error.
 
-    Raises ValueError if there are none, or if a layer has no name or keeps its weights elsewhere than in an initializer.
+    Raises ValueError if there are none, if the model is quantized, or if a layer has no name or keeps its weights elsewhere than in
+    an initializer.
     """
+    check_float32(model, path)
     weights, layers = {tensor.name for tensor in model.graph.initializer}, []
     for node in model.graph.node:
         constant = [name if name in weights else None for name in list(node.input[1:]) + ["", ""]]
-        if node.op_type in ("QuantizeLinear", "QLinearConv"):
-            raise ValueError("%s: is already quantized; give the float32 model" % path)
         if node.op_type == "AveragePool":
             layers.append(Layer(node.name, node.op_type, node.input[0], None, None))
         elif node.op_type in ("Conv", "Gemm", "MatMul"):
@@ -130,7 +130,7 @@ def activations(model, batches, wanted):
     from onnx import helper, numpy_helper
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    image, = [value.name for value in graph.input if value.name not in constants]
+    image = image_input(model).name
     last = {name: i for i, node in enumerate(graph.node) for name in node.input}
     held = {image: list(batches)}
     if image in wanted:
@@ -162,9 +162,8 @@ def activations(model, batches, wanted):
 
 def with_quantized_weights(model, layers):
     """Returns a copy of a model in which these layers' weights are rounded to int8, and {layer's name: scale}."""
-    from onnx import ModelProto, numpy_helper
-    copy, scales = ModelProto(), {}
-    copy.CopyFrom(model)
+    from onnx import numpy_helper
+    copy, scales = copied(model), {}
     tensors = {tensor.name: tensor for tensor in copy.graph.initializer}
     for layer in layers:
         if layer.weight:
@@ -274,15 +273,14 @@ def read(paths, empty):
     return batch
 
 
-def is_test_set(folder):
-    """Returns whether the bins in a folder are those that stage 6 runs: deepmar.info beside the folder, or here, lists them."""
+def note_test_set(folder):
+    """Prints a note if the bins in a folder are those that stage 6 runs: deepmar.info beside the folder, or here, lists them."""
     for info in {os.path.join(os.path.dirname(os.path.realpath(folder)), "deepmar.info"), os.path.realpath("deepmar.info")}:
         if os.path.isfile(info):
             with open(info, encoding="utf-8", errors="replace") as f:
                 path = f.readline().rpartition(" ")[0].rpartition(" ")[0].partition(" ")[2]
             if os.path.realpath(os.path.join(os.path.dirname(info), os.path.dirname(path))) == os.path.realpath(folder):
-                return True
-    return False
+                note("%s: deepmar.info lists these bins, so they are the test set; give bins of training or validation images" % folder)
 
 
 def linked(source, target):

@@ -94,6 +94,26 @@ def is_twin(model):
     return any(entry.key == SIMULATES for entry in model.metadata_props)
 
 
+def check_float32(model, path):
+    """Raises ValueError for a quantized onnx.ModelProto. path: the file for the message."""
+    if {node.op_type for node in model.graph.node} & {"QLinearConv", "QuantizeLinear"}:
+        raise ValueError("%s: is already quantized; give the float32 model" % path)
+
+
+def copied(model):
+    """Returns a copy of an onnx.ModelProto."""
+    copy = type(model)()
+    copy.CopyFrom(model)
+    return copy
+
+
+def give(model, names):
+    """Makes these tensors the outputs of an onnx.ModelProto, in place."""
+    from onnx import ValueInfoProto
+    del model.graph.output[:]
+    model.graph.output.extend(ValueInfoProto(name=name) for name in names)
+
+
 def image_input(model):
     """Returns the input of the model's graph."""
     weights = {tensor.name for tensor in model.graph.initializer}  # older exporters list these as inputs too

@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from lib import providers
 from lib.acl import Om, is_om
-from lib.bins import fault
+from lib.bins import fault, list_bins
 from lib.images import LAYOUTS, MEAN, NV12, SIZE, STD, empty_input
 from lib.machine import check_threads, cores
 from lib.models import is_twin, load, metadata
+from lib.names import composed
 from lib.script import importing, one_line, progress, some
 
 with importing():
@@ -179,6 +180,12 @@ def attributes_of(session):
     """Returns the number of a model's attributes."""
     count = session.get_outputs()[0].shape[1]
     return count if isinstance(count, int) else infer(session, empty_batch(session, *input_size(session))).shape[1]
+
+
+def bins_of(folder, session):
+    """Returns [(name, path)] of the bins in a folder, which must be of the type that the session's model takes."""
+    _, height, width = input_size(session)
+    return [(composed(name[:-len(".bin")]), os.path.join(folder, name)) for name in list_bins(folder, width, height, input_kind(session))]
 
 
 def empty_batch(session, batch_size, height, width):

@@ -31,15 +31,13 @@ import sys
 import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from lib.bins import list_bins
 from lib.faults import FACTOR, MAX_IMAGES, WRONG_INPUTS, explain, judge, layers, overflow
 from lib.files import write_text
 from lib.labels import ASSUMED, GROUPS_HELP, PETA, attribute_names, check_order, labels_of, read_groups, read_labels
 from lib.metrics import effect
-from lib.names import composed
 from lib.results import as_logits, attributes_in, kind_of, list_results, read_logits
 from lib.script import command, importing, number, some
-from lib.session import compute, described_by, input_kind, input_size, open_session
+from lib.session import bins_of, compute, described_by, input_size, open_session
 
 with importing():
     import numpy as np
@@ -168,13 +166,6 @@ def parse(argv):
     return args
 
 
-def bins_of(folder, session):
-    """Returns {name: path} of the bins in a folder, which must be of the type that the session's model takes."""
-    _, height, width = input_size(session)
-    return {composed(name[:-len(".bin")]): os.path.join(folder, name)
-            for name in list_bins(folder, width, height, input_kind(session))}
-
-
 def check_twin(session, path, model):
     """Raises ValueError unless a session of the model at path is the float16 twin of another model, given by its path."""
     with open(model, "rb") as f:
@@ -194,7 +185,7 @@ def read_sides(args):
         check_order(args.a_model, a, args.model, b, "export one of them again")
     bins, sizes = {}, {}
     for path, session in sessions.items():  # all models must take these bins
-        bins, sizes[path] = bins_of(args.bins, session), "%d x %d" % input_size(session)[1:]
+        bins, sizes[path] = dict(bins_of(args.bins, session)), "%d x %d" % input_size(session)[1:]
     if len(set(sizes.values())) > 1:  # bins of 128 x 256 are as large as those of 256 x 128
         raise ValueError("the models take images of different sizes (height x width): %s"
                          % ", ".join("%s %s" % item for item in sizes.items()))

@@ -22,16 +22,14 @@ import tempfile
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib import int8
-from lib.bins import list_bins
 from lib.files import whole_file
 from lib.labels import GROUPS_HELP, labels_of, read_groups
 from lib.metrics import MAX_DROP, effect
-from lib.models import load
-from lib.names import composed
+from lib.models import check_float32, copied, give, load
 from lib.providers import CPU
 from lib.results import as_logits, kind_of
-from lib.script import command, importing, note, number, one_line, progress
-from lib.session import attributes_of, compute, empty_batch, input_kind, input_size, open_session, session_options
+from lib.script import command, importing, number, one_line, progress
+from lib.session import attributes_of, bins_of, compute, empty_batch, input_size, open_session, session_options
 
 with importing():
     import numpy as np
@@ -159,7 +157,7 @@ def fit_classifier(model, float32, batches):
     Ridge regression from the features, what the classifier takes, to what its results miss. Only a Gemm with weights [attributes,
     features] and a bias, as in export_onnx.py's models, is changed.
     """
-    from onnx import ValueInfoProto, helper, numpy_helper
+    from onnx import helper, numpy_helper
     name = float32.graph.node[layers(float32.graph.node)[-1]].name
     node, = [node for node in model.graph.node if node.name == name]
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -169,10 +167,8 @@ def fit_classifier(model, float32, batches):
         return
 
     def values(model, name):
-        copy = type(model)()
-        copy.CopyFrom(model)
-        del copy.graph.output[:]
-        copy.graph.output.append(ValueInfoProto(name=name))
+        copy = copied(model)
+        give(copy, [name])
         return int8.run(copy, batches).astype(np.float64)
 
     features = values(model, node.input[0])
@@ -218,8 +214,7 @@ def parse(argv):
 def open_float32(path):
     """Opens a model that is not quantized yet. Returns its session. Raises OSError or ValueError."""
     session = open_session(path)
-    if {node.op_type for node in load(path).graph.node} & {"QLinearConv", "QuantizeLinear"}:
-        raise ValueError("%s: is already quantized; give the float32 model" % path)
+    check_float32(load(path), path)
     return session
 
 
@@ -243,10 +238,8 @@ def main(argv=None):
     args = parse(argv)
     session = open_float32(args.model)
     batch_size, height, width = input_size(session)
-    bins = [(composed(name[:-len(".bin")]), os.path.join(args.bins, name))
-            for name in list_bins(args.bins, width, height, input_kind(session))]
-    if int8.is_test_set(args.bins):
-        note("%s: deepmar.info lists these bins, so they are the test set; give bins of training or validation images" % args.bins)
+    bins = bins_of(args.bins, session)
+    int8.note_test_set(args.bins)
     chosen = int8.spread([path for _, path in bins], args.images, batch_size)
     used = {path for paths in chosen for path in paths}
     others = [(name, path) for name, path in bins if path not in used]

@@ -33,19 +33,20 @@ import zlib
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from lib import camera, costs, int8
 from lib.aipp import add_aipp, aipp_cfg, aipp_differences
-from lib.bins import contents, list_bins
+from lib.bins import contents
 from lib.files import whole_file, write_text
 from lib.float16 import round_results, round_weights
 from lib.images import SIZE, resize, write_bins
 from lib.labels import GROUPS_HELP, labels_of, read_groups
 from lib.machine import cores
 from lib.metrics import effect
-from lib.models import check, description, load, nested
-from lib.names import composed, find_listed, read_list
+from lib.models import check, load, nested, output_kind
+from lib.names import find_listed, read_list
 from lib.providers import CPU
-from lib.results import as_logits, kind_of
+from lib.results import as_logits
 from lib.script import command, has_module, importing, note, number, pixels, some
-from lib.session import attributes_of, compute, cpu_session, empty_batch, input_kind, input_size, open_session
+from lib.session import (attributes_of, bins_of, compute, cpu_session, described_by, empty_batch, input_kind, input_size,
+                         open_session)
 
 with importing():
     import numpy as np
@@ -123,17 +124,17 @@ def layers_to_quantize(model, args):
     return [layer for layer in layers if layer not in skipped], [layer.name for layer in skipped]
 
 
-def keep_within(limit, ranking, ranges, logits, loss, measure):
+def keep_within(limit, ranking, ranges, loss, measure):
     """Returns the layers that stay in float, the shortest beginning of a ranking that keeps the loss within a limit.
 
-    logits(layers, ranges): of the network with these layers in INT8. loss(logits): in a unit, measure. Prints why.
+    loss(layers, ranges): of the network with these layers in INT8, in a unit, measure. Prints why.
     """
     layers = [layer for _, layer in ranking]
     losses = {}
 
     def lost(count):
         if count not in losses:
-            losses[count] = loss(logits(layers[count:], ranges))
+            losses[count] = loss(layers[count:], ranges)
         return losses[count]
 
     count = 0 if lost(0) <= limit else int8.shortest(len(layers), lost, limit)
@@ -152,11 +153,10 @@ def write_int8(args, temporary):
     batch_size, height, width = input_size(session)
     shape = "%s:%d,3,%d,%d" % (session.get_inputs()[0].name, batch_size, height, width)
     empty, count = empty_batch(session, batch_size, height, width), attributes_of(session)
+    bins = bins_of(args.bins, session)
     del session  # the activations need its memory
-    bins = [(composed(name[:-len(".bin")]), os.path.join(args.bins, name)) for name in list_bins(args.bins, width, height, "float32")]
     labels = args.labels and labels_of(args.labels, [name for name, _ in bins], count)
-    if int8.is_test_set(args.bins):
-        note("%s: deepmar.info lists these bins, so they are the test set; give bins of training or validation images" % args.bins)
+    int8.note_test_set(args.bins)
     model = load(args.model)
     int8.fold(model)
     layers, in_float = layers_to_quantize(model, args)
@@ -173,30 +173,25 @@ def write_int8(args, temporary):
         if labels is None:
             exact, measure = int8.run(model, batches), "root mean square of the logits' shift"
 
-            def logits(layers, ranges):
-                return int8.run(int8.twin(model, layers, ranges), batches)
-
-            def loss(found):
-                return int8.rms(found, exact)
+            def loss(layers, ranges):
+                return int8.rms(int8.run(int8.twin(model, layers, ranges), batches), exact)
         else:
-            (exact, kind), measure = as_logits(compute(open_session(args.model), bins), args.model, kind_of(args.model)), \
+            (exact, kind), measure = as_logits(compute(open_session(args.model), bins), args.model, output_kind(model)), \
                 "drop of instance_acc in points"
 
-            def logits(layers, ranges):
-                return as_logits(compute(cpu_session(int8.twin(model, layers, ranges), cores()), bins), args.model, kind)[0]
-
-            def loss(found):
+            def loss(layers, ranges):
+                found, _ = as_logits(compute(cpu_session(int8.twin(model, layers, ranges), cores()), bins), args.model, kind)
                 return -100 * effect(found, exact, labels)["instance_acc"]["change"]
-        left = keep_within(args.within, ranking, ranges, logits, loss, measure)
+        left = keep_within(args.within, ranking, ranges, loss, measure)
         if left:
             layers = [layer for layer in layers if layer not in left]
             in_float += [layer.name for layer in left]
             ranges = int8.calibrate(model, layers, batches)
-            lost = loss(logits(layers, ranges))
+            lost = loss(layers, ranges)
             print("%s, calibrated anew: %.4f" % (measure, lost))
             if lost > args.within:
                 note("the new calibration loses more than %g; allow less, or also give --skip" % args.within)
-    save(int8.twin(model, layers, ranges), temporary)
+    write(int8.twin(model, layers, ranges), args.output, temporary)
     stem = os.path.splitext(args.output)[0]
     folder, prefix = stem + "_amct", os.path.join(stem + "_amct", os.path.basename(stem))
     int8.write_amct_files(folder, chosen, in_float)
@@ -223,15 +218,16 @@ def write_costs(args, session, model):
     if args.calibration_list:
         given = find_listed(args.calibration_images, read_list(args.calibration_list), args.calibration_list)
     calibration = [path for path, in int8.spread(given, CALIBRATION_IMAGES, 1)]
-    seen = len(set(costs.checksums(calibration)) & set(costs.checksums(paths)))
+    checks = [costs.checksums(files) for files in ([args.model], paths, calibration)]
+    seen = len(set(checks[1]) & set(checks[2]))
     calibrated = "calibrated on %d images" % len(calibration)
     if seen:
         calibrated += ", %d of them among these, so the drop may be too small" % seen
     table = costs.rows(args.nv12, calibrated)
     costs.twin(model, table[-1], args.model)  # refuses a size that NV12 cannot have, before the work
     os.makedirs(args.output, exist_ok=True)
-    outputs, kept = costs.all_logits(table, model, args.model, paths, calibration, shape, args.output)
-    reference, kind = as_logits(outputs["float32"], args.model, kind_of(args.model))
+    outputs, kept = costs.all_logits(table, model, args.model, paths, calibration, checks, shape, args.output)
+    reference, kind = as_logits(outputs["float32"], args.model, output_kind(model))
     rows = [costs.figures(row, as_logits(outputs[row.name], args.model, kind)[0], reference, labels, groups, shape[1:])
             for row in table]
     for line in costs_lines(rows):
@@ -241,8 +237,8 @@ def write_costs(args, session, model):
           % (len(names), reference.size, points(worst["drop"]), worst["name"], kept, len(rows), args.output))
     if args.json is not None:
         write_text(args.json, json.dumps({
-            "model": args.model, "model_sha256": costs.checksums([args.model])[0],
-            "checkpoint_sha256": description(args.model).get("checkpoint_sha256"), "list": args.list,
+            "model": args.model, "model_sha256": checks[0][0],
+            "checkpoint_sha256": described_by(session, args.model).get("checkpoint_sha256"), "list": args.list,
             "scored": costs.identity(names, labels), "images": len(names), "decisions": reference.size, "rows": rows}, indent=1) + "\n")
 
 
@@ -267,11 +263,17 @@ def costs_lines(rows):
         yield "%s: %s" % (names, why)
 
 
+def write(model, path, temporary):
+    """Checks a model and writes it to the temporary file that will become path."""
+    check(model, path)
+    with open(temporary, "wb") as f:
+        f.write(model.SerializeToString())
+
+
 def save(model, path):
     """Checks a model and writes it, whole or not at all."""
-    check(model, path)
-    with whole_file(path) as temporary, open(temporary, "wb") as f:
-        f.write(model.SerializeToString())
+    with whole_file(path) as temporary:
+        write(model, path, temporary)
 
 
 def parse(argv):
